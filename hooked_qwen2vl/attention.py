@@ -1,0 +1,216 @@
+"""Hooked multi-head attention, one class for both halves.
+
+The tower and the decoder differ in what a query may see (`Segments`, `Causal`) and in the rotation
+they are given; the attention itself is the same. Unless something listens to the scores or the
+pattern, `scaled_dot_product_attention` computes it; otherwise it is written out, and what the hooks
+return is what runs. `Causal` and `Segments` give the same mask to both paths.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
+from transformer_lens.hook_points import HookPoint
+
+from .layers import listened, readable
+from .rope import Rotation, rotate
+
+
+@dataclass(frozen=True)
+class Causal:
+    """Each token sees itself and the tokens before it that are not padding.
+
+    The queries are the last `n_queries` of the keys.
+
+    Attributes:
+        seen: [batch key_pos], True where the key is a token; None when every key is.
+    """
+
+    n_queries: int
+    n_keys: int
+    device: torch.device
+    seen: Bool[Tensor, "batch key_pos"] | None = None
+
+    @cached_property
+    def allowed(self) -> Bool[Tensor, "batch 1 pos key_pos"]:
+        """Which keys each query may see."""
+        square = torch.ones(self.n_queries, self.n_keys, dtype=torch.bool, device=self.device)
+        causal = square.tril(self.n_keys - self.n_queries)[None, None]
+        return causal if self.seen is None else causal & self.seen[:, None, None, :]
+
+    def attend(
+        self,
+        q: Float[Tensor, "batch head pos d_head"],
+        k: Float[Tensor, "batch kv_head key_pos d_head"],
+        v: Float[Tensor, "batch kv_head key_pos d_head"],
+    ) -> Float[Tensor, "batch head pos d_head"]:
+        grouped = q.shape[1] != k.shape[1]
+        if self.seen is None and self.n_queries == self.n_keys:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        if self.seen is None and self.n_queries == 1:
+            return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
+        mask = self.allowed.to(q.device)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Each patch sees every patch of its own image or frame, and no other.
+
+    Attributes:
+        lengths: patches of each segment, in order.
+    """
+
+    lengths: tuple[int, ...]
+    device: torch.device
+
+    @cached_property
+    def allowed(self) -> Bool[Tensor, "1 1 patch patch"]:
+        """Which patches each patch may see: a block-diagonal mask."""
+        segment = torch.repeat_interleave(torch.tensor(self.lengths, device=self.device))
+        return (segment[:, None] == segment[None, :])[None, None]
+
+    def attend(
+        self,
+        q: Float[Tensor, "1 head patch d_head"],
+        k: Float[Tensor, "1 head patch d_head"],
+        v: Float[Tensor, "1 head patch d_head"],
+    ) -> Float[Tensor, "1 head patch d_head"]:
+        """Segment by segment: a block mask would compute, and keep, the square of all patches."""
+        parts = zip(*(x.split(self.lengths, dim=-2) for x in (q, k, v)))
+        return torch.cat([F.scaled_dot_product_attention(*part) for part in parts], dim=-2)
+
+
+Visibility = Causal | Segments
+
+
+class Attention(nn.Module):
+    """Multi-head attention with grouped keys and values.
+
+    `hook_q_input`, `hook_k_input` and `hook_v_input` carry the residual stream once per head when
+    something listens to them (see `Block`).
+    """
+
+    def __init__(self, d_model: int, n_heads: int, n_key_value_heads: int, d_head: int):
+        super().__init__()
+        self.d_model, self.n_heads, self.n_key_value_heads, self.d_head = d_model, n_heads, n_key_value_heads, d_head
+        self.q_proj = nn.Linear(d_model, n_heads * d_head)
+        self.k_proj = nn.Linear(d_model, n_key_value_heads * d_head)
+        self.v_proj = nn.Linear(d_model, n_key_value_heads * d_head)
+        self.o_proj = nn.Linear(n_heads * d_head, d_model)
+        self.hook_q_input = HookPoint()  # [batch, pos, head, d_model]
+        self.hook_k_input = HookPoint()  # [batch, pos, kv_head, d_model]
+        self.hook_v_input = HookPoint()  # [batch, pos, kv_head, d_model]
+        self.hook_q = HookPoint()  # [batch, pos, head, d_head]
+        self.hook_k = HookPoint()  # [batch, pos, kv_head, d_head]
+        self.hook_v = HookPoint()  # [batch, pos, kv_head, d_head]
+        self.hook_rot_q = HookPoint()  # [batch, pos, head, d_head]
+        self.hook_rot_k = HookPoint()  # [batch, pos, kv_head, d_head]
+        self.hook_attn_scores = HookPoint()  # [batch, head, pos, key_pos], −inf where masked
+        self.hook_pattern = HookPoint()  # [batch, head, pos, key_pos]
+        self.hook_z = HookPoint()  # [batch, pos, head, d_head]
+        self.hook_result = HookPoint()  # [batch, pos, head, d_model], only when listened to
+
+    def forward(
+        self,
+        query_input: Float[Tensor, "batch pos *head d_model"],
+        key_input: Float[Tensor, "batch pos *kv_head d_model"],
+        value_input: Float[Tensor, "batch pos *kv_head d_model"],
+        rotation: Rotation,
+        visible: Visibility,
+        past: TransformerLensKeyValueCacheEntry | None = None,
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Attention over normalised inputs, shared by all heads or one for each head.
+
+        Args:
+            past: rotated keys and values of earlier positions; this call's are appended to it.
+        """
+        q = self.hook_q(self._project(self.q_proj, query_input, self.n_heads))
+        k = self.hook_k(self._project(self.k_proj, key_input, self.n_key_value_heads))
+        v = self.hook_v(self._project(self.v_proj, value_input, self.n_key_value_heads))
+        q = self.hook_rot_q(rotate(q, rotation))
+        k = self.hook_rot_k(rotate(k, rotation))
+        if past is not None:
+            k, v = past.append(k, v)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        if listened(self.hook_attn_scores, self.hook_pattern):
+            z = self._attend_in_the_open(q, k, v, visible)
+        else:
+            z = visible.attend(q, k, v)
+        return self._output(self.hook_z(z.transpose(1, 2)))
+
+    def _project(
+        self, linear: nn.Linear, x: Float[Tensor, "batch pos *head d_model"], n_heads: int
+    ) -> Float[Tensor, "batch pos head d_head"]:
+        if x.ndim == 3:
+            return linear(x).unflatten(-1, (n_heads, self.d_head))
+        weight = readable(linear.weight, "a head's projection").unflatten(0, (n_heads, self.d_head))
+        projected = torch.einsum("bphm,hdm->bphd", x, weight)
+        return projected if linear.bias is None else projected + linear.bias.unflatten(0, (n_heads, self.d_head))
+
+    def _attend_in_the_open(
+        self,
+        q: Float[Tensor, "batch head pos d_head"],
+        k: Float[Tensor, "batch kv_head key_pos d_head"],
+        v: Float[Tensor, "batch kv_head key_pos d_head"],
+        visible: Visibility,
+    ) -> Float[Tensor, "batch head pos d_head"]:
+        """Softmax attention written out, as the reference's eager path: scores in the model's dtype, softmax in
+        float32. A padded query sees nothing, so its pattern is 0 (as `scaled_dot_product_attention` has it)."""
+        groups = (self.n_key_value_heads, self.n_heads // self.n_key_value_heads)
+        scores = (q.unflatten(1, groups) @ k.unsqueeze(2).transpose(-1, -2)).flatten(1, 2) * self.d_head**-0.5
+        allowed = visible.allowed.to(q.device)
+        scores = self.hook_attn_scores(scores.masked_fill(~allowed, float("-inf")))
+        wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
+        pattern = scores.softmax(dim=-1, dtype=wide).to(q.dtype)
+        pattern = pattern.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
+        pattern = self.hook_pattern(pattern)
+        return (pattern.unflatten(1, groups) @ v.unsqueeze(2)).flatten(1, 2)
+
+    def _output(self, z: Float[Tensor, "batch pos head d_head"]) -> Float[Tensor, "batch pos d_model"]:
+        if not listened(self.hook_result):
+            return self.o_proj(z.flatten(-2))
+        result = self.hook_result(torch.einsum("bphd,hdm->bphm", z, self.W_O))
+        return result.sum(-2) + self.b_O
+
+    def _heads_first(self, linear: nn.Linear, n_heads: int, name: str) -> Float[Tensor, "head d_model d_head"]:
+        return readable(linear.weight, name).unflatten(0, (n_heads, self.d_head)).transpose(-1, -2)
+
+    @property
+    def W_Q(self) -> Float[Tensor, "head d_model d_head"]:
+        return self._heads_first(self.q_proj, self.n_heads, "W_Q")
+
+    @property
+    def W_K(self) -> Float[Tensor, "kv_head d_model d_head"]:
+        return self._heads_first(self.k_proj, self.n_key_value_heads, "W_K")
+
+    @property
+    def W_V(self) -> Float[Tensor, "kv_head d_model d_head"]:
+        return self._heads_first(self.v_proj, self.n_key_value_heads, "W_V")
+
+    @property
+    def W_O(self) -> Float[Tensor, "head d_head d_model"]:
+        return readable(self.o_proj.weight, "W_O").T.unflatten(0, (self.n_heads, self.d_head))
+
+    @property
+    def b_Q(self) -> Float[Tensor, "head d_head"]:
+        return readable(self.q_proj.bias, "b_Q").unflatten(0, (self.n_heads, self.d_head))
+
+    @property
+    def b_K(self) -> Float[Tensor, "kv_head d_head"]:
+        return readable(self.k_proj.bias, "b_K").unflatten(0, (self.n_key_value_heads, self.d_head))
+
+    @property
+    def b_V(self) -> Float[Tensor, "kv_head d_head"]:
+        return readable(self.v_proj.bias, "b_V").unflatten(0, (self.n_key_value_heads, self.d_head))
+
+    @property
+    def b_O(self) -> Float[Tensor, "d_model"]:
+        """Zero in every checkpoint (the reference has no such bias); folding value biases fills it."""
+        return readable(self.o_proj.bias, "b_O")

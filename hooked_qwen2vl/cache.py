@@ -1,0 +1,115 @@
+"""The activation cache: TransformerLens's, with the tower's activations kept apart.
+
+`ActivationCache` infers the batch from the leading dimensions of what it holds and slices position axes
+of all of it; the tower's activations are packed over images ([1 patch …]) and have neither. They live in
+`cache.vision`, untouched by batch and position slicing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens import ActivationCache
+from transformer_lens.utilities import Slice, SliceInput
+
+VISION_PREFIXES = ("vision_encoder.", "vision_projector.")
+
+
+def is_vision(name: str) -> bool:
+    """Whether a hook or cache key belongs to the tower or the projector."""
+    return name.startswith(VISION_PREFIXES)
+
+
+class HookedCache(ActivationCache):
+    """An `ActivationCache` of one run of a HookedQwen2VL.
+
+    Attributes:
+        cache_dict: text side, hook name -> [batch pos …].
+        vision: tower and projector, hook name -> [1 patch …] or [1 image_token …].
+    """
+
+    def __init__(
+        self,
+        cache_dict: dict[str, Tensor],
+        model: Any,
+        has_batch_dim: bool = True,
+        vision: dict[str, Tensor] | None = None,
+    ):
+        text = {name: value for name, value in cache_dict.items() if not is_vision(name)}
+        super().__init__(text, model, has_batch_dim=has_batch_dim)
+        self.vision = dict(vision or {}) | {name: value for name, value in cache_dict.items() if is_vision(name)}
+
+    def __getitem__(self, key: Any) -> Tensor:
+        if isinstance(key, str) and is_vision(key):
+            return self.vision[key]
+        return super().__getitem__(key)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.cache_dict or key in self.vision
+
+    def __repr__(self) -> str:
+        return f"HookedCache with keys {list(self.cache_dict)} and vision keys {list(self.vision)}"
+
+    def to(self, device: str | torch.device) -> HookedCache:
+        """Moves text and vision activations."""
+        super().to(device)
+        self.vision = {name: value.to(device) for name, value in self.vision.items()}
+        return self
+
+    def apply_slice_to_batch_dim(self, batch_slice: Slice | SliceInput) -> HookedCache:
+        """A cache of the chosen rows; the tower's activations stay packed over all images."""
+        sliced = super().apply_slice_to_batch_dim(batch_slice)
+        return HookedCache(sliced.cache_dict, self.model, sliced.has_batch_dim, self.vision)
+
+    def apply_ln_to_stack(
+        self,
+        residual_stack: Float[Tensor, "component *batch_and_pos d_model"],
+        layer: int | None = None,
+        mlp_input: bool = False,
+        pos_slice: Slice | SliceInput = None,
+        batch_slice: Slice | SliceInput = None,
+        has_batch_dim: bool = True,
+        recompute_ln: bool = False,
+    ) -> Float[Tensor, "component *batch_and_pos d_model"]:
+        """TransformerLens's, times the norm's weight where it has not been folded.
+
+        With cached scales TransformerLens divides by the scale and leaves the weight out, which is
+        right only on folded weights; here the components sum to the normalised stream raw and processed.
+        """
+        scaled = super().apply_ln_to_stack(
+            residual_stack, layer, mlp_input, pos_slice, batch_slice, has_batch_dim, recompute_ln
+        )
+        if layer is None or layer == -1:
+            layer = self.model.cfg.n_layers
+        final = layer == self.model.cfg.n_layers
+        if final and recompute_ln:  # that path ran the norm itself
+            return scaled
+        block = None if final else self.model.blocks[layer]
+        norm = self.model.ln_final if final else block.ln2 if mlp_input else block.ln1
+        return scaled * norm.w.to(scaled.device)
+
+
+def cache_image(
+    cache: HookedCache, name: str, inputs: Any, row: int = 0, image: int = 0
+) -> Float[Tensor, "rows cols ..."]:
+    """One image's activations of the tower or projector, unpacked and in raster order.
+
+    Args:
+        name: a hook of the tower ([1 patch …] gives the grid of 14-pixel patches) or of the projector's
+            image tokens ([1 image_token …] gives the grid of 28-pixel tokens).
+        row, image: which image of which prompt.
+    Raises:
+        ValueError: an activation that has no patch axis first (scores and patterns: index `cache.vision`).
+        KeyError: the activation was not cached (`run_with_cache(..., vision=True)` caches the tower).
+    """
+    if name not in cache.vision:
+        raise KeyError(
+            f"{name!r} is not in the cache: run_with_cache(inputs, vision=True) caches the tower; it holds "
+            f"{sorted(cache.vision) or 'nothing of it'}."
+        )
+    if name.endswith(("hook_attn_scores", "hook_pattern")):
+        raise ValueError(f"{name!r} is patch by patch, not a picture: index cache.vision[{name!r}] itself.")
+    return inputs.unpack_image(cache.vision[name][0], row=row, image=image)

@@ -1,0 +1,566 @@
+"""`Inputs`: a frozen batch of multimodal prompts that quacks like a token tensor.
+
+TransformerLens's functions take it where they expect tokens; the images travel with the rows, and
+nothing can separate them: rows are indexed, repeated and moved with their own images, positions are not
+sliced, and a model given bare tokens with image placeholders refuses them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .config import HookedQwen2VLConfig
+from .positions import IMAGE, TEXT, VIDEO, mrope_positions, raster_order
+
+Box = tuple[float, float, float, float]
+PADDING = "padding"
+_KINDS = {IMAGE: "image", VIDEO: "video"}
+
+
+@dataclass(frozen=True)
+class Visual:
+    """One image or video of a batch.
+
+    Attributes:
+        row: the prompt it belongs to.
+        kind: IMAGE or VIDEO.
+        grid: (t, h, w) in patches.
+        size: (width, height) in original pixels.
+        merge: side of a merge block, in patches.
+    """
+
+    row: int
+    kind: int
+    grid: tuple[int, int, int]
+    size: tuple[float, float]
+    merge: int
+
+    @property
+    def n_patches(self) -> int:
+        t, h, w = self.grid
+        return t * h * w
+
+    @property
+    def n_tokens(self) -> int:
+        return self.n_patches // self.merge**2
+
+    @property
+    def token_grid(self) -> tuple[int, int, int]:
+        """(t, rows, cols) in image tokens."""
+        t, h, w = self.grid
+        return t, h // self.merge, w // self.merge
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Inputs:
+    """A batch of prompts with their images, left-padded.
+
+    Attributes:
+        tokens: [batch pos] token ids.
+        attention_mask: [batch pos] 1 where there is a token, 0 where there is padding.
+        token_types: [batch pos] 0 text, 1 image, 2 video.
+        position_ids: [3 batch pos] M-RoPE positions (t, row, col).
+        rope_delta: [batch] what decoding adds to a row's token count to get the next position.
+        names: for each row, the name of the part each position belongs to (see `positions`).
+        visuals: images and videos in order of appearance, row by row.
+        pixels: [patch d_patch] normalised patches of all visuals, packed in that order, each in the
+            tower's order; None when there are none.
+        image_embeds: [image_token d_model], the vision prefix, once `model.encode` has computed it.
+        encoded_by: which weights computed it; another model's prefix is computed anew.
+    """
+
+    tokens: Int[Tensor, "batch pos"]
+    attention_mask: Int[Tensor, "batch pos"]
+    token_types: Int[Tensor, "batch pos"]
+    position_ids: Int[Tensor, "3 batch pos"]
+    rope_delta: Int[Tensor, "batch"]
+    names: tuple[tuple[str, ...], ...]
+    visuals: tuple[Visual, ...] = ()
+    pixels: Float[Tensor, "patch d_patch"] | None = None
+    image_embeds: Float[Tensor, "image_token d_model"] | None = None
+    encoded_by: tuple | None = None
+
+    # ---- construction -------------------------------------------------------------------------
+
+    @classmethod
+    def build(
+        cls,
+        tokens: Int[Tensor, "batch pos"],
+        cfg: HookedQwen2VLConfig,
+        attention_mask: Int[Tensor, "batch pos"] | None = None,
+        visuals: Sequence[Visual] = (),
+        pixels: Float[Tensor, "patch d_patch"] | None = None,
+        names: Sequence[Sequence[str]] | None = None,
+        placeholders: bool = True,
+    ) -> Inputs:
+        """Checks tokens against images and derives types and positions.
+
+        Args:
+            visuals, pixels: in order of appearance, row by row.
+            names: the part of each position; without them only the vision parts are named and the rest
+                is "question".
+            placeholders: False where a placeholder id is plain text (the model generated it).
+        Raises:
+            ValueError: no tokens, ids outside the vocabulary, more positions than the context, a mask of
+                another shape or with padding in the middle, or placeholders and images that do not match.
+        """
+        if tokens.ndim != 2 or tokens.numel() == 0:
+            raise ValueError(f"expected tokens [batch pos] with at least one token, got shape {tuple(tokens.shape)}.")
+        if tokens.is_floating_point() or tokens.dtype == torch.bool:
+            raise ValueError(f"expected integer token ids, got {tokens.dtype}.")
+        tokens = tokens.long()
+        if int(tokens.min()) < 0 or int(tokens.max()) >= cfg.d_vocab:
+            raise ValueError(f"token ids must be in 0..{cfg.d_vocab - 1}, got {int(tokens.min())}..{int(tokens.max())}.")
+        if tokens.shape[1] > cfg.n_ctx:
+            raise ValueError(
+                f"the prompt has {tokens.shape[1]} tokens, the model's context {cfg.n_ctx}: use a smaller image "
+                f"(max_pixels=) or a shorter prompt."
+            )
+        mask = torch.ones_like(tokens) if attention_mask is None else attention_mask.to(tokens.device).long()
+        _check_mask(mask, tokens)
+        types = torch.zeros_like(tokens)
+        if placeholders:
+            types[tokens == cfg.image_token_id] = IMAGE
+            types[tokens == cfg.video_token_id] = VIDEO
+        types = types * mask
+        _check_visuals(types, visuals)
+        grids = {
+            kind: torch.tensor([v.grid for v in visuals if v.kind == kind], dtype=torch.long).reshape(-1, 3)
+            for kind in (IMAGE, VIDEO)
+        }
+        merge = cfg.vision.spatial_merge_size
+        position_ids, delta = mrope_positions(types, mask, grids[IMAGE], grids[VIDEO], merge)
+        if names is None:
+            names = [_vision_names(row, kinds, cfg) for row, kinds in zip(tokens.tolist(), types.tolist())]
+        names = [
+            [PADDING if not seen else name for name, seen in zip(row, mask_row)]
+            for row, mask_row in zip(_number_visuals(names, types, visuals), mask.tolist())
+        ]
+        return cls(
+            tokens=tokens,
+            attention_mask=mask,
+            token_types=types,
+            position_ids=position_ids,
+            rope_delta=delta,
+            names=tuple(tuple(row) for row in names),
+            visuals=tuple(visuals),
+            pixels=pixels,
+        )
+
+    @classmethod
+    def from_tokens(
+        cls,
+        tokens: Int[Tensor, "batch pos"] | Int[Tensor, "pos"],
+        cfg: HookedQwen2VLConfig,
+        attention_mask: Int[Tensor, "batch pos"] | None = None,
+    ) -> Inputs:
+        """Text-only prompts from token ids.
+
+        Raises:
+            ValueError: the tokens hold image or video placeholders: their images are not here.
+        """
+        return cls.build(tokens[None] if tokens.ndim == 1 else tokens, cfg, attention_mask)
+
+    @classmethod
+    def from_processor(cls, batch: Mapping[str, Any], cfg: HookedQwen2VLConfig) -> Inputs:
+        """The mapping that HF's Qwen2VLProcessor returns (`return_tensors="pt"`).
+
+        The processor does not keep the original image sizes: boxes are in pixels of the resized image.
+
+        Raises:
+            ValueError: keys missing, or pixels and grids that do not match the placeholders.
+        """
+        if "input_ids" not in batch:
+            raise ValueError(f"expected the processor's mapping with 'input_ids', got keys {sorted(batch)}.")
+        tokens = torch.as_tensor(batch["input_ids"])
+        merge, side = cfg.vision.spatial_merge_size, cfg.vision.patch_size
+        mask = batch.get("attention_mask")
+        mask = torch.ones_like(tokens) if mask is None else torch.as_tensor(mask)
+        packs = {
+            IMAGE: _unpack(batch, "pixel_values", "image_grid_thw"),
+            VIDEO: _unpack(batch, "pixel_values_videos", "video_grid_thw"),
+        }
+        ids = {cfg.image_token_id: IMAGE, cfg.video_token_id: VIDEO}
+        visuals, pixels = [], []
+        for row, (row_tokens, row_mask) in enumerate(zip(tokens.tolist(), mask.tolist())):
+            kinds = [ids.get(token, TEXT) if seen else TEXT for token, seen in zip(row_tokens, row_mask)]
+            position = 0
+            while position < len(kinds):
+                kind = kinds[position]
+                if kind == TEXT or not packs[kind]:
+                    position += 1
+                    continue
+                grid, patches = packs[kind].pop(0)
+                visual = Visual(row, kind, grid, (float(grid[2] * side), float(grid[1] * side)), merge)
+                visuals.append(visual)
+                pixels.append(patches)
+                position += visual.n_tokens
+        if packs[IMAGE] or packs[VIDEO]:
+            raise ValueError(
+                f"the processor's batch has {len(packs[IMAGE])} images and {len(packs[VIDEO])} videos that no "
+                f"placeholder refers to."
+            )
+        return cls.build(tokens, cfg, mask, visuals, torch.cat(pixels) if pixels else None)
+
+    @classmethod
+    def stack(cls, rows: Sequence[Inputs], cfg: HookedQwen2VLConfig, pad_id: int) -> Inputs:
+        """Several batches as one, padded on the left to the longest."""
+        width = max(row.shape[1] for row in rows)
+        tokens = torch.cat([_pad_left(row.tokens, width, pad_id) for row in rows])
+        mask = torch.cat([_pad_left(row.attention_mask, width, 0) for row in rows])
+        names = [(PADDING,) * (width - row.shape[1]) + n for row in rows for n in row.names]
+        visuals, first = [], 0
+        for row in rows:
+            visuals += [replace(visual, row=visual.row + first) for visual in row.visuals]
+            first += len(row)
+        pixels = [row.pixels for row in rows if row.pixels is not None]
+        return cls.build(tokens, cfg, mask, visuals, torch.cat(pixels) if pixels else None, names)
+
+    def with_prefix(self, image_embeds: Float[Tensor, "image_token d_model"], encoded_by: tuple) -> Inputs:
+        """The same batch with its vision prefix computed."""
+        return replace(self, image_embeds=image_embeds, encoded_by=encoded_by)
+
+    # ---- like a token tensor ------------------------------------------------------------------
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.tokens.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.tokens.ndim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tokens.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.tokens.device
+
+    def size(self, dim: int | None = None) -> torch.Size | int:
+        return self.tokens.size() if dim is None else self.tokens.size(dim)
+
+    def dim(self) -> int:
+        return self.tokens.dim()
+
+    def numel(self) -> int:
+        return self.tokens.numel()
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __iter__(self):
+        return (self[row] for row in range(len(self)))
+
+    def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> Inputs:
+        """Rows with their own images; an int gives a batch of one row (an image needs its row).
+
+        Raises:
+            IndexError: a row that is not there, or an index into positions: those cannot be cut out of a
+                prompt without its images; slice the results instead.
+        """
+        if isinstance(index, tuple):
+            raise IndexError(
+                "Inputs are indexed by row only: positions cannot be cut out of a prompt that carries images. "
+                "Use .tokens[...] for ids, or slice the activations."
+            )
+        rows = torch.arange(len(self))
+        if isinstance(index, Tensor):
+            index = index.cpu()
+        chosen = rows[index].reshape(-1).tolist()
+        patches, embeds = [], []
+        visuals: list[Visual] = []
+        for new_row, row in enumerate(chosen):
+            for number, visual in enumerate(self.visuals):
+                if visual.row == row:
+                    visuals.append(replace(visual, row=new_row))
+                    patches.append(self._slice(number, tokens=False))
+                    embeds.append(self._slice(number, tokens=True))
+
+        def gather(packed: Tensor | None, parts: list[slice]) -> Tensor | None:
+            return None if packed is None or not parts else torch.cat([packed[part] for part in parts])
+
+        return replace(
+            self,
+            tokens=self.tokens[chosen],
+            attention_mask=self.attention_mask[chosen],
+            token_types=self.token_types[chosen],
+            position_ids=self.position_ids[:, chosen],
+            rope_delta=self.rope_delta[chosen],
+            names=tuple(self.names[row] for row in chosen),
+            visuals=tuple(visuals),
+            pixels=gather(self.pixels, patches),
+            image_embeds=gather(self.image_embeds, embeds),
+        )
+
+    def repeat(self, *sizes: int) -> Inputs:
+        """Rows repeated n times, as `tensor.repeat(n, 1)`.
+
+        Raises:
+            ValueError: anything but the row axis repeated.
+        """
+        if not sizes or any(size != 1 for size in sizes[1:]):
+            raise ValueError(f"only rows can be repeated: call repeat(n) or repeat(n, 1), got repeat{sizes}.")
+        return self[torch.arange(len(self)).repeat(sizes[0])]
+
+    def to(self, device: torch.device | str) -> Inputs:
+        """Everything on the device."""
+
+        def move(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device)
+
+        return replace(
+            self,
+            tokens=move(self.tokens),
+            attention_mask=move(self.attention_mask),
+            token_types=move(self.token_types),
+            position_ids=move(self.position_ids),
+            rope_delta=move(self.rope_delta),
+            pixels=move(self.pixels),
+            image_embeds=move(self.image_embeds),
+        )
+
+    def cpu(self) -> Inputs:
+        return self.to("cpu")
+
+    def cuda(self) -> Inputs:
+        return self.to("cuda")
+
+    def clone(self) -> Inputs:
+        return self[:]
+
+    def __eq__(self, other: object) -> bool:
+        """Equal only if tokens, padding, images and what the positions are called are equal."""
+        if not isinstance(other, Inputs):
+            return NotImplemented
+        same = (
+            self.shape == other.shape
+            and torch.equal(self.tokens, other.tokens.to(self.device))
+            and torch.equal(self.attention_mask, other.attention_mask.to(self.device))
+            and self.visuals == other.visuals
+            and self.names == other.names
+        )
+        if not same or self.pixels is None or other.pixels is None:
+            return same and self.pixels is other.pixels
+        return torch.equal(self.pixels, other.pixels.to(self.device))
+
+    __hash__ = None
+
+    def __repr__(self) -> str:
+        images = sum(visual.kind == IMAGE for visual in self.visuals)
+        videos = len(self.visuals) - images
+        encoded = ", encoded" if self.image_embeds is not None else ""
+        return f"Inputs(batch {len(self)}, pos {self.shape[1]}, images {images}, videos {videos}{encoded})"
+
+    # ---- what is where ------------------------------------------------------------------------
+
+    @property
+    def image_grids(self) -> Int[Tensor, "image 3"]:
+        """(t, h, w) in patches of each image of the batch."""
+        grids = [visual.grid for visual in self.visuals if visual.kind == IMAGE]
+        return torch.tensor(grids, dtype=torch.long).reshape(-1, 3)
+
+    @property
+    def video_grids(self) -> Int[Tensor, "video 3"]:
+        """(t, h, w) in patches of each video of the batch."""
+        grids = [visual.grid for visual in self.visuals if visual.kind == VIDEO]
+        return torch.tensor(grids, dtype=torch.long).reshape(-1, 3)
+
+    @property
+    def grids(self) -> Int[Tensor, "visual 3"]:
+        """(t, h, w) in patches of each image and video, in the order of `pixels`."""
+        return torch.tensor([visual.grid for visual in self.visuals], dtype=torch.long).reshape(-1, 3)
+
+    @property
+    def labels(self) -> Int[Tensor, "batch pos"] | None:
+        """The answer's tokens, -100 elsewhere; None when no row has an answer."""
+        answer = torch.tensor([[name == "answer" for name in row] for row in self.names], device=self.device)
+        return self.tokens.masked_fill(~answer, -100) if answer.any() else None
+
+    def part_names(self, row: int = 0) -> list[str]:
+        """The names that `positions` knows in this row, in order of appearance."""
+        return list(dict.fromkeys(name for name in self.names[row] if name != PADDING))
+
+    def positions(self, name: str | Box, row: int = 0, image: int = 0) -> Int[Tensor, "n"]:
+        """Positions of a named part of the prompt, or of the image tokens that a box touches.
+
+        Args:
+            name: one of the parts that partition a row (`system`, `vision_start`, `image[k]`, `video[k]`,
+                `vision_end`, `question`, `history`, `template`, `answer`, `padding`); `image` or `video`
+                for all of them; `video[k].frame[t]`; `last`, the position that predicts the first answer
+                token or, without an answer, the next token; or a box (x0, y0, x1, y1) in original pixels
+                of image `image`.
+        Raises:
+            ValueError: the row has no such part, or the box touches no token.
+        """
+        if not isinstance(name, str):
+            return self._positions_of_box(name, row, image)
+        names = self.names[row]
+        if name == "last":
+            answer = [i for i, part in enumerate(names) if part == "answer"]
+            last = answer[0] - 1 if answer else max(i for i, part in enumerate(names) if part != PADDING)
+            return torch.tensor([last])
+        if ".frame[" in name:
+            video, _, frame = name.partition(".frame[")
+            every, number = self.positions(video, row), int(frame.rstrip("]"))
+            t = self._visual(row, int(video[len("video[") : -1]), VIDEO)[1].token_grid[0]
+            if not 0 <= number < t:
+                raise ValueError(f"{video} has frames 0..{t - 1} (two video frames each), not {number}.")
+            return every.reshape(t, -1)[number]
+        whole = name in ("image", "video")
+        found = [i for i, part in enumerate(names) if part == name or (whole and part.startswith(f"{name}["))]
+        if not found:
+            raise ValueError(f"row {row} has no part called {name!r}; it has {', '.join(self.part_names(row))}.")
+        return torch.tensor(found)
+
+    def span(self, name: str | Box, row: int = 0) -> slice:
+        """`positions` as a slice.
+
+        Raises:
+            ValueError: the part is not contiguous.
+        """
+        found = self.positions(name, row).tolist()
+        if found != list(range(found[0], found[-1] + 1)):
+            raise ValueError(f"{name!r} is not contiguous in row {row}: use positions({name!r}, row={row}).")
+        return slice(found[0], found[-1] + 1)
+
+    def grid(self, row: int = 0, image: int = 0) -> tuple[int, int]:
+        """(rows, cols) of an image in image tokens, raster order."""
+        _, visual = self._visual(row, image, IMAGE)
+        return visual.token_grid[1:]
+
+    def boxes(self, row: int = 0, image: int = 0) -> Float[Tensor, "image_token 4"]:
+        """Box (x0, y0, x1, y1) of each image token in original pixels, origin top left; raster order.
+
+        The image is resized to a multiple of the token's side, so the tokens tile it exactly.
+        """
+        _, visual = self._visual(row, image, IMAGE)
+        (_, rows, cols), (width, height) = visual.token_grid, visual.size
+        row_index, col_index = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")
+        corners = torch.stack((col_index, row_index, col_index + 1, row_index + 1), dim=-1).reshape(-1, 4)
+        return corners.double() * torch.tensor([width / cols, height / rows] * 2, dtype=torch.float64)
+
+    def unpack_image(
+        self, packed: Float[Tensor, "packed ..."], row: int = 0, image: int = 0, video: int | None = None
+    ) -> Float[Tensor, "rows cols ..."]:
+        """One image cut out of an activation of the tower, in raster order; a video gives [t rows cols …].
+
+        Args:
+            packed: over the batch's patches in the tower's order, or over its image tokens.
+        Raises:
+            ValueError: the activation is neither.
+        """
+        number, visual = self._visual(row, image if video is None else video, IMAGE if video is None else VIDEO)
+        n_patches = sum(v.n_patches for v in self.visuals)
+        n_tokens = sum(v.n_tokens for v in self.visuals)
+        if len(packed) == n_tokens:
+            part = packed[self._slice(number, tokens=True)].unflatten(0, visual.token_grid)
+        elif len(packed) == n_patches:
+            t, h, w = visual.grid
+            part = packed[self._slice(number, tokens=False)].unflatten(0, (t, h * w))
+            part = part[:, raster_order(h, w, visual.merge).to(packed.device)].unflatten(1, (h, w))
+        else:
+            raise ValueError(
+                f"expected an activation over {n_patches} patches or {n_tokens} image tokens, got {len(packed)} rows."
+            )
+        return part if video is not None else part[0]
+
+    def _positions_of_box(self, box: Box, row: int, image: int) -> Int[Tensor, "n"]:
+        x0, y0, x1, y1 = (float(edge) for edge in box)
+        if not (x0 < x1 and y0 < y1):
+            raise ValueError(f"expected a box (x0, y0, x1, y1) with x0 < x1 and y0 < y1, got {tuple(box)}.")
+        boxes = self.boxes(row, image)
+        touched = (boxes[:, 0] < x1) & (boxes[:, 2] > x0) & (boxes[:, 1] < y1) & (boxes[:, 3] > y0)
+        if not touched.any():
+            width, height = self._visual(row, image, IMAGE)[1].size
+            raise ValueError(f"the box {tuple(box)} lies outside the image of {width:g}×{height:g} pixels.")
+        return self.positions(f"image[{image}]", row)[touched]
+
+    def _visual(self, row: int, index: int, kind: int) -> tuple[int, Visual]:
+        """(place among all visuals, visual) of the index-th image or video of a row."""
+        row = range(len(self))[row]
+        found = [(n, v) for n, v in enumerate(self.visuals) if v.row == row and v.kind == kind]
+        if not 0 <= index < len(found):
+            raise ValueError(f"row {row} has {len(found)} {_KINDS[kind]}s, there is no {_KINDS[kind]} {index}.")
+        return found[index]
+
+    def _slice(self, number: int, tokens: bool) -> slice:
+        """Where the number-th visual lies in `pixels` (or in `image_embeds`)."""
+        sizes = [visual.n_tokens if tokens else visual.n_patches for visual in self.visuals]
+        start = sum(sizes[:number])
+        return slice(start, start + sizes[number])
+
+
+def _pad_left(rows: Int[Tensor, "batch pos"], width: int, value: int) -> Int[Tensor, "batch width"]:
+    return torch.nn.functional.pad(rows, (width - rows.shape[1], 0), value=value)
+
+
+def _check_mask(mask: Tensor, tokens: Tensor) -> None:
+    if mask.shape != tokens.shape or not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError(
+            f"expected an attention mask of zeros and ones like the tokens {tuple(tokens.shape)}, got "
+            f"{tuple(mask.shape)}."
+        )
+    if not bool(mask.any(-1).all()):
+        raise ValueError("a prompt is empty: every row needs at least one token that is not padding.")
+
+
+def _check_visuals(types: Int[Tensor, "batch pos"], visuals: Sequence[Visual]) -> None:
+    for row, kinds in enumerate(types.tolist()):
+        for kind, word in _KINDS.items():
+            here = [v for v in visuals if v.row == row and v.kind == kind]
+            expected, found = sum(v.n_tokens for v in here), kinds.count(kind)
+            if expected == found:
+                continue
+            if not here:
+                raise ValueError(
+                    f"row {row} has {found} {word} placeholders but no {word}: a prompt with an {word} is never run "
+                    f"without it. Build both with model.to_inputs(prompt, {word}s=[…])."
+                )
+            if not found:
+                raise ValueError(f"row {row} has {len(here)} {word}s that no placeholder of its prompt refers to.")
+            grids = ", ".join(f"{v.grid[1]}×{v.grid[2]} patches" for v in here)
+            raise ValueError(
+                f"row {row} has {found} {word} tokens but its {word}s give {expected} (grid {grids}, "
+                f"{here[0].merge}×{here[0].merge} merged); build both with model.to_inputs."
+            )
+
+
+def _vision_names(tokens: list[int], kinds: list[int], cfg: HookedQwen2VLConfig) -> list[str]:
+    """Part names known from ids alone."""
+    named = {cfg.vision_start_token_id: "vision_start", cfg.vision_end_token_id: "vision_end"}
+    return [_KINDS[kind] if kind else named.get(token, "question") for token, kind in zip(tokens, kinds)]
+
+
+def _number_visuals(
+    names: Sequence[Sequence[str]], types: Int[Tensor, "batch pos"], visuals: Sequence[Visual]
+) -> list[list[str]]:
+    """Writes `image[k]` over each image's tokens, `video[k]` over each video's."""
+    numbered = [list(row) for row in names]
+    for row, kinds in enumerate(types.tolist()):
+        for kind, word in _KINDS.items():
+            places = iter([i for i, k in enumerate(kinds) if k == kind])
+            for number, visual in enumerate(v for v in visuals if v.row == row and v.kind == kind):
+                for _ in range(visual.n_tokens):
+                    numbered[row][next(places)] = f"{word}[{number}]"
+    return numbered
+
+
+def _unpack(batch: Mapping[str, Any], pixels: str, grids: str) -> list[tuple[tuple[int, int, int], Tensor]]:
+    """(grid, patches) of each visual of a processor's batch."""
+    if batch.get(pixels) is None and batch.get(grids) is None:
+        return []
+    if batch.get(pixels) is None or batch.get(grids) is None:
+        raise ValueError(f"expected {pixels} and {grids} together, got only one of them.")
+    packed, grid_list = torch.as_tensor(batch[pixels]), torch.as_tensor(batch[grids]).tolist()
+    sizes = [t * h * w for t, h, w in grid_list]
+    if sum(sizes) != len(packed):
+        raise ValueError(f"{pixels} has {len(packed)} patches but {grids} gives {sum(sizes)}.")
+    return [(tuple(grid), patches) for grid, patches in zip(grid_list, packed.split(sizes))]

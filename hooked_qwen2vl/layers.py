@@ -1,0 +1,169 @@
+"""Hooked norms and MLPs of both halves.
+
+Every activation passes through a `HookPoint`, and what the hook returns is what runs.
+Weights keep the checkpoint's layout (`[out in]`, what the matmul wants); `W_in`, `W_out`, … are
+views of them in TransformerLens's shapes. Axes: see STYLE in `docs/`; `batch` is 1 in the tower.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+
+
+def listened(*hooks: HookPoint) -> bool:
+    """Whether anything, a TransformerLens hook or a bare torch one, listens to any of these hook points."""
+    return any(
+        hook._forward_hooks or hook._forward_pre_hooks or hook._backward_hooks or hook._backward_pre_hooks
+        for hook in hooks
+    )
+
+
+def readable(weight: Tensor, name: str) -> Tensor:
+    """The weight itself, or an error when its numbers are elsewhere.
+
+    Raises:
+        RuntimeError: the weight is on the meta device (offloaded by accelerate): reading it would give
+            garbage, and writing to it would be lost.
+    """
+    if weight.is_meta:
+        raise RuntimeError(
+            f"{name} is offloaded: expected its numbers in memory, found a placeholder on the meta device. Load the "
+            f"model without device_map, or with more memory, to read or edit weights."
+        )
+    return weight
+
+
+def no_bias(like: Float[Tensor, "out in"], size: int) -> Float[Tensor, "size"]:
+    """Zeros that refuse to be written: the reference has no such bias, so a value put there could not run."""
+    return torch.zeros(1, dtype=like.dtype, device=like.device).expand(size)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · w, with the statistics in float32 and the cast back before the weight, as the reference."""
+
+    def __init__(self, d: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.w = nn.Parameter(torch.empty(d))
+        self.hook_scale = HookPoint()  # [batch, pos, 1]
+        self.hook_normalized = HookPoint()  # [batch, pos, d], before the weight
+
+    def forward(self, x: Float[Tensor, "batch pos *head d"]) -> Float[Tensor, "batch pos *head d"]:
+        wide = _widen(x)
+        scale = self.hook_scale(self.scale(wide))
+        return self.hook_normalized((wide / scale).to(x.dtype)) * self.w
+
+    def without_hooks(self, x: Float[Tensor, "batch pos *head d"]) -> Float[Tensor, "batch pos *head d"]:
+        """The same function, firing nothing: for the split inputs of single heads."""
+        wide = _widen(x)
+        return (wide / self.scale(wide)).to(x.dtype) * self.w
+
+    def scale(self, x: Float[Tensor, "batch pos *head d"]) -> Float[Tensor, "batch pos *head 1"]:
+        return (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
+
+
+class LayerNorm(nn.Module):
+    """(x − mean) / std · w + b, with the statistics in float32; the tower's norm."""
+
+    def __init__(self, d: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.w = nn.Parameter(torch.empty(d))
+        self.b = nn.Parameter(torch.empty(d))
+        self.hook_scale = HookPoint()  # [1, patch, 1]
+        self.hook_normalized = HookPoint()  # [1, patch, d], before weight and bias, float32 or wider
+
+    def forward(self, x: Float[Tensor, "batch pos *head d"]) -> Float[Tensor, "batch pos *head d"]:
+        if not listened(self.hook_scale, self.hook_normalized):
+            return self.without_hooks(x)
+        wide = _widen(x)
+        centred = wide - wide.mean(-1, keepdim=True)
+        scale = self.hook_scale((centred.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
+        normalized = self.hook_normalized(centred / scale)
+        return (normalized * _widen(self.w) + _widen(self.b)).to(x.dtype)
+
+    def without_hooks(self, x: Float[Tensor, "batch pos *head d"]) -> Float[Tensor, "batch pos *head d"]:
+        """The same function, firing nothing."""
+        return F.layer_norm(x, self.w.shape, self.w, self.b, self.eps)
+
+
+def _widen(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU: W_out(silu(x W_gate) · x W_in); the decoder's."""
+
+    def __init__(self, d_model: int, d_mlp: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(d_model, d_mlp, bias=False)
+        self.up_proj = nn.Linear(d_model, d_mlp, bias=False)
+        self.down_proj = nn.Linear(d_mlp, d_model, bias=False)
+        self.hook_pre = HookPoint()  # [batch, pos, d_mlp], the gate before silu
+        self.hook_pre_linear = HookPoint()  # [batch, pos, d_mlp], what the gate multiplies
+        self.hook_post = HookPoint()  # [batch, pos, d_mlp], the product
+
+    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        pre = self.hook_pre(self.gate_proj(x))
+        pre_linear = self.hook_pre_linear(self.up_proj(x))
+        return self.down_proj(self.hook_post(F.silu(pre) * pre_linear))
+
+    @property
+    def W_gate(self) -> Float[Tensor, "d_model d_mlp"]:
+        return readable(self.gate_proj.weight, "W_gate").T
+
+    @property
+    def W_in(self) -> Float[Tensor, "d_model d_mlp"]:
+        return readable(self.up_proj.weight, "W_in").T
+
+    @property
+    def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
+        return readable(self.down_proj.weight, "W_out").T
+
+    @property
+    def b_in(self) -> Float[Tensor, "d_mlp"]:
+        return no_bias(self.up_proj.weight, self.up_proj.out_features)
+
+    @property
+    def b_out(self) -> Float[Tensor, "d_model"]:
+        return no_bias(self.down_proj.weight, self.down_proj.out_features)
+
+
+class MLP(nn.Module):
+    """W_out(quick_gelu(x W_in + b_in)) + b_out; the tower's."""
+
+    def __init__(self, d_model: int, d_mlp: int):
+        super().__init__()
+        self.fc1 = nn.Linear(d_model, d_mlp)
+        self.fc2 = nn.Linear(d_mlp, d_model)
+        self.hook_pre = HookPoint()  # [1, patch, d_mlp]
+        self.hook_post = HookPoint()  # [1, patch, d_mlp]
+
+    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        pre = self.hook_pre(self.fc1(x))
+        return self.fc2(self.hook_post(quick_gelu(pre)))
+
+    @property
+    def W_in(self) -> Float[Tensor, "d_model d_mlp"]:
+        return readable(self.fc1.weight, "W_in").T
+
+    @property
+    def b_in(self) -> Float[Tensor, "d_mlp"]:
+        return readable(self.fc1.bias, "b_in")
+
+    @property
+    def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
+        return readable(self.fc2.weight, "W_out").T
+
+    @property
+    def b_out(self) -> Float[Tensor, "d_model"]:
+        return readable(self.fc2.bias, "b_out")
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x · sigmoid(1.702 x)."""
+    return x * torch.sigmoid(1.702 * x)

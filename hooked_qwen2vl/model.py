@@ -1,0 +1,552 @@
+"""Qwen2-VL as a hooked model: a vision prefix before a TransformerLens decoder.
+
+    pixels ─► vision_encoder ─► vision_projector ─► (vision prefix) ┐
+    tokens ─► embed ─────────────────────────────────────────────► merge ─► blocks ─► ln_final ─► unembed ─► logits
+
+Nothing is kept between forwards. Source of the architecture: Qwen2-VL technical report (Wang et al., 2024)
+and `modeling_qwen2_vl.py` of transformers.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformer_lens import HookedRootModule
+from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.utilities import Slice, SliceInput
+
+from .attention import Causal
+from .cache import HookedCache, is_vision
+from .checkpoint import open_checkpoint
+from .config import HookedQwen2VLConfig, convert_config
+from .decoder import decoder_block
+from .generate import Generation
+from .inputs import Inputs
+from .layers import RMSNorm, listened
+from .processor import Processor
+from .rope import text_rotation
+from .tl_weights import TransformerLensWeights, Unembed
+from .tokens import Tokens
+from .vision import VisionEncoder, VisionProjector
+from .weights import load_weights
+
+NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
+ReturnType = Literal["logits", "loss", "both"] | None
+_SPLIT_INPUTS = ("attn.hook_q_input", "attn.hook_k_input", "attn.hook_v_input")
+PREFIX_HOOK = "vision_projector.hook_out"
+
+
+class HookedQwen2VL(Generation, Tokens, TransformerLensWeights, HookedRootModule):
+    """Qwen2-VL with TransformerLens's hooks, names and shapes.
+
+    Attributes:
+        cfg: a TransformerLensConfig that carries the numbers of both halves.
+        processor: tokenizer, chat template and image settings; None for bare weights.
+    """
+
+    def __init__(self, cfg: HookedQwen2VLConfig, processor: Processor | None = None):
+        super().__init__()
+        self.cfg, self.processor = cfg, processor
+        self.vision_encoder = VisionEncoder(cfg.vision)
+        self.vision_projector = VisionProjector(cfg.vision)
+        self.embed = nn.Embedding(cfg.d_vocab, cfg.d_model)
+        self.hook_embed = HookPoint()  # [batch, pos, d_model], images merged in
+        self.blocks = nn.ModuleList(decoder_block(cfg.text) for _ in range(cfg.n_layers))
+        self.ln_final = RMSNorm(cfg.d_model, cfg.eps)
+        self.unembed = Unembed(cfg.d_model, cfg.d_vocab)
+        if cfg.text.tie_word_embeddings:
+            self.unembed.weight = self.embed.weight
+        self._identity = uuid.uuid4().hex
+        self.setup()
+        self.eval()
+
+    # ---- loading ------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        device_map: str | dict | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+    ) -> HookedQwen2VL:
+        """Loads "scenes" (the embedded model), a Qwen2-VL folder, or a hub id, straight from safetensors.
+
+        Args:
+            dtype: of the weights; None keeps the checkpoint's own, and then nothing is copied.
+            device: where to; device_map: how accelerate spreads the model over devices ("auto" or a map).
+            revision, local_files_only: for hub ids, as in transformers.
+        Raises:
+            ValueError: another architecture, an unsupported configuration, missing, unused or misshapen
+                weights, damaged files, no network, or an unknown dtype.
+        """
+        wanted = _as_dtype(dtype)
+        if device is not None and device_map is not None:
+            raise ValueError("pass device= or device_map=, not both.")
+        checkpoint = open_checkpoint(name, revision, local_files_only)
+        cfg = convert_config(checkpoint.config, checkpoint.name)
+        processor = Processor.from_folder(checkpoint.folder) if _has_processor(checkpoint.folder) else None
+        model = cls._from_weights(cfg, checkpoint, processor, str(checkpoint.folder))
+        if wanted is not None:
+            model.to(wanted)
+        if device_map is not None:
+            return _dispatch(model, device_map)
+        return model.to(device) if device is not None else model
+
+    @classmethod
+    def from_hf(cls, hf_model: Any, processor: Any = None) -> HookedQwen2VL:
+        """Hooks a Qwen2VLForConditionalGeneration in memory; the weights are shared, not copied.
+
+        Args:
+            processor: transformers' Qwen2VLProcessor or a `Processor`; without one, pass `Inputs` or tokens.
+        Raises:
+            ValueError: another architecture, an unsupported configuration, or weights that are not plain
+                floating-point tensors (quantised).
+        """
+        name = getattr(hf_model.config, "name_or_path", "") or type(hf_model).__name__
+        if processor is not None and not isinstance(processor, Processor):
+            processor = Processor.from_hf(processor)
+        cfg = convert_config(hf_model.config, name)
+        return cls._from_weights(cfg, hf_model.state_dict(), processor, name)
+
+    @classmethod
+    def _from_weights(cls, cfg: HookedQwen2VLConfig, source: Any, processor: Processor | None, where: str):
+        with torch.device("meta"):
+            model = cls(cfg, processor)
+        load_weights(model, source, where)
+        model._follow_weights()
+        return model
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> HookedQwen2VL:
+        """Every change of device or dtype comes through here; cfg follows."""
+        super()._apply(fn, recurse)
+        self._follow_weights()
+        return self
+
+    def _follow_weights(self) -> None:
+        self.cfg.dtype = self.embed.weight.dtype
+        if not self.embed.weight.is_meta:
+            self.cfg.device = str(self.embed.weight.device)
+
+    # ---- inputs -------------------------------------------------------------------------------
+
+    def to_inputs(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        images: Sequence[Any] | None = None,
+        videos: Sequence[Any] | None = None,
+        answers: str | Sequence[str | None] | None = None,
+        messages: Sequence[Any] | None = None,
+        template: bool = True,
+        system: str | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+    ) -> Inputs:
+        """One prompt, several, or chat messages, with their images and videos.
+
+        Args:
+            prompt: a question, or several (then padded on the left).
+            images: for one prompt its images, for several a list for each; PIL images, paths or arrays.
+            videos: the same, each a list of frames or an array [t, h, w, 3]; frames are taken as they come.
+            answers: text the model is made to answer (teacher-forced); only its own tokens follow, no end token.
+            messages: a chat in HF's format (or several), which carries its own images.
+            template: whether to use the chat template; without it the images come first, then the text.
+            system: system prompt; None takes the template's own.
+            min_pixels, max_pixels: areas in pixels between which each image is resized, as Qwen2-VL has them.
+        Raises:
+            ValueError: an empty prompt, images and placeholders that do not match, an unreadable or
+                extreme image, a prompt past the context, or a model without a processor.
+        """
+        if self.processor is None:
+            raise ValueError(
+                "this model has no processor: load it from a folder that has one, pass processor= to from_hf, or build "
+                "Inputs.from_processor(batch, model.cfg)."
+            )
+        inputs = self.processor.to_inputs(
+            self.cfg, prompt, images, videos, answers, messages, template, system, min_pixels, max_pixels
+        )
+        return inputs.to(self.cfg.device)
+
+    def _as_inputs(self, input: Any, attention_mask: Tensor | None) -> Inputs:
+        """Whatever the model is called with, as Inputs; bare tokens with placeholders are refused there."""
+        if isinstance(input, Inputs):
+            if attention_mask is not None:
+                raise ValueError("Inputs carry their own attention mask: pass none beside them.")
+            return input.to(self.cfg.device)
+        if isinstance(input, (str, list, tuple)):
+            strings = [input] if isinstance(input, str) else list(input)
+            if not all(isinstance(string, str) for string in strings):
+                raise ValueError("expected Inputs, a string, a list of strings, or a tensor of token ids.")
+            if self.processor is None:
+                self._tokenizer()  # says what is missing
+            return self.processor.to_inputs(self.cfg, strings, template=False).to(self.cfg.device)
+        if isinstance(input, Tensor):
+            return Inputs.from_tokens(input, self.cfg, attention_mask).to(self.cfg.device)
+        raise ValueError(f"expected Inputs, a string, a list of strings, or token ids, got {type(input).__name__}.")
+
+    def encode(self, inputs: Inputs) -> Inputs:
+        """The same batch with its vision prefix, so that later runs need not run the tower."""
+        if not inputs.visuals:
+            return inputs
+        return inputs.with_prefix(self._run_tower(inputs.to(self.cfg.device)), self._encoder_stamp())
+
+    # ---- running ------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input: Inputs | str | list[str] | Int[Tensor, "batch pos"] | Float[Tensor, "batch pos d_model"],
+        return_type: ReturnType = "logits",
+        loss_per_token: bool = False,
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+        attention_mask: Int[Tensor, "batch pos"] | None = None,
+        start_at_layer: int | None = None,
+        stop_at_layer: int | None = None,
+        inputs: Inputs | None = None,
+        logits_at: int | slice | None = None,
+    ) -> Any:
+        """Runs the model.
+
+        Args:
+            input: prompts; or, with `start_at_layer`, the residual stream that enters that block, and then
+                `inputs` says what prompts it belongs to (positions, padding, targets).
+            return_type: "logits" [batch pos d_vocab], "loss" (mean next-token cross-entropy in nats), "both", or
+                None to run only for the hooks.
+            loss_per_token: [batch pos-1] instead of the mean; 0 where there is no target.
+            stop_at_layer: return the residual stream that would enter this block, instead of logits.
+            logits_at: unembed only these positions (an int keeps its axis); the whole sequence still runs.
+        Raises:
+            ValueError: placeholders without images, a layer out of range, or an unknown return type.
+        """
+        if prepend_bos or padding_side == "right":
+            raise ValueError("Qwen2-VL has no BOS token and batches are padded on the left: drop these arguments.")
+        if return_type not in ("logits", "loss", "both", None):
+            raise ValueError(f"return_type must be 'logits', 'loss', 'both' or None, got {return_type!r}.")
+        layers = self._layers(start_at_layer, stop_at_layer)
+        if start_at_layer is None:
+            inputs = self._as_inputs(input, attention_mask)
+            residual = self._embed(inputs)
+        else:
+            inputs, residual = self._resume(input, inputs, attention_mask)
+        residual = self._run_blocks(residual, layers, inputs.position_ids, inputs.attention_mask)
+        if stop_at_layer is not None:
+            return residual
+        return self._read_out(residual, inputs, return_type, loss_per_token, logits_at)
+
+    def _embed(self, inputs: Inputs) -> Float[Tensor, "batch pos d_model"]:
+        """Token embeddings with every image's prefix in the place of its placeholders."""
+        residual = self.embed(inputs.tokens)
+        if inputs.visuals:
+            places = (inputs.token_types > 0).unsqueeze(-1)
+            prefix = self._prefix(inputs)
+            residual = residual.masked_scatter(places, prefix.to(residual.device, residual.dtype))
+        return self.hook_embed(residual)
+
+    def _prefix(self, inputs: Inputs) -> Float[Tensor, "image_token d_model"]:
+        """The images' embeddings: as encoded before, or from the tower when it must run."""
+        fresh = inputs.image_embeds is not None and inputs.encoded_by == self._encoder_stamp()
+        if not fresh or self._tower_is_listened_to():
+            return self._run_tower(inputs)
+        hook = self.vision_projector.hook_out
+        return hook(inputs.image_embeds[None].clone())[0] if listened(hook) else inputs.image_embeds
+
+    def _run_tower(self, inputs: Inputs) -> Float[Tensor, "image_token d_model"]:
+        pixels = inputs.pixels.to(self.cfg.device, self.cfg.dtype)
+        return self.vision_projector(self.vision_encoder(pixels, inputs.grids))[0]
+
+    def _tower_is_listened_to(self) -> bool:
+        """Whether anything listens before the prefix: a hook point, or a bare torch hook on a module."""
+        exempt = self.vision_projector.hook_out
+        modules = (module for tower in (self.vision_encoder, self.vision_projector) for module in tower.modules())
+        return any(module is not exempt and listened(module) for module in modules)
+
+    def _encoder_stamp(self) -> tuple:
+        """Says which weights compute the prefix: another model's, or edited ones, differ."""
+        weights = [*self.vision_encoder.parameters(), *self.vision_projector.parameters()]
+        edits = hash(tuple((w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights))
+        return self._identity, edits, self.cfg.dtype
+
+    def _run_blocks(
+        self,
+        residual: Float[Tensor, "batch pos d_model"],
+        layers: range,
+        position_ids: Int[Tensor, "3 batch pos"],
+        attention_mask: Int[Tensor, "batch key_pos"],
+        past: TransformerLensKeyValueCache | None = None,
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The decoder's blocks over a stretch of positions, the last of those that `attention_mask` covers."""
+        text = self.cfg.text
+        rotation = text_rotation(position_ids, text.rotary_base, text.d_head, text.mrope_section, residual.dtype)
+        seen = attention_mask.bool()
+        visible = Causal(residual.shape[1], seen.shape[1], residual.device, None if bool(seen.all()) else seen)
+        for layer in layers:
+            residual = self.blocks[layer](residual, rotation, visible, None if past is None else past.entries[layer])
+        return residual
+
+    def _read_out(
+        self,
+        residual: Float[Tensor, "batch pos d_model"],
+        inputs: Inputs,
+        return_type: ReturnType,
+        loss_per_token: bool = False,
+        logits_at: int | slice | None = None,
+    ) -> Any:
+        """The final norm and what is asked of the logits."""
+        if logits_at is not None:
+            if return_type in ("loss", "both"):
+                raise ValueError("the loss needs the logits of every position: leave logits_at=None.")
+            residual = residual[:, _keep_axis(logits_at, residual.shape[1])]
+        normalized = self.ln_final(residual)
+        if return_type is None:
+            return None
+        logits = self.unembed(normalized)
+        if return_type == "logits":
+            return logits
+        loss = self.loss_fn(logits, inputs, per_token=loss_per_token)
+        return loss if return_type == "loss" else (logits, loss)
+
+    def loss_fn(
+        self, logits: Float[Tensor, "batch pos d_vocab"], inputs: Inputs, per_token: bool = False
+    ) -> Float[Tensor, ""] | Float[Tensor, "batch pos-1"]:
+        """Next-token cross-entropy in nats, in float32.
+
+        Targets are the answer's tokens where there is an answer, else every text token; image placeholders
+        and padding are never targets.
+
+        Raises:
+            ValueError: there is no target.
+        """
+        targets = inputs.labels
+        if targets is None:
+            is_text = (inputs.token_types == 0) & inputs.attention_mask.bool()
+            targets = inputs.tokens.masked_fill(~is_text, -100)
+        predicted = inputs.attention_mask[:, :-1].bool()  # a padded position predicts nothing
+        targets = targets[:, 1:].masked_fill(~predicted, -100).to(logits.device)
+        if not (targets != -100).any():
+            raise ValueError("there is nothing to predict: the prompt has no text token after its first position.")
+        wide = logits[:, :-1] if logits.dtype == torch.float64 else logits[:, :-1].float()
+        losses = F.cross_entropy(wide.transpose(1, 2), targets, reduction="none", ignore_index=-100)
+        return losses if per_token else losses.sum() / (targets != -100).sum()
+
+    def _layers(self, start: int | None, stop: int | None) -> range:
+        n_layers = self.cfg.n_layers
+        for name, layer in (("start_at_layer", start), ("stop_at_layer", stop)):
+            if layer is not None and not -n_layers <= layer <= n_layers:
+                raise ValueError(f"{name} must be in {-n_layers}..{n_layers}, got {layer}.")
+        return range(n_layers)[slice(start, stop)]
+
+    def _resume(self, residual: Any, inputs: Inputs | None, attention_mask: Tensor | None) -> tuple[Inputs, Tensor]:
+        """A residual stream to go on from; copied, because hooks may write in place."""
+        if not isinstance(residual, Tensor) or residual.ndim != 3 or residual.shape[-1] != self.cfg.d_model:
+            raise ValueError(f"start_at_layer takes a residual stream [batch, pos, {self.cfg.d_model}].")
+        if inputs is None:
+            raise ValueError(
+                "start_at_layer needs inputs=: without them the M-RoPE positions of the images and the padding are "
+                "unknown, and the numbers would be wrong."
+            )
+        inputs = self._as_inputs(inputs, attention_mask)
+        if residual.shape[:2] != inputs.shape:
+            raise ValueError(f"the residual stream is {tuple(residual.shape)} but the inputs are {tuple(inputs.shape)}.")
+        return inputs, residual.to(self.cfg.device).clone()
+
+    # ---- caching ------------------------------------------------------------------------------
+
+    def run_with_cache(
+        self,
+        input: Any,
+        *args: Any,
+        return_cache_object: bool = True,
+        remove_batch_dim: bool = False,
+        names_filter: NamesFilter = None,
+        vision: bool = False,
+        device: torch.device | str | None = None,
+        incl_bwd: bool = False,
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+        pos_slice: Slice | SliceInput = None,
+        **kwargs: Any,
+    ) -> tuple[Any, HookedCache | dict[str, Tensor]]:
+        """Runs the model and returns what it returns, and the activations.
+
+        Args:
+            names_filter: which activations (a name, names, or a predicate). None takes the text side and the
+                projector, without `hook_result` and the split inputs unless their `cfg.use_*` flag is set.
+            vision: with names_filter=None, the tower too.
+            pos_slice: positions to keep, on the text side; the tower's activations are never sliced.
+            return_cache_object, remove_batch_dim, device, incl_bwd, reset_hooks_end, clear_contexts: as in
+                TransformerLens.
+        """
+        names_filter = self._default_names(input, vision) if names_filter is None else names_filter
+        batch = len(input) if isinstance(input, (Inputs, list)) else input.shape[0] if isinstance(input, Tensor) else 1
+        if remove_batch_dim and batch != 1 and not (isinstance(input, Tensor) and input.ndim == 1):
+            raise ValueError(f"remove_batch_dim needs one prompt, got a batch of {batch}.")
+        self._require_hooks(names_filter)
+        result, cache = super().run_with_cache(
+            input,
+            *args,
+            names_filter=names_filter,
+            device=device,
+            remove_batch_dim=remove_batch_dim,
+            incl_bwd=incl_bwd,
+            reset_hooks_end=reset_hooks_end,
+            clear_contexts=clear_contexts,
+            pos_slice=pos_slice,
+            **kwargs,
+        )
+        if not return_cache_object:
+            return result, cache
+        return result, HookedCache(cache, self, has_batch_dim=not remove_batch_dim)
+
+    def get_caching_hooks(
+        self,
+        names_filter: NamesFilter = None,
+        incl_bwd: bool = False,
+        device: torch.device | str | None = None,
+        remove_batch_dim: bool = False,
+        cache: dict[str, Tensor] | None = None,
+        pos_slice: Slice | SliceInput = None,
+    ) -> tuple[dict[str, Tensor], list, list]:
+        """As TransformerLens's; positions and batch are those of the text side, the tower's are kept whole."""
+        cache = {} if cache is None else cache
+        positions = Slice.unwrap(pos_slice)
+        wanted = _as_predicate(self._default_names(None, False) if names_filter is None else names_filter)
+
+        def save(tensor: Tensor, hook: HookPoint, suffix: str) -> None:
+            stored = tensor.detach().to(device)
+            if not is_vision(hook.name):
+                stored = positions.apply(stored, dim=_position_axis(hook.name))
+                stored = stored[0] if remove_batch_dim and stored.shape[0] == 1 else stored
+            cache[hook.name + suffix] = stored
+
+        names = [name for name in self.hook_dict if wanted(name)]
+        forward = [(name, partial(save, suffix="")) for name in names]
+        backward = [(name, partial(save, suffix="_grad")) for name in names] if incl_bwd else []
+        self.is_caching = True
+        return cache, forward, backward
+
+    def add_caching_hooks(
+        self,
+        names_filter: NamesFilter = None,
+        incl_bwd: bool = False,
+        device: torch.device | str | None = None,
+        remove_batch_dim: bool = False,
+        cache: dict[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """Caching hooks that stay until `reset_hooks`; the names are those of `run_with_cache`."""
+        cache, forward, backward = self.get_caching_hooks(names_filter, incl_bwd, device, remove_batch_dim, cache)
+        for hooks, direction in ((forward, "fwd"), (backward, "bwd")):
+            for name, hook in hooks:
+                self.add_hook(name, hook, dir=direction)
+        return cache
+
+    def _default_names(self, input: Any, vision: bool) -> Callable[[str], bool]:
+        """What is cached when nothing is asked for: all that costs little."""
+        flags = self.cfg
+        encoded = isinstance(input, Inputs) and input.encoded_by == self._encoder_stamp()
+
+        def wanted(name: str) -> bool:
+            if is_vision(name):
+                in_text = name == PREFIX_HOOK or (not encoded and name.startswith("vision_projector."))
+                return vision or in_text
+            if name.endswith("hook_result"):
+                return flags.use_attn_result
+            if name.endswith(_SPLIT_INPUTS):
+                return flags.use_split_qkv_input
+            if name.endswith("hook_attn_in"):
+                return flags.use_attn_in
+            return not name.endswith("hook_mlp_in") or flags.use_hook_mlp_in
+
+        return wanted
+
+    def _require_hooks(self, names_filter: NamesFilter) -> None:
+        if callable(names_filter):
+            return
+        names = [names_filter] if isinstance(names_filter, str) else names_filter
+        unknown = [name for name in names if name not in self.hook_dict]
+        if unknown:
+            raise ValueError(
+                f"no hook point is called {', '.join(map(repr, unknown))}; model.hook_dict lists them all "
+                f"(transformer_lens.utils.get_act_name('resid_pre', 3) spells one out)."
+            )
+
+    # ---- TransformerLens's switches -----------------------------------------------------------
+
+    def set_use_attn_result(self, use_attn_result: bool) -> None:
+        """Whether a default cache holds each head's contribution; the hook itself is always there."""
+        self.cfg.use_attn_result = use_attn_result
+
+    def set_use_split_qkv_input(self, use_split_qkv_input: bool) -> None:
+        """Whether a default cache holds each head's own query, key and value inputs."""
+        self._refuse_both(use_split_qkv_input, "use_split_qkv_input", "use_attn_in")
+        self.cfg.use_split_qkv_input = use_split_qkv_input
+
+    def set_use_attn_in(self, use_attn_in: bool) -> None:
+        """Whether a default cache holds each head's own attention input."""
+        self._refuse_both(use_attn_in, "use_attn_in", "use_split_qkv_input")
+        self.cfg.use_attn_in = use_attn_in
+
+    def set_use_hook_mlp_in(self, use_hook_mlp_in: bool) -> None:
+        """Whether a default cache holds the MLP's entry."""
+        self.cfg.use_hook_mlp_in = use_hook_mlp_in
+
+    def _refuse_both(self, on: bool, flag: str, other: str) -> None:
+        if on and getattr(self.cfg, other):
+            raise ValueError(f"{flag} and {other} exclude each other, as in TransformerLens: turn {other} off first.")
+
+
+def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    found = getattr(torch, str(dtype).removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(
+            f"unknown dtype {dtype!r}: expected 'float32', 'bfloat16', 'float16', 'float64', or None for the "
+            f"checkpoint's own."
+        )
+    return found
+
+
+def _has_processor(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("preprocessor_config.json", "tokenizer.json", "vocab.json"))
+
+
+def _as_predicate(names_filter: NamesFilter) -> Callable[[str], bool]:
+    if callable(names_filter):
+        return names_filter
+    names = {names_filter} if isinstance(names_filter, str) else set(names_filter)
+    return names.__contains__
+
+
+def _position_axis(name: str) -> int:
+    return -2 if name.endswith(("hook_attn_scores", "hook_pattern")) else 1
+
+
+def _keep_axis(position: int | slice, length: int) -> slice:
+    if isinstance(position, slice):
+        return position
+    if not -length <= position < length:
+        raise ValueError(f"logits_at is {position}, the sequence has {length} positions.")
+    position %= length
+    return slice(position, position + 1)
+
+
+def _dispatch(model: HookedQwen2VL, device_map: str | dict) -> HookedQwen2VL:
+    """Spreads the model with accelerate; blocks stay whole, because their hooks read children's weights."""
+    from accelerate import dispatch_model, infer_auto_device_map
+
+    if isinstance(device_map, str):
+        if device_map not in ("auto", "balanced", "sequential"):
+            raise ValueError(f"device_map must be 'auto' or a map of module names, got {device_map!r}.")
+        device_map = infer_auto_device_map(model, no_split_module_classes=["Block", "VisionProjector"])
+    return dispatch_model(model, device_map, preload_module_classes=["Block", "VisionProjector"], force_hooks=True)

@@ -1,0 +1,429 @@
+"""Prompts, chat messages, images and videos become `Inputs`, as the reference processor would have them.
+
+    messages ─► chat template ─► text with one placeholder an image ─► one placeholder an image token ─► token ids
+    images ─► resized to multiples of 28 pixels ─► normalised 14-pixel patches in the tower's order
+
+Text is rendered with a marker in place of every content part, so that each token is known by the part
+of the conversation it came from. Needs no torchvision: videos are lists of frames, and a video's patches
+are put together from its frames' patches.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from transformers import AutoTokenizer
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from .config import HookedQwen2VLConfig
+from .inputs import Inputs, Visual
+from .positions import IMAGE, VIDEO
+
+ImageLike = Image.Image | str | Path | np.ndarray | Tensor
+VideoLike = Sequence[ImageLike] | np.ndarray | Tensor
+IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
+VISION_TOKENS = {"<|vision_start|>": "vision_start", "<|vision_end|>": "vision_end"}
+MAX_ASPECT_RATIO = 200  # the reference refuses more
+_MARK = "\ue000{}\ue001"  # private-use characters: they occur in no prompt
+_MARKED = re.compile("\ue000(\\d+)\ue001")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of the rendered prompt.
+
+    Attributes:
+        text: as the tokenizer sees it.
+        name: which part of the conversation it is (see `Inputs.positions`).
+    """
+
+    text: str
+    name: str
+
+
+@dataclass
+class Processor:
+    """A checkpoint's tokenizer, chat template and image settings.
+
+    Attributes:
+        tokenizer: a fast tokenizer with Qwen2-VL's special tokens.
+        image_processor: resizes, normalises and cuts images into patches.
+        chat_template: Jinja source.
+        video_size: {"shortest_edge", "longest_edge"}: areas in pixels that bound a video's frame.
+    """
+
+    tokenizer: Any
+    image_processor: Qwen2VLImageProcessorPil
+    chat_template: str | None = None
+    video_size: dict[str, int] | None = None
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> Processor:
+        """From a checkpoint folder's tokenizer, `preprocessor_config.json` and chat template.
+
+        Raises:
+            ValueError: one of them is missing or unreadable.
+        """
+        folder = Path(folder)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"{folder} has no tokenizer that transformers can read ({error}).") from error
+        settings = _read(folder / "preprocessor_config.json")
+        if settings is None:
+            raise ValueError(f"{folder} has no preprocessor_config.json (how images are resized and normalised).")
+        video = _read(folder / "video_preprocessor_config.json") or settings
+        image_processor = _image_processor(settings)
+        return cls(tokenizer, image_processor, _chat_template(folder, tokenizer), dict(_image_processor(video).size))
+
+    @classmethod
+    def from_hf(cls, processor: Any) -> Processor:
+        """From transformers' own Qwen2VLProcessor (or anything with its tokenizer and image processor)."""
+        theirs = processor.image_processor
+        image_processor = _image_processor(theirs.to_dict())
+        video = getattr(processor, "video_processor", None)
+        template = getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
+        return cls(processor.tokenizer, image_processor, template, dict(getattr(video, "size", None) or theirs.size))
+
+    # ---- prompts ------------------------------------------------------------------------------
+
+    def to_inputs(
+        self,
+        cfg: HookedQwen2VLConfig,
+        prompt: str | Sequence[str] | None = None,
+        images: Sequence[Any] | None = None,
+        videos: Sequence[Any] | None = None,
+        answers: str | Sequence[str | None] | None = None,
+        messages: Sequence[Any] | None = None,
+        template: bool = True,
+        system: str | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+    ) -> Inputs:
+        """One prompt, a batch of prompts, or chat messages, with their images; see `HookedQwen2VL.to_inputs`."""
+        bounds = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
+        rows = []
+        for conversation in self._conversations(prompt, images, videos, answers, messages, template, system):
+            parts, medias = conversation
+            rows.append(self._row(cfg, parts, medias, {k: v for k, v in bounds.items() if v is not None}))
+        return rows[0] if len(rows) == 1 else Inputs.stack(rows, cfg, self._pad_id())
+
+    def _conversations(
+        self, prompt, images, videos, answers, messages, template, system
+    ) -> Iterator[tuple[list[Part], list[tuple[int, Any]]]]:
+        """Each row's parts and its images and videos in order of appearance."""
+        if (prompt is None) == (messages is None):
+            raise ValueError("expected either a prompt (a string or several) or messages=, not both and not neither.")
+        if messages is not None:
+            if images is not None or videos is not None or system is not None or not template:
+                raise ValueError("messages= carry their own images, videos and system text; pass nothing beside them.")
+            batch = [messages] if isinstance(messages[0], dict) else list(messages)
+            for chat, answer in zip(batch, _per_row(answers, len(batch), "answers")):
+                yield self._render(list(chat), answer)
+            return
+        single = isinstance(prompt, str)
+        prompts = [prompt] if single else list(prompt)
+        if not prompts:
+            raise ValueError("expected at least one prompt, got an empty list.")
+        row_images = _media_rows(images, len(prompts), single, "images")
+        row_videos = _media_rows(videos, len(prompts), single, "videos")
+        row_answers = _per_row(answers, len(prompts), "answers")
+        for text, ims, vids, answer in zip(prompts, row_images, row_videos, row_answers):
+            if not isinstance(text, str) or not (text.strip() or (ims and not template)):
+                raise ValueError(f"a prompt is empty: expected text to ask, got {text!r}.")
+            if template:
+                yield self._render(_as_messages(text, ims, vids, system), answer)
+            else:
+                if system is not None:
+                    raise ValueError("a system prompt needs the chat template: leave template=True.")
+                yield _without_template(text, ims, vids, answer)
+
+    def _render(self, messages: list[dict], answer: str | None) -> tuple[list[Part], list[tuple[int, Any]]]:
+        """Chat messages through the template, each content part marked and named."""
+        if self.chat_template is None:
+            raise ValueError("this checkpoint has no chat template: use template=False, as base models want.")
+        marked, contents, medias, final = _mark(messages)
+        rendered = self.tokenizer.apply_chat_template(
+            marked,
+            tokenize=False,
+            add_generation_prompt=not final,
+            continue_final_message=final,
+            chat_template=self.chat_template,
+        )
+        parts = []
+        for index, piece in enumerate(_MARKED.split(rendered)):
+            if index % 2:
+                parts.append(contents[int(piece)])
+            else:
+                parts += _template_parts(piece, first=not parts)
+        missing = len(contents) - sum(index % 2 for index, _ in enumerate(_MARKED.split(rendered)))
+        if missing:
+            raise ValueError(f"the chat template dropped {missing} of the {len(contents)} texts of the conversation.")
+        if answer is not None:
+            if final:
+                raise ValueError("the messages end with the assistant's turn and answers= is given: use one of them.")
+            parts.append(Part(answer, "answer"))
+        return parts, medias
+
+    def _row(
+        self, cfg: HookedQwen2VLConfig, parts: list[Part], medias: list[tuple[int, Any]], bounds: dict[str, int]
+    ) -> Inputs:
+        """One prompt: placeholders expanded, tokenised as a whole, every token named by its part."""
+        placeholders = re.findall(f"{re.escape(IMAGE_PAD)}|{re.escape(VIDEO_PAD)}", "".join(p.text for p in parts))
+        for kind, pad, word in ((IMAGE, IMAGE_PAD, "image"), (VIDEO, VIDEO_PAD, "video")):
+            given, asked = sum(k == kind for k, _ in medias), placeholders.count(pad)
+            if given != asked:
+                raise ValueError(
+                    f"the prompt refers to {asked} {word}s ({pad}) but {given} {word}s came with it: pass one for each."
+                )
+        medias = _in_order(placeholders, medias)
+        processed = [self._image(m, bounds) if kind == IMAGE else self._video(m, bounds) for kind, m in medias]
+        visuals = [
+            Visual(0, kind, grid, size, self.image_processor.merge_size)
+            for (kind, _), (_, grid, size) in zip(medias, processed)
+        ]
+        counts = iter([visual.n_tokens for visual in visuals])
+        pads = re.compile(f"({re.escape(IMAGE_PAD)}|{re.escape(VIDEO_PAD)})")
+        expanded = [Part(pads.sub(lambda m: m[0] * next(counts), part.text), part.name) for part in parts]
+        ids, names = self._tokenize(expanded)
+        pixels = torch.cat([patches for patches, _, _ in processed]) if processed else None
+        return Inputs.build(torch.tensor([ids], dtype=torch.long).reshape(1, -1), cfg, None, visuals, pixels, [names])
+
+    def _tokenize(self, parts: list[Part]) -> tuple[list[int], list[str]]:
+        """The whole text at once (tokens may not depend on where parts meet), named by where each token starts."""
+        text = "".join(part.text for part in parts)
+        encoded = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
+        ends = np.cumsum([len(part.text) for part in parts])
+        names = []
+        for token, (start, _) in zip(encoded["input_ids"], encoded["offset_mapping"]):
+            special = VISION_TOKENS.get(self.tokenizer.convert_ids_to_tokens(token))
+            names.append(special or parts[int(np.searchsorted(ends, start, side="right"))].name)
+        return encoded["input_ids"], names
+
+    def _pad_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if pad is None else pad
+
+    # ---- images and videos --------------------------------------------------------------------
+
+    def _image(
+        self, image: ImageLike, bounds: dict[str, int]
+    ) -> tuple[Float[Tensor, "patch d_patch"], tuple[int, int, int], tuple[float, float]]:
+        """Patches in the tower's order, grid (t, h, w), and original size (width, height)."""
+        picture = open_image(image)
+        size = {**dict(self.image_processor.size), **bounds}
+        processed = self.image_processor(images=[picture], size=size, return_tensors="pt")
+        return processed["pixel_values"], tuple(processed["image_grid_thw"][0].tolist()), picture.size
+
+    def _video(
+        self, video: VideoLike, bounds: dict[str, int]
+    ) -> tuple[Float[Tensor, "patch d_patch"], tuple[int, int, int], tuple[float, float]]:
+        """As `_image`, for frames: pairs of frames share patches, a last odd frame is repeated."""
+        frames = [open_image(frame) for frame in video]
+        if not frames:
+            raise ValueError("a video has no frames: expected a list of images or an array [t, h, w, 3].")
+        sizes = {frame.size for frame in frames}
+        if len(sizes) > 1:
+            raise ValueError(f"the frames of a video differ in size: {sorted(sizes)}; resize them alike.")
+        pair = self.image_processor.temporal_patch_size
+        frames += [frames[-1]] * (-len(frames) % pair)
+        size = {**dict(self.video_size or self.image_processor.size), **bounds}
+        processed = self.image_processor(images=frames, size=size, return_tensors="pt")
+        _, h, w = processed["image_grid_thw"][0].tolist()
+        t, side = len(frames) // pair, self.image_processor.patch_size
+        # every image is `pair` copies of itself in time: take the n-th copy from the n-th frame of each group
+        patches = processed["pixel_values"].reshape(t, pair, h * w, -1, pair, side * side)
+        mixed = torch.stack([patches[:, n, :, :, n] for n in range(pair)], dim=3)
+        return mixed.reshape(t * h * w, -1), (t, h, w), frames[0].size
+
+
+def open_image(image: ImageLike) -> Image.Image:
+    """An RGB picture from a PIL image, a path, or an array or tensor [h w 3] or [3 h w] of bytes.
+
+    Raises:
+        ValueError: missing or corrupt file, no pixels, an extreme aspect ratio, or another kind of thing.
+    """
+    if isinstance(image, (str, Path)):
+        picture = _open_file(image)
+    elif isinstance(image, (np.ndarray, Tensor)):
+        picture = _from_array(image)
+    elif isinstance(image, Image.Image):
+        picture = image
+    else:
+        raise ValueError(f"expected an image (PIL, path, or array [h, w, 3] of bytes), got {type(image).__name__}.")
+    width, height = picture.size
+    if not width or not height:
+        raise ValueError(f"an image has no pixels: its size is {width}×{height}.")
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise ValueError(
+            f"an image of {width}×{height} pixels is too long and thin: Qwen2-VL takes sides up to "
+            f"{MAX_ASPECT_RATIO} to 1; crop or pad it."
+        )
+    try:
+        return picture.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"an image could not be decoded ({error}): the file is cut short or damaged.") from error
+
+
+def _open_file(path: str | Path) -> Image.Image:
+    if str(path).startswith(("http://", "https://")):
+        raise ValueError(f"{path} is a web address: download the image and pass its path.")
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return picture
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no image at {path}: check the path.") from error
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{path} is not a readable image ({error}): it is damaged or of another kind.") from error
+
+
+def _from_array(array: np.ndarray | Tensor) -> Image.Image:
+    array = array.detach().cpu().numpy() if isinstance(array, Tensor) else array
+    if array.ndim == 3 and array.shape[-1] != 3 and array.shape[0] == 3:
+        array = array.transpose(1, 2, 0)
+    if array.ndim != 3 or array.shape[-1] != 3 or array.dtype != np.uint8:
+        raise ValueError(
+            f"expected an image array [h, w, 3] of uint8 in 0..255, got shape {array.shape} of {array.dtype}."
+        )
+    return Image.fromarray(array)
+
+
+def _as_messages(text: str, images: list, videos: list, system: str | None) -> list[dict]:
+    """A user's turn; where the text has its own placeholders they say where the images go."""
+    turn: list[dict] = [] if system is None else [{"role": "system", "content": system}]
+    if IMAGE_PAD in text or VIDEO_PAD in text:
+        return [*turn, {"role": "user", "content": [{"type": "text", "text": text}], "_medias": (images, videos)}]
+    content = [{"type": "image", "image": image} for image in images]
+    content += [{"type": "video", "video": video} for video in videos]
+    return [*turn, {"role": "user", "content": [*content, {"type": "text", "text": text}]}]
+
+
+def _without_template(
+    text: str, images: list, videos: list, answer: str | None
+) -> tuple[list[Part], list[tuple[int, Any]]]:
+    """Images, then the text, as base models are prompted."""
+    medias = [(IMAGE, image) for image in images] + [(VIDEO, video) for video in videos]
+    parts = []
+    if IMAGE_PAD not in text and VIDEO_PAD not in text:
+        pads = [IMAGE_PAD if kind == IMAGE else VIDEO_PAD for kind, _ in medias]
+        parts = [Part(f"<|vision_start|>{pad}<|vision_end|>", "template") for pad in pads]
+    parts.append(Part(text, "question"))
+    return parts + ([] if answer is None else [Part(answer, "answer")]), medias
+
+
+def _mark(messages: list[dict]) -> tuple[list[dict], list[Part], list[tuple[int, Any]], bool]:
+    """Messages with every text replaced by a marker; the texts, named; images and videos in order; whether the
+    conversation ends with the assistant's words."""
+    final = messages[-1].get("role") == "assistant" if messages else False
+    turns = [index for index, message in enumerate(messages) if message.get("role") == "user"]
+    if not turns:
+        raise ValueError("expected at least one message of the user: [{'role': 'user', 'content': …}].")
+    marked, contents, medias = [], [], []
+    for index, message in enumerate(messages):
+        role, content = message.get("role"), message.get("content")
+        if role not in ("system", "user", "assistant"):
+            raise ValueError(f"message {index} has role {role!r}: expected 'system', 'user' or 'assistant'.")
+        name = {"system": "system", "user": "question" if index == turns[-1] else "history"}.get(
+            role, "answer" if final and index == len(messages) - 1 else "history"
+        )
+        items = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        if not isinstance(items, (list, tuple)) or not items:
+            raise ValueError(f"message {index} has no content: expected a string or a list of parts.")
+        out = []
+        for item in items:
+            kind = item.get("type")
+            if kind == "text":
+                if not isinstance(item.get("text"), str):
+                    raise ValueError(f"message {index} has a text part without text: {item!r}.")
+                out.append({"type": "text", "text": _MARK.format(len(contents))})
+                contents.append(Part(item["text"], name))
+            elif kind in ("image", "video"):
+                media = item.get(kind)
+                if media is None:
+                    raise ValueError(f"message {index} has a part of type {kind!r} without its {kind!r}.")
+                out.append({"type": kind, kind: ""})
+                medias.append((IMAGE if kind == "image" else VIDEO, media))
+            else:
+                raise ValueError(f"message {index} has a part of type {kind!r}: expected 'text', 'image' or 'video'.")
+        images, videos = message.get("_medias", ((), ()))
+        medias += [(IMAGE, image) for image in images] + [(VIDEO, video) for video in videos]
+        if role != "user" and all(item["type"] == "text" for item in out):
+            out = "".join(item["text"] for item in out)
+        marked.append({"role": role, "content": out})
+    if not any(part.text.strip() for part in contents):
+        raise ValueError("the conversation has no text: ask something.")
+    return marked, contents, medias, final
+
+
+def _template_parts(text: str, first: bool) -> list[Part]:
+    """A stretch of the template's own; the default system prompt in it is named."""
+    default = re.match(r"(<\|im_start\|>system\n)(.+?)(<\|im_end\|>)", text, re.DOTALL) if first else None
+    if not default:
+        return [Part(text, "template")] if text else []
+    rest = text[default.end(2) :]
+    return [Part(default[1], "template"), Part(default[2], "system"), Part(rest, "template")]
+
+
+def _in_order(placeholders: list[str], medias: list[tuple[int, Any]]) -> list[tuple[int, Any]]:
+    """Images and videos as the prompt's placeholders take turns."""
+    queues = {kind: iter([m for m in medias if m[0] == kind]) for kind in (IMAGE, VIDEO)}
+    return [next(queues[IMAGE if pad == IMAGE_PAD else VIDEO]) for pad in placeholders]
+
+
+def _media_rows(media: Sequence[Any] | None, n_rows: int, single: bool, word: str) -> list[list[Any]]:
+    """The images (or videos) of each prompt."""
+    if media is None:
+        return [[] for _ in range(n_rows)]
+    if isinstance(media, (str, Path, Image.Image)):
+        raise ValueError(f"expected {word}=[…], a list, got one {type(media).__name__}: wrap it in a list.")
+    if single:
+        return [list(media)]
+    if len(media) != n_rows or any(row is not None and not isinstance(row, (list, tuple)) for row in media):
+        raise ValueError(
+            f"for {n_rows} prompts expected {word}= a list of {n_rows} lists (one for each prompt, [] for none), got "
+            f"{len(media)} entries."
+        )
+    return [list(row or []) for row in media]
+
+
+def _per_row(values: str | Sequence[str | None] | None, n_rows: int, word: str) -> list[str | None]:
+    values = [values] if isinstance(values, str) else [None] * n_rows if values is None else list(values)
+    if len(values) != n_rows:
+        raise ValueError(f"expected {n_rows} {word}, one for each prompt (None for none), got {len(values)}.")
+    if any(value is not None and not value for value in values):
+        raise ValueError(f"an empty string in {word}: use None for a prompt without one.")
+    return values
+
+
+def _image_processor(settings: dict[str, Any]) -> Qwen2VLImageProcessorPil:
+    known = {
+        "do_resize", "size", "min_pixels", "max_pixels", "resample", "do_rescale", "rescale_factor", "do_normalize",
+        "image_mean", "image_std", "do_convert_rgb", "patch_size", "temporal_patch_size", "merge_size",
+    }  # fmt: skip
+    return Qwen2VLImageProcessorPil(**{key: value for key, value in settings.items() if key in known})
+
+
+def _chat_template(folder: Path, tokenizer: Any) -> str | None:
+    jinja = folder / "chat_template.jinja"
+    if jinja.exists():
+        return jinja.read_text(encoding="utf-8")
+    stored = _read(folder / "chat_template.json")
+    return stored["chat_template"] if stored else getattr(tokenizer, "chat_template", None)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from error

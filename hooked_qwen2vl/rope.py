@@ -1,0 +1,73 @@
+"""Rotary position embeddings, as pure functions: 2-D for the tower, M-RoPE for the decoder.
+
+Source: Qwen2-VL technical report, section 2.1; `modeling_qwen2_vl.py` of transformers.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+class Rotation(NamedTuple):
+    """Cosine and sine of every angle, both halves of the head repeated."""
+
+    cos: Float[Tensor, "... pos d_head"]
+    sin: Float[Tensor, "... pos d_head"]
+
+
+def _inverse_frequencies(base: float, dim: int, device: torch.device) -> Float[Tensor, "frequency"]:
+    return 1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim))
+
+
+def _rotation(angles: Float[Tensor, "... pos half"], dtype: torch.dtype) -> Rotation:
+    angles = torch.cat((angles, angles), dim=-1)
+    return Rotation(angles.cos().to(dtype), angles.sin().to(dtype))
+
+
+def vision_rotation(
+    coordinates: Int[Tensor, "patch 2"], base: float, d_head: int, dtype: torch.dtype = torch.float32
+) -> Rotation:
+    """2-D rotation of each patch: the first quarter of the head turns with the row, the second with the column.
+
+    Args:
+        coordinates: (row, col) of each patch.
+        dtype: of the rotation; the reference rotates the tower in float32 whatever the weights are.
+    Returns:
+        cos and sin, each [patch d_head].
+    """
+    inverse = _inverse_frequencies(base, d_head // 2, coordinates.device)
+    angles = coordinates[..., None].float() * inverse  # [patch 2 d_head/4]
+    return _rotation(angles.flatten(-2), dtype)
+
+
+def text_rotation(
+    position_ids: Int[Tensor, "3 batch pos"],
+    base: float,
+    d_head: int,
+    mrope_section: Sequence[int],
+    dtype: torch.dtype,
+) -> Rotation:
+    """M-RoPE: the frequencies are dealt in sections to the time, row and column streams.
+
+    Args:
+        position_ids: (t, row, col) position of every token; equal streams for text.
+        mrope_section: how many frequencies turn with each stream; sums to d_head / 2.
+        dtype: of the decoder's activations: the reference rounds cos and sin to it.
+    Returns:
+        cos and sin, each [batch pos d_head].
+    """
+    inverse = _inverse_frequencies(base, d_head, position_ids.device)
+    angles = position_ids[..., None].float() * inverse  # [3 batch pos d_head/2]
+    sections = angles.split(list(mrope_section), dim=-1)
+    return _rotation(torch.cat([part[stream] for stream, part in enumerate(sections)], dim=-1), dtype)
+
+
+def rotate(x: Float[Tensor, "batch pos head d_head"], rotation: Rotation) -> Float[Tensor, "batch pos head d_head"]:
+    """Turns every head's vector; computed in the rotation's dtype where that is wider than x's."""
+    cos, sin = (part.unsqueeze(-2) for part in rotation)
+    first, second = x.chunk(2, dim=-1)
+    return ((x * cos) + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)

@@ -1,0 +1,155 @@
+"""The table from HF's parameter names to ours, and the all-or-nothing load.
+
+Nothing is copied: a parameter of ours is the checkpoint's own tensor, or (for the tower's fused
+q, k, v) a slice of its rows.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .config import HookedQwen2VLConfig
+
+# HF name (new layout, without the prefix "model.") -> the parameters of ours that share its storage.
+TEXT_TABLE = {
+    "language_model.embed_tokens.weight": ("embed.weight",),
+    "language_model.norm.weight": ("ln_final.w",),
+    "language_model.layers.{l}.input_layernorm.weight": ("blocks.{l}.ln1.w",),
+    "language_model.layers.{l}.self_attn.q_proj.weight": ("blocks.{l}.attn.q_proj.weight",),
+    "language_model.layers.{l}.self_attn.q_proj.bias": ("blocks.{l}.attn.q_proj.bias",),
+    "language_model.layers.{l}.self_attn.k_proj.weight": ("blocks.{l}.attn.k_proj.weight",),
+    "language_model.layers.{l}.self_attn.k_proj.bias": ("blocks.{l}.attn.k_proj.bias",),
+    "language_model.layers.{l}.self_attn.v_proj.weight": ("blocks.{l}.attn.v_proj.weight",),
+    "language_model.layers.{l}.self_attn.v_proj.bias": ("blocks.{l}.attn.v_proj.bias",),
+    "language_model.layers.{l}.self_attn.o_proj.weight": ("blocks.{l}.attn.o_proj.weight",),
+    "language_model.layers.{l}.post_attention_layernorm.weight": ("blocks.{l}.ln2.w",),
+    "language_model.layers.{l}.mlp.gate_proj.weight": ("blocks.{l}.mlp.gate_proj.weight",),
+    "language_model.layers.{l}.mlp.up_proj.weight": ("blocks.{l}.mlp.up_proj.weight",),
+    "language_model.layers.{l}.mlp.down_proj.weight": ("blocks.{l}.mlp.down_proj.weight",),
+}
+_QKV = tuple(f"vision_encoder.blocks.{{l}}.attn.{part}_proj" for part in "qkv")
+VISION_TABLE = {
+    "visual.patch_embed.proj.weight": ("vision_encoder.patch_embed.weight",),
+    "visual.blocks.{l}.norm1.weight": ("vision_encoder.blocks.{l}.ln1.w",),
+    "visual.blocks.{l}.norm1.bias": ("vision_encoder.blocks.{l}.ln1.b",),
+    "visual.blocks.{l}.attn.qkv.weight": tuple(f"{part}.weight" for part in _QKV),
+    "visual.blocks.{l}.attn.qkv.bias": tuple(f"{part}.bias" for part in _QKV),
+    "visual.blocks.{l}.attn.proj.weight": ("vision_encoder.blocks.{l}.attn.o_proj.weight",),
+    "visual.blocks.{l}.attn.proj.bias": ("vision_encoder.blocks.{l}.attn.o_proj.bias",),
+    "visual.blocks.{l}.norm2.weight": ("vision_encoder.blocks.{l}.ln2.w",),
+    "visual.blocks.{l}.norm2.bias": ("vision_encoder.blocks.{l}.ln2.b",),
+    "visual.blocks.{l}.mlp.fc1.weight": ("vision_encoder.blocks.{l}.mlp.fc1.weight",),
+    "visual.blocks.{l}.mlp.fc1.bias": ("vision_encoder.blocks.{l}.mlp.fc1.bias",),
+    "visual.blocks.{l}.mlp.fc2.weight": ("vision_encoder.blocks.{l}.mlp.fc2.weight",),
+    "visual.blocks.{l}.mlp.fc2.bias": ("vision_encoder.blocks.{l}.mlp.fc2.bias",),
+    "visual.merger.ln_q.weight": ("vision_projector.ln.w",),
+    "visual.merger.ln_q.bias": ("vision_projector.ln.b",),
+    "visual.merger.mlp.0.weight": ("vision_projector.fc1.weight",),
+    "visual.merger.mlp.0.bias": ("vision_projector.fc1.bias",),
+    "visual.merger.mlp.2.weight": ("vision_projector.fc2.weight",),
+    "visual.merger.mlp.2.bias": ("vision_projector.fc2.bias",),
+}
+LM_HEAD, EMBEDDING = "lm_head.weight", "language_model.embed_tokens.weight"
+# The reference's output projection has no bias; ours has one, zero until value biases are folded into it.
+OUR_ZEROS = re.compile(r"^blocks\.\d+\.attn\.o_proj\.bias$")
+
+
+def canonical(name: str) -> str:
+    """An HF parameter name in the new layout, without "model.": old checkpoints say `model.layers.0…`, `visual.…`."""
+    name = name.removeprefix("model.")
+    if name.startswith(("visual.", "language_model.", "lm_head.")):
+        return name
+    return f"language_model.{name}"
+
+
+def conversion_table(cfg: HookedQwen2VLConfig) -> dict[str, tuple[str, ...]]:
+    """Canonical HF name -> our parameter names, every layer written out."""
+    table = {**_unroll(TEXT_TABLE, cfg.text.n_layers), **_unroll(VISION_TABLE, cfg.vision.n_layers)}
+    return table if cfg.text.tie_word_embeddings else {**table, LM_HEAD: ("unembed.weight",)}
+
+
+def _unroll(table: Mapping[str, tuple[str, ...]], n_layers: int) -> dict[str, tuple[str, ...]]:
+    return {
+        theirs.format(l=layer): tuple(name.format(l=layer) for name in ours)
+        for theirs, ours in table.items()
+        for layer in (range(n_layers) if "{l}" in theirs else (0,))
+    }
+
+
+def load_weights(model: nn.Module, source: Mapping[str, Tensor], where: str) -> None:
+    """Gives every parameter of the model the tensor the source holds for it, or changes nothing.
+
+    Args:
+        model: a HookedQwen2VL, its parameters still on the meta device.
+        source: HF name (either layout) -> tensor; the model's parameters share its storage.
+        where: what to call the source in errors.
+    Raises:
+        ValueError: keys are missing, unused or misshapen; all of them are listed. A stored
+            `lm_head.weight` under tied embeddings is accepted only when it equals the embedding.
+    """
+    tensors = {canonical(name): tensor for name, tensor in source.items()}
+    table = conversion_table(model.cfg)
+    problems = [f"missing: {name}" for name in table if name not in tensors]
+    problems += [f"unused: {name}" for name in tensors if name not in table and name != LM_HEAD]
+    problems += _check_head(model.cfg, tensors)
+    assigned: dict[str, Tensor] = {}
+    for theirs, ours in table.items():
+        if theirs in tensors:
+            problems += _assign(model, theirs, tensors[theirs], ours, assigned)
+    if problems:
+        raise ValueError(
+            f"{where} does not hold the weights its configuration describes, so nothing was loaded:\n  "
+            + "\n  ".join(problems)
+        )
+    dtypes = sorted({str(tensor.dtype) for tensor in assigned.values()})
+    if len(dtypes) > 1:
+        raise ValueError(f"{where} mixes weights of {', '.join(dtypes)}: expected one dtype throughout.")
+    for name, _ in list(model.named_parameters()):
+        if OUR_ZEROS.match(name):
+            assigned[name] = torch.zeros_like(assigned[name.replace("bias", "weight")][:, 0].contiguous())
+    install(model, assigned)
+
+
+def _check_head(cfg: HookedQwen2VLConfig, tensors: Mapping[str, Tensor]) -> Iterable[str]:
+    if not cfg.text.tie_word_embeddings or LM_HEAD not in tensors or EMBEDDING not in tensors:
+        return []
+    head, embedding = tensors[LM_HEAD], tensors[EMBEDDING]
+    if head.data_ptr() == embedding.data_ptr() or torch.equal(head, embedding):
+        return []
+    return [
+        f"unused: {LM_HEAD} (tie_word_embeddings is true, so the head is the embedding, but the stored head differs "
+        f"from it; set tie_word_embeddings to false to use the stored one)"
+    ]
+
+
+def _assign(
+    model: nn.Module, theirs: str, tensor: Tensor, ours: tuple[str, ...], assigned: dict[str, Tensor]
+) -> list[str]:
+    """Cuts one tensor of the source into our parameters; returns what is wrong with its shape or dtype."""
+    if not tensor.is_floating_point():
+        return [f"unreadable: {theirs} is {tensor.dtype}, expected a floating-point type (quantised? use from_hf)"]
+    shapes = [tuple(model.get_parameter(name).shape) for name in ours]
+    expected = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+    if theirs == "visual.patch_embed.proj.weight":  # a Conv3d whose stride is its kernel is a matmul
+        vision = model.cfg.vision
+        side = vision.patch_size
+        expected = (vision.d_vision, vision.in_channels, vision.temporal_patch_size, side, side)
+    if tuple(tensor.shape) != expected:
+        return [f"misshapen: {theirs} is {tuple(tensor.shape)}, expected {expected}"]
+    parts = tensor.reshape(expected[0], *shapes[0][1:]).split([shape[0] for shape in shapes])
+    assigned.update(zip(ours, parts))
+    return []
+
+
+def install(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Makes the tensors the model's parameters, as they are; the head stays tied to the embedding if it was."""
+    tied = model.unembed.weight is model.embed.weight
+    for name, tensor in tensors.items():
+        module, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(module), attribute, nn.Parameter(tensor))
+    if tied:
+        model.unembed.weight = model.embed.weight
