@@ -30,12 +30,14 @@ class Checkpoint(Mapping[str, Tensor]):
         folder: where the files are.
         name: what the user called it.
         config: the parsed `config.json`.
+        generation: the parsed `generation_config.json`, empty where there is none.
         files: HF parameter name -> the safetensors file that holds it.
     """
 
     folder: Path
     name: str
     config: dict[str, Any]
+    generation: dict[str, Any]
     files: dict[str, Path]
 
     def __getitem__(self, key: str) -> Tensor:
@@ -68,7 +70,9 @@ def open_checkpoint(name: str | Path, revision: str | None = None, local_files_o
     """
     folder = _find(str(name), revision, local_files_only)
     config = _read_json(folder / "config.json", "the model's configuration")
-    return Checkpoint(folder=folder, name=str(name), config=config, files=_list_tensors(folder))
+    settings = folder / "generation_config.json"
+    generation = _read_json(settings, "how it ends an answer") if settings.exists() else {}
+    return Checkpoint(folder, str(name), config, generation, _list_tensors(folder))
 
 
 def _find(name: str, revision: str | None, local_files_only: bool) -> Path:

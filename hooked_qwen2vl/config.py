@@ -125,12 +125,17 @@ class HookedQwen2VLConfig(TransformerLensConfig):
         return self.special.vision_end
 
 
-def convert_config(config: dict[str, Any] | PretrainedConfig, name: str = "Qwen2-VL") -> HookedQwen2VLConfig:
+def convert_config(
+    config: dict[str, Any] | PretrainedConfig,
+    name: str = "Qwen2-VL",
+    generation: dict[str, Any] | None = None,
+) -> HookedQwen2VLConfig:
     """Reads a Qwen2-VL configuration, old layout (flat) or new (with `text_config`).
 
     Args:
         config: the parsed `config.json`, or the configuration of a model in memory.
         name: what to call the model in results and errors.
+        generation: the parsed `generation_config.json`; its end tokens go before the configuration's.
     Raises:
         ValueError: another architecture, an unknown key, or a value this port does not compute;
             each is named with its value.
@@ -145,7 +150,7 @@ def convert_config(config: dict[str, Any] | PretrainedConfig, name: str = "Qwen2
             f"{name}: this configuration asks for what hooked_qwen2vl does not compute, so its numbers would be "
             f"wrong:\n  " + "\n  ".join(problems)
         )
-    text, vision, special = _text(hf), _vision(hf), _special(hf)
+    text, vision, special = _text(hf), _vision(hf), _special(hf, generation or {})
     return HookedQwen2VLConfig(
         d_model=text.d_model,
         d_head=text.d_head,
@@ -306,8 +311,8 @@ def _vision(hf: Qwen2VLConfig) -> VisionConfig:
     )
 
 
-def _special(hf: Qwen2VLConfig) -> SpecialTokens:
-    eos = hf.text_config.eos_token_id
+def _special(hf: Qwen2VLConfig, generation: dict[str, Any]) -> SpecialTokens:
+    eos = generation.get("eos_token_id", hf.text_config.eos_token_id)
     return SpecialTokens(
         image=hf.image_token_id,
         video=hf.video_token_id,

@@ -1,2 +1,337 @@
-"""placeholder"""
-class Generation: pass
+"""Decoding with a KV cache and with hooks, the images always in the run.
+
+The prompt is run once (prefill), then one position a step. Hooks act at every step: an activation is
+`[batch, prompt, …]` in the prefill and `[batch, 1, …]` after. A token the model generates is text, also
+when its id is an image placeholder's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+from transformer_lens.utilities import sample_logits
+from transformers import StoppingCriteriaList
+from transformers.generation import StopStringCriteria
+
+from .cache import HookedCache, is_vision
+from .inputs import Inputs
+
+Hooks = Sequence[tuple[str | Callable[[str], bool], Callable]]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen; greedy unless `do_sample`."""
+
+    do_sample: bool = True
+    top_k: int | None = None
+    top_p: float | None = None
+    temperature: float = 1.0
+    freq_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.top_k is not None and self.top_p is not None:
+            raise ValueError("top_k and top_p exclude each other, as in TransformerLens: pass one.")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {self.top_k}.")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}.")
+        if self.temperature < 0 or self.freq_penalty < 0 or self.repetition_penalty <= 0:
+            raise ValueError("temperature and freq_penalty must not be negative, repetition_penalty must be positive.")
+
+    def choose(
+        self, logits: Float[Tensor, "batch d_vocab"], tokens: Int[Tensor, "batch pos"], step: int
+    ) -> Int[Tensor, "batch"]:
+        """The next token of each row; with a seed, the same whatever else draws random numbers."""
+        temperature = self.temperature if self.do_sample else 0.0
+        with _seeded(None if self.seed is None else self.seed * 1_000_003 + step, logits.device):
+            return sample_logits(
+                logits.float(),
+                top_k=self.top_k,
+                top_p=self.top_p,
+                temperature=temperature,
+                freq_penalty=self.freq_penalty,
+                repetition_penalty=self.repetition_penalty,
+                tokens=tokens,
+            )
+
+
+class Generation:
+    """Mixed into HookedQwen2VL."""
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input: Inputs | str | list[str] | Int[Tensor, "batch pos"],
+        max_new_tokens: int = 10,
+        stop_at_eos: bool = True,
+        eos_token_id: int | Sequence[int] | None = None,
+        do_sample: bool = True,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        temperature: float = 1.0,
+        freq_penalty: float = 0.0,
+        repetition_penalty: float = 1.0,
+        use_past_kv_cache: bool = True,
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+        return_type: Literal["input", "str", "tokens", "inputs"] = "input",
+        verbose: bool = True,
+        fwd_hooks: Hooks = (),
+        return_cache: bool = False,
+        names_filter: Any = None,
+        device: torch.device | str | None = None,
+        stop_strings: str | Sequence[str] | None = None,
+        stopping_criteria: Any = None,
+        seed: int | None = None,
+    ) -> Any:
+        """Continues each prompt; TransformerLens's arguments (it samples by default, as TransformerLens does).
+
+        Args:
+            eos_token_id: what ends a row; None takes the checkpoint's generation settings.
+            use_past_kv_cache: False runs the whole sequence anew at every step: the same tokens, slower.
+            return_type: "tokens" [batch pos+new], the prompt included, filled after the end with the padding
+                token; "inputs" the same as Inputs, the new tokens named `answer`; "str" the text (of the
+                answer alone when `input` is Inputs, prompt included otherwise, as in TransformerLens); "input"
+                the kind that came in.
+            fwd_hooks: hooks for this call, at the prefill and at every step.
+            return_cache: also the activations named by `names_filter`, over prompt and generated tokens, as they
+                were when those tokens were run (with hooks, the hooked ones), on `device`.
+            seed: makes sampling repeatable.
+        Returns:
+            the continuation, or (continuation, HookedCache).
+        Raises:
+            ValueError: a continuation past the context, contradictory sampling settings, or placeholders
+                without images.
+        """
+        if return_type not in ("input", "str", "tokens", "inputs"):
+            raise ValueError(f"return_type must be 'input', 'str', 'tokens' or 'inputs', got {return_type!r}.")
+        if prepend_bos or padding_side == "right":
+            raise ValueError("Qwen2-VL has no BOS token and batches are padded on the left: drop these arguments.")
+        prompt = self._as_inputs(input, None)
+        sampling = Sampling(do_sample, top_k, top_p, temperature, freq_penalty, repetition_penalty, seed)
+        stop = self._stopping(stop_at_eos, eos_token_id, stop_strings, stopping_criteria)
+        collector = self._collector(input, names_filter, device) if return_cache else None
+        hooks = list(fwd_hooks) + (collector.hooks if collector else [])
+        done = prompt
+        with self.hooks(fwd_hooks=hooks):
+            steps = self._steps(prompt, max_new_tokens, sampling, stop, use_past_kv_cache, collector)
+            for done in tqdm(steps, total=max_new_tokens, disable=not verbose, delay=1, desc="generating", unit="token"):
+                pass
+        output = self._as_asked(input, prompt, done, return_type)
+        return (output, HookedCache(collector.joined(), self)) if collector else output
+
+    @torch.no_grad()
+    def generate_stream(
+        self,
+        input: Inputs | str | list[str] | Int[Tensor, "batch pos"],
+        max_new_tokens: int = 10,
+        max_tokens_per_yield: int = 1,
+        stop_at_eos: bool = True,
+        eos_token_id: int | Sequence[int] | None = None,
+        do_sample: bool = True,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        temperature: float = 1.0,
+        freq_penalty: float = 0.0,
+        repetition_penalty: float = 1.0,
+        use_past_kv_cache: bool = True,
+        return_type: Literal["tokens", "str"] = "str",
+        fwd_hooks: Hooks = (),
+        stop_strings: str | Sequence[str] | None = None,
+        stopping_criteria: Any = None,
+        seed: int | None = None,
+    ) -> Iterator[Int[Tensor, "batch new"] | str]:
+        """`generate`, yielding the new tokens (or, for one prompt, their text) as they come.
+
+        The hooks are on the model while the generator is being advanced, and only then.
+
+        Raises:
+            ValueError: as `generate`; text for several prompts at once.
+        """
+        prompt = self._as_inputs(input, None)
+        if return_type not in ("tokens", "str") or (return_type == "str" and len(prompt) != 1):
+            raise ValueError("stream 'tokens', or 'str' for one prompt: several texts cannot be told apart.")
+        sampling = Sampling(do_sample, top_k, top_p, temperature, freq_penalty, repetition_penalty, seed)
+        stop = self._stopping(stop_at_eos, eos_token_id, stop_strings, stopping_criteria)
+        steps = self._steps(prompt, max_new_tokens, sampling, stop, use_past_kv_cache, None)
+        given, said, done = prompt.shape[1], "", prompt
+        while True:
+            with self.hooks(fwd_hooks=list(fwd_hooks)), torch.no_grad():
+                following = next(steps, None)
+            done = done if following is None else following
+            ready = done.shape[1] - given
+            if ready and (following is None or ready >= max_tokens_per_yield):
+                if return_type == "tokens":
+                    yield done.tokens[:, given:]
+                    given = done.shape[1]
+                else:
+                    text = self._answer_text(prompt, done)[0]
+                    if following is None or not text.endswith("\ufffd"):  # half a character waits for its rest
+                        if text[len(said) :]:
+                            yield text[len(said) :]
+                        said, given = text, done.shape[1]
+            if following is None:
+                return
+
+    # ---- the loop -----------------------------------------------------------------------------
+
+    def _steps(
+        self,
+        prompt: Inputs,
+        max_new_tokens: int,
+        sampling: Sampling,
+        stop: Callable[[Tensor, Tensor], Bool[Tensor, "batch"]],
+        use_past_kv_cache: bool,
+        collector: Collector | None,
+    ) -> Iterator[Inputs]:
+        """The prompt with one token more at each step, until every row has stopped."""
+        if max_new_tokens < 0 or prompt.shape[1] + max_new_tokens > self.cfg.n_ctx:
+            raise ValueError(
+                f"the prompt has {prompt.shape[1]} tokens and {max_new_tokens} more do not fit the context of "
+                f"{self.cfg.n_ctx}: ask for between 0 and {self.cfg.n_ctx - prompt.shape[1]}."
+            )
+        if not max_new_tokens:
+            return
+        past = None
+        if use_past_kv_cache:
+            past = TransformerLensKeyValueCache.init_cache(self.cfg, self.cfg.device, len(prompt))
+        elif prompt.visuals and not self._tower_is_listened_to():
+            prompt = self.encode(prompt)
+        running = torch.ones(len(prompt), dtype=torch.bool, device=prompt.device)
+        logits, sequence = self._next_logits(prompt, prompt, past), prompt
+        for step in range(max_new_tokens):
+            chosen = sampling.choose(logits, sequence.tokens, step)
+            chosen = torch.where(running, chosen, self._fill_id())
+            sequence = sequence.extend(chosen, running)
+            yield sequence
+            running = running & ~stop(sequence.tokens, logits)
+            last = not running.any() or step == max_new_tokens - 1
+            if not last or collector is not None:  # the last token is run only for its activations
+                logits = self._next_logits(sequence, prompt, past)
+            if last:
+                return
+
+    def _next_logits(
+        self, sequence: Inputs, prompt: Inputs, past: TransformerLensKeyValueCache | None
+    ) -> Float[Tensor, "batch d_vocab"]:
+        """Logits of the next token: of the whole sequence, or of its last position on top of the past."""
+        if past is None or sequence is prompt:
+            residual, position_ids = self._embed(sequence), sequence.position_ids
+        else:
+            residual, position_ids = self.hook_embed(self.embed(sequence.tokens[:, -1:])), sequence.position_ids[..., -1:]
+        layers = range(self.cfg.n_layers)
+        residual = self._run_blocks(residual, layers, position_ids, sequence.attention_mask, past)
+        return self.unembed(self.ln_final(residual)[:, -1:])[:, 0]
+
+    # ---- stopping, and what comes back --------------------------------------------------------
+
+    def _stopping(
+        self, stop_at_eos: bool, eos_token_id: Any, stop_strings: Any, stopping_criteria: Any
+    ) -> Callable[[Tensor, Tensor], Bool[Tensor, "batch"]]:
+        """A function (tokens, logits) -> which rows have stopped."""
+        eos = self.cfg.special.eos if eos_token_id is None else eos_token_id
+        eos = [eos] if isinstance(eos, int) else list(eos)
+        if stop_at_eos and not eos:
+            raise ValueError("this checkpoint names no end token: pass eos_token_id= or stop_at_eos=False.")
+        criteria = StoppingCriteriaList()
+        if stop_strings is not None:
+            criteria.append(StopStringCriteria(self._tokenizer(), stop_strings))
+        if stopping_criteria is not None:
+            several = isinstance(stopping_criteria, (list, tuple))
+            criteria.extend(stopping_criteria if several else [stopping_criteria])
+
+        def stop(tokens: Tensor, logits: Tensor) -> Tensor:
+            stopped = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+            if stop_at_eos:
+                stopped = torch.isin(tokens[:, -1], torch.tensor(eos, device=tokens.device))
+            for criterion in criteria:
+                stopped = stopped | torch.as_tensor(criterion(tokens, logits), device=tokens.device)
+            return stopped
+
+        return stop
+
+    def _fill_id(self) -> int:
+        """What fills a row after its end."""
+        pad = None if self.tokenizer is None else self.tokenizer.pad_token_id
+        return pad if pad is not None else (self.cfg.special.eos or (0,))[0]
+
+    def _as_asked(self, input: Any, prompt: Inputs, done: Inputs, return_type: str) -> Any:
+        if return_type == "input":
+            kinds = {Inputs: "inputs", str: "str", list: "str", tuple: "str"}
+            return_type = next((kind for of, kind in kinds.items() if isinstance(input, of)), "tokens")
+        if return_type == "inputs":
+            return done
+        if return_type == "tokens":
+            return done.tokens
+        if isinstance(input, Inputs):
+            texts = self._answer_text(prompt, done)
+            return texts[0] if len(texts) == 1 else texts
+        texts = [self._decode(row.tokens[0][row.attention_mask[0].bool()]) for row in done]
+        return texts if isinstance(input, (list, tuple)) or len(texts) > 1 else texts[0]
+
+    def _answer_text(self, prompt: Inputs, done: Inputs) -> list[str]:
+        """The text of each row's new tokens, special tokens left out."""
+        new = slice(prompt.shape[1], None)
+        return [self._decode(row.tokens[0, new][row.attention_mask[0, new].bool()]) for row in done]
+
+    def _decode(self, tokens: Int[Tensor, "pos"]) -> str:
+        return self._tokenizer().decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _collector(self, input: Any, names_filter: Any, device: Any) -> Collector:
+        names = self._default_names(input, False) if names_filter is None else names_filter
+        self._require_hooks(names)
+        return Collector(self, names, device)
+
+
+class Collector:
+    """Gathers activations over prefill and steps, and joins them along their position axis."""
+
+    def __init__(self, model: Any, names_filter: Any, device: Any):
+        self.chunks: dict[str, list[Tensor]] = {}
+        cache, self.hooks, _ = model.get_caching_hooks(names_filter, device=device)
+        self.hooks = [(name, self._save(device)) for name, _ in self.hooks]
+
+    def _save(self, device: Any) -> Callable:
+        def save(tensor: Tensor, hook: Any) -> None:
+            self.chunks.setdefault(hook.name, []).append(tensor.detach().to(device))
+
+        return save
+
+    def joined(self) -> dict[str, Tensor]:
+        """Hook name -> activation over all positions; without a KV cache the last run holds them all."""
+        return {name: self._join(name, chunks) for name, chunks in self.chunks.items()}
+
+    @staticmethod
+    def _join(name: str, chunks: list[Tensor]) -> Tensor:
+        if is_vision(name):
+            return chunks[-1]
+        if not name.endswith(("hook_attn_scores", "hook_pattern")):
+            grown = len(chunks) > 1 and chunks[-1].shape[1] > 1
+            return chunks[-1] if grown else torch.cat(chunks, dim=1)
+        if len(chunks) > 1 and chunks[-1].shape[-2] > 1:
+            return chunks[-1]
+        n_keys = max(chunk.shape[-1] for chunk in chunks)
+        unseen = 0.0 if name.endswith("hook_pattern") else float("-inf")
+        padded = [torch.nn.functional.pad(c, (0, n_keys - c.shape[-1]), value=unseen) for c in chunks]
+        return torch.cat(padded, dim=-2)
+
+
+@contextmanager
+def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

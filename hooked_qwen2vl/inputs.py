@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .config import HookedQwen2VLConfig
@@ -225,6 +225,24 @@ class Inputs:
     def with_prefix(self, image_embeds: Float[Tensor, "image_token d_model"], encoded_by: tuple) -> Inputs:
         """The same batch with its vision prefix computed."""
         return replace(self, image_embeds=image_embeds, encoded_by=encoded_by)
+
+    def extend(self, tokens: Int[Tensor, "batch"], running: Bool[Tensor, "batch"]) -> Inputs:
+        """One generated token more for each row: text, whatever its id, and part of `answer`.
+
+        Args:
+            running: False where a row has ended: its token is padding.
+        """
+        mask = running.long()[:, None]
+        next_position = self.attention_mask.sum(-1) + self.rope_delta
+        names = [row + ("answer" if alive else PADDING,) for row, alive in zip(self.names, running.tolist())]
+        return replace(
+            self,
+            tokens=torch.cat((self.tokens, tokens[:, None]), dim=1),
+            attention_mask=torch.cat((self.attention_mask, mask), dim=1),
+            token_types=torch.cat((self.token_types, torch.zeros_like(mask)), dim=1),
+            position_ids=torch.cat((self.position_ids, next_position.expand(3, -1)[..., None]), dim=2),
+            names=tuple(names),
+        )
 
     # ---- like a token tensor ------------------------------------------------------------------
 

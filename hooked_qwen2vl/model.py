@@ -95,7 +95,7 @@ class HookedQwen2VL(Generation, Tokens, TransformerLensWeights, HookedRootModule
         if device is not None and device_map is not None:
             raise ValueError("pass device= or device_map=, not both.")
         checkpoint = open_checkpoint(name, revision, local_files_only)
-        cfg = convert_config(checkpoint.config, checkpoint.name)
+        cfg = convert_config(checkpoint.config, checkpoint.name, checkpoint.generation)
         processor = Processor.from_folder(checkpoint.folder) if _has_processor(checkpoint.folder) else None
         model = cls._from_weights(cfg, checkpoint, processor, str(checkpoint.folder))
         if wanted is not None:
@@ -117,7 +117,8 @@ class HookedQwen2VL(Generation, Tokens, TransformerLensWeights, HookedRootModule
         name = getattr(hf_model.config, "name_or_path", "") or type(hf_model).__name__
         if processor is not None and not isinstance(processor, Processor):
             processor = Processor.from_hf(processor)
-        cfg = convert_config(hf_model.config, name)
+        generation = hf_model.generation_config.to_dict() if hf_model.generation_config is not None else {}
+        cfg = convert_config(hf_model.config, name, {k: v for k, v in generation.items() if v is not None})
         return cls._from_weights(cfg, hf_model.state_dict(), processor, name)
 
     @classmethod

@@ -1,0 +1,66 @@
+"""Shared fixtures: one seed for every test, tiny models and the prompts they are run on."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import tiny_hf, tiny_processor
+
+from hooked_qwen2vl import HookedQwen2VL, Inputs
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+    np.random.seed(0)
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture(scope="session")
+def processor():
+    return tiny_processor()
+
+
+@pytest.fixture(scope="session")
+def hf():
+    return tiny_hf()
+
+
+@pytest.fixture(scope="session")
+def model(hf, processor):
+    """A hooked model over the session's reference model; tests must leave it as they found it."""
+    return HookedQwen2VL.from_hf(hf, processor)
+
+
+def prompts(model: HookedQwen2VL) -> dict[str, Inputs]:
+    """One of every kind of batch."""
+    wide, tall, small = picture(140, 84, 1), picture(60, 115, 2), picture(56, 56, 3)
+    frames = [picture(84, 56, 10 + i) for i in range(5)]
+    return {
+        "image": model.to_inputs("what is this?", images=[wide]),
+        "text": model.to_inputs("red or blue, the thing"),
+        "two images": model.to_inputs("are they the same?", images=[wide, tall]),
+        "video": model.to_inputs("what happens?", videos=[frames]),
+        "image and video": model.to_inputs("is it there?", images=[tall], videos=[frames]),
+        "batch": model.to_inputs(
+            ["what?", "which of the two is red?", "the red thing", "go on"],
+            images=[[wide], [tall, small], [], [small]],
+            answers=["blue", None, "red red", None],
+        ),
+        "no template": model.to_inputs("the red", images=[tall], template=False),
+    }
+
+
+@pytest.fixture(scope="session")
+def batches(model):
+    return prompts(model)

@@ -1,0 +1,150 @@
+"""Tiny random models and processors with hostile numbers, and the reference's view of an `Inputs`."""
+
+from __future__ import annotations
+
+import torch
+from transformers import Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from hooked_qwen2vl import Inputs, Processor
+from hooked_qwen2vl.positions import IMAGE, VIDEO
+
+SPECIAL = [
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
+    "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+    "<|image_pad|>", "<|video_pad|>",
+]  # fmt: skip
+# The template of the published checkpoints.
+CHAT_TEMPLATE = (
+    "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}"
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
+    "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n{% else %}"
+    "{% for content in message['content'] %}{% if content['type'] == 'image' or 'image' in content or 'image_url' in "
+    "content %}{% set image_count.value = image_count.value + 1 %}{% if add_vision_id %}Picture {{ image_count.value "
+    "}}: {% endif %}<|vision_start|><|image_pad|><|vision_end|>{% elif content['type'] == 'video' or 'video' in content "
+    "%}{% set video_count.value = video_count.value + 1 %}{% if add_vision_id %}Video {{ video_count.value }}: "
+    "{% endif %}<|vision_start|><|video_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def byte_symbols() -> list[str]:
+    """The 256 printable stand-ins for bytes of byte-level BPE."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [byte for byte in range(256) if byte not in printable]
+    return [chr(b) for b in printable] + [chr(256 + n) for n in range(len(rest))]
+
+
+def tiny_tokenizer() -> Qwen2Tokenizer:
+    """Bytes, a few merges, and the real special tokens."""
+    merges = [("r", "e"), ("re", "d"), ("Ġ", "red"), ("b", "l"), ("u", "e"), ("bl", "ue"), ("Ġ", "blue"), ("t", "h")]
+    vocab = {symbol: i for i, symbol in enumerate(byte_symbols() + [a + b for a, b in merges])}
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges)
+    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL[1:]})
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def tiny_processor(min_pixels: int = 28 * 28, max_pixels: int = 28 * 28 * 64) -> Processor:
+    size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
+    return Processor(tiny_tokenizer(), Qwen2VLImageProcessorPil(size=size), CHAT_TEMPLATE, size)
+
+
+def tiny_config(
+    n_heads: int = 4, n_key_value_heads: int = 2, tie: bool = False, n_layers: int = 3, vision_layers: int = 2
+) -> Qwen2VLConfig:
+    """d_vision ≠ d_model, uneven M-RoPE sections, few of everything, the tiny tokenizer's ids."""
+    tokenizer = tiny_tokenizer()
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
+    d_head = 16
+    return Qwen2VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer) + 3,
+            "hidden_size": n_heads * d_head,
+            "intermediate_size": 72,
+            "num_hidden_layers": n_layers,
+            "num_attention_heads": n_heads,
+            "num_key_value_heads": n_key_value_heads,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+            "max_position_embeddings": 512,
+            "rms_norm_eps": 1e-6,
+            "bos_token_id": None,
+            "eos_token_id": ids["<|im_end|>"],
+        },
+        vision_config={
+            "depth": vision_layers,
+            "embed_dim": 48,
+            "hidden_size": n_heads * d_head,
+            "num_heads": 3,
+            "mlp_ratio": 2,
+        },
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=tie,
+    )
+
+
+def tiny_hf(
+    attention: str = "sdpa", dtype: torch.dtype = torch.float32, seed: int = 0, **config
+) -> Qwen2VLForConditionalGeneration:
+    """A reference model whose norms and biases are random and whose layers all matter."""
+    torch.manual_seed(seed)
+    config = tiny_config(**config)
+    config._attn_implementation = attention
+    model = Qwen2VLForConditionalGeneration(config).eval()
+    model.set_attn_implementation(attention)
+    randomise(model)
+    model.generation_config.pad_token_id = 0
+    model.generation_config.eos_token_id = config.text_config.eos_token_id
+    return model.to(dtype)
+
+
+@torch.no_grad()
+def randomise(model: torch.nn.Module) -> None:
+    """Norms around 1, biases around 0, matrices large enough that logits differ between inputs."""
+    for name, weight in model.named_parameters():
+        if "norm" in name or "ln_q" in name or name.endswith("bias"):
+            weight.add_(0.3 * torch.randn_like(weight))
+        elif "patch_embed" not in name:
+            weight.normal_(0.0, 1.4 * weight.shape[-1] ** -0.5 if weight.ndim > 1 else 0.3)
+
+
+def reference_batch(inputs: Inputs) -> dict[str, torch.Tensor]:
+    """What transformers' forward wants for the same prompts."""
+    batch = {
+        "input_ids": inputs.tokens,
+        "attention_mask": inputs.attention_mask,
+        "mm_token_type_ids": inputs.token_types.int(),
+    }
+    sizes = [visual.n_patches for visual in inputs.visuals]
+    packs = inputs.pixels.split(sizes) if sizes else []
+    for kind, pixels, grids in (
+        (IMAGE, "pixel_values", "image_grid_thw"),
+        (VIDEO, "pixel_values_videos", "video_grid_thw"),
+    ):
+        chosen = [patches for patches, visual in zip(packs, inputs.visuals) if visual.kind == kind]
+        if chosen:
+            batch[pixels] = torch.cat(chosen)
+            batch[grids] = torch.tensor([v.grid for v in inputs.visuals if v.kind == kind])
+    return batch
+
+
+@torch.no_grad()
+def reference_logits(hf: Qwen2VLForConditionalGeneration, inputs: Inputs, **changes) -> torch.Tensor:
+    """The reference's logits; nothing is left on the model from the call before."""
+    hf.model.rope_deltas = None
+    return hf(**{**reference_batch(inputs), **changes}).logits
+
+
+def spread(logits: torch.Tensor) -> float:
+    """Standard deviation of the logits over the vocabulary: the scale errors are measured against."""
+    return logits.double().std(-1).mean().item()
+
+
+def real_rows(values: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+    """The positions that are not padding."""
+    return values[inputs.attention_mask.bool()]
