@@ -240,7 +240,7 @@ def test_another_models_prefix_is_not_used(processor):
 def test_stop_and_start_at_a_layer(model, batches):
     inputs = batches["batch"]
     with torch.no_grad():
-        logits, cache = model.run_with_cache(inputs)
+        logits, cache = model.run_with_cache(inputs, names_filter=lambda name: name.endswith("hook_resid_pre"))
         for layer in range(model.cfg.n_layers):
             stopped = model(inputs, stop_at_layer=layer)
             assert torch.equal(stopped, cache["resid_pre", layer])

@@ -110,7 +110,7 @@ def randomise(model: torch.nn.Module) -> None:
         if "norm" in name or "ln_q" in name or name.endswith("bias"):
             weight.add_(0.3 * torch.randn_like(weight))
         elif "patch_embed" not in name:
-            weight.normal_(0.0, 1.4 * weight.shape[-1] ** -0.5 if weight.ndim > 1 else 0.3)
+            weight.normal_(0.0, 1.0 * weight.shape[-1] ** -0.5 if weight.ndim > 1 else 0.3)
 
 
 def reference_batch(inputs: Inputs) -> dict[str, torch.Tensor]:

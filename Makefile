@@ -1,0 +1,15 @@
+.PHONY: test install
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export HF_HUB_OFFLINE := 1
+
+install: .venv/installed
+
+# torch first, then the rest: constraints.txt keeps its CPU build.
+.venv/installed: setup.cfg constraints.txt pyproject.toml
+	python3 -m venv .venv
+	.venv/bin/pip install -q torch==2.13.0
+	.venv/bin/pip install -q -e '.[dev]'
+	touch $@
+
+test: install
+	.venv/bin/python -m pytest
