@@ -1,0 +1,22 @@
+"""The embedded world: simple pictures whose every answer, and whose every reason, is known.
+
+    sample(n, seed, split, domain, category) -> items with image, question, answer and what it depends on
+    counterfactual_pairs(n, …)               -> (item, partner): one attribute of one object changed
+    load_split("train" | "validation" | "test")
+
+`CHECKPOINT` is the folder of a small Qwen2-VL trained on it (`python -m hooked_qwen2vl.scenes.train`).
+"""
+
+from pathlib import Path
+
+from .folder import CHECKPOINT
+from .scene import Scene, Thing
+from .sheet import contact_sheet
+from .world import Item, counterfactual_pairs, load_split, sample, to_frame
+
+SAMPLES = Path(__file__).parent / "samples"
+
+__all__ = [
+    "CHECKPOINT", "SAMPLES", "Item", "Scene", "Thing", "contact_sheet", "counterfactual_pairs", "load_split",
+    "sample", "to_frame",
+]  # fmt: skip
