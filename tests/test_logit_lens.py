@@ -1,0 +1,52 @@
+"""The lens against its definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from analyses.logit_lens import logit_lens
+
+
+@pytest.mark.parametrize("positions", ["last", "image", "question", slice(3, 9), -2])
+def test_the_lens_is_the_norm_and_unembedding_of_every_entry(model, batches, positions):
+    inputs = batches["image"]
+    lens = logit_lens(model, inputs, positions, top_k=3, targets=[5, 7])
+    with torch.no_grad():
+        _, cache = model.run_with_cache(inputs)
+    streams = [cache["resid_pre", layer] for layer in range(model.cfg.n_layers)] + [cache["resid_post", -1]]
+    for layer, stream in enumerate(streams):
+        x = stream[0, list(lens.positions)].double()
+        normed = x / (x.pow(2).mean(-1, keepdim=True) + model.cfg.eps).sqrt() * model.ln_final.w.double()
+        probs = (normed @ model.W_U.double()).softmax(-1).detach()
+        top = probs.topk(3)
+        assert torch.allclose(lens.top_probs[layer].double(), top.values, atol=1e-5)
+        assert torch.equal(lens.top_ids[layer], top.indices)
+        assert torch.allclose(lens.target_probs[layer].double(), probs[:, [5, 7]], atol=1e-5)
+        assert torch.allclose(lens.entropy[layer].double(), -(probs * probs.log()).sum(-1), atol=1e-4)
+
+
+def test_the_last_entry_is_the_models_prediction(model, batches):
+    inputs = batches["batch"]
+    with torch.no_grad():
+        logits = model(inputs)
+    for row in range(len(inputs)):
+        lens = logit_lens(model, inputs, "last", row=row)
+        assert lens.top_ids[-1, 0, 0] == logits[row, lens.positions[0]].argmax()
+
+
+def test_table_and_picture(model, batches, tmp_path):
+    lens = logit_lens(model, batches["image"], "image", top_k=2)
+    assert lens.grid == batches["image"].grid()
+    table = lens.to_dataframe()
+    assert len(table) == (model.cfg.n_layers + 1) * len(lens.positions) * 2
+    figure = lens.plot(tmp_path / "lens.png")
+    assert (tmp_path / "lens.png").stat().st_size > 0
+    assert len(figure.axes[0].texts) == (model.cfg.n_layers + 1) * len(lens.positions)
+
+
+def test_positions_that_are_not_there(model, batches):
+    with pytest.raises(ValueError, match="no part called"):
+        logit_lens(model, batches["text"], "image")
+    with pytest.raises(ValueError, match="not all in the prompt"):
+        logit_lens(model, batches["text"], 10_000)
