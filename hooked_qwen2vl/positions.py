@@ -23,6 +23,7 @@ def patch_coordinates(grid_thw: Int[Tensor, "image 3"], merge: int) -> Int[Tenso
         merge: side of a merge block, in patches.
     Raises:
         ValueError: h or w is not a multiple of merge.
+    Source: Qwen2-VL technical report, section 2.1.
     """
     return torch.cat([_frame_coordinates(h, w, merge).repeat(t, 1) for t, h, w in grid_thw.tolist()])
 
@@ -37,7 +38,13 @@ def _frame_coordinates(h: int, w: int, merge: int) -> Int[Tensor, "patch 2"]:
 
 
 def raster_order(h: int, w: int, merge: int) -> Int[Tensor, "patch"]:
-    """For each patch of a frame in raster order (row by row), its place in the tower's order."""
+    """For each patch of a frame in raster order (row by row), its place in the tower's order.
+
+    `packed[raster_order(h, w, merge)]` is the frame in raster order; `argsort` of it is the way back.
+
+    Raises:
+        ValueError: h or w is not a multiple of merge.
+    """
     rows, cols = _frame_coordinates(h, w, merge).unbind(-1)
     return torch.argsort(rows * w + cols)
 
@@ -61,8 +68,11 @@ def mrope_positions(
 ) -> tuple[Int[Tensor, "3 batch pos"], Int[Tensor, "batch"]]:
     """(t, row, col) position of every token, and what decoding adds to the token count.
 
-    Text advances all three streams by one; an image's tokens are (0, row, col) from where it starts, and
-    the text after it goes on from the largest position + 1. Padding takes no position (it is given 0).
+    Text advances all three streams by one; an image's tokens are (0, row, col) from where it starts, and what
+    follows goes on from its largest position + 1. A video's tokens are (frame, row, col), and what follows goes on
+    from the largest row or column + 1, as in transformers 5: where a video has more frames than rows and columns
+    that is less than the largest position + 1. Images with no token between them are told apart by their grids.
+    Padding takes no position (it is given 0).
 
     Args:
         token_types: 0 text, 1 image, 2 video, for each token.
