@@ -3,6 +3,9 @@
 TransformerLens's functions take it where they expect tokens; the images travel with the rows, and
 nothing can separate them: rows are indexed, repeated and moved with their own images, positions are not
 sliced, and a model given bare tokens with image placeholders refuses them.
+
+It is not a `torch.Tensor`: what torch would make of one (a cut, a concatenation, a cast) could only be ids
+without their images, so torch refuses it by type, and `.tokens` says when ids alone are meant.
 """
 
 from __future__ import annotations
@@ -11,16 +14,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .config import HookedQwen2VLConfig
+from .parts import KINDS, PADDING, names_from_ids, number_visuals
 from .positions import IMAGE, TEXT, VIDEO, mrope_positions, raster_order
 
 Box = tuple[float, float, float, float]
-PADDING = "padding"
-_KINDS = {IMAGE: "image", VIDEO: "video"}
 
 
 @dataclass(frozen=True)
@@ -97,18 +100,16 @@ class Inputs:
         visuals: Sequence[Visual] = (),
         pixels: Float[Tensor, "patch d_patch"] | None = None,
         names: Sequence[Sequence[str]] | None = None,
-        placeholders: bool = True,
     ) -> Inputs:
         """Checks tokens against images and derives types and positions.
 
         Args:
             visuals, pixels: in order of appearance, row by row.
-            names: the part of each position; without them only the vision parts are named and the rest
-                is "question".
-            placeholders: False where a placeholder id is plain text (the model generated it).
+            names: the part of each position; without them the ids tell (see `parts.names_from_ids`).
         Raises:
             ValueError: no tokens, ids outside the vocabulary, more positions than the context, a mask of
-                another shape or with padding in the middle, or placeholders and images that do not match.
+                another shape or with padding in the middle, or placeholders, images and pixels that do
+                not match.
         """
         if tokens.ndim != 2 or tokens.numel() == 0:
             raise ValueError(f"expected tokens [batch pos] with at least one token, got shape {tuple(tokens.shape)}.")
@@ -116,7 +117,9 @@ class Inputs:
             raise ValueError(f"expected integer token ids, got {tokens.dtype}.")
         tokens = tokens.long()
         if int(tokens.min()) < 0 or int(tokens.max()) >= cfg.d_vocab:
-            raise ValueError(f"token ids must be in 0..{cfg.d_vocab - 1}, got {int(tokens.min())}..{int(tokens.max())}.")
+            raise ValueError(
+                f"token ids must be in 0..{cfg.d_vocab - 1}, got {int(tokens.min())}..{int(tokens.max())}."
+            )
         if tokens.shape[1] > cfg.n_ctx:
             raise ValueError(
                 f"the prompt has {tokens.shape[1]} tokens, the model's context {cfg.n_ctx}: use a smaller image "
@@ -125,30 +128,24 @@ class Inputs:
         mask = torch.ones_like(tokens) if attention_mask is None else attention_mask.to(tokens.device).long()
         _check_mask(mask, tokens)
         types = torch.zeros_like(tokens)
-        if placeholders:
-            types[tokens == cfg.image_token_id] = IMAGE
-            types[tokens == cfg.video_token_id] = VIDEO
+        types[tokens == cfg.image_token_id] = IMAGE
+        types[tokens == cfg.video_token_id] = VIDEO
         types = types * mask
+        merge = cfg.vision.spatial_merge_size
         _check_visuals(types, visuals)
+        _check_pixels(pixels, visuals, cfg)
         grids = {
             kind: torch.tensor([v.grid for v in visuals if v.kind == kind], dtype=torch.long).reshape(-1, 3)
             for kind in (IMAGE, VIDEO)
         }
-        merge = cfg.vision.spatial_merge_size
         position_ids, delta = mrope_positions(types, mask, grids[IMAGE], grids[VIDEO], merge)
-        if names is None:
-            names = [_vision_names(row, kinds, cfg) for row, kinds in zip(tokens.tolist(), types.tolist())]
-        names = [
-            [PADDING if not seen else name for name, seen in zip(row, mask_row)]
-            for row, mask_row in zip(_number_visuals(names, types, visuals), mask.tolist())
-        ]
         return cls(
             tokens=tokens,
             attention_mask=mask,
             token_types=types,
             position_ids=position_ids,
             rope_delta=delta,
-            names=tuple(tuple(row) for row in names),
+            names=_name_rows(tokens, mask, types, visuals, names, cfg),
             visuals=tuple(visuals),
             pixels=pixels,
         )
@@ -168,24 +165,35 @@ class Inputs:
         return cls.build(tokens[None] if tokens.ndim == 1 else tokens, cfg, attention_mask)
 
     @classmethod
-    def from_processor(cls, batch: Mapping[str, Any], cfg: HookedQwen2VLConfig) -> Inputs:
+    def from_processor(
+        cls,
+        batch: Mapping[str, Any],
+        cfg: HookedQwen2VLConfig,
+        image_sizes: Sequence[tuple[float, float]] | None = None,
+    ) -> Inputs:
         """The mapping that HF's Qwen2VLProcessor returns (`return_tensors="pt"`).
 
-        The processor does not keep the original image sizes: boxes are in pixels of the resized image.
+        The parts of a prompt are read off its ids (see `parts.names_from_ids`).
 
+        Args:
+            image_sizes: (width, height) of each image before it was resized, in order: the processor does not
+                keep them, and without them boxes are in pixels of the resized image.
         Raises:
-            ValueError: keys missing, or pixels and grids that do not match the placeholders.
+            ValueError: keys missing, or pixels, grids or sizes that do not match the placeholders.
         """
         if "input_ids" not in batch:
             raise ValueError(f"expected the processor's mapping with 'input_ids', got keys {sorted(batch)}.")
-        tokens = torch.as_tensor(batch["input_ids"])
-        merge, side = cfg.vision.spatial_merge_size, cfg.vision.patch_size
+        tokens = _rectangle(batch["input_ids"], "input_ids")
         mask = batch.get("attention_mask")
-        mask = torch.ones_like(tokens) if mask is None else torch.as_tensor(mask)
+        mask = torch.ones_like(tokens) if mask is None else _rectangle(mask, "attention_mask")
         packs = {
             IMAGE: _unpack(batch, "pixel_values", "image_grid_thw"),
             VIDEO: _unpack(batch, "pixel_values_videos", "video_grid_thw"),
         }
+        if image_sizes is not None and len(image_sizes) != len(packs[IMAGE]):
+            raise ValueError(f"expected {len(packs[IMAGE])} image_sizes, one for each image, got {len(image_sizes)}.")
+        sizes = iter(image_sizes or ())
+        merge, side = cfg.vision.spatial_merge_size, cfg.vision.patch_size
         ids = {cfg.image_token_id: IMAGE, cfg.video_token_id: VIDEO}
         visuals, pixels = [], []
         for row, (row_tokens, row_mask) in enumerate(zip(tokens.tolist(), mask.tolist())):
@@ -197,7 +205,9 @@ class Inputs:
                     position += 1
                     continue
                 grid, patches = packs[kind].pop(0)
-                visual = Visual(row, kind, grid, (float(grid[2] * side), float(grid[1] * side)), merge)
+                resized = (float(grid[2] * side), float(grid[1] * side))
+                size = tuple(map(float, next(sizes, resized))) if kind == IMAGE else resized
+                visual = Visual(row, kind, grid, size, merge)
                 visuals.append(visual)
                 pixels.append(patches)
                 position += visual.n_tokens
@@ -244,6 +254,21 @@ class Inputs:
             names=tuple(names),
         )
 
+    def left_padded(self) -> Inputs:
+        """The same rows with all their padding on the left, as decoding needs them; positions stay the tokens' own."""
+        order = self.attention_mask.argsort(dim=-1, stable=True)
+        if torch.equal(order, torch.arange(self.shape[1], device=self.device).expand_as(order)):
+            return self
+        names = tuple(tuple(row[place] for place in places) for row, places in zip(self.names, order.tolist()))
+        return replace(
+            self,
+            tokens=self.tokens.gather(-1, order),
+            attention_mask=self.attention_mask.gather(-1, order),
+            token_types=self.token_types.gather(-1, order),
+            position_ids=self.position_ids.gather(-1, order.expand(3, -1, -1)),
+            names=names,
+        )
+
     # ---- like a token tensor ------------------------------------------------------------------
 
     @property
@@ -278,21 +303,25 @@ class Inputs:
         return (self[row] for row in range(len(self)))
 
     def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> Inputs:
-        """Rows with their own images; an int gives a batch of one row (an image needs its row).
+        """Rows with their own images, by an int, a slice, a list, an integer tensor or a mask of rows.
+
+        An int gives a batch of one row, [1 pos]: an image needs its row.
 
         Raises:
             IndexError: a row that is not there, or an index into positions: those cannot be cut out of a
                 prompt without its images; slice the results instead.
         """
-        if isinstance(index, tuple):
+        if index is None or index is Ellipsis or isinstance(index, (bool, tuple)):
             raise IndexError(
                 "Inputs are indexed by row only: positions cannot be cut out of a prompt that carries images. "
                 "Use .tokens[...] for ids, or slice the activations."
             )
-        rows = torch.arange(len(self))
         if isinstance(index, Tensor):
             index = index.cpu()
-        chosen = rows[index].reshape(-1).tolist()
+        rows = torch.arange(len(self))[index]
+        if rows.ndim > 1:
+            raise IndexError(f"expected rows along one axis, got an index of shape {tuple(rows.shape)}.")
+        chosen = rows.reshape(-1).tolist()
         patches, embeds = [], []
         visuals: list[Visual] = []
         for new_row, row in enumerate(chosen):
@@ -319,17 +348,25 @@ class Inputs:
         )
 
     def repeat(self, *sizes: int) -> Inputs:
-        """Rows repeated n times, as `tensor.repeat(n, 1)`.
+        """The batch n times over, as `tensor.repeat(n, 1)`.
 
         Raises:
             ValueError: anything but the row axis repeated.
         """
-        if not sizes or any(size != 1 for size in sizes[1:]):
+        if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
+            sizes = tuple(sizes[0])
+        if len(sizes) not in (1, 2) or any(size != 1 for size in sizes[1:]):
             raise ValueError(f"only rows can be repeated: call repeat(n) or repeat(n, 1), got repeat{sizes}.")
         return self[torch.arange(len(self)).repeat(sizes[0])]
 
     def to(self, device: torch.device | str) -> Inputs:
-        """Everything on the device."""
+        """Everything on the device; the model casts pixels to its own dtype.
+
+        Raises:
+            ValueError: a dtype: ids are integers.
+        """
+        if isinstance(device, torch.dtype):
+            raise ValueError(f"Inputs move between devices; their ids stay integers: drop .to({device}).")
 
         def move(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.to(device)
@@ -352,7 +389,17 @@ class Inputs:
         return self.to("cuda")
 
     def clone(self) -> Inputs:
+        """A copy that shares no storage."""
         return self[:]
+
+    def detach(self) -> Inputs:
+        """Without the graph of its pixels and prefix."""
+        parts = {"pixels": self.pixels, "image_embeds": self.image_embeds}
+        return replace(self, **{name: None if part is None else part.detach() for name, part in parts.items()})
+
+    def numpy(self) -> np.ndarray:
+        """The token ids alone."""
+        return self.tokens.numpy()
 
     def __eq__(self, other: object) -> bool:
         """Equal only if tokens, padding, images and what the positions are called are equal."""
@@ -403,8 +450,8 @@ class Inputs:
         return self.tokens.masked_fill(~answer, -100) if answer.any() else None
 
     def part_names(self, row: int = 0) -> list[str]:
-        """The names that `positions` knows in this row, in order of appearance."""
-        return list(dict.fromkeys(name for name in self.names[row] if name != PADDING))
+        """The names that partition this row (padding left out), in order of appearance."""
+        return list(dict.fromkeys(name for name in self.names[self._row(row)] if name != PADDING))
 
     def positions(self, name: str | Box, row: int = 0, image: int = 0) -> Int[Tensor, "n"]:
         """Positions of a named part of the prompt, or of the image tokens that a box touches.
@@ -412,18 +459,22 @@ class Inputs:
         Args:
             name: one of the parts that partition a row (`system`, `vision_start`, `image[k]`, `video[k]`,
                 `vision_end`, `question`, `history`, `template`, `answer`, `padding`); `image` or `video`
-                for all of them; `video[k].frame[t]`; `last`, the position that predicts the first answer
-                token or, without an answer, the next token; or a box (x0, y0, x1, y1) in original pixels
-                of image `image`.
+                for all of them; `video[k].frame[t]` (two frames of the video are one here); `last`, the
+                position that predicts the first answer token or, without an answer, the next token; or a
+                box (x0, y0, x1, y1) in original pixels of image `image`: the tokens that it overlaps by any
+                area at all.
         Raises:
-            ValueError: the row has no such part, or the box touches no token.
+            ValueError: no such row, the row has no such part, or the box touches no token.
         """
+        row = self._row(row)
         if not isinstance(name, str):
             return self._positions_of_box(name, row, image)
         names = self.names[row]
         if name == "last":
             answer = [i for i, part in enumerate(names) if part == "answer"]
             last = answer[0] - 1 if answer else max(i for i, part in enumerate(names) if part != PADDING)
+            if last < 0 or names[last] == PADDING:
+                raise ValueError(f"nothing predicts the answer of row {row}: it begins with its first token.")
             return torch.tensor([last])
         if ".frame[" in name:
             video, _, frame = name.partition(".frame[")
@@ -438,28 +489,34 @@ class Inputs:
             raise ValueError(f"row {row} has no part called {name!r}; it has {', '.join(self.part_names(row))}.")
         return torch.tensor(found)
 
-    def span(self, name: str | Box, row: int = 0) -> slice:
+    def span(self, name: str | Box, row: int = 0, image: int = 0) -> slice:
         """`positions` as a slice.
 
         Raises:
-            ValueError: the part is not contiguous.
+            ValueError: as `positions`, or the part is not contiguous.
         """
-        found = self.positions(name, row).tolist()
+        found = self.positions(name, row, image).tolist()
         if found != list(range(found[0], found[-1] + 1)):
             raise ValueError(f"{name!r} is not contiguous in row {row}: use positions({name!r}, row={row}).")
         return slice(found[0], found[-1] + 1)
 
-    def grid(self, row: int = 0, image: int = 0) -> tuple[int, int]:
-        """(rows, cols) of an image in image tokens, raster order."""
-        _, visual = self._visual(row, image, IMAGE)
-        return visual.token_grid[1:]
+    def grid(self, row: int = 0, image: int = 0, video: int | None = None) -> tuple[int, int]:
+        """(rows, cols) of an image, or of a video's frame, in image tokens.
 
-    def boxes(self, row: int = 0, image: int = 0) -> Float[Tensor, "image_token 4"]:
-        """Box (x0, y0, x1, y1) of each image token in original pixels, origin top left; raster order.
-
-        The image is resized to a multiple of the token's side, so the tokens tile it exactly.
+        Raises:
+            ValueError: no such row or image.
         """
-        _, visual = self._visual(row, image, IMAGE)
+        return self._image_or_video(row, image, video)[1].token_grid[1:]
+
+    def boxes(self, row: int = 0, image: int = 0, video: int | None = None) -> Float[Tensor, "image_token 4"]:
+        """Box (x0, y0, x1, y1) of each token of an image, or of a video's frame, in original pixels; raster order.
+
+        Origin top left. The image is resized to a multiple of the token's side, so the tokens tile it exactly.
+
+        Raises:
+            ValueError: no such row or image.
+        """
+        _, visual = self._image_or_video(row, image, video)
         (_, rows, cols), (width, height) = visual.token_grid, visual.size
         row_index, col_index = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")
         corners = torch.stack((col_index, row_index, col_index + 1, row_index + 1), dim=-1).reshape(-1, 4)
@@ -475,7 +532,7 @@ class Inputs:
         Raises:
             ValueError: the activation is neither.
         """
-        number, visual = self._visual(row, image if video is None else video, IMAGE if video is None else VIDEO)
+        number, visual = self._image_or_video(row, image, video)
         n_patches = sum(v.n_patches for v in self.visuals)
         n_tokens = sum(v.n_tokens for v in self.visuals)
         if len(packed) == n_tokens:
@@ -491,23 +548,34 @@ class Inputs:
         return part if video is not None else part[0]
 
     def _positions_of_box(self, box: Box, row: int, image: int) -> Int[Tensor, "n"]:
-        x0, y0, x1, y1 = (float(edge) for edge in box)
+        edges = torch.as_tensor(box, dtype=torch.float64)
+        x0, y0, x1, y1 = edges.tolist() if edges.shape == (4,) else [0.0] * 4
         if not (x0 < x1 and y0 < y1):
-            raise ValueError(f"expected a box (x0, y0, x1, y1) with x0 < x1 and y0 < y1, got {tuple(box)}.")
+            raise ValueError(
+                f"expected the name of a part, or a box (x0, y0, x1, y1) with x0 < x1 and y0 < y1, got {box!r}."
+            )
         boxes = self.boxes(row, image)
         touched = (boxes[:, 0] < x1) & (boxes[:, 2] > x0) & (boxes[:, 1] < y1) & (boxes[:, 3] > y0)
         if not touched.any():
             width, height = self._visual(row, image, IMAGE)[1].size
-            raise ValueError(f"the box {tuple(box)} lies outside the image of {width:g}×{height:g} pixels.")
+            raise ValueError(f"the box {(x0, y0, x1, y1)} lies outside the image of {width:g}×{height:g} pixels.")
         return self.positions(f"image[{image}]", row)[touched]
 
     def _visual(self, row: int, index: int, kind: int) -> tuple[int, Visual]:
         """(place among all visuals, visual) of the index-th image or video of a row."""
-        row = range(len(self))[row]
+        row = self._row(row)
         found = [(n, v) for n, v in enumerate(self.visuals) if v.row == row and v.kind == kind]
         if not 0 <= index < len(found):
-            raise ValueError(f"row {row} has {len(found)} {_KINDS[kind]}s, there is no {_KINDS[kind]} {index}.")
+            raise ValueError(f"row {row} has {len(found)} {KINDS[kind]}s, there is no {KINDS[kind]} {index}.")
         return found[index]
+
+    def _image_or_video(self, row: int, image: int, video: int | None) -> tuple[int, Visual]:
+        return self._visual(row, image, IMAGE) if video is None else self._visual(row, video, VIDEO)
+
+    def _row(self, row: int) -> int:
+        if not -len(self) <= row < len(self):
+            raise ValueError(f"there is no row {row}: the batch has {len(self)}.")
+        return row % len(self)
 
     def _slice(self, number: int, tokens: bool) -> slice:
         """Where the number-th visual lies in `pixels` (or in `image_embeds`)."""
@@ -528,11 +596,14 @@ def _check_mask(mask: Tensor, tokens: Tensor) -> None:
         )
     if not bool(mask.any(-1).all()):
         raise ValueError("a prompt is empty: every row needs at least one token that is not padding.")
+    begins = torch.nn.functional.pad(mask, (1, 0)).diff(dim=-1) == 1
+    if bool((begins.sum(-1) > 1).any()):
+        raise ValueError("a prompt has padding in its middle: the mask must be ones in a row, padding at the ends.")
 
 
 def _check_visuals(types: Int[Tensor, "batch pos"], visuals: Sequence[Visual]) -> None:
     for row, kinds in enumerate(types.tolist()):
-        for kind, word in _KINDS.items():
+        for kind, word in KINDS.items():
             here = [v for v in visuals if v.row == row and v.kind == kind]
             expected, found = sum(v.n_tokens for v in here), kinds.count(kind)
             if expected == found:
@@ -549,26 +620,56 @@ def _check_visuals(types: Int[Tensor, "batch pos"], visuals: Sequence[Visual]) -
                 f"row {row} has {found} {word} tokens but its {word}s give {expected} (grid {grids}, "
                 f"{here[0].merge}×{here[0].merge} merged); build both with model.to_inputs."
             )
+        asked = [kind for kind in kinds if kind != TEXT]
+        given = [visual.kind for visual in visuals if visual.row == row for _ in range(visual.n_tokens)]
+        if asked != given:
+            raise ValueError(f"row {row}: its images and videos are not in the order of their placeholders.")
+    places = [visual.row for visual in visuals]
+    if places != sorted(places) or (places and places[-1] >= len(types)):
+        raise ValueError(f"images must come row by row of the {len(types)} prompts, got them for rows {places}.")
 
 
-def _vision_names(tokens: list[int], kinds: list[int], cfg: HookedQwen2VLConfig) -> list[str]:
-    """Part names known from ids alone."""
-    named = {cfg.vision_start_token_id: "vision_start", cfg.vision_end_token_id: "vision_end"}
-    return [_KINDS[kind] if kind else named.get(token, "question") for token, kind in zip(tokens, kinds)]
+def _check_pixels(pixels: Tensor | None, visuals: Sequence[Visual], cfg: HookedQwen2VLConfig) -> None:
+    expected = (sum(visual.n_patches for visual in visuals), cfg.vision.d_patch)
+    if pixels is None and not visuals:
+        return
+    if pixels is None or tuple(pixels.shape) != expected or not pixels.is_floating_point():
+        came = "none" if pixels is None else f"{tuple(pixels.shape)} of {pixels.dtype}"
+        raise ValueError(
+            f"the images need normalised pixels {expected} (patches, and channels × frames × height × width of each), "
+            f"got {came}: build them with this checkpoint's own processor."
+        )
 
 
-def _number_visuals(
-    names: Sequence[Sequence[str]], types: Int[Tensor, "batch pos"], visuals: Sequence[Visual]
-) -> list[list[str]]:
-    """Writes `image[k]` over each image's tokens, `video[k]` over each video's."""
-    numbered = [list(row) for row in names]
-    for row, kinds in enumerate(types.tolist()):
-        for kind, word in _KINDS.items():
-            places = iter([i for i, k in enumerate(kinds) if k == kind])
-            for number, visual in enumerate(v for v in visuals if v.row == row and v.kind == kind):
-                for _ in range(visual.n_tokens):
-                    numbered[row][next(places)] = f"{word}[{number}]"
-    return numbered
+def _name_rows(
+    tokens: Int[Tensor, "batch pos"],
+    mask: Int[Tensor, "batch pos"],
+    types: Int[Tensor, "batch pos"],
+    visuals: Sequence[Visual],
+    names: Sequence[Sequence[str]] | None,
+    cfg: HookedQwen2VLConfig,
+) -> tuple[tuple[str, ...], ...]:
+    """The name of every position; where none are given, they are read off the ids."""
+    named = []
+    for row, seen in enumerate(mask.bool()):
+        kinds = types[row][seen].tolist()
+        if names is None:
+            known = names_from_ids(tokens[row][seen].tolist(), kinds, cfg)
+        else:
+            known = [name for name, real in zip(names[row], seen.tolist()) if real]
+        here = [(visual.kind, visual.n_tokens) for visual in visuals if visual.row == row]
+        following = iter(number_visuals(known, kinds, here))
+        named.append(tuple(next(following) if real else PADDING for real in seen.tolist()))
+    return tuple(named)
+
+
+def _rectangle(values: Any, key: str) -> Int[Tensor, "batch pos"]:
+    try:
+        return torch.as_tensor(values)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{key} is not one rectangle ({error}): call the processor with padding=True, return_tensors='pt'."
+        ) from error
 
 
 def _unpack(batch: Mapping[str, Any], pixels: str, grids: str) -> list[tuple[tuple[int, int, int], Tensor]]:
