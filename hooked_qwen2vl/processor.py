@@ -4,8 +4,9 @@
     images ─► resized to multiples of 28 pixels ─► normalised 14-pixel patches in the tower's order
 
 Text is rendered with a marker in place of every content part, so that each token is known by the part
-of the conversation it came from. Needs no torchvision: videos are lists of frames, and a video's patches
-are put together from its frames' patches.
+of the conversation it came from. An answer is tokenised by itself, as a model's own would be: its first
+token never merges with the prompt's last. Needs no torchvision: videos are lists of frames, and a video's
+patches are put together from its frames' patches.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -34,6 +35,7 @@ VideoLike = Sequence[ImageLike] | np.ndarray | Tensor
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 VISION_TOKENS = {"<|vision_start|>": "vision_start", "<|vision_end|>": "vision_end"}
 MAX_ASPECT_RATIO = 200  # the reference refuses more
+VIDEO_SIZE = {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28}  # transformers' own, for want of settings
 _MARK = "\ue000{}\ue001"  # private-use characters: they occur in no prompt
 _MARKED = re.compile("\ue000(\\d+)\ue001")
 
@@ -76,15 +78,16 @@ class Processor:
         """
         folder = Path(folder)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"{folder} has no tokenizer that transformers can read ({error}).") from error
         settings = _read(folder / "preprocessor_config.json")
         if settings is None:
             raise ValueError(f"{folder} has no preprocessor_config.json (how images are resized and normalised).")
         video = _read(folder / "video_preprocessor_config.json") or settings
-        image_processor = _image_processor(settings)
-        return cls(tokenizer, image_processor, _chat_template(folder, tokenizer), dict(_image_processor(video).size))
+        bounded = bool({"size", "min_pixels", "max_pixels"} & set(video))
+        video_size = dict(_image_processor(video).size) if bounded else VIDEO_SIZE
+        return cls(tokenizer, _image_processor(settings), _chat_template(folder, tokenizer), video_size)
 
     @classmethod
     def from_hf(cls, processor: Any) -> Processor:
@@ -111,11 +114,10 @@ class Processor:
         max_pixels: int | None = None,
     ) -> Inputs:
         """One prompt, a batch of prompts, or chat messages, with their images; see `HookedQwen2VL.to_inputs`."""
-        bounds = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
-        rows = []
-        for conversation in self._conversations(prompt, images, videos, answers, messages, template, system):
-            parts, medias = conversation
-            rows.append(self._row(cfg, parts, medias, {k: v for k, v in bounds.items() if v is not None}))
+        self._check_fit(cfg)
+        bounds = _pixel_bounds(min_pixels, max_pixels)
+        conversations = self._conversations(prompt, images, videos, answers, messages, template, system)
+        rows = [self._row(cfg, parts, medias, bounds) for parts, medias in conversations]
         return rows[0] if len(rows) == 1 else Inputs.stack(rows, cfg, self._pad_id())
 
     def _conversations(
@@ -127,19 +129,19 @@ class Processor:
         if messages is not None:
             if images is not None or videos is not None or system is not None or not template:
                 raise ValueError("messages= carry their own images, videos and system text; pass nothing beside them.")
-            batch = [messages] if isinstance(messages[0], dict) else list(messages)
+            batch = _chats(messages)
             for chat, answer in zip(batch, _per_row(answers, len(batch), "answers")):
-                yield self._render(list(chat), answer)
+                yield self._render(chat, answer)
             return
         single = isinstance(prompt, str)
-        prompts = [prompt] if single else list(prompt)
+        prompts = [prompt] if single else list(prompt) if isinstance(prompt, (list, tuple)) else []
         if not prompts:
-            raise ValueError("expected at least one prompt, got an empty list.")
+            raise ValueError(f"expected a prompt or a list of at least one, got {prompt!r}.")
         row_images = _media_rows(images, len(prompts), single, "images")
         row_videos = _media_rows(videos, len(prompts), single, "videos")
         row_answers = _per_row(answers, len(prompts), "answers")
         for text, ims, vids, answer in zip(prompts, row_images, row_videos, row_answers):
-            if not isinstance(text, str) or not (text.strip() or (ims and not template)):
+            if not isinstance(text, str) or not (text.strip() or ((ims or vids) and not template)):
                 raise ValueError(f"a prompt is empty: expected text to ask, got {text!r}.")
             if template:
                 yield self._render(_as_messages(text, ims, vids, system), answer)
@@ -200,15 +202,34 @@ class Processor:
         return Inputs.build(torch.tensor([ids], dtype=torch.long).reshape(1, -1), cfg, None, visuals, pixels, [names])
 
     def _tokenize(self, parts: list[Part]) -> tuple[list[int], list[str]]:
-        """The whole text at once (tokens may not depend on where parts meet), named by where each token starts."""
-        text = "".join(part.text for part in parts)
-        encoded = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
-        ends = np.cumsum([len(part.text) for part in parts])
-        names = []
-        for token, (start, _) in zip(encoded["input_ids"], encoded["offset_mapping"]):
-            special = VISION_TOKENS.get(self.tokenizer.convert_ids_to_tokens(token))
-            names.append(special or parts[int(np.searchsorted(ends, start, side="right"))].name)
-        return encoded["input_ids"], names
+        """The prompt as a whole (tokens may not depend on where its parts meet), then the answer; each token is
+        named by the part it starts in."""
+        first = next((index for index, part in enumerate(parts) if part.name == "answer"), len(parts))
+        ids: list[int] = []
+        names: list[str] = []
+        for stretch in (parts[:first], parts[first:]):
+            text = "".join(part.text for part in stretch)
+            encoded = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
+            ends = np.cumsum([len(part.text) for part in stretch])
+            for token, (start, _) in zip(encoded["input_ids"], encoded["offset_mapping"]):
+                special = VISION_TOKENS.get(self.tokenizer.convert_ids_to_tokens(token))
+                ids.append(token)
+                names.append(special or stretch[int(np.searchsorted(ends, start, side="right"))].name)
+        return ids, names
+
+    def _check_fit(self, cfg: HookedQwen2VLConfig) -> None:
+        """Refuses a processor that is another checkpoint's."""
+        ours, theirs = self.image_processor, cfg.vision
+        pairs = {
+            IMAGE_PAD: (self.tokenizer.convert_tokens_to_ids(IMAGE_PAD), cfg.image_token_id),
+            VIDEO_PAD: (self.tokenizer.convert_tokens_to_ids(VIDEO_PAD), cfg.video_token_id),
+            "patch_size": (ours.patch_size, theirs.patch_size),
+            "temporal_patch_size": (ours.temporal_patch_size, theirs.temporal_patch_size),
+            "merge_size": (ours.merge_size, theirs.spatial_merge_size),
+        }
+        wrong = [f"{key} is {mine} here and {its} in the model" for key, (mine, its) in pairs.items() if mine != its]
+        if wrong:
+            raise ValueError(f"this processor belongs to another checkpoint: {'; '.join(wrong)}.")
 
     def _pad_id(self) -> int:
         pad = self.tokenizer.pad_token_id
@@ -229,6 +250,11 @@ class Processor:
         self, video: VideoLike, bounds: dict[str, int]
     ) -> tuple[Float[Tensor, "patch d_patch"], tuple[int, int, int], tuple[float, float]]:
         """As `_image`, for frames: pairs of frames share patches, a last odd frame is repeated."""
+        if isinstance(video, Image.Image) or not hasattr(video, "__iter__") or isinstance(video, (str, Path)):
+            raise ValueError(
+                f"expected a video as a list of frames or an array [t, h, w, 3], got {type(video).__name__}: pass "
+                f"videos=[frames], a list of videos."
+            )
         frames = [open_image(frame) for frame in video]
         if not frames:
             raise ValueError("a video has no frames: expected a list of images or an array [t, h, w, 3].")
@@ -248,7 +274,10 @@ class Processor:
 
 
 def open_image(image: ImageLike) -> Image.Image:
-    """An RGB picture from a PIL image, a path, or an array or tensor [h w 3] or [3 h w] of bytes.
+    """A picture from a PIL image, a path, or an array or tensor [h w 3] or [3 h w] of bytes.
+
+    As transformers reads them: a file is turned upright by its EXIF orientation, a PIL image is taken as it is
+    (where it has transparency, the image processor puts it on white).
 
     Raises:
         ValueError: missing or corrupt file, no pixels, an extreme aspect ratio, or another kind of thing.
@@ -270,33 +299,46 @@ def open_image(image: ImageLike) -> Image.Image:
             f"{MAX_ASPECT_RATIO} to 1; crop or pad it."
         )
     try:
-        return picture.convert("RGB")
+        picture.load()
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"an image could not be decoded ({error}): the file is cut short or damaged.") from error
+    return picture
 
 
 def _open_file(path: str | Path) -> Image.Image:
     if str(path).startswith(("http://", "https://")):
         raise ValueError(f"{path} is a web address: download the image and pass its path.")
     try:
-        with Image.open(path) as picture:
-            picture.load()
-            return picture
+        with Image.open(str(path).removeprefix("file://")) as picture:
+            return ImageOps.exif_transpose(picture).convert("RGB")
     except FileNotFoundError as error:
         raise ValueError(f"there is no image at {path}: check the path.") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path} is too large to open safely ({error}): make it smaller.") from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{path} is not a readable image ({error}): it is damaged or of another kind.") from error
 
 
 def _from_array(array: np.ndarray | Tensor) -> Image.Image:
-    array = array.detach().cpu().numpy() if isinstance(array, Tensor) else array
-    if array.ndim == 3 and array.shape[-1] != 3 and array.shape[0] == 3:
-        array = array.transpose(1, 2, 0)
-    if array.ndim != 3 or array.shape[-1] != 3 or array.dtype != np.uint8:
-        raise ValueError(
-            f"expected an image array [h, w, 3] of uint8 in 0..255, got shape {array.shape} of {array.dtype}."
-        )
-    return Image.fromarray(array)
+    """[h w 3] of bytes, or [3 h w] where the last axis is not 3 long."""
+    bytes_ = torch.uint8 if isinstance(array, Tensor) else np.uint8
+    shape = tuple(array.shape)
+    if len(shape) != 3 or 3 not in (shape[0], shape[-1]) or array.dtype != bytes_:
+        raise ValueError(f"expected an image array [h, w, 3] of uint8 in 0..255, got shape {shape} of {array.dtype}.")
+    array = array.cpu().numpy() if isinstance(array, Tensor) else array
+    array = array if shape[-1] == 3 else array.transpose(1, 2, 0)
+    return Image.fromarray(np.ascontiguousarray(array)) if array.size else Image.new("RGB", array.shape[1::-1])
+
+
+def _pixel_bounds(min_pixels: int | None, max_pixels: int | None) -> dict[str, int]:
+    """Areas in pixels under the image processor's names; only those that are given."""
+    for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} is an area in pixels, a positive whole number, got {value!r}.")
+    if min_pixels is not None and max_pixels is not None and min_pixels > max_pixels:
+        raise ValueError(f"min_pixels = {min_pixels} is more than max_pixels = {max_pixels}.")
+    bounds = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
+    return {name: value for name, value in bounds.items() if value is not None}
 
 
 def _as_messages(text: str, images: list, videos: list, system: str | None) -> list[dict]:
@@ -322,6 +364,19 @@ def _without_template(
     return parts + ([] if answer is None else [Part(answer, "answer")]), medias
 
 
+def _chats(messages: Any) -> list[list[dict]]:
+    """One conversation or several, as a list of them."""
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise ValueError(
+            f"expected messages=[{{'role': 'user', 'content': …}}, …] or a list of such, got {messages!r}."
+        )
+    chats = [list(messages)] if isinstance(messages[0], dict) else [list(chat) for chat in messages]
+    for chat in chats:
+        if not all(isinstance(message, dict) for message in chat):
+            raise ValueError(f"expected every message to be {{'role': …, 'content': …}}, got {chat!r}.")
+    return chats
+
+
 def _mark(messages: list[dict]) -> tuple[list[dict], list[Part], list[tuple[int, Any]], bool]:
     """Messages with every text replaced by a marker; the texts, named; images and videos in order; whether the
     conversation ends with the assistant's words."""
@@ -342,7 +397,13 @@ def _mark(messages: list[dict]) -> tuple[list[dict], list[Part], list[tuple[int,
             raise ValueError(f"message {index} has no content: expected a string or a list of parts.")
         out = []
         for item in items:
-            kind = item.get("type")
+            kind = item.get("type") if isinstance(item, dict) else None
+            unknown = sorted(set(item) - {"type", "text", "image", "video"}) if kind else []
+            if unknown:
+                raise ValueError(
+                    f"message {index} has a part of type {kind!r} with {unknown}, which would have no effect: pass "
+                    f"images as PIL images or paths under 'image', and min_pixels= and max_pixels= to to_inputs."
+                )
             if kind == "text":
                 if not isinstance(item.get("text"), str):
                     raise ValueError(f"message {index} has a text part without text: {item!r}.")
@@ -355,7 +416,9 @@ def _mark(messages: list[dict]) -> tuple[list[dict], list[Part], list[tuple[int,
                 out.append({"type": kind, kind: ""})
                 medias.append((IMAGE if kind == "image" else VIDEO, media))
             else:
-                raise ValueError(f"message {index} has a part of type {kind!r}: expected 'text', 'image' or 'video'.")
+                raise ValueError(
+                    f"message {index} has the part {item!r}: expected a 'type' of 'text', 'image' or 'video'."
+                )
         images, videos = message.get("_medias", ((), ()))
         medias += [(IMAGE, image) for image in images] + [(VIDEO, video) for video in videos]
         if role != "user" and all(item["type"] == "text" for item in out):
@@ -385,7 +448,7 @@ def _media_rows(media: Sequence[Any] | None, n_rows: int, single: bool, word: st
     """The images (or videos) of each prompt."""
     if media is None:
         return [[] for _ in range(n_rows)]
-    if isinstance(media, (str, Path, Image.Image)):
+    if not isinstance(media, (list, tuple)):
         raise ValueError(f"expected {word}=[…], a list, got one {type(media).__name__}: wrap it in a list.")
     if single:
         return [list(media)]
