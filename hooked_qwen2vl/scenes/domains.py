@@ -77,6 +77,11 @@ def _background(scene: Scene, rng: Random) -> Question:
     return q.background()
 
 
+def _a(words: str) -> str:
+    """With its indefinite article."""
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
 def _any(scene: Scene, rng: Random) -> Thing:
     return rng.choice(scene.things)
 
@@ -131,7 +136,7 @@ def _ask_shape_exists(scene: Scene, rng: Random) -> Question:
         near = [(k, c) for k, c in absent if (k == kind) != (c == color)]
         plain = [(k, c) for k, c in absent if c == typical_color(k)]
         kind, color = rng.choice(rng.choice([group for group in (near, plain, absent) if group]))
-    return q.existence(f"Is there a {color} {kind}?", kind=kind, color=color)
+    return q.existence(f"Is there {_a(color)} {kind}?", kind=kind, color=color)
 
 
 def _ask_kind_exists(scene: Scene, rng: Random) -> Question | None:
@@ -205,7 +210,7 @@ def _sort(glyph: str) -> str:
 
 
 def _glyph_phrase(thing: Thing) -> str:
-    return f"a {thing.color} {thing.kind}"
+    return f"{_a(thing.color)} {thing.kind}"
 
 
 def _kin(glyph: str) -> tuple[str, ...]:
@@ -355,7 +360,7 @@ def _ask_bar_exists(scene: Scene, rng: Random) -> Question:
     present = [t.color for t in scene.things]
     absent = [c for c in COLORS if c not in present]
     color = rng.choice(absent if absent and rng.random() < 0.5 else present)
-    return q.existence(f"Is there a {color} bar?", color=color)
+    return q.existence(f"Is there {_a(color)} bar?", color=color)
 
 
 def _ask_bar_beside(scene: Scene, rng: Random) -> Question | None:
@@ -368,7 +373,7 @@ def _ask_bar_beside(scene: Scene, rng: Random) -> Question | None:
 
 
 def _bar_phrase(thing: Thing) -> str:
-    return f"a {thing.color} bar"
+    return f"{_a(thing.color)} bar"
 
 
 def _edit_bar(scene: Scene, thing: Thing) -> list[Thing]:
@@ -555,11 +560,11 @@ def _ask_arrow_exists(scene: Scene, rng: Random) -> Question | None:
         return None
     present = [t.color for t in arrows]
     color = rng.choice(present if rng.random() < 0.5 else [c for c in COLORS if c not in present] or present)
-    return q.existence(f"Is there a {color} arrow?", kind="arrow", color=color)
+    return q.existence(f"Is there {_a(color)} arrow?", kind="arrow", color=color)
 
 
 def _route_phrase(thing: Thing) -> str:
-    return f"a {thing.color} {thing.kind}"
+    return f"{_a(thing.color)} {thing.kind}"
 
 
 def _edit_route(scene: Scene, thing: Thing) -> list[Thing]:

@@ -74,7 +74,7 @@ def _sprite(
     elif kind == "path":
         _draw_path(pen, path, scale)
     elif kind == "arrow":
-        _draw_polygon(pen, _rotated(_ARROW, _ANGLES[facing]), scale, 0, 0)
+        _draw_polygon(pen, _rotated(_ARROW, _ANGLES[facing]), rows * scale, 0, 0)
     elif kind in PATTERNS:
         _draw_pattern(pen, kind, facing, rows * scale, scale)
     elif kind in LETTERS or kind in DIGITS:

@@ -40,10 +40,10 @@ class Item:
         objects: everything in the picture, in raster order.
         depends_on: what the answer depends on, the thing asked for first; for an environment question the
             background as one thing that covers every cell.
-        typical: whether the shape asked for (the first it depends on) wears its typical colour; None where
-            it has none.
+        typical: whether the shape asked for (the first it depends on) wears its typical colour; None outside
+            the domain `shapes` and where what is asked for is not there.
         counterfactual: the same question of the same scene with one attribute of one object changed, its
-            answer different; None where no single change does that.
+            answer different; None where no single change does that ("How many bars are there?").
         changed: (before, after): the object that differs from the original, on counterfactuals only.
         caption: the objects truly there, in words.
         candidates: the answers of this kind; () for texts and captions.
@@ -203,7 +203,7 @@ def _make_item(rng: Random, domain: str, category: str, split: str, grid, level:
         if question is None:
             continue
         partner = make_counterfactual(rng, scene, question)
-        if partner is None and question.group in ANSWERS:
+        if partner is None and category != "count" and question.group in ANSWERS:
             continue
         counterfactual = None
         if partner is not None:
@@ -216,7 +216,8 @@ def _make_item(rng: Random, domain: str, category: str, split: str, grid, level:
 def _item(scene: Scene, question: Question, counterfactual: Item | None, changed) -> Item:
     answer, depends_on = question.solve(scene)
     first = depends_on[0] if depends_on else None
-    usual = typical_color(first.kind) if first and scene.domain == "shapes" else None
+    absent = answer in ("no", "0")
+    usual = typical_color(first.kind) if first and not absent and scene.domain == "shapes" else None
     return Item(
         image=render(scene),
         question=question.text,
