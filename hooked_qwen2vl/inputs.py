@@ -111,8 +111,7 @@ class Inputs:
                 another shape or with padding in the middle, or placeholders, images and pixels that do
                 not match.
         """
-        if tokens.ndim != 2 or tokens.numel() == 0:
-            raise ValueError(f"expected tokens [batch pos] with at least one token, got shape {tuple(tokens.shape)}.")
+        _check_shape(tokens)
         if tokens.is_floating_point() or tokens.dtype == torch.bool:
             raise ValueError(f"expected integer token ids, got {tokens.dtype}.")
         tokens = tokens.long()
@@ -186,6 +185,8 @@ class Inputs:
         tokens = _rectangle(batch["input_ids"], "input_ids")
         mask = batch.get("attention_mask")
         mask = torch.ones_like(tokens) if mask is None else _rectangle(mask, "attention_mask")
+        _check_shape(tokens)
+        _check_mask(mask, tokens)
         packs = {
             IMAGE: _unpack(batch, "pixel_values", "image_grid_thw"),
             VIDEO: _unpack(batch, "pixel_values_videos", "video_grid_thw"),
@@ -586,6 +587,11 @@ class Inputs:
 
 def _pad_left(rows: Int[Tensor, "batch pos"], width: int, value: int) -> Int[Tensor, "batch width"]:
     return torch.nn.functional.pad(rows, (width - rows.shape[1], 0), value=value)
+
+
+def _check_shape(tokens: Tensor) -> None:
+    if tokens.ndim != 2 or tokens.numel() == 0:
+        raise ValueError(f"expected tokens [batch pos] with at least one token, got shape {tuple(tokens.shape)}.")
 
 
 def _check_mask(mask: Tensor, tokens: Tensor) -> None:
