@@ -19,7 +19,9 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformer_lens.tools.analysis import logit_readout
+from transformer_lens.tools.analysis._model_state import to_token_ids
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class LogitLens:
         top_ids: [layer pos k] token ids by falling probability.
         top_probs: [layer pos k] their probabilities.
         entropy: [layer pos] of the whole distribution, nats.
+        final_probs: [layer pos] probability of the token that the last entry puts first.
+        final_ranks: [layer pos] its rank, 0 the most probable.
         target_ids: [target] ids asked for, if any.
         target_probs: [layer pos target] their probabilities.
         target_ranks: [layer pos target] their ranks, 0 the most probable.
@@ -45,6 +49,8 @@ class LogitLens:
     top_ids: Int[Tensor, "layer pos k"]
     top_probs: Float[Tensor, "layer pos k"]
     entropy: Float[Tensor, "layer pos"]
+    final_probs: Float[Tensor, "layer pos"]
+    final_ranks: Int[Tensor, "layer pos"]
     target_ids: Int[Tensor, "target"] | None
     target_probs: Float[Tensor, "layer pos target"] | None
     target_ranks: Int[Tensor, "layer pos target"] | None
@@ -76,6 +82,24 @@ class LogitLens:
                         }
                     )
         return pd.DataFrame(rows)
+
+    def plot_image(self, image: Any, path: Any = None) -> Any:
+        """The image with its token grid: what each image token reads as, at the layers of a row of panels.
+
+        Args:
+            image: the picture, in original pixels.
+        Raises:
+            ValueError: the lens was not read at one whole image.
+        """
+        from analyses.views.lens import image_overlay
+
+        return image_overlay(self, image, path)
+
+    def page(self, path: Any) -> None:
+        """A circuitsvis page that opens without network: top-k tokens by layer, tokens coloured by probability."""
+        from analyses.views.circuits import lens_page
+
+        lens_page(self, path)
 
     def plot(self, path: Any = None) -> Any:
         """The classic heat map: layer × position, the top token in each cell, coloured by its probability."""
@@ -111,29 +135,63 @@ def logit_lens(
     length = stack.shape[2]
     chosen = _positions(inputs, positions, row, length)
     vectors = stack[:, row, chosen]
-    top = logit_readout(model, vectors, top_k=top_k, return_type="probs", chunk_size=chunk_size)
-    followed = None
-    if targets is not None:
-        followed = logit_readout(model, vectors, targets=targets, return_type="probs", chunk_size=chunk_size)
+    wanted = [] if targets is None else to_token_ids(model, targets)
+    final = _read(model, vectors[-1], None, [], 1, chunk_size)
+    followed = final["ids"][:, 0]
+    read = _read(model, vectors, followed, wanted, top_k, chunk_size)
     tokens = _tokens(model, inputs, row)
-    texts = _texts(model, top.top_ids)
     whole = positions if isinstance(positions, str) and positions.startswith("image") else None
     grid = inputs.grid(row, int(whole[6:-1] or 0) if whole != "image" else 0) if whole else None
     return LogitLens(
-        top_ids=top.top_ids.cpu(),
-        top_probs=top.values.float().cpu(),
-        entropy=top.entropy.float().cpu(),
-        target_ids=None if followed is None else followed.target_ids.cpu(),
-        target_probs=None if followed is None else followed.values.float().cpu(),
-        target_ranks=None if followed is None else followed.target_ranks.cpu(),
+        top_ids=read["ids"],
+        top_probs=read["probs"],
+        entropy=read["entropy"],
+        final_probs=read["target_probs"][..., 0],
+        final_ranks=read["target_ranks"][..., 0],
+        target_ids=torch.tensor(wanted) if wanted else None,
+        target_probs=read["target_probs"][..., 1:] if wanted else None,
+        target_ranks=read["target_ranks"][..., 1:] if wanted else None,
         positions=tuple(chosen),
         layer_labels=tuple(labels),
         prompt_tokens=tuple(_texts(model, tokens[chosen])),
-        top_tokens=texts,
-        target_tokens=() if followed is None else tuple(_texts(model, followed.target_ids)),
+        top_tokens=_texts(model, read["ids"]),
+        target_tokens=tuple(_texts(model, torch.tensor(wanted))) if wanted else (),
         grid=grid if grid is not None and grid[0] * grid[1] == len(chosen) else None,
         model_name=str(getattr(model.cfg, "model_name", type(model).__name__)),
     )
+
+
+def _read(
+    model: Any,
+    vectors: Float[Tensor, "*layer pos d_model"],
+    followed: Int[Tensor, "pos"] | None,
+    wanted: list[int],
+    top_k: int,
+    chunk_size: int,
+) -> dict[str, Tensor]:
+    """Everything that is kept of the whole-vocabulary distributions, a chunk of rows at a time.
+
+    `target_probs` and `target_ranks` are of `followed` (one token a position), then of `wanted`.
+    """
+    flat = vectors.flatten(0, -2)
+    targets = torch.tensor(wanted, dtype=torch.long).expand(len(flat), -1)
+    if followed is not None:
+        targets = torch.cat((followed.repeat(len(flat) // len(followed))[:, None], targets), dim=1)
+    parts: dict[str, list[Tensor]] = {key: [] for key in ("ids", "probs", "entropy", "target_probs", "target_ranks")}
+    starts = range(0, len(flat), chunk_size)
+    for start in tqdm(starts, desc="lens", unit="chunk", delay=2, leave=False):
+        rows = slice(start, start + chunk_size)
+        readout = logit_readout(model, flat[rows], return_type="log_probs", chunk_size=chunk_size)
+        log_probs = readout.values.cpu()
+        top = log_probs.topk(top_k, dim=-1)
+        at_targets = log_probs.gather(-1, targets[rows])
+        parts["ids"].append(top.indices)
+        parts["probs"].append(top.values.exp())
+        parts["entropy"].append(readout.entropy.cpu())
+        parts["target_probs"].append(at_targets.exp())
+        parts["target_ranks"].append((log_probs[:, None, :] > at_targets[..., None]).sum(-1))
+    lead = vectors.shape[:-1]
+    return {key: torch.cat(values).unflatten(0, lead) for key, values in parts.items()}
 
 
 def _positions(inputs: Any, positions: Any, row: int, length: int) -> list[int]:

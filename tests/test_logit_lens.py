@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny import tiny_tokenizer
 
 from analyses.logit_lens import logit_lens
 
@@ -50,3 +51,40 @@ def test_positions_that_are_not_there(model, batches):
         logit_lens(model, batches["text"], "image")
     with pytest.raises(ValueError, match="not all in the prompt"):
         logit_lens(model, batches["text"], 10_000)
+
+
+def test_the_overlay_and_the_page(model, batches, tmp_path):
+    from conftest import picture
+
+    lens = logit_lens(model, batches["image"], "image[0]")
+    figure = lens.plot_image(picture(140, 84, 1), tmp_path / "overlay.png")
+    assert (tmp_path / "overlay.png").stat().st_size > 0
+    assert sum(len(axes.images) for axes in figure.axes) >= 2 * 4
+    lens.page(tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "https://unpkg.com" not in page and page.count("CircuitsVis.render(") == len(lens.positions) + 4
+    with pytest.raises(ValueError, match="one whole image"):
+        logit_lens(model, batches["image"], "last").plot_image(picture(140, 84, 1))
+
+
+def test_tokens_on_a_page_are_text():
+    from analyses.views.circuits import as_json, as_text
+
+    assert as_text("<b>") == "&lt;b&gt;" and "</script>" not in as_json({"t": "</script>"})
+
+
+def test_the_same_call_on_another_transformer_lens_model(tmp_path):
+    """A GPT-2 made here, as a TransformerBridge."""
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    config = GPT2Config(vocab_size=300, n_positions=32, n_embd=32, n_layer=3, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    bridge = TransformerBridge.boot_transformers(str(tmp_path), device="cpu")
+    tokens = torch.randint(0, 120, (1, 9))
+    lens = logit_lens(bridge, tokens, slice(4, 9), top_k=2)
+    with torch.no_grad():
+        assert torch.equal(lens.top_ids[-1, :, 0], bridge(tokens)[0, 4:9].argmax(-1))
+    assert lens.top_ids.shape == (4, 5, 2)

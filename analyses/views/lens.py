@@ -35,3 +35,42 @@ def visible(token: str, width: int = 12) -> str:
     shown = "".join("·" if c == " " else "⏎" if c == "\n" else c if c.isprintable() else "�" for c in token) or "∅"
     shown = shown.replace("$", r"\$")
     return shown if len(shown) <= width else shown[: width - 1] + "…"
+
+
+def image_overlay(lens: Any, image: Any, path: str | Path | None = None, n_panels: int = 4) -> Figure:
+    """The image at evenly spaced layers, each image token coloured by its top token's probability and labelled.
+
+    Args:
+        image: in original pixels; the token grid is stretched over it, as the model's resizing does.
+    Raises:
+        ValueError: the lens was not read at one whole image.
+    """
+    if lens.grid is None:
+        raise ValueError("the overlay needs a lens read at one whole image: logit_lens(model, inputs, 'image[0]').")
+    rows, cols = lens.grid
+    width, height = image.size
+    last = len(lens.layer_labels) - 1
+    layers = sorted({round(last * n / (n_panels - 1)) for n in range(n_panels)})
+    side = 3.6
+    figure = Figure(figsize=(side * len(layers) + 0.6, side * height / width + 0.7), layout="constrained")
+    panels = figure.subplots(1, len(layers), squeeze=False)[0]
+    colours = None
+    for axes, layer in zip(panels, layers):
+        axes.imshow(image.convert("L"), cmap="gray", extent=(0, width, height, 0), alpha=0.9)
+        values = lens.top_probs[layer, :, 0].reshape(rows, cols)
+        colours = axes.imshow(values, extent=(0, width, height, 0), cmap="cividis", vmin=0, vmax=1, alpha=0.6)
+        if rows * cols <= 150:
+            size = min(7.0, 0.9 * 72 * side / cols / 5)
+            for token in range(rows * cols):
+                row, col = divmod(token, cols)
+                text = visible(lens.top_tokens[layer][token][0], 6)
+                shade = "white" if values[row, col] < 0.55 else "black"
+                centre = ((col + 0.5) * width / cols, (row + 0.5) * height / rows)
+                axes.text(*centre, text, ha="center", va="center", fontsize=size, color=shade)
+        axes.set_xticks([]), axes.set_yticks([])
+        axes.set_title(lens.layer_labels[layer], fontsize=9)
+    figure.suptitle(f"What the image tokens read as, {lens.model_name}", fontsize=10)
+    figure.colorbar(colours, ax=list(panels), label="probability of the top token", shrink=0.8)
+    if path is not None:
+        figure.savefig(path, dpi=200)
+    return figure
