@@ -1,0 +1,340 @@
+"""The embedded world: determinism, splits, geometry, counterfactuals, packing, and what the checkpoint can do."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, Qwen2Tokenizer, Qwen2VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from hooked_qwen2vl.scenes import CHECKPOINT, SAMPLES, contact_sheet, counterfactual_pairs, load_split, sample, to_frame
+from hooked_qwen2vl.scenes.batches import Packer, patchify
+from hooked_qwen2vl.scenes.card import MARKS
+from hooked_qwen2vl.scenes.domains import DOMAINS
+from hooked_qwen2vl.scenes.drawing import draw, render
+from hooked_qwen2vl.scenes.evaluate import best_without_image, evaluate
+from hooked_qwen2vl.scenes.folder import CELL, SPECIAL_TOKENS, build_config, build_tokenizer
+from hooked_qwen2vl.scenes.train import Settings, forward, learning_rate, train
+from hooked_qwen2vl.scenes.words import ANSWERS, SHAPES, vocabulary
+from hooked_qwen2vl.scenes.world import make_scene, typical_color
+
+PATCH_TOLERANCE = 1e-6  # measured 4.8e-7
+PACKING_TOLERANCE = 1e-5  # measured 1.1e-6, of logits that spread by 0.45
+# A sample of 300 items has a standard error of up to 3 points in a category of 45; three of them.
+SLACK = {"attribute": 0.1, "existence": 0.12, "ocr": 0.15, "environment": 0.08, "comparison": 0.15, "relation": 0.18,
+         "count": 0.18}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def items():
+    return sample(300, seed=7)
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return counterfactual_pairs(120, seed=3)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(CHECKPOINT)
+
+
+# ---- the world --------------------------------------------------------------------------------------
+
+
+def test_same_seed_same_items_in_another_process(items):
+    code = (
+        "import zlib; from hooked_qwen2vl.scenes import sample\n"
+        "print([(zlib.crc32(i.image.tobytes()), i.question, i.answer) for i in sample(20, seed=7)])"
+    )
+    environment = dict(os.environ, PYTHONHASHSEED="1")
+    theirs = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    ours = [(zlib.crc32(i.image.tobytes()), i.question, i.answer) for i in items[:20]]
+    assert theirs.stdout.strip() == str(ours)
+    assert [i.scene for i in sample(20, seed=7)] == [i.scene for i in items[:20]]
+    assert [i.scene for i in sample(20, seed=8)] != [i.scene for i in items[:20]]
+
+
+def test_splits_share_no_scene():
+    seen = {
+        name: {dataclasses.replace(i.scene, noise=0) for i in load_split(name, 400)}
+        for name in ("train", "validation", "test")
+    }
+    assert all(len(scenes) > 300 for scenes in seen.values())
+    assert not seen["train"] & seen["test"] and not seen["train"] & seen["validation"]
+    assert not seen["validation"] & seen["test"]
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_held_out_combinations_occur_only_in_test(split, items):
+    assert any(item.unseen for item in items)
+    rng = Random(0)
+    for domain in DOMAINS:
+        for _ in range(60):
+            assert not make_scene(rng, domain, split, (5, 7)).has_unseen()
+    for item in sample(100, seed=2, split=split):
+        assert not item.unseen and not (item.counterfactual and item.counterfactual.scene.has_unseen())
+
+
+def test_every_domain_and_category(items):
+    frame = to_frame(items)
+    assert set(frame.domain) == set(DOMAINS) and set(frame.category) == set(MARKS)
+    assert (frame.groupby("domain").question.nunique() >= 2).all()
+    assert (frame.rows != frame.cols).any() and {(4, 4), (6, 8)} <= set(zip(frame.rows, frame.cols))
+    for item in items:
+        assert item.image.size == (CELL * item.grid[1], CELL * item.grid[0])
+        assert item.answer in item.candidates or not item.candidates
+        assert item.split == "test"
+
+
+def test_shapes_wear_their_typical_color_mostly():
+    rng = Random(1)
+    things = [t for _ in range(300) for t in make_scene(rng, "shapes", "train", (6, 6)).things]
+    share = np.mean([t.color == typical_color(t.kind) for t in things])
+    assert 0.68 < share < 0.84
+    assert {t.kind for t in things} == set(SHAPES)
+
+
+def test_boxes_and_masks_hold_the_object_and_nothing_else(items):
+    for item in items[:100]:
+        rows, cols = item.grid
+        empty = np.asarray(render(dataclasses.replace(item.scene, things=())), dtype=int)
+        differs = (np.asarray(item.image, dtype=int) != empty).any(-1)
+        covered = np.zeros_like(differs)
+        for thing in item.objects:
+            x0, y0, x1, y1 = thing.box
+            inside = thing.pixel_mask(rows, cols)
+            assert inside[y0:y1, x0:x1].any() and inside.sum() == inside[y0:y1, x0:x1].sum()
+            assert inside.sum() == CELL**2 * thing.mask(rows, cols).sum() == CELL**2 * len(thing.cells)
+            assert not (covered & inside).any()
+            for row, col in thing.cells:  # something is drawn in each of its cells
+                assert differs[row * CELL : (row + 1) * CELL, col * CELL : (col + 1) * CELL].mean() > 0.02
+            covered |= inside
+        assert not (differs & ~covered).any()
+
+
+# ---- counterfactuals --------------------------------------------------------------------------------
+
+
+def test_partners_differ_in_one_attribute_of_one_object(pairs):
+    for item, other in pairs:
+        assert item.question == other.question and item.grid == other.grid and item.answer != other.answer
+        before, after = other.changed
+        if before.kind == "background":
+            assert item.objects == other.objects and before.color == item.scene.background
+        else:
+            assert set(item.objects) ^ set(other.objects) == {before, after}
+        changed = {f.name for f in dataclasses.fields(before) if getattr(before, f.name) != getattr(after, f.name)}
+        assert changed in (
+            {"color"}, {"kind"}, {"facing"}, {"rows", "cols"}, {"row", "rows"}, {"path", "facing"}, {"path"}
+        )  # a size changes both sides, a height the top, a reversed path where it points  # fmt: skip
+
+
+def test_pixels_change_only_in_the_cells_of_the_changed_object(pairs):
+    for item, other in pairs:
+        rows, cols = item.grid
+        allowed = np.logical_or(*(thing.pixel_mask(rows, cols) for thing in other.changed))
+        differs = (np.asarray(item.image) != np.asarray(other.image)).any(-1)
+        assert differs.any() and not (differs & ~allowed).any()
+
+
+def test_answers_of_partners_are_single_tokens(pairs, tokenizer):
+    for item, other in pairs:
+        ours, theirs = (tokenizer(i.answer)["input_ids"] for i in (item, other))
+        assert len(ours) == len(theirs) == 1 and ours != theirs
+
+
+def test_answers_follow_from_the_objects(items):
+    """Two forms of question, answered again by hand."""
+    checked = 0
+    for item in items:
+        words = item.question.rstrip("?").split()
+        if item.question.startswith("Is there a") and item.domain == "shapes":
+            wanted = set(words[3:])
+            found = any(wanted <= {t.kind, t.color} for t in item.objects)
+            assert item.answer == ("yes" if found else "no")
+            checked += 1
+        if item.question == "Which bar is tallest?":
+            assert item.answer == max(item.objects, key=lambda t: t.rows).color
+            checked += 1
+    assert checked >= 8
+
+
+def test_noise_belongs_to_the_scene_not_to_chance(items):
+    scene = items[0].scene
+    assert (draw(scene) == draw(scene)).all()
+    assert (draw(scene) != draw(dataclasses.replace(scene, noise=scene.noise + 1))).any()
+
+
+@pytest.mark.parametrize(
+    "request_, message",
+    [
+        ({"domain": "faces"}, "expected a domain of shapes"),
+        ({"category": "taste"}, "expected a category of attribute"),
+        ({"domain": "charts", "category": "ocr"}, "has no ocr questions"),
+        ({"split": "dev"}, "expected a split of train"),
+        ({"grid": (3, 6)}, "grid of 4 to 8"),
+        ({"level": 9}, "level of 1 to 5"),
+    ],
+)
+def test_bad_requests_are_refused(request_, message):
+    with pytest.raises(ValueError, match=message):
+        sample(1, **request_)
+
+
+def test_contact_sheet(tmp_path, items):
+    assert contact_sheet(items[:4], tmp_path / "new" / "sheet.png").stat().st_size > 20_000
+    with pytest.raises(ValueError, match="at least one item"):
+        contact_sheet([], tmp_path / "none.png")
+
+
+# ---- the folder -------------------------------------------------------------------------------------
+
+
+def test_tokenizer_is_qwen2s_with_whole_words(tokenizer):
+    assert type(tokenizer) is Qwen2Tokenizer
+    ids = tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))
+    assert ids == list(range(ids[0], ids[0] + len(SPECIAL_TOKENS)))
+    assert all(len(tokenizer(word)["input_ids"]) == 1 for word in vocabulary())
+    assert all(len(tokenizer(word)["input_ids"]) == 1 for group in ANSWERS.values() for word in group)
+    for text in ("Über 42 zebras, 東京 & <b>", "a small red star , a big blue circle", "LK7"):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert len(tokenizer("zebra")["input_ids"]) > 1
+
+
+def test_questions_fall_into_whole_words(items, tokenizer):
+    for item in items:
+        text = item.question.rstrip("?.")
+        assert len(tokenizer(text)["input_ids"]) <= len(text.split()) + 1  # a digit and its space are two
+
+
+def test_chat_template(tokenizer):
+    content = [{"type": "image"}, {"type": "text", "text": "Read the text."}]
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
+    assert text == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|><|image_pad|>"
+        "<|vision_end|>Read the text.<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_folder_fits_and_is_what_it_says():
+    assert sum(f.stat().st_size for f in CHECKPOINT.iterdir()) < 16 * 2**20
+    model = Qwen2VLForConditionalGeneration.from_pretrained(CHECKPOINT)
+    text, vision = model.config.text_config, model.config.vision_config
+    assert 8 <= text.num_hidden_layers <= 12 and text.num_key_value_heads < text.num_attention_heads
+    assert model.config.tie_word_embeddings and vision.depth >= 3
+    assert {path.name for path in SAMPLES.glob("*.png")} == {"shapes.png", "glyphs.png", "charts.png"}
+
+
+# ---- training ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grid", [(4, 6), (5, 5)])
+def test_patches_equal_the_reference_processors(grid):
+    scenes = [make_scene(Random(k), "textures", "test", grid) for k in range(2)]
+    theirs = Qwen2VLImageProcessorPil.from_pretrained(CHECKPOINT)(
+        images=[render(scene) for scene in scenes], return_tensors="pt"
+    )
+    ours = torch.from_numpy(patchify(np.stack([draw(scene) for scene in scenes])))
+    assert (ours - theirs["pixel_values"]).abs().max() < PATCH_TOLERANCE
+    assert theirs["image_grid_thw"].tolist() == [[1, 2 * grid[0], 2 * grid[1]]] * 2  # not resized
+    transposed = torch.from_numpy(patchify(np.stack([draw(scene) for scene in scenes]).swapaxes(1, 2)))
+    assert ours.shape != transposed.shape or (ours - transposed).abs().max() > 0.1
+
+
+def test_a_packed_question_is_a_single_turn_prompt():
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    model = Qwen2VLForConditionalGeneration(build_config(tokenizer)).eval()
+    scene = make_scene(Random(0), "shapes", "train", (4, 6))
+    asked = [("What color is the star?", "red", "attribute"), ("How many hearts are there?", "2", "count")]
+    batch = Packer(tokenizer).pack([scene], [asked])
+    pixels = Qwen2VLImageProcessorPil.from_pretrained(CHECKPOINT)(images=[render(scene)], return_tensors="pt")
+    with torch.no_grad():
+        packed = forward(model, batch) @ model.lm_head.weight.T
+        for (row, at, _, _), (question, _, _) in zip(batch.labels, asked):
+            content = [{"type": "image"}, {"type": "text", "text": question}]
+            text = tokenizer.apply_chat_template(
+                [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+            ).replace("<|image_pad|>", "<|image_pad|>" * 24)
+            tokens = torch.tensor([tokenizer(text)["input_ids"]])
+            model.model.rope_deltas = None
+            alone = model(
+                input_ids=tokens, mm_token_type_ids=(tokens == model.config.image_token_id).int(), **pixels
+            ).logits[0, -1]
+            assert (packed[row, at] - alone).abs().max() < PACKING_TOLERANCE
+            assert (packed[row, at - 1] - alone).abs().max() > 100 * PACKING_TOLERANCE
+
+
+def test_learning_rate_warms_up_and_ends_at_zero():
+    settings = Settings(minutes=10, decay=0.5)
+    assert learning_rate(settings, 0, 0) < settings.lr / 100
+    assert learning_rate(settings, 1000, 100) == settings.lr
+    assert learning_rate(settings, 1000, 450) == pytest.approx(settings.lr / 2)
+    assert learning_rate(settings, 1000, 600) == 0
+
+
+def test_training_goes_on_from_where_it_stopped(tmp_path):
+    state, out = tmp_path / "state.pt", tmp_path / "out"
+    small = Settings(minutes=0.01, images=5, questions=2)
+    first = train(small, state, out)
+    assert first.step >= 1 and (out / "model.safetensors").exists()
+    second = train(dataclasses.replace(small, minutes=first.seconds / 60 + 0.01), state, out)
+    assert second.step > first.step and second.seconds > first.seconds
+    assert (out / "training.json").exists()
+
+
+# ---- the checkpoint ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def measured(items):
+    return evaluate(items)
+
+
+def test_checkpoint_answers_as_its_card_says(measured):
+    card = _card_accuracy()
+    for category, group in measured.groupby("category"):
+        assert group.right.mean() > card[category] - SLACK[category], category
+
+
+def test_checkpoint_looks_at_the_image(items, measured):
+    blind, prior = evaluate(items, blind=True), np.mean(best_without_image(items, 2000))
+    assert blind.right.mean() < prior + 0.05
+    assert measured.right.mean() > blind.right.mean() + 0.15
+
+
+def test_generate_gives_what_was_measured(items, measured, tokenizer):
+    model = Qwen2VLForConditionalGeneration.from_pretrained(CHECKPOINT)
+    processor = Qwen2VLImageProcessorPil.from_pretrained(CHECKPOINT)
+    for item, right in list(zip(items, measured.right))[:8]:
+        content = [{"type": "image"}, {"type": "text", "text": item.question}]
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        ).replace("<|image_pad|>", "<|image_pad|>" * (item.grid[0] * item.grid[1]))
+        tokens = torch.tensor([tokenizer(text)["input_ids"]])
+        written = model.generate(
+            input_ids=tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=8,
+            mm_token_type_ids=(tokens == model.config.image_token_id).int(),
+            **processor(images=[item.image], return_tensors="pt"),
+        )  # fmt: skip
+        answer = tokenizer.decode(written[0, tokens.shape[1] :])
+        assert (answer == item.answer + "<|im_end|>") == right
+
+
+def _card_accuracy() -> dict[str, float]:
+    lines = (Path(CHECKPOINT) / "README.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    return {row[0]: float(row[2]) for row in cells if row[0] in MARKS and len(row) == 6}
