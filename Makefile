@@ -1,4 +1,4 @@
-.PHONY: test install
+.PHONY: demo test install
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export HF_HUB_OFFLINE := 1
 
@@ -10,6 +10,9 @@ install: .venv/installed
 	.venv/bin/pip install -q torch==2.13.0
 	.venv/bin/pip install -q -e '.[dev]'
 	touch $@
+
+demo: install
+	.venv/bin/hooked-qwen2vl lens
 
 test: install
 	.venv/bin/python -m pytest

@@ -4,13 +4,38 @@ Axis words used throughout: `batch pos key_pos head kv_head d_model d_head d_mlp
 decoder; `image patch image_token rows cols d_vision` in the vision tower, where a patch is 14×14 pixels and
 an image token 2×2 patches. `thw` is always (t, h, w). Boxes are (x0, y0, x1, y1), origin top left, in
 original pixels.
+
+Names are imported when first used, so that the command's --help need not wait for torch.
 """
 
-from .cache import HookedCache, cache_image
-from .config import HookedQwen2VLConfig
-from .inputs import Inputs
-from .model import HookedQwen2VL
-from .processor import Processor
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .version import __version__
 
+if TYPE_CHECKING:
+    from .cache import HookedCache, cache_image
+    from .config import HookedQwen2VLConfig
+    from .inputs import Inputs
+    from .model import HookedQwen2VL
+    from .processor import Processor
+
+_HOMES = {
+    "HookedCache": "cache",
+    "HookedQwen2VL": "model",
+    "HookedQwen2VLConfig": "config",
+    "Inputs": "inputs",
+    "Processor": "processor",
+    "cache_image": "cache",
+}
 __all__ = ["HookedCache", "HookedQwen2VL", "HookedQwen2VLConfig", "Inputs", "Processor", "__version__", "cache_image"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -32,7 +32,7 @@ def test_the_lens(folder, tmp_path, capsys):
     assert set(table["layer"]) == {0, 1, 2} and "final_post" in said
     assert (tmp_path / "lens.png").stat().st_size > 0
     assert main([*arguments, "--answer", "red"]) == 0
-    assert "answer: 'red'" in capsys.readouterr().out
+    assert "answer:   red" in capsys.readouterr().out
 
 
 def test_bad_input_ends_with_two(folder, tmp_path, capsys):
@@ -41,3 +41,22 @@ def test_bad_input_ends_with_two(folder, tmp_path, capsys):
         code = main(["lens", "--model", model, "--image", image, "--question", "what?", "--out", str(out)])
         assert code == 2 and capsys.readouterr().err.startswith("hooked-qwen2vl: ")
     assert not out.exists()
+
+
+def test_the_embedded_model_needs_no_arguments(tmp_path, capsys):
+    assert main(["lens", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    for name in ("lens.csv", "lens.png", "lens.html", "lens_image.png", "lens_image.csv"):
+        assert str(tmp_path / name) in said and (tmp_path / name).stat().st_size > 0
+    assert main(["scenes", "--n", "2", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "scenes.png").stat().st_size > 0
+
+
+def test_help_is_quick():
+    """Nothing heavy is imported for it."""
+    import subprocess
+    import sys
+
+    code = "import sys; from hooked_qwen2vl.cli import main\ntry: main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip().endswith("False")
