@@ -32,6 +32,7 @@ from .decoder import decoder_block
 from .generate import Generation
 from .inputs import Inputs
 from .layers import RMSNorm, listened
+from .processing import process_weights
 from .processor import Processor
 from .rope import text_rotation
 from .tl_weights import TransformerLensWeights, Unembed
@@ -480,6 +481,12 @@ class HookedQwen2VL(Generation, Tokens, TransformerLensWeights, HookedRootModule
                 f"no hook point is called {', '.join(map(repr, unknown))}; model.hook_dict lists them all "
                 f"(transformer_lens.utils.get_act_name('resid_pre', 3) spells one out)."
             )
+
+    def process_weights(
+        self, fold_ln: bool = True, center_unembed: bool = True, fold_value_biases: bool = True
+    ) -> None:
+        """The same log-probabilities from weights easier to read; in place, on copies. See `processing`."""
+        process_weights(self, fold_ln, center_unembed, fold_value_biases)
 
     # ---- TransformerLens's switches -----------------------------------------------------------
 
