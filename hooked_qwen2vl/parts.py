@@ -51,7 +51,7 @@ def number_visuals(names: Sequence[str], types: Sequence[int], visuals: Sequence
 def _chat_names(tokens: list[int], ends: set[int]) -> list[str] | None:
     """Names by turn, or None where the row is not a chat."""
     starts = [index for index, token in enumerate(tokens) if token == tokens[0]]
-    if len(starts) < 2 or tokens[0] in ends:
+    if len(starts) < 2:
         return None
     line_break = tokens[starts[1] - 1]
     turns = [tokens[a:b] for a, b in zip(starts, [*starts[1:], len(tokens)])]

@@ -235,6 +235,8 @@ def test_equal_only_if_the_images_are(model):
     assert inputs != model.to_inputs("what is that?", images=one)
     assert model.to_inputs(ask) != inputs and model.to_inputs(ask) == model.to_inputs(ask)
     assert inputs != inputs.tokens.tolist()
+    forced, said = (model.to_inputs("the", answers=" red", template=False), model.to_inputs("the red", template=False))
+    assert torch.equal(forced.tokens, said.tokens) and forced != said  # an answer and a question
     with pytest.raises(TypeError):
         hash(inputs)
 
@@ -339,6 +341,7 @@ def test_the_edges_of_a_box(model):
     first = int(inputs.positions("image")[0])
     assert inputs.positions((0, 0, 28, 28)).tolist() == [first]  # touching is not overlapping
     assert inputs.positions((0, 0, 28.01, 28)).tolist() == [first, first + 1]
+    assert inputs.positions((28, 28, 56, 56)).tolist() == [first + 6]
     assert inputs.positions(torch.tensor([139.0, 83.0, 500.0, 500.0])).tolist() == [first + 14]
     assert inputs.span((0, 0, 140, 28)) == slice(first, first + 5)
     assert inputs.positions([-5, -5, 1000, 1000]).tolist() == inputs.positions("image[0]").tolist()
@@ -426,6 +429,14 @@ def test_a_mapping_that_does_not_fit(changes, message, model, batches):
         return
     with pytest.raises(ValueError, match=message):
         Inputs.from_processor(batch, model.cfg)
+
+
+def test_boxes_without_the_original_sizes_are_those_of_the_resized_image(model):
+    inputs = model.to_inputs("what?", images=[picture(60, 115)])
+    batch = reference_batch(inputs)
+    assert inputs.boxes()[-1].tolist() == [30, 86.25, 60, 115]
+    assert Inputs.from_processor(batch, model.cfg).boxes()[-1].tolist() == [28, 84, 56, 112]
+    assert Inputs.from_processor(batch, model.cfg, image_sizes=[(60, 115)]) == inputs
 
 
 def test_an_image_nobody_refers_to(model, batches):

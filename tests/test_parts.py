@@ -72,7 +72,9 @@ def test_a_chat_whose_question_is_not_answered_yet():
         [10, 12, BREAK, 10, 13, BREAK, 10],  # lines that begin alike, but no end token
         [START, BREAK, 20, END, BREAK, START, BREAK],  # no role
         [END, 2, BREAK, 20, END, BREAK, END],  # the end token cannot begin a turn
-        turn(USER, [20]) + turn(USER, [21]) + turn(USER, [], closed=False),  # nobody answers
+        turn([], [20]) + turn(ASSISTANT, [], closed=False),  # nobody asks
+        turn(SYSTEM, [10]) + turn(USER, [20]) + turn(USER, [], closed=False),  # nobody answers
+        turn(SYSTEM, [10]) + turn(USER, [20]) + turn(ASSISTANT, [30]) + turn(USER, [21], closed=False),  # not asked yet
         turn(SYSTEM, [10]) + turn(USER, [20], closed=False) + turn(ASSISTANT, []),  # a turn that is not closed
         turn(SYSTEM, [10]) + turn(USER, [20, END, 21]) + turn(ASSISTANT, [], closed=False),  # an end inside
         turn(SYSTEM, [10]) + turn(USER, [20]) + turn(ASSISTANT, [30]) + turn([7], [], closed=False),  # a fourth role

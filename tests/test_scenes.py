@@ -288,12 +288,12 @@ def test_learning_rate_warms_up_and_ends_at_zero():
 
 def test_training_goes_on_from_where_it_stopped(tmp_path):
     state, out = tmp_path / "state.pt", tmp_path / "out"
-    small = Settings(minutes=0.01, images=5, questions=2)
+    small = Settings(minutes=0.01, tower_minutes=0.01, images=5, questions=2)
     first = train(small, state, out)
     assert first.step >= 1 and (out / "model.safetensors").exists()
     second = train(dataclasses.replace(small, minutes=first.seconds / 60 + 0.01), state, out)
     assert second.step > first.step and second.seconds > first.seconds
-    assert (out / "training.json").exists()
+    assert (out / "training.json").exists() and second.seeing == first.seeing
 
 
 # ---- the checkpoint ---------------------------------------------------------------------------------

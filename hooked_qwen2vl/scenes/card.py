@@ -144,7 +144,9 @@ def _training(folder: Path) -> str:
     settings, last = record["settings"], (record["log"] or [{}])[-1]
     levels = ", ".join(f"{domain} {level}" for domain, level in last.get("levels", {}).items())
     curve = pd.DataFrame(record["log"][:: max(1, len(record["log"]) // 12)]).drop(columns="levels", errors="ignore")
-    return f"""`python -m hooked_qwen2vl.scenes.train`: {record["steps"]} steps in {record["seconds"] / 60:.0f} minutes on {record["device"]} ({record["threads"]} threads, shared with other work),
+    seen, seeing_steps = record.get("seeing", (0, 0))
+    return f"""`python -m hooked_qwen2vl.scenes.train`. First the tower alone, {settings["tower_minutes"]:.0f} minutes ({seeing_steps} steps): linear heads, thrown
+away afterwards, tell what is in each cell ({seen:.1%} of the kinds right at the end). Then all of the model, {record["steps"]} steps in {record["seconds"] / 60:.0f} minutes on {record["device"]} ({record["threads"]} threads, shared with other work),
 seed {settings["seed"]}. AdamW, peak learning rate {settings["lr"]}, {settings["warmup"]} steps of warm-up, linear to 0 over the last {settings["decay"]:.0%} of
 the time; {settings["images"]} pictures × {settings["questions"]} questions a step, each question with the positions and the view of a single-turn prompt,
 loss on the answers only; one batch in four with captions. A domain's scenes get one more object when its running

@@ -1,7 +1,8 @@
 """Trains the embedded model: `python -m hooked_qwen2vl.scenes.train`.
 
-A genuine `Qwen2VLForConditionalGeneration` from random weights: AdamW, several questions a picture with the
-loss on the answers only (see `batches`), and a curriculum: a domain's scenes get one more object whenever its
+A genuine `Qwen2VLForConditionalGeneration` from random weights, in two stages: the vision tower learns to see
+(see `tower`); then all of the model answers, several questions a picture with the loss on the answers only
+(see `batches`), under a curriculum: a domain's scenes get one more object whenever its
 running accuracy passes 90 %. The learning rate is constant after a warm-up and falls linearly to 0 over the
 last part of the given time. Seeded and resumable; uses CUDA where there is one.
 """
@@ -22,6 +23,7 @@ from transformers import Qwen2VLForConditionalGeneration
 
 from .batches import IGNORE, Batch, Packer, draw_batch, raise_level, start_levels
 from .folder import CHECKPOINT, build_config, build_tokenizer, save_folder
+from .tower import teach_tower
 from .world import pick_grid
 
 STATE = Path("out/scenes-training.pt")
@@ -32,12 +34,13 @@ CURRICULUM_GRIDS = ((4, 4), (4, 5), (5, 4))  # while most domains are still at o
 class Settings:
     """What a run was asked for."""
 
-    minutes: float = 60
+    minutes: float = 60  # of the second stage
+    tower_minutes: float = 4  # of the first
     lr: float = 5e-4
     warmup: int = 150
     decay: float = 0.3  # share of the time over which the learning rate falls to 0
     weight_decay: float = 0.02
-    images: int = 30
+    images: int = 15
     questions: int = 8
     seed: int = 0
     pass_mark: float = 0.9
@@ -53,6 +56,7 @@ class Progress:
     running: dict[str, float] = field(default_factory=dict)  # domain -> running accuracy
     table: dict[str, float] = field(default_factory=dict)  # "domain category" -> running accuracy
     log: list[dict] = field(default_factory=list)
+    seeing: tuple[float, int] = (0.0, 0)  # accuracy of the first stage, and its steps
 
 
 def learning_rate(settings: Settings, step: int, seconds: float) -> float:
@@ -128,7 +132,10 @@ def train(settings: Settings, state: Path = STATE, out: Path = CHECKPOINT, save_
         fused=True,
     )
     progress = Progress()
-    if state.exists():
+    if not state.exists():
+        progress.seeing = teach_tower(model, settings.seed, settings.tower_minutes)
+        _save(state, model, optimizer, progress, rng)
+    else:
         saved = torch.load(state, map_location=device, weights_only=False)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -169,7 +176,7 @@ def train(settings: Settings, state: Path = STATE, out: Path = CHECKPOINT, save_
     _save(state, model, optimizer, progress, rng)
     save_folder(model, tokenizer, out)
     (out / "training.json").write_text(
-        json.dumps({"settings": asdict(settings), "steps": progress.step, "seconds": round(progress.seconds),
+        json.dumps({"settings": asdict(settings), "steps": progress.step, "seconds": round(progress.seconds), "seeing": progress.seeing,
                     "threads": torch.get_num_threads(), "device": device.type, "log": progress.log}) + "\n"
     )  # fmt: skip
     return progress
