@@ -82,14 +82,23 @@ class HookedCache(ActivationCache):
         scaled = super().apply_ln_to_stack(
             residual_stack, layer, mlp_input, pos_slice, batch_slice, has_batch_dim, recompute_ln
         )
-        if layer is None or layer == -1:
-            layer = self.model.cfg.n_layers
-        final = layer == self.model.cfg.n_layers
-        if final and recompute_ln:  # that path ran the norm itself
+        if recompute_ln and layer in (None, -1, self.model.cfg.n_layers):  # that path ran the norm itself
             return scaled
-        block = None if final else self.model.blocks[layer]
-        norm = self.model.ln_final if final else block.ln2 if mlp_input else block.ln1
-        return scaled * norm.w.to(scaled.device)
+        return scaled * self._norm_weight(layer, mlp_input).to(scaled.device)
+
+    def _stack_neuron_results_apply_ln_projected(
+        self, layer: int, pos_slice: Slice, neuron_slice: Slice, project_2d: Tensor, mlp_input: bool = False
+    ) -> Tensor:
+        """TransformerLens's fused path (scale, then direction) leaves the norm's weight out too."""
+        weighted = project_2d * self._norm_weight(layer, mlp_input).to(project_2d)[:, None]
+        return super()._stack_neuron_results_apply_ln_projected(layer, pos_slice, neuron_slice, weighted, mlp_input)
+
+    def _norm_weight(self, layer: int | None, mlp_input: bool) -> Float[Tensor, "d_model"]:
+        """The weight of the norm that reads the stream at this layer; the final one at the end."""
+        if layer in (None, -1, self.model.cfg.n_layers):
+            return self.model.ln_final.w
+        block = self.model.blocks[layer]
+        return block.ln2.w if mlp_input else block.ln1.w
 
 
 def cache_image(

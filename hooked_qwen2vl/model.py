@@ -29,6 +29,7 @@ from .cache import HookedCache, is_vision
 from .checkpoint import open_checkpoint
 from .config import HookedQwen2VLConfig, convert_config
 from .decoder import decoder_block
+from .export import export_text_model
 from .generate import Generation
 from .inputs import Inputs
 from .layers import RMSNorm, listened
@@ -487,6 +488,10 @@ class HookedQwen2VL(Generation, Tokens, TransformerLensWeights, HookedRootModule
     ) -> None:
         """The same log-probabilities from weights easier to read; in place, on copies. See `processing`."""
         process_weights(self, fold_ln, center_unembed, fold_value_biases)
+
+    def export_text_model(self, folder: str | Path) -> Path:
+        """Writes the text decoder as a Qwen2 folder; see `export`."""
+        return export_text_model(self, folder)
 
     # ---- TransformerLens's switches -----------------------------------------------------------
 
