@@ -118,7 +118,7 @@ class Generation:
             raise ValueError(f"return_type must be 'input', 'str', 'tokens' or 'inputs', got {return_type!r}.")
         if prepend_bos or padding_side == "right":
             raise ValueError("Qwen2-VL has no BOS token and batches are padded on the left: drop these arguments.")
-        prompt = self._as_inputs(input, None)
+        prompt = self._as_inputs(input, None).left_padded()
         sampling = Sampling(do_sample, top_k, top_p, temperature, freq_penalty, repetition_penalty, seed)
         stop = self._stopping(stop_at_eos, eos_token_id, stop_strings, stopping_criteria)
         collector = self._collector(input, names_filter, device) if return_cache else None
@@ -159,7 +159,7 @@ class Generation:
         Raises:
             ValueError: as `generate`; text for several prompts at once.
         """
-        prompt = self._as_inputs(input, None)
+        prompt = self._as_inputs(input, None).left_padded()
         if return_type not in ("tokens", "str") or (return_type == "str" and len(prompt) != 1):
             raise ValueError("stream 'tokens', or 'str' for one prompt: several texts cannot be told apart.")
         sampling = Sampling(do_sample, top_k, top_p, temperature, freq_penalty, repetition_penalty, seed)

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from .inputs import Inputs
+
 
 class Tokens:
     """Mixed into HookedQwen2VL; reads `self.processor` and `self.cfg`."""
@@ -28,17 +30,22 @@ class Tokens:
 
     def to_tokens(
         self,
-        input: str | list[str],
+        input: str | list[str] | Inputs | Int[Tensor, "batch pos"],
         prepend_bos: bool | None = None,
         padding_side: Literal["left", "right"] | None = None,
         move_to_device: bool = True,
         truncate: bool = True,
-    ) -> Int[Tensor, "batch pos"]:
+    ) -> Int[Tensor, "batch pos"] | Inputs:
         """Plain text to token ids, without chat template; several strings are padded on the left.
+
+        `Inputs` and token tensors come back as they are, so that TransformerLens's tools which tokenise what they are
+        given take them.
 
         Raises:
             ValueError: `prepend_bos=True` (Qwen has no BOS), an empty string, or no tokenizer.
         """
+        if isinstance(input, (Inputs, Tensor)):
+            return input
         if prepend_bos:
             raise ValueError("Qwen2-VL has no BOS token: call to_tokens with prepend_bos=False (the default here).")
         strings = [input] if isinstance(input, str) else list(input)

@@ -117,3 +117,22 @@ def test_contradictory_settings_are_refused(model, batches):
         model.generate(batches["image"], top_k=3, top_p=0.5)
     with pytest.raises(ValueError, match="do not fit the context"):
         model.generate(batches["image"], max_new_tokens=10_000)
+
+
+def test_padding_on_the_right_is_moved(model, batches):
+    """A right-padded batch, and one whose rows ended early, go on as the left-padded one does."""
+    from hooked_qwen2vl import Inputs
+
+    left = model.to_inputs(["what?", "which of the two is red?"])
+    rows = [row.tokens[0][row.attention_mask[0].bool()] for row in left]
+    width = left.shape[1]
+    tokens = torch.stack([torch.nn.functional.pad(row, (0, width - len(row))) for row in rows])
+    mask = torch.stack([torch.nn.functional.pad(torch.ones_like(row), (0, width - len(row))) for row in rows])
+    right = Inputs.from_tokens(tokens, model.cfg, mask)
+    ours, expected = (model.generate(x, return_type="tokens", stop_at_eos=False, **GREEDY) for x in (right, left))
+    assert torch.equal(ours[:, -NEW:], expected[:, -NEW:])
+
+
+def test_tokens_and_inputs_pass_through_to_tokens(model, batches):
+    assert model.to_tokens(batches["image"]) is batches["image"]
+    assert torch.equal(model.to_tokens(batches["text"].tokens), batches["text"].tokens)
