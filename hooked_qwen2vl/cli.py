@@ -12,14 +12,15 @@ SAMPLES = Path(__file__).parent / "scenes" / "samples"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code: 0, or 2 with one paragraph on what was wrong with the input."""
+    """Runs the command; returns its exit code: 0; 1 when a check failed; 2 with a paragraph on what was wrong
+    with the input."""
     options = _parser().parse_args(arguments)
     try:
-        options.run(options)
+        return options.run(options) or 0
     except (ValueError, OSError) as error:
         print(f"hooked-qwen2vl: {error}", file=sys.stderr)
         return 2
-    return 0
+
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -35,6 +36,11 @@ def _parser() -> argparse.ArgumentParser:
     lens.add_argument("--top-k", type=int, default=5, metavar="K", help="tokens to show for each layer (default 5)")
     lens.add_argument("--out", type=Path, default=Path("out"), help="folder for what is written (default: out)")
     lens.set_defaults(run=_lens)
+    check = commands.add_parser("check", help="compare with transformers' own model, stage by stage")
+    check.add_argument("--model", default="scenes", help="a Qwen2-VL folder or hub id (default: the embedded model)")
+    check.add_argument("--dtype", default="float32", help="to compare in (default float32)")
+    check.add_argument("--device", help="cpu, cuda, …")
+    check.set_defaults(run=_check)
     scenes = commands.add_parser("scenes", help="a contact sheet of the embedded world")
     scenes.add_argument("--n", type=int, default=9, help="how many pictures (default 9)")
     scenes.add_argument("--seed", type=int, default=0)
@@ -80,6 +86,27 @@ def _lens(options: argparse.Namespace) -> None:
     print(f"question: {question}\nanswer:   {model.to_string(inputs.tokens[0, answer])}\n")
     print(_table(lens))
     print("\n" + "\n".join(f"wrote {path}" for path in written))
+
+
+def _check(options: argparse.Namespace) -> int:
+    from transformers import Qwen2VLForConditionalGeneration
+
+    from .checkpoint import open_checkpoint
+    from .model import HookedQwen2VL
+    from .selfcheck import self_check
+
+    model = HookedQwen2VL.from_pretrained(options.model, dtype=options.dtype, device=options.device)
+    folder = open_checkpoint(options.model).folder
+    reference = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=model.cfg.dtype).eval().to(model.cfg.device)
+    table = self_check(model, reference)
+    print(table.to_string(index=False, float_format=lambda x: f"{x:.1e}"))
+    failed = table[~table["ok"]]
+    if len(failed):
+        first = failed.iloc[0]
+        print(f"\nfirst stage that differs: {first['stage']}, by {first['error']:.1e} (tolerance {first['tolerance']:.0e})")
+        return 1
+    print("\nevery stage agrees with the reference")
+    return 0
 
 
 def _table(lens) -> str:

@@ -9,6 +9,7 @@ from tiny import real_rows, reference_batch, reference_logits, spread, tiny_hf
 from transformer_lens.model_protocol import TransformerLensModelWithWeights
 
 from hooked_qwen2vl import HookedQwen2VL, Inputs
+from hooked_qwen2vl.selfcheck import reference_stages
 
 RELATIVE = 1e-5  # of the logits' spread; measured: 3e-6 at most over all cases
 KINDS = ["image", "text", "two images", "video", "image and video", "batch", "no template"]
@@ -47,43 +48,17 @@ def test_explicit_attention_equals_the_reference(kind, model, hf, batches):
 # ---- every stage ------------------------------------------------------------------------------
 
 
-def reference_stages(hf, inputs) -> dict[str, torch.Tensor]:
-    """The reference's activation after every stage, under our hooks' names."""
-    stages: dict[str, torch.Tensor] = {}
-
-    def keep(name):
-        def hook(module, args, output):
-            stages[name] = output[0] if isinstance(output, tuple) else output
-
-        return hook
-
-    visual, text = hf.model.visual, hf.model.language_model
-    watched = {"vision_encoder.hook_patch_embed": visual.patch_embed, "vision_projector.hook_out": visual.merger}
-    watched |= {f"vision_encoder.blocks.{i}.hook_resid_post": block for i, block in enumerate(visual.blocks)}
-    watched |= {f"blocks.{i}.hook_resid_post": block for i, block in enumerate(text.layers)}
-    watched |= {f"blocks.{i}.hook_attn_out": block.self_attn for i, block in enumerate(text.layers)}
-    watched |= {f"blocks.{i}.hook_mlp_out": block.mlp for i, block in enumerate(text.layers)}
-    handles = [module.register_forward_hook(keep(name)) for name, module in watched.items()]
-    hf.model.rope_deltas = None
-    batch = reference_batch(inputs)
-    try:
-        with torch.no_grad():
-            hf(**batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return stages
-
-
 @pytest.mark.parametrize("kind", ["image", "two images", "batch", "video"])
 def test_every_stage_equals_the_reference(kind, model, hf, batches):
     inputs = batches[kind]
     theirs = reference_stages(hf, inputs)
     with torch.no_grad():
-        _, cache = model.run_with_cache(inputs, names_filter=list(theirs))
+        logits, cache = model.run_with_cache(inputs, names_filter=[name for name in theirs if name != "logits"])
     for name, expected in theirs.items():
         if name.startswith("vision"):
-            ours = cache.vision[name][0]
+            ours = cache.vision[name]
+        elif name == "logits":
+            ours, expected = real_rows(logits, inputs), real_rows(expected, inputs)
         else:
             ours, expected = real_rows(cache[name], inputs), real_rows(expected, inputs)
         scale = expected.std().item()

@@ -7,7 +7,7 @@ from transformers import Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGen
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from hooked_qwen2vl import Inputs, Processor
-from hooked_qwen2vl.positions import IMAGE, VIDEO
+from hooked_qwen2vl.selfcheck import reference_batch
 
 SPECIAL = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
@@ -111,26 +111,6 @@ def randomise(model: torch.nn.Module) -> None:
             weight.add_(0.3 * torch.randn_like(weight))
         elif "patch_embed" not in name:
             weight.normal_(0.0, 1.0 * weight.shape[-1] ** -0.5 if weight.ndim > 1 else 0.3)
-
-
-def reference_batch(inputs: Inputs) -> dict[str, torch.Tensor]:
-    """What transformers' forward wants for the same prompts."""
-    batch = {
-        "input_ids": inputs.tokens,
-        "attention_mask": inputs.attention_mask,
-        "mm_token_type_ids": inputs.token_types.int(),
-    }
-    sizes = [visual.n_patches for visual in inputs.visuals]
-    packs = inputs.pixels.split(sizes) if sizes else []
-    for kind, pixels, grids in (
-        (IMAGE, "pixel_values", "image_grid_thw"),
-        (VIDEO, "pixel_values_videos", "video_grid_thw"),
-    ):
-        chosen = [patches for patches, visual in zip(packs, inputs.visuals) if visual.kind == kind]
-        if chosen:
-            batch[pixels] = torch.cat(chosen)
-            batch[grids] = torch.tensor([v.grid for v in inputs.visuals if v.kind == kind])
-    return batch
 
 
 @torch.no_grad()

@@ -1,0 +1,132 @@
+"""Is this port right on *these* weights? Stage by stage against transformers' own model.
+
+1. One synthetic picture, not square, and a question; a left-padded batch of it with a text-only prompt.
+2. The reference (`Qwen2VLForConditionalGeneration`, from the same folder) runs with torch hooks on its modules.
+3. The same activations are read from this model's cache: positions, patch embedding, every tower block,
+   projector, every decoder block, logits; then greedy tokens, cached and uncached.
+4. A stage's error is its largest difference relative to the stage's own spread. The first stage past the
+   tolerance is the one to look at.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .inputs import Inputs
+from .positions import IMAGE, VIDEO
+
+QUESTION = "What color is the square?"
+TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.15, torch.float16: 0.05}
+NEW_TOKENS = 8
+
+
+def synthetic_image() -> Image.Image:
+    """A coloured gradient with a square in it, 168 × 112 pixels: nothing in it is symmetric."""
+    y, x = np.mgrid[0:112, 0:168]
+    pixels = np.stack([x * 255 / 167, y * 255 / 111, (x + y) % 256], axis=-1).astype(np.uint8)
+    pixels[28:70, 98:140] = (220, 30, 40)
+    return Image.fromarray(pixels)
+
+
+@torch.no_grad()
+def self_check(model: Any, hf: Any) -> pd.DataFrame:
+    """Compares a HookedQwen2VL with a reference model that has the same weights and dtype.
+
+    Args:
+        model: with its processor.
+        hf: a Qwen2VLForConditionalGeneration.
+    Returns:
+        one row a stage, in the order of the computation: stage, error (relative to its spread), tolerance, ok.
+    """
+    inputs = model.to_inputs(QUESTION, images=[synthetic_image()])
+    batch = model.to_inputs([QUESTION, "Name a color."], images=[[synthetic_image()], []])
+    tolerance = TOLERANCES[model.cfg.dtype]
+    rows = [("positions", _position_error(inputs, hf), 0.0)]
+    theirs = reference_stages(hf, inputs)
+    logits, cache = model.run_with_cache(inputs, names_filter=[name for name in theirs if name != "logits"])
+    for name, expected in theirs.items():
+        ours = logits if name == "logits" else cache[name]
+        rows.append((name, relative_error(ours, expected), tolerance))
+    seen = batch.attention_mask.bool()
+    padded = relative_error(model(batch)[seen], reference_stages(hf, batch)["logits"][seen])
+    rows.append(("logits of a left-padded batch", padded, tolerance))
+    settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "stop_at_eos": False, "verbose": False}
+    hf.model.rope_deltas = None
+    expected = hf.generate(**reference_batch(batch), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=-1)
+    for cached in (True, False):
+        tokens = model.generate(batch, use_past_kv_cache=cached, return_type="tokens", **settings)
+        wrong = (tokens[:, -NEW_TOKENS:] != expected[:, -NEW_TOKENS:]).float().mean().item()
+        rows.append((f"greedy tokens, {'cached' if cached else 'uncached'} (share that differs)", wrong, 0.0))
+    table = pd.DataFrame(rows, columns=["stage", "error", "tolerance"])
+    table["ok"] = table["error"] <= table["tolerance"]
+    return table
+
+
+def reference_batch(inputs: Inputs) -> dict[str, Tensor]:
+    """What transformers' forward wants for the same prompts."""
+    batch = {
+        "input_ids": inputs.tokens,
+        "attention_mask": inputs.attention_mask,
+        "mm_token_type_ids": inputs.token_types.int(),
+    }
+    sizes = [visual.n_patches for visual in inputs.visuals]
+    packs = inputs.pixels.split(sizes) if sizes else []
+    names = {IMAGE: ("pixel_values", "image_grid_thw"), VIDEO: ("pixel_values_videos", "video_grid_thw")}
+    for kind, (pixels, grids) in names.items():
+        chosen = [(patches, visual.grid) for patches, visual in zip(packs, inputs.visuals) if visual.kind == kind]
+        if chosen:
+            batch[pixels] = torch.cat([patches for patches, _ in chosen])
+            batch[grids] = torch.tensor([grid for _, grid in chosen], device=inputs.device)
+    return batch
+
+
+@torch.no_grad()
+def reference_stages(hf: Any, inputs: Inputs) -> dict[str, Tensor]:
+    """The reference's activation after every stage under our hooks' names, and its logits, in order."""
+    stages: dict[str, Tensor] = {}
+
+    def keep(name: str):
+        def hook(module: Any, args: Any, output: Any) -> None:
+            value = output[0] if isinstance(output, tuple) else output
+            stages[name] = value[None] if name.startswith("vision") else value
+
+        return hook
+
+    visual, text = hf.model.visual, hf.model.language_model
+    watched = {"vision_encoder.hook_patch_embed": visual.patch_embed}
+    watched |= {f"vision_encoder.blocks.{i}.hook_resid_post": block for i, block in enumerate(visual.blocks)}
+    watched |= {"vision_projector.hook_out": visual.merger}
+    for i, block in enumerate(text.layers):
+        watched |= {f"blocks.{i}.hook_attn_out": block.self_attn, f"blocks.{i}.hook_mlp_out": block.mlp}
+        watched |= {f"blocks.{i}.hook_resid_post": block}
+    handles = [module.register_forward_hook(keep(name)) for name, module in watched.items()]
+    hf.model.rope_deltas = None  # nothing left over from another call
+    try:
+        logits = hf(**reference_batch(inputs)).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {**{name: stages[name] for name in watched if name in stages}, "logits": logits}
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    """Largest difference, relative to the standard deviation of the reference; infinite for another shape or NaN."""
+    if ours.shape != theirs.shape:
+        return float("inf")
+    error = ((ours.double() - theirs.double()).abs().max() / theirs.double().std()).item()
+    return error if error == error else float("inf")
+
+
+def _position_error(inputs: Inputs, hf: Any) -> float:
+    batch = reference_batch(inputs)
+    theirs, delta = hf.model.get_rope_index(
+        batch["input_ids"], batch["mm_token_type_ids"], batch.get("image_grid_thw"), None, batch["attention_mask"]
+    )
+    same = torch.equal(inputs.position_ids, theirs) and torch.equal(inputs.rope_delta, delta.flatten())
+    return 0.0 if same else float((inputs.position_ids - theirs).abs().max() + (inputs.rope_delta != delta[:, 0]).sum())

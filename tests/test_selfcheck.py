@@ -1,0 +1,45 @@
+"""The self-check passes on a right port and names the stage that is wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import tiny_hf
+
+from hooked_qwen2vl import HookedQwen2VL
+from hooked_qwen2vl.cli import main
+from hooked_qwen2vl.selfcheck import self_check
+
+
+@pytest.fixture()
+def pair(processor):
+    hf = tiny_hf(n_layers=2)
+    return HookedQwen2VL.from_hf(tiny_hf(n_layers=2), processor), hf
+
+
+def test_a_right_port_passes(pair):
+    table = self_check(*pair)
+    assert table["ok"].all() and len(table) == 1 + 1 + 2 + 1 + 3 * 2 + 1 + 1 + 2
+
+
+@pytest.mark.parametrize(
+    "weight, stage",
+    [
+        ("vision_encoder.blocks.1.ln2.w", "vision_encoder.blocks.1.hook_resid_post"),
+        ("vision_projector.fc2.bias", "vision_projector.hook_out"),
+        ("blocks.1.attn.k_proj.weight", "blocks.1.hook_attn_out"),
+        ("blocks.0.mlp.down_proj.weight", "blocks.0.hook_mlp_out"),
+        ("ln_final.w", "logits"),
+    ],
+)
+def test_the_first_wrong_stage_is_named(pair, weight, stage):
+    model, hf = pair
+    with torch.no_grad():
+        model.get_parameter(weight).mul_(1.1)
+    table = self_check(model, hf)
+    assert table[~table["ok"]].iloc[0]["stage"] == stage
+
+
+def test_the_command_on_the_embedded_model(capsys):
+    assert main(["check"]) == 0
+    assert "every stage agrees" in capsys.readouterr().out
