@@ -140,6 +140,12 @@ def test_partners_differ_in_one_attribute_of_one_object(pairs):
         )  # a size changes both sides, a height the top, a reversed path where it points  # fmt: skip
 
 
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_a_partner_is_held_out_where_its_scene_is(split):
+    for item, partner in counterfactual_pairs(30, seed=7, split=split):
+        assert item.split == split and (partner.split == "train") == (split == "train")
+
+
 def test_pixels_change_only_in_the_cells_of_the_changed_object(pairs):
     for item, other in pairs:
         rows, cols = item.grid

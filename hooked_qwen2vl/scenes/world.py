@@ -176,16 +176,22 @@ def make_question(rng: Random, scene: Scene, category: str) -> Question | None:
 
 
 def make_counterfactual(rng: Random, scene: Scene, question: Question) -> tuple[Scene, Thing, Thing] | None:
-    """(changed scene, thing before, thing after): one attribute of one thing changed, and another answer."""
+    """(changed scene, thing before, thing after): one attribute of one thing changed, and another answer.
+
+    The partner of a training scene is a training scene, that of a held-out scene is held out.
+    """
     answer, depends_on = question.solve(scene)
     allowed = scene.split == "test"
+    trained = scene.split == "train"
     for things in (depends_on, scene.things):
         for old in sorted(things, key=lambda _: rng.random()):
             options = edits(scene, old)
             rng.shuffle(options)
             for new in options:
                 other = scene.exchange(old, new)
-                found = question.solve(other) if other.fits() else None
+                if (other.split == "train") != trained or not other.fits():
+                    continue
+                found = question.solve(other)
                 if found and found[0] != answer and (allowed or not other.has_unseen()):
                     return other, old, new
     return None
