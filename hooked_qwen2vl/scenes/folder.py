@@ -109,6 +109,7 @@ def save_folder(model, tokenizer, folder: Path = CHECKPOINT) -> None:
         do_sample=False, eos_token_id=eos, pad_token_id=eos[1], bos_token_id=eos[1], max_new_tokens=64
     )
     model.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)  # others must be able to load it
     tokenizer.save_pretrained(folder)
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}, indent=2) + "\n")
     (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2) + "\n")
