@@ -162,11 +162,19 @@ class TransformerLensWeights:
         return ["attn+mlp"] * self.cfg.n_layers
 
     def tl_named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """TransformerLens name -> weight, text side; views of the model's storage."""
+        """TransformerLens name -> weight, text side.
+
+        As in TransformerLens, grouped keys and values are repeated here for each head (copies), because the tools that
+        read these names index them by head; everything else is a view of the model's storage.
+        """
+        groups = self.cfg.n_heads // self.cfg.n_key_value_heads
         yield "embed.W_E", self.W_E
         for layer, block in enumerate(self.blocks):
             yield f"blocks.{layer}.ln1.w", block.ln1.w
-            yield from ((f"blocks.{layer}.attn.{name}", getattr(block.attn, name)) for name in _BLOCK_WEIGHTS)
+            for name in _BLOCK_WEIGHTS:
+                weight = getattr(block.attn, name)
+                shared = groups > 1 and name[-1] in "KV"
+                yield f"blocks.{layer}.attn.{name}", weight.repeat_interleave(groups, dim=0) if shared else weight
             yield f"blocks.{layer}.ln2.w", block.ln2.w
             yield from ((f"blocks.{layer}.mlp.{name}", getattr(block.mlp, name)) for name in _MLP_WEIGHTS)
         yield "ln_final.w", self.ln_final.w

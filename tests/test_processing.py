@@ -30,23 +30,29 @@ def test_the_log_probabilities_stay(steps, tie, processor):
     assert all(torch.equal(weight, before[name]) for name, weight in hf.named_parameters())
 
 
+def tl_format(model) -> dict[str, torch.Tensor]:
+    """The names ProcessWeights knows; grouped heads are spelt with an underscore, or are silently not folded."""
+    weights = {"embed.W_E": model.W_E, "unembed.W_U": model.W_U, "ln_final.w": model.ln_final.w}
+    for layer, block in enumerate(model.blocks):
+        here = {"ln1.w": block.ln1.w, "ln2.w": block.ln2.w}
+        here |= {f"attn.{name}": getattr(block.attn, name) for name in ("W_Q", "W_O", "b_Q", "b_O")}
+        here |= {f"attn._{name}": getattr(block.attn, name) for name in ("W_K", "W_V", "b_K", "b_V")}
+        here |= {f"mlp.{name}": getattr(block.mlp, name) for name in ("W_in", "W_gate", "W_out")}
+        weights |= {f"blocks.{layer}.{name}": weight for name, weight in here.items()}
+    return {name: weight.detach().clone() for name, weight in weights.items()}
+
+
 def test_the_weights_are_those_of_transformer_lens(processor):
     model = HookedQwen2VL.from_hf(tiny_hf(tie=True), processor)
-    raw = {}
-    for name, weight in model.tl_named_parameters():
-        for part in ("W_K", "W_V", "b_K", "b_V"):  # grouped heads are spelt so, or are silently not folded
-            name = name.replace(f"attn.{part}", f"attn._{part}")
-        if not name.endswith(("b_U", "b_in", "b_out")):
-            raw[name] = weight.detach().clone()
+    raw = tl_format(model)
     cfg = copy(model.cfg)
     theirs = ProcessWeights.process_weights(
         raw, cfg, fold_ln=True, center_writing_weights=False, center_unembed=True, fold_value_biases=True
     )
     model.process_weights()
-    ours = model.tl_parameters()
+    ours = tl_format(model)
     compared = 0
     for name, weight in theirs.items():
-        name = name.replace("attn._", "attn.")
         if name in ours and not name.endswith(("ln1.w", "ln2.w", "ln_final.w")):
             assert torch.allclose(ours[name], weight, atol=1e-6), name
             compared += 1
