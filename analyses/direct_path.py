@@ -1,0 +1,62 @@
+"""Direct path patching (Wang et al. 2022) into queries, keys and values, key-value heads included.
+
+The path from head A to head B alone: A's clean-minus-corrupted write is added to B's own copy of the residual
+stream, before its norm, while everything else still sees A's corrupted output. TransformerLens's own function
+does this where every head has keys and values of its own; here the destination of a key or value path is a
+key-value head, which on a grouped-query model serves several heads.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from analyses.edge_attribution import Metric
+
+
+@torch.no_grad()
+def direct_path_patch(
+    model: Any,
+    corrupted: Any,
+    clean_cache: Any,
+    corrupted_cache: Any,
+    metric: Metric,
+    source: tuple[int, int],
+    component: Literal["q", "k", "v"] = "q",
+    progress: bool = True,
+) -> Float[Tensor, "layer head"]:
+    """The metric with the path from one head into each later head's query, key or value input patched.
+
+    Args:
+        clean_cache, corrupted_cache: must hold `attn.hook_z` of the source's layer.
+        source: (layer, head) that writes.
+        component: which input of the destination; for keys and values the second axis counts key-value heads.
+    Returns:
+        [layer head]; rows up to the source's layer are NaN: there is no such path.
+    Raises:
+        ValueError: a head that is not there, or an unknown component.
+    """
+    layer, head = source
+    cfg = model.cfg
+    if component not in ("q", "k", "v"):
+        raise ValueError(f"component must be 'q', 'k' or 'v', got {component!r}.")
+    if not (0 <= layer < cfg.n_layers and 0 <= head < cfg.n_heads):
+        raise ValueError(f"there is no head {head} in layer {layer}: the model has {cfg.n_layers} × {cfg.n_heads}.")
+    z_clean, z_corrupted = (cache["z", layer][:, :, head] for cache in (clean_cache, corrupted_cache))
+    delta = (z_clean - z_corrupted) @ model.blocks[layer].attn.W_O[head]
+    n_heads = cfg.n_heads if component == "q" else cfg.n_key_value_heads
+    results = torch.full((cfg.n_layers, n_heads), float("nan"))
+    cells = [(to, h) for to in range(layer + 1, cfg.n_layers) for h in range(n_heads)]
+    for to, to_head in tqdm(cells, desc=f"paths from L{layer}H{head}", disable=not progress, delay=2):
+
+        def add(stream: Tensor, hook: Any, to_head: int = to_head) -> Tensor:
+            stream[:, :, to_head] += delta
+            return stream
+
+        name = f"blocks.{to}.attn.hook_{component}_input"
+        results[to, to_head] = metric(model.run_with_hooks(corrupted, fwd_hooks=[(name, add)]))
+    return results
