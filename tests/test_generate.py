@@ -19,9 +19,10 @@ def reference_tokens(hf, inputs, **changes):
 
 
 @pytest.mark.parametrize("cached", [True, False])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(5))
 def test_greedy_equals_the_reference(seed, cached, processor):
-    hf = tiny_hf(seed=seed, n_key_value_heads=(1, 2, 4)[seed], tie=seed == 1)
+    """Five random configurations, fifty prompts, cached and uncached: every token."""
+    hf = tiny_hf(seed=seed, n_key_value_heads=(1, 2, 4, 2, 1)[seed], tie=seed % 2 == 1, n_layers=(3, 3, 2, 4, 1)[seed])
     model = HookedQwen2VL.from_hf(hf, processor)
     for kind, inputs in prompts(model).items():
         ours = model.generate(inputs, return_type="tokens", use_past_kv_cache=cached, **GREEDY)

@@ -261,3 +261,46 @@ def test_gradients_reach_the_pixels(model, batches):
     model(replace(inputs, pixels=pixels))[0, -1].max().backward()
     model.zero_grad()
     assert pixels.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_other_precisions(dtype, processor):
+    """float16 is near, float64 nearer than float32 ever is."""
+    hf = tiny_hf(dtype=dtype)
+    model = HookedQwen2VL.from_hf(hf, processor)
+    assert model.cfg.dtype == dtype
+    inputs = model.to_inputs("what?", images=[picture(84, 56)])
+    with torch.no_grad():
+        logits, cache = model.run_with_cache(inputs)
+    assert logits.dtype == dtype and cache["resid_post", 1].dtype == dtype
+    assert worst(logits, reference_logits(hf, inputs), inputs) < (2e-2 if dtype == torch.float16 else 1e-6)
+
+
+def test_moving_the_model_moves_its_cfg(processor):
+    model = HookedQwen2VL.from_hf(tiny_hf(), processor)
+    inputs = model.to_inputs("what?", images=[picture(84, 56)])
+    with torch.no_grad():
+        single = model(inputs)
+        model.double()
+        assert model.cfg.dtype == torch.float64
+        assert (model(inputs) - single).abs().max() < 1e-4 and model(inputs).dtype == torch.float64
+        model.half()
+    assert model.cfg.dtype == torch.float16
+
+
+def test_a_compiled_forward_is_the_forward(processor):
+    """torch.compile on the plain forward, dynamo's graph run eagerly: the numbers and the image stay."""
+    model = HookedQwen2VL.from_hf(tiny_hf(n_layers=2), processor)
+    inputs = model.encode(model.to_inputs("what?", images=[picture(84, 56)]))
+    with torch.no_grad():
+        assert torch.allclose(torch.compile(model, backend="eager")(inputs), model(inputs), atol=1e-5)
+
+
+def test_accelerate_dispatch_is_exact(tmp_path, processor):
+    hf = tiny_hf(n_layers=2)
+    hf.save_pretrained(tmp_path)
+    plain, spread_out = HookedQwen2VL.from_pretrained(tmp_path), HookedQwen2VL.from_pretrained(tmp_path, device_map="auto")
+    plain.processor = processor
+    inputs = plain.to_inputs("what?", images=[picture(84, 56)])
+    with torch.no_grad():
+        assert torch.equal(plain(inputs), spread_out(inputs))
