@@ -101,7 +101,9 @@ def test_circuits_and_compositions(small, bridge, circuit):
 
 SWEEPS = [
     "resid_pre", "resid_mid", "attn_out", "mlp_out", "attn_head_out_all_pos", "attn_head_q_all_pos",
-    "attn_head_k_all_pos", "attn_head_v_all_pos", "attn_head_pattern_all_pos",
+    "attn_head_k_all_pos", "attn_head_v_all_pos", "attn_head_pattern_all_pos", "attn_head_out_by_pos",
+    "attn_head_q_by_pos", "attn_head_k_by_pos", "attn_head_v_by_pos", "attn_head_pattern_by_pos", "block_every",
+    "attn_head_all_pos_every",
 ]  # fmt: skip
 
 
@@ -133,6 +135,9 @@ def test_patching_with_an_image_runs_and_keeps_the_image(small, pair, sweep):
         own = metric(small(corrupted))
         _, other = small.run_with_cache(clean)
         patched = patch(small, corrupted, other, metric)
+    if sweep == "attn_head_all_pos_every":  # TransformerLens fills the key-value heads that are not there with 0
+        unpatched = unpatched.clone()
+        unpatched[2:4, :, small.cfg.n_key_value_heads :] = own
     assert (unpatched - own).abs().max() < 1e-4
     assert (patched - own).abs().max() > 1e-3
 
@@ -161,35 +166,125 @@ def test_identities_of_patching(small, pair):
     assert abs(metric(last) - own) < 1e-5
 
 
-@pytest.mark.parametrize("layer, position", [(0, "image"), (1, "image"), (1, "last")])
-def test_a_patched_cell_equals_the_reference_patched_by_hand(pair, processor, layer, position):
-    """A torch hook on the reference makes the same replacement."""
+HANDS = {  # activation of a sweep -> (module of the reference that makes it, whether it is the module's input)
+    "resid_pre": ("", True),
+    "attn_out": ("self_attn", False),
+    "mlp_out": ("mlp", False),
+    "attn_head_q_by_pos": ("self_attn.q_proj", False),
+    "attn_head_k_by_pos": ("self_attn.k_proj", False),
+    "attn_head_v_by_pos": ("self_attn.v_proj", False),
+    "attn_head_out_by_pos": ("self_attn.o_proj", True),
+}
+
+
+@pytest.mark.parametrize("sweep", HANDS)
+def test_cells_with_images_equal_the_reference_patched_by_hand(pair, processor, sweep):
+    """Sampled cells: a torch hook on the reference makes the same replacement, the image in both runs."""
     hf = tiny_hf(n_layers=2)
     model = HookedQwen2VL.from_hf(hf, processor)
     clean, corrupted = pair
-    at = int(corrupted.positions(position)[0])
+    path, is_input = HANDS[sweep]
     with torch.no_grad():
         _, cache = model.run_with_cache(clean)
-        ours = patching.get_act_patch_resid_pre(model, corrupted, cache, metric)[layer, at]
-    streams = []
-    block = hf.model.language_model.layers[layer]
+        cells = getattr(patching, f"get_act_patch_{sweep}")(model, corrupted, cache, metric)
+    places = [int(corrupted.positions("image")[2]), int(corrupted.positions("question")[0]), corrupted.shape[1] - 1]
+    for layer in range(2):
+        for at, head in zip(places, (0, 1, 1)):
+            block = hf.model.language_model.layers[layer]
+            module = block.get_submodule(path) if path else block
+            ours = cells[layer, at, head] if cells.ndim == 3 else cells[layer, at]
+            width = slice(16 * head, 16 * head + 16) if cells.ndim == 3 else slice(None)
+            theirs = _patched_by_hand(hf, module, is_input, clean, corrupted, at, width)
+            assert abs(ours - theirs) < 1e-4, (layer, at, head)
 
-    def keep(module, args):
-        streams.append(args[0].clone())
 
-    def put(module, args):
-        patched = args[0].clone()
-        patched[:, at] = streams[0][:, at]
-        return (patched, *args[1:])
+def _patched_by_hand(hf, module, is_input, clean, corrupted, at, width):
+    kept = []
 
-    results = []
-    for inputs, hook in ((clean, keep), (corrupted, put)):
-        handle = block.register_forward_pre_hook(hook)
-        hf.model.rope_deltas = None
-        with torch.no_grad():
-            results.append(metric(hf(**reference_batch(inputs)).logits))
+    def replaced(value):
+        if len(kept) < 1:
+            kept.append(value.clone())
+            return value
+        patched = value.clone()
+        patched[:, at, width] = kept[0][:, at, width]
+        return patched
+
+    def before(module, args):
+        return (replaced(args[0]), *args[1:])
+
+    def after(module, args, output):
+        return (replaced(output[0]), *output[1:]) if isinstance(output, tuple) else replaced(output)
+
+    handle = module.register_forward_pre_hook(before) if is_input else module.register_forward_hook(after)
+    try:
+        for inputs in (clean, corrupted):
+            hf.model.rope_deltas = None
+            with torch.no_grad():
+                result = metric(hf(**reference_batch(inputs)).logits)
+    finally:
         handle.remove()
-    assert abs(ours - results[1]) < 1e-4
+    return result
+
+
+def test_processed_log_probabilities_agree_with_the_processed_bridge(processor, tmp_path):
+    model = HookedQwen2VL.from_hf(tiny_hf(n_layers=2), processor)
+    bridge = TransformerBridge.boot_transformers(
+        str(model.export_text_model(tmp_path / "text")), device="cpu", dtype=torch.float32
+    )
+    bridge.enable_compatibility_mode()
+    model.process_weights()
+    tokens = model.to_tokens(TEXT)
+    with torch.no_grad():
+        ours, theirs = (m(tokens).log_softmax(-1) for m in (model, bridge))
+    assert (ours - theirs).abs().max() < 1e-4
+
+
+# ---- attention by hand, and knocked out -------------------------------------------------------
+
+
+@pytest.mark.parametrize("half", ["", "vision_encoder."])
+@pytest.mark.parametrize("hook", ["hook_pattern", "hook_attn_scores"])
+def test_an_edited_pattern_is_what_runs(small, pair, half, hook):
+    """What attention writes is the edited pattern times the values through W_O, computed by hand."""
+    name = f"{half}blocks.1"
+    attn = small.get_submodule(f"{name}.attn")
+    edits = {
+        "hook_pattern": lambda pattern, hook: pattern.flip(1) * 0.5,
+        "hook_attn_scores": lambda scores, hook: scores * 2.0,
+    }
+    wanted = [f"{name}.attn.hook_pattern", f"{name}.attn.hook_v", f"{name}.hook_attn_out", f"{name}.attn.hook_attn_scores"]
+    with torch.no_grad():
+        _, plain = small.run_with_cache(pair[0], names_filter=wanted)
+        with small.hooks(fwd_hooks=[(f"{name}.attn.{hook}", edits[hook])]):
+            _, edited = small.run_with_cache(pair[0], names_filter=wanted)
+        if hook == "hook_pattern":
+            pattern = plain[wanted[0]].flip(1) * 0.5
+        else:
+            pattern = (plain[wanted[3]] * 2.0).softmax(-1)
+        v = plain[wanted[1]].repeat_interleave(attn.n_heads // attn.n_key_value_heads, dim=2)
+        expected = torch.einsum("bhqk,bkhd,hdm->bqm", pattern, v, attn.W_O) + attn.b_O
+    assert torch.allclose(edited[wanted[2]], expected, atol=1e-5)
+    assert not torch.allclose(edited[wanted[2]], plain[wanted[2]], atol=1e-2)
+
+
+def test_identities_of_knockout(small, pair):
+    """METHODS 4: image to every later position, in all layers, hides the image from them; image to last does not."""
+    image, n = pair[0].positions("image"), pair[0].shape[1]
+    after = torch.arange(int(image[-1]) + 1, n)
+
+    def block(queries):
+        def hook(scores, hook):
+            scores[:, :, queries[:, None], image] = float("-inf")
+            return scores
+
+        return [(f"blocks.{layer}.attn.hook_attn_scores", hook) for layer in range(small.cfg.n_layers)]
+
+    with torch.no_grad():
+        one, two = (small.run_with_hooks(inputs, fwd_hooks=block(after)) for inputs in pair)
+        assert torch.equal(one[:, after], two[:, after])
+        assert (one[:, image] - two[:, image]).abs().max() > 1e-3
+        one, two = (small.run_with_hooks(inputs, fwd_hooks=block(after[-1:])) for inputs in pair)
+        assert (one[:, -1] - two[:, -1]).abs().max() > 1e-4
 
 
 # ---- attribution ------------------------------------------------------------------------------
