@@ -87,3 +87,29 @@ def test_a_zeroed_pattern_silences_attention(small, inputs):
             _, cache = small.run_with_cache(inputs, names_filter=f"{prefix}.hook_attn_out")
         bias = small.get_submodule(f"{prefix}.attn").b_O
         assert torch.allclose(cache[f"{prefix}.hook_attn_out"], bias.expand_as(cache[f"{prefix}.hook_attn_out"]))
+
+
+def test_overwriting_one_split_input_leaves_the_others(small, inputs):
+    """Queries, keys and values are made from copies of their own."""
+    names = [f"blocks.1.attn.hook_{part}" for part in "qkv"]
+    split = "blocks.1.attn.hook_q_input"
+    with torch.no_grad():
+        _, clean = small.run_with_cache(inputs, names_filter=names)
+        with small.hooks(fwd_hooks=[(split, lambda activation, hook: activation.zero_())]):
+            _, edited = small.run_with_cache(inputs, names_filter=names)
+    assert not torch.allclose(clean[names[0]], edited[names[0]], atol=1e-2)
+    for name in names[1:]:
+        assert torch.allclose(clean[name], edited[name], atol=1e-6), name
+
+
+@pytest.mark.parametrize("half", ["", "vision_encoder."])
+def test_an_edited_norm_is_live_also_where_the_inputs_are_split(small, inputs, half):
+    """Editing ln1 gives the same logits whether or not somebody looks at the split inputs."""
+    edit = (f"{half}blocks.1.ln1.hook_normalized", lambda activation, hook: activation * 1.3 + 0.1)
+    look = (f"{half}blocks.1.attn.hook_k_input", lambda activation, hook: None)
+    with torch.no_grad():
+        plain = small(inputs)
+        edited = small.run_with_hooks(inputs, fwd_hooks=[edit])
+        both = small.run_with_hooks(inputs, fwd_hooks=[edit, look])
+    assert (edited - plain).abs().max() > 1e-3
+    assert (both - edited).abs().max() < 1e-5
