@@ -7,7 +7,7 @@ import torch
 from conftest import prompts
 from tiny import reference_batch, tiny_hf
 
-from hooked_qwen2vl import HookedQwen2VL
+from hooked_qwen2vl import HookedQwen2VL, Inputs
 
 NEW = 10
 GREEDY = {"max_new_tokens": NEW, "do_sample": False, "verbose": False}
@@ -120,10 +120,10 @@ def test_contradictory_settings_are_refused(model, batches):
         model.generate(batches["image"], max_new_tokens=10_000)
 
 
-def test_padding_on_the_right_is_moved(model, batches):
-    """A right-padded batch, and one whose rows ended early, go on as the left-padded one does."""
-    from hooked_qwen2vl import Inputs
-
+@pytest.mark.parametrize("seed", range(4))
+def test_padding_on_the_right_is_moved(seed, processor):
+    """A right-padded batch goes on as the left-padded one does; without the move two of these four models differ."""
+    model = HookedQwen2VL.from_hf(tiny_hf(seed=seed), processor)
     left = model.to_inputs(["what?", "which of the two is red?"])
     rows = [row.tokens[0][row.attention_mask[0].bool()] for row in left]
     width = left.shape[1]
