@@ -128,10 +128,7 @@ def logit_lens(
     Raises:
         ValueError: no such part or position, or more top_k than words.
     """
-    n_layers = model.cfg.n_layers
-    names = [f"blocks.{layer}.hook_resid_pre" for layer in range(n_layers)]
-    _, cache = model.run_with_cache(inputs, names_filter=[*names, f"blocks.{n_layers - 1}.hook_resid_post"])
-    stack, labels = cache.accumulated_resid(return_labels=True)
+    stack, labels = residual_stack(model, inputs)
     length = stack.shape[2]
     chosen = _positions(inputs, positions, row, length)
     vectors = stack[:, row, chosen]
@@ -159,6 +156,14 @@ def logit_lens(
         grid=grid if grid is not None and grid[0] * grid[1] == len(chosen) else None,
         model_name=str(getattr(model.cfg, "model_name", type(model).__name__)),
     )
+
+
+def residual_stack(model: Any, inputs: Any) -> tuple[Float[Tensor, "layer batch pos d_model"], list[str]]:
+    """The residual stream before every block and after the last, un-normed, and TransformerLens's labels."""
+    n_layers = model.cfg.n_layers
+    names = [f"blocks.{layer}.hook_resid_pre" for layer in range(n_layers)]
+    _, cache = model.run_with_cache(inputs, names_filter=[*names, f"blocks.{n_layers - 1}.hook_resid_post"])
+    return cache.accumulated_resid(return_labels=True)
 
 
 def _read(

@@ -1,0 +1,69 @@
+"""Pictures of answer trajectories."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from analyses.views.lens import visible
+
+_COLOURS = {"straight": "#0072b2", "wavered": "#56b4e9", "held then lost": "#d55e00", "settled early": "#999999",
+            "settled late": "#cccccc"}  # fmt: skip
+
+
+def trajectory_plot(item: Any, path: str | Path | None = None) -> Figure:
+    """Probability of the answer and of its rival (left axis, 0..1) and entropy (right axis, nats); flips dotted."""
+    layers = range(item.n_layers + 1)
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(layers, item.answer_prob, color="#0072b2", marker="o", markersize=3, label=f"answer {visible(item.answer)}")
+    axes.plot(layers, item.rival_prob, color="#d55e00", marker="s", markersize=3, label=f"rival {visible(item.rival)}")
+    for layer in item.flips:
+        axes.axvline(layer, color="#444444", linewidth=0.8, linestyle=":" if layer in item.content_flips else (0, (1, 4)))
+        axes.text(layer, 1.02, visible(item.top1_tokens[layer], 8), rotation=45, fontsize=6, ha="left", va="bottom")
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_xlabel("lens entry (0: embedding, last: the model's output)")
+    axes.set_ylabel("probability")
+    right = axes.twinx()
+    right.plot(layers, item.entropy, color="#777777", linewidth=1, linestyle="--", label="entropy")
+    right.set_ylabel("entropy (nats)", color="#777777")
+    right.set_ylim(bottom=0)
+    lines = [*axes.get_lines()[:2], right.get_lines()[0]]
+    axes.legend(lines, [line.get_label() for line in lines], frameon=False, fontsize=8, loc="center left")
+    figure.suptitle(f"{item.question or item.answer}: {item.outcome}", fontsize=9)
+    if path is not None:
+        figure.savefig(path, dpi=200)
+    return figure
+
+
+def trajectories_plot(items: Any, path: str | Path | None = None) -> Figure:
+    """Left: share of each outcome by category. Right: births and stability as a fraction of depth (medians marked)."""
+    table = items.to_dataframe()
+    shares = items.by_category()
+    categories = list(shares.index)
+    figure = Figure(figsize=(10, 0.9 + 0.5 * len(categories)), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    start = np.zeros(len(categories))
+    for name, colour in _COLOURS.items():
+        left.barh(categories, shares[name], left=start, color=colour, label=name)
+        start += shares[name].to_numpy()
+    left.set_xlim(0, 1)
+    left.set_xlabel("share of items")
+    left.legend(frameon=False, fontsize=7, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    for place, category in enumerate(categories):
+        rows = table[table["category"] == category]
+        for offset, (column, colour) in enumerate((("birth_1_depth", "#0072b2"), ("stability_depth", "#d55e00"))):
+            values = rows[column].dropna().astype(float)
+            height = place + 0.18 * (2 * offset - 1)
+            right.plot(values, np.full(len(values), height), "|", color=colour, alpha=0.4)
+            if len(values):
+                right.plot(values.median(), height, "o", color=colour, markersize=5)
+    right.set_yticks(range(len(categories)), categories)
+    right.set_xlim(-0.03, 1.03)
+    right.set_xlabel("depth as a fraction (blue: answer first on top, orange: top-1 settled; dot: median)")
+    if path is not None:
+        figure.savefig(path, dpi=200)
+    return figure
