@@ -1,0 +1,159 @@
+"""The fast sweep against TransformerLens's plain loop, and the identities of patching."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import picture
+from tiny import tiny_hf
+from transformer_lens import patching
+
+from analyses.patching import patch_sweep, recovery
+from hooked_qwen2vl import HookedQwen2VL
+
+SAME = 1e-5  # float32; measured 2e-6
+LOOPS = {
+    "resid_pre": patching.get_act_patch_resid_pre,
+    "resid_mid": patching.get_act_patch_resid_mid,
+    "attn_out": patching.get_act_patch_attn_out,
+    "mlp_out": patching.get_act_patch_mlp_out,
+    "z": patching.get_act_patch_attn_head_out_by_pos,
+    "q": patching.get_act_patch_attn_head_q_by_pos,
+    "k": patching.get_act_patch_attn_head_k_by_pos,
+    "v": patching.get_act_patch_attn_head_v_by_pos,
+    "pattern": patching.get_act_patch_attn_head_pattern_by_pos,
+}
+
+
+@pytest.fixture(scope="module")
+def model(processor):
+    return HookedQwen2VL.from_hf(tiny_hf(), processor)
+
+
+@pytest.fixture(scope="module")
+def pair(model):
+    return tuple(model.to_inputs("is it red?", images=[picture(84, 56, seed)]) for seed in (1, 2))
+
+
+@pytest.fixture(scope="module")
+def batch(model):
+    """Two pairs of different length: the shorter is padded."""
+    prompts = ["is it?", "what is the thing?"]
+    return tuple(
+        model.to_inputs(prompts, images=[[picture(84, 56, s)], [picture(56, 56, s + 10)]]) for s in (1, 2)
+    )
+
+
+def difference(logits):
+    return logits[:, -1, 5] - logits[:, -1, 7]
+
+
+@pytest.mark.parametrize("activation", LOOPS)
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_every_cell_equals_the_plain_loop(model, pair, activation, batch_size):
+    if batch_size == 1 and activation in ("z", "q", "pattern"):
+        batch_size = 3
+    clean, corrupted = pair
+    with torch.no_grad():
+        _, cache = model.run_with_cache(clean)
+        theirs = LOOPS[activation](model, corrupted, cache, lambda logits: difference(logits)[0])
+    ours = patch_sweep(model, clean, corrupted, difference, activation, batch_size=batch_size, progress=False)
+    got = ours.values[..., 0]
+    if activation == "pattern":
+        theirs = theirs.transpose(1, 2)  # that loop puts heads before positions
+    assert got.shape == theirs.shape and theirs.std() > 1e-3
+    assert (got - theirs).abs().max() < SAME * max(1.0, theirs.abs().max().item())
+
+
+def test_batches_of_pairs_with_padding(model, batch):
+    clean, corrupted = batch
+    with torch.no_grad():
+        _, cache = model.run_with_cache(clean)
+        theirs = patching.get_act_patch_resid_pre(model, corrupted, cache, difference, reduce="none", baseline=True)
+    ours = patch_sweep(model, clean, corrupted, difference, progress=False)
+    assert torch.allclose(ours.values, theirs.values, atol=1e-4)
+    assert torch.allclose(ours.baseline, theirs.baseline, atol=1e-5)
+    assert torch.allclose(ours.mean(), theirs.mean(), atol=1e-4)
+
+
+def test_noising_is_denoising_the_other_way_round(model, pair):
+    clean, corrupted = pair
+    a = patch_sweep(model, clean, corrupted, difference, direction="noise", progress=False)
+    b = patch_sweep(model, corrupted, clean, difference, direction="denoise", progress=False)
+    assert torch.equal(a.values, b.values)
+
+
+def test_identities(model, pair):
+    """METHODS 3: all positions of a stream → 1; before the image 0; at layer 0 the image is all; at the end the last."""
+    clean, corrupted = pair
+    with torch.no_grad():
+        goal = difference(model(clean))
+    n = clean.shape[1]
+    spans = {"all": range(n), "image": "image", "last": "last"}
+    for activation in ("resid_pre", "resid_mid", "resid_post"):
+        result = patch_sweep(model, clean, corrupted, difference, activation, positions=spans, progress=False)
+        ratio = recovery(result, goal)["mean_of_ratios"]
+        assert (ratio[:, 0] - 1).abs().max() < 1e-4, activation
+    assert abs(ratio[-1, 1]) < 1e-4 and abs(ratio[-1, 2] - 1) < 1e-4  # after the last block
+    every = recovery(patch_sweep(model, clean, corrupted, difference, progress=False), goal)["mean_of_ratios"]
+    image = clean.positions("image")
+    assert every[:, : int(image[0])].abs().max() < 1e-4
+    outside = [place for place in range(n) if place not in image.tolist()]
+    assert every[0, outside].abs().max() < 1e-4
+    whole = recovery(patch_sweep(model, clean, corrupted, difference, positions=["image"], progress=False), goal)
+    assert abs(whole["mean_of_ratios"][0, 0] - 1) < 1e-4
+
+
+def test_named_rows_and_chosen_axes(model, pair):
+    result = patch_sweep(
+        *(model, *pair, difference, "z"), layers=[1, -1], positions=["question", (0, 0, 28, 28), -1], heads=[2], progress=False
+    )
+    assert result.values.shape == (2, 3, 1, 1)
+    assert result.index_df["layer"].unique().tolist() == [1, 2]
+    assert result.index_df["pos"].unique().tolist() == ["question", (0, 0, 28, 28), -1]
+
+
+def test_another_metric_position(model, pair):
+    clean, corrupted = pair
+    place = int(clean.positions("question")[0])
+    ours = patch_sweep(model, clean, corrupted, difference, metric_position=place, progress=False)
+    with torch.no_grad():
+        _, cache = model.run_with_cache(clean)
+        theirs = patching.get_act_patch_resid_pre(
+            model, corrupted, cache, lambda logits: logits[0, place, 5] - logits[0, place, 7]
+        )
+    assert (ours.values[..., 0] - theirs).abs().max() < 1e-4
+    assert torch.equal(ours.values[:, place + 1 :, 0], ours.baseline.expand_as(ours.values[:, place + 1 :, 0]))
+
+
+def test_an_interrupted_sweep_goes_on(model, pair, tmp_path, monkeypatch):
+    file = tmp_path / "sweep.safetensors"
+    whole = patch_sweep(model, *pair, difference, progress=False)
+    calls = []
+
+    def failing(logits):
+        calls.append(1)
+        if len(calls) > 100:
+            raise KeyboardInterrupt
+        return difference(logits)
+
+    with pytest.raises(KeyboardInterrupt):
+        patch_sweep(model, *pair, failing, checkpoint=file, batch_size=8, progress=False)
+    calls.clear()
+    resumed = patch_sweep(
+        model, *pair, lambda logits: calls.append(1) or difference(logits), checkpoint=file, progress=False
+    )
+    assert torch.allclose(resumed.values, whole.values, atol=1e-5)
+    assert len(calls) == 2 * pair[0].shape[1] + 1  # two of three layers, and the baseline
+    with pytest.raises(ValueError, match="another sweep"):
+        patch_sweep(model, *pair, difference, "attn_out", checkpoint=file, progress=False)
+
+
+def test_prompts_that_do_not_correspond(model, pair):
+    with pytest.raises(ValueError, match="one shape"):
+        patch_sweep(model, pair[0], model.to_inputs("no"), difference)
+    turned = model.to_inputs("is it red?", images=[picture(56, 84, 1)])
+    with pytest.raises(ValueError, match="grid"):
+        patch_sweep(model, pair[0], turned, difference)
+    with pytest.raises(ValueError, match="one number for each"):
+        patch_sweep(model, *pair, lambda logits: logits[0, -1], progress=False)
