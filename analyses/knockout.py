@@ -1,0 +1,156 @@
+"""Attention knockout: which flows of information does the answer need, and in which layers?
+
+1. Choose a flow: from some positions (keys) to others (queries), such as image → last.
+2. In a window of layers centred on each layer, set those attention scores to −inf before the softmax.
+3. Effect: 100 · (p_new − p_base) / p_base on the answer's first token, for items the model answers correctly.
+
+Source: Geva et al. 2023 (Dissecting Recall); Cross-modal information flow in multimodal LLMs (CVPR 2025).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+FLOWS = {"image→question": ("image", "question"), "image→last": ("image", "last"), "question→last": ("question", "last")}
+Span = str | Sequence[int] | Tensor | tuple
+
+
+@dataclass(frozen=True)
+class Knockout:
+    """Effects of blocking flows.
+
+    Attributes:
+        effects: [flow layer item] percent change of the answer's probability; the layer is the window's centre.
+        baseline: [item] the answer's probability unblocked.
+        flows: names. window: layers blocked at once. skipped: items answered wrongly, left out.
+        model_name: of the model.
+    """
+
+    effects: Float[Tensor, "flow layer item"]
+    baseline: Float[Tensor, "item"]
+    flows: tuple[str, ...]
+    window: int
+    skipped: int
+    model_name: str
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a flow and layer: mean effect in percent, its standard error, items."""
+        n = self.effects.shape[-1]
+        return pd.DataFrame(
+            {
+                "flow": flow,
+                "layer": layer,
+                "effect_percent": float(self.effects[i, layer].mean()),
+                "standard_error": float(self.effects[i, layer].std() / n**0.5) if n > 1 else float("nan"),
+                "items": n,
+            }
+            for i, flow in enumerate(self.flows)
+            for layer in range(self.effects.shape[1])
+        )
+
+    def plot(self, path: Any = None) -> Any:
+        """Mean effect of each flow by layer, with its standard error."""
+        from analyses.views.trajectories import knockout_plot
+
+        return knockout_plot(self, path)
+
+
+@torch.no_grad()
+def attention_knockout(
+    model: Any,
+    inputs: Any,
+    answers: Sequence[int] | Sequence[str],
+    flows: Mapping[str, tuple[Span, Span]] | None = None,
+    window: int | None = None,
+    only_correct: bool = True,
+    progress: bool = True,
+) -> Knockout:
+    """Blocks each flow in a window around each layer.
+
+    Args:
+        inputs: one prompt or a batch; each row is run on its own (its spans are its own).
+        answers: for each row, the token id (or single-token string) whose probability is followed.
+        flows: name -> (from, to): names that `Inputs.positions` knows, boxes, or positions.
+        window: layers blocked at once, clipped at the ends; None takes max(1, round(L / 4)). The paper has 9.
+        only_correct: leave out rows whose top-1 is not the answer, and count them.
+    Raises:
+        ValueError: as many answers as rows are wanted; a span is not there; or blocking leaves a query no key.
+    """
+    if len(answers) != len(inputs):
+        raise ValueError(f"expected one answer for each of {len(inputs)} rows, got {len(answers)}.")
+    ids = [model.to_single_token(answer) if isinstance(answer, str) else int(answer) for answer in answers]
+    flows = FLOWS if flows is None else flows
+    n_layers = model.cfg.n_layers
+    window = max(1, round(n_layers / 4)) if window is None else window
+    if not 1 <= window <= n_layers:
+        raise ValueError(f"window must be in 1..{n_layers}, got {window}.")
+    inputs = model.encode(inputs)
+    effects, baseline, skipped = [], [], 0
+    for row, answer in enumerate(tqdm(ids, desc="knockout", unit="item", disable=not progress, delay=2)):
+        item = inputs[row]
+        last = int(item.positions("last")[0])
+        base = model(item, logits_at=last)[0, 0].float().softmax(-1)
+        if only_correct and int(base.argmax()) != answer:
+            skipped += 1
+            continue
+        cells = torch.zeros(len(flows), n_layers)
+        for number, (source, target) in enumerate(flows.values()):
+            for centre in range(n_layers):
+                hooks = knockout_hooks(item, source, target, layers_around(centre, window, n_layers))
+                new = model.run_with_hooks(item, fwd_hooks=hooks, logits_at=last)[0, 0].float().softmax(-1)
+                cells[number, centre] = 100 * (new[answer] - base[answer]) / base[answer]
+        effects.append(cells)
+        baseline.append(float(base[answer]))
+    stacked = torch.stack(effects, -1) if effects else torch.zeros(len(flows), n_layers, 0)
+    return Knockout(stacked, torch.tensor(baseline), tuple(flows), window, skipped, str(model.cfg.model_name))
+
+
+def knockout_hooks(
+    inputs: Any, source: Span, target: Span, layers: Sequence[int], row: int = 0, generated: bool = False
+) -> list[tuple[str, Callable]]:
+    """Hooks that stop attention from `source` (keys) to `target` (queries), in a plain run and in cached generation.
+
+    Args:
+        row: the prompt whose spans are meant; the hooks act on every row of what is run.
+        generated: also block every token generated after the prompt from seeing `source`.
+    Raises:
+        ValueError: (when run) a query is left without any key.
+    """
+    keys, queries = _places(inputs, source, row), _places(inputs, target, row)
+    prompt = inputs.shape[1]
+
+    def hook(scores: Tensor, hook: Any) -> Tensor:
+        n_queries, n_keys = scores.shape[-2:]
+        first = n_keys - n_queries  # in cached generation the queries are the last positions
+        rows = queries[(queries >= first) & (queries < n_keys)]
+        if generated:
+            rows = torch.cat((rows, torch.arange(max(first, prompt), n_keys)))
+        if not len(rows):
+            return scores
+        before = scores[:, :, rows - first].isfinite().any(-1)
+        scores[:, :, (rows - first)[:, None], keys] = float("-inf")
+        if bool((before & ~scores[:, :, rows - first].isfinite().any(-1)).any()):
+            raise ValueError(f"{hook.name}: blocking leaves a query no key to attend to; block less.")
+        return scores
+
+    return [(f"blocks.{layer}.attn.hook_attn_scores", hook) for layer in layers]
+
+
+def layers_around(centre: int, window: int, n_layers: int) -> range:
+    """The window's layers, clipped to the model."""
+    start = centre - (window - 1) // 2
+    return range(max(0, start), min(n_layers, start + window))
+
+
+def _places(inputs: Any, span: Span, row: int) -> Tensor:
+    if isinstance(span, str) or (isinstance(span, tuple) and len(span) == 4):
+        return inputs.positions(span, row)
+    return torch.as_tensor(list(span))
