@@ -100,21 +100,21 @@ def patch_sweep(
         _Cell(i, tuple(places), head)
         for i, (places, head) in enumerate((places, head) for _, places in rows for head in head_list)
     ]
+    live = [cell for cell in cells if min(cell.positions) <= at]  # a later patch does nothing to the metric
     base = _Base(model, source, target, activation, layers)
     n_rows = len(target)
     baseline = _evaluate(metric, base.logits(at), n_rows)[0]
     values = baseline.repeat(len(layers), len(cells), 1)
     record = _Record(checkpoint, values, layers, (activation, direction, at, [r for r, _ in rows], head_list), source, target)
-    bar = tqdm(total=len(layers) * len(cells), desc=f"patching {activation}", unit="cell", disable=not progress, delay=2)
+    bar = tqdm(total=len(layers) * len(live), desc=f"patching {activation}", unit="cell", disable=not progress, delay=2)
     for number, layer in enumerate(layers):
         if record.done(number):
-            bar.update(len(cells))
+            bar.update(len(live))
             continue
-        for group in _groups(cells, max(1, batch_size // n_rows)):
+        for group in _groups(live, max(1, batch_size // n_rows)):
             start = min(min(cell.positions) for cell in group)
-            if start <= at:  # a patch after the metric's position does nothing to it
-                logits = base.patched(layer, group, start, at)
-                values[number, [cell.index for cell in group]] = _evaluate(metric, logits, n_rows)
+            logits = base.patched(layer, group, start, at)
+            values[number, [cell.index for cell in group]] = _evaluate(metric, logits, n_rows)
             bar.update(len(group))
         record.save(number)
     bar.close()
