@@ -195,3 +195,26 @@ def test_patching_results_with_intervals(grouped):
                 grouped, corrupted[row], cache.apply_slice_to_batch_dim(slice(row, row + 1)), metric
             )
             assert torch.allclose(result.values[..., row], alone, atol=1e-4)
+
+
+def test_faithfulness(full, grouped):
+    """Every edge kept recovers all, none recovers nothing; grouped heads are refused by TransformerLens."""
+    clean, corrupted = (full.to_inputs("red?", images=[picture(28, 28, seed)], template=False) for seed in (1, 2))
+    edges = analysis.attribution_patch(
+        full, clean, corrupted, metric, analysis.EdgeAttributionConfig(granularity="edge")
+    ).edge_scores
+    everything = analysis.faithfulness(full, clean, corrupted, metric, list(edges))
+    assert abs(everything.recovered - 1.0) < 1e-3 and everything.circuit_size == everything.total_edges
+    with torch.no_grad():
+        assert abs(everything.full_metric - float(metric(full(clean)))) < 1e-5
+    nothing = analysis.faithfulness(full, clean, corrupted, metric, [])
+    assert abs(nothing.recovered) < 1e-3
+    with pytest.raises(ValueError, match="GQA"):
+        analysis.faithfulness(grouped, *pair(grouped), metric, [])
+
+
+def test_the_jacobian_lens_is_refused(grouped):
+    from transformer_lens.tools.analysis.jacobian_lens import JacobianLens
+
+    with pytest.raises(TypeError, match="TransformerBridge"):
+        JacobianLens.fit(grouped, ["the red thing"], corpus="made here")
