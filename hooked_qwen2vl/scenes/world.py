@@ -79,10 +79,12 @@ def sample(
     category: str | None = None,
     grid: tuple[int, int] | None = None,
     level: int = MAX_LEVEL,
+    start: int = 0,
 ) -> list[Item]:
     """n items, the same for the same arguments; domains and their categories in turn.
 
     Args:
+        start: number of the first item, so that a long list can be made in pieces.
         split: "train", "validation" or "test"; no scene is in two.
         domain, category: restrict to one; captions come only where asked for.
         grid: (rows, cols) in cells; by default half are 6×6 and half of other, mostly non-square sizes.
@@ -93,7 +95,7 @@ def sample(
     domains = _domains(domain, category)
     _check(n, split, grid, level)
     items = []
-    for index in range(n):
+    for index in range(start, start + n):
         rng = Random(f"{seed} {index} {split} {domain} {category} {grid} {level}")
         name = domains[(index + seed) % len(domains)]
         kinds = [k for k in DOMAINS[name].asks if k != "caption"]
