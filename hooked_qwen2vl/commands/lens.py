@@ -32,13 +32,13 @@ def run(options: argparse.Namespace) -> None:
 
     from ..processor import open_image
 
-    out = out_folder(options)
     model = load_model(options)
     inputs = model.encode(model.to_inputs(question, images=images, answers=options.answer))
     if options.answer is None:
         inputs = model.generate(inputs, max_new_tokens=8, do_sample=False, return_type="inputs")
     answer = inputs.positions("answer")
     lens = logit_lens(model, inputs, (answer - 1).tolist(), top_k=options.top_k)  # where each token is predicted
+    out = out_folder(options)
     written = [out / name for name in ("lens.csv", "lens.png", "lens.html")]
     lens.to_dataframe().to_csv(written[0], index=False)
     lens.plot(written[1])

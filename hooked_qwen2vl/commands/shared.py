@@ -20,8 +20,15 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def add_out(parser: argparse.ArgumentParser) -> None:
-    """--out."""
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for what is written (default: out)")
+    """--out, a folder that may not exist yet."""
+    parser.add_argument("--out", type=_folder, default=Path("out"), help="folder for what is written (default: out)")
+
+
+def _folder(text: str) -> Path:
+    path = Path(text)
+    if path.exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a file: expected a folder.")
+    return path
 
 
 def load_model(options: argparse.Namespace) -> HookedQwen2VL:
@@ -32,13 +39,7 @@ def load_model(options: argparse.Namespace) -> HookedQwen2VL:
 
 
 def out_folder(options: argparse.Namespace) -> Path:
-    """--out, made.
-
-    Raises:
-        ValueError: it is a file.
-    """
-    if options.out.exists() and not options.out.is_dir():
-        raise ValueError(f"--out {options.out} is a file: expected a folder.")
+    """--out, made: called when there is something to write."""
     options.out.mkdir(parents=True, exist_ok=True)
     return options.out
 
