@@ -7,8 +7,9 @@ decoder a patch at (layer l, position p) leaves layers before l and positions be
 1. Run the clean prompt and keep the activation that is swept; run the corrupted prompt once and keep the residual
    stream before every block and the rotated keys and values.
 2. For a cell, start at block l from the corrupted stream at positions ≥ p, with the corrupted keys and values of the
-   positions before p; a hook puts the clean activation in. Cells of one layer run as one batch.
-3. Read only the metric's position: final norm and unembedding there, nowhere else. The tower never runs again.
+   positions before p; a hook puts the clean activation in. Cells of one layer run as one batch (`patched_runs`).
+3. Read only the metric's position: final norm and unembedding there, nowhere else. The tower never runs again, unless
+   it is the tower that is patched; then it starts at the patched block.
 
 Rows of the sweep are positions, or named spans (the image, an object's patches, the question, the last position).
 """
@@ -28,10 +29,9 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
-from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
 from transformer_lens.patching import PatchingResult
-from transformer_lens.utilities import get_act_name
+
+from analyses.patched_runs import TOWER, Cell, DecoderRuns, TowerRuns
 
 STREAMS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 HEADS = ("z", "q", "k", "v", "pattern")
@@ -40,12 +40,38 @@ Positions = Sequence[int | str | tuple] | Mapping[str, Any] | None
 
 
 @dataclass(frozen=True)
-class _Cell:
-    """One patch: where it goes, and where its number goes."""
+class _Plan:
+    """What a sweep patches: its axes, and where its cells go."""
 
-    index: int
-    positions: tuple[int, ...]
-    head: int | None
+    activation: str
+    tower: bool
+    layers: list[int]
+    rows: list[tuple[Any, list[int]]]  # label, positions
+    heads: list[int | None]
+    at: int
+
+    @property
+    def cells(self) -> list[Cell]:
+        pairs = [(places, head) for _, places in self.rows for head in self.heads]
+        return [Cell(i, tuple(places), head) for i, (places, head) in enumerate(pairs)]
+
+    def result(self, values: Float[Tensor, "layer cell batch"], baseline: Float[Tensor, "batch"]) -> PatchingResult:
+        """Cells back on their axes."""
+        has_heads = self.heads != [None]
+        names = ["layer", "pos", "head_index"] if has_heads else ["layer", "pos"]
+        sizes = [len(self.layers), len(self.rows), len(self.heads)][: len(names)]
+        table = pd.DataFrame(
+            [(layer, label, head) for layer in self.layers for label, _ in self.rows for head in self.heads],
+            columns=["layer", "pos", "head_index"],
+        )
+        return PatchingResult(
+            values=values.reshape(*sizes, -1),
+            axis_names=names,
+            index_df=table[names],
+            metric_names=["metric"],
+            reduced=False,
+            baseline=baseline,
+        )
 
 
 @torch.no_grad()
@@ -71,10 +97,11 @@ def patch_sweep(
         metric: logits at the metric's position, [batch 1 d_vocab], to one number an example [batch] (or a scalar
             for one pair), such as `lambda logits: logits[:, -1, a] - logits[:, -1, b]`.
         activation: one of STREAMS, or of HEADS (then there is a head axis; keys and values have key-value heads;
-            a pattern's position is the query's).
+            a pattern's position is the query's). With "vision_encoder." before it, the tower's: layers and heads are
+            the tower's, and a position is an image token, all of its patches (for a pattern, as queries).
         layers, heads: which; None for all.
-        positions: None for every position; or rows, each a position, a name that `Inputs.positions` knows, or a box in
-            original pixels; or a mapping of labels to positions.
+        positions: None for every position (in the tower: every image token); or rows, each a position, a name that
+            `Inputs.positions` knows, or a box in original pixels; or a mapping of labels to positions.
         direction: "denoise" puts clean activations into the corrupted run, "noise" the other way round.
         batch_size: prompts in one forward at most: bounds the memory.
         checkpoint: a file that holds what is done, so that an interrupted sweep goes on; the same call again
@@ -85,114 +112,37 @@ def patch_sweep(
     Raises:
         ValueError: prompts that do not align, unknown names, or a checkpoint of another sweep.
     """
-    if activation not in STREAMS + HEADS:
-        raise ValueError(f"activation must be one of {', '.join(STREAMS + HEADS)}, got {activation!r}.")
     if direction not in ("denoise", "noise"):
         raise ValueError(f"direction must be 'denoise' or 'noise', got {direction!r}.")
     _check_aligned(clean, corrupted)
     source, target = (clean, corrupted) if direction == "denoise" else (corrupted, clean)
-    source, target = model.encode(source), model.encode(target)
-    layers = _chosen(layers, model.cfg.n_layers, "layer")
-    rows = _rows(target, positions)
-    head_list = _heads(model, activation, heads)
-    at = range(target.shape[1])[metric_position]
-    cells = [
-        _Cell(i, tuple(places), head)
-        for i, (places, head) in enumerate((places, head) for _, places in rows for head in head_list)
-    ]
-    live = [cell for cell in cells if min(cell.positions) <= at]  # a later patch does nothing to the metric
-    base = _Base(model, source, target, activation, layers)
-    n_rows = len(target)
-    baseline = _evaluate(metric, base.logits(at), n_rows)[0]
-    values = baseline.repeat(len(layers), len(cells), 1)
-    record = _Record(checkpoint, values, layers, (activation, direction, at, [r for r, _ in rows], head_list), source, target)
-    bar = tqdm(total=len(layers) * len(live), desc=f"patching {activation}", unit="cell", disable=not progress, delay=2)
-    for number, layer in enumerate(layers):
-        if record.done(number):
-            bar.update(len(live))
-            continue
-        for group in _groups(live, max(1, batch_size // n_rows)):
-            start = min(min(cell.positions) for cell in group)
-            logits = base.patched(layer, group, start, at)
+    plan = _plan(model, target, activation, layers, positions, heads, metric_position)
+    runs = (TowerRuns if plan.tower else DecoderRuns)(model, source, target, plan.activation, plan.layers)
+    n_rows, cells = len(target), plan.cells
+    live = [cell for cell in cells if runs.reaches(cell, plan.at)]
+    baseline = _evaluate(metric, runs.logits(plan.at), n_rows)[0]
+    values = baseline.repeat(len(plan.layers), len(cells), 1)
+    record = _Record(checkpoint, values, plan, direction, source, target)
+    bar = tqdm(total=len(plan.layers) * len(live), desc=f"patching {activation}", unit="cell", disable=not progress, delay=2)
+    for number, layer in enumerate(plan.layers):
+        for group in [] if record.done(number) else _groups(live, max(1, batch_size // n_rows)):
+            logits = runs.patched(layer, group, plan.at)
             values[number, [cell.index for cell in group]] = _evaluate(metric, logits, n_rows)
             bar.update(len(group))
         record.save(number)
     bar.close()
-    return _result(values, baseline, layers, rows, head_list, activation)
-
-
-class _Base:
-    """What is computed once: the corrupted run's streams, keys and values, and the clean activations."""
-
-    def __init__(self, model: Any, source: Any, target: Any, activation: str, layers: Sequence[int]):
-        self.model, self.target, self.activation = model, target, activation
-        every = range(min(layers), model.cfg.n_layers)
-        names = [f"blocks.{layer}.hook_resid_pre" for layer in layers]
-        names += [f"blocks.{layer}.attn.{hook}" for layer in every for hook in ("hook_rot_k", "hook_v")]
-        self.final, self.cache = model.run_with_cache(target, names_filter=names, stop_at_layer=model.cfg.n_layers)
-        swept = [get_act_name(activation, layer) for layer in layers]
-        _, self.clean = model.run_with_cache(source, names_filter=swept, stop_at_layer=model.cfg.n_layers)
-
-    def logits(self, at: int) -> Float[Tensor, "batch 1 d_vocab"]:
-        """Of the unpatched run."""
-        return self.model.unembed(self.model.ln_final(self.final[:, at : at + 1]))
-
-    def patched(self, layer: int, group: Sequence[_Cell], start: int, at: int) -> Float[Tensor, "cell_batch 1 d_vocab"]:
-        """Of the patched runs of one layer, cell by cell, from position `start` on."""
-        model, n = self.model, len(group)
-        residual = self.cache[f"blocks.{layer}.hook_resid_pre"][:, start:].repeat(n, 1, 1)
-        position_ids = self.target.position_ids[..., start:].repeat(1, n, 1)
-        mask = self.target.attention_mask.repeat(n, 1)
-        blocks = range(layer, model.cfg.n_layers)
-        name = get_act_name(self.activation, layer)
-        put = self._put(name, group, start)
-        with model.hooks(fwd_hooks=[(name, put)]):
-            residual = model._run_blocks(residual, blocks, position_ids, mask, self._past(layer, start, n))
-        return model.unembed(model.ln_final(residual[:, at - start : at - start + 1]))
-
-    def _put(self, name: str, group: Sequence[_Cell], start: int) -> Callable:
-        clean, by_query = self.clean[name], self.activation == "pattern"
-
-        def hook(activation: Tensor, hook: Any) -> Tensor:
-            cells = activation.unflatten(0, (len(group), -1))
-            for number, cell in enumerate(group):
-                places = torch.tensor(cell.positions, device=activation.device)
-                if by_query:
-                    cells[number][:, cell.head, places - start] = clean[:, cell.head, places]
-                elif cell.head is None:
-                    cells[number][:, places - start] = clean[:, places]
-                else:
-                    cells[number][:, places - start, cell.head] = clean[:, places, cell.head]
-            return activation
-
-        return hook
-
-    def _past(self, layer: int, start: int, n: int) -> TransformerLensKeyValueCache | None:
-        """Corrupted keys and values before `start`, for every block from `layer` on."""
-        if start == 0:
-            return None
-        entries = [
-            TransformerLensKeyValueCacheEntry(
-                self.cache[f"blocks.{l}.attn.hook_rot_k"][:, :start].repeat(n, 1, 1, 1),
-                self.cache[f"blocks.{l}.attn.hook_v"][:, :start].repeat(n, 1, 1, 1),
-                frozen=True,
-            )
-            if l >= layer
-            else None
-            for l in range(self.model.cfg.n_layers)
-        ]
-        return TransformerLensKeyValueCache(entries, self.target.attention_mask[:, :start], frozen=True)
+    return plan.result(values, baseline)
 
 
 class _Record:
     """What is done of a sweep, on disk; written whole or not at all."""
 
-    def __init__(self, path: str | Path | None, values: Tensor, layers: Sequence[int], settings: tuple, *prompts: Any):
+    def __init__(self, path: str | Path | None, values: Tensor, plan: _Plan, direction: str, *prompts: Any):
         self.path, self.values = None if path is None else Path(path), values
-        self.finished = torch.zeros(len(layers), dtype=torch.bool)
+        self.finished = torch.zeros(len(plan.layers), dtype=torch.bool)
         if self.path is None:
             return
-        digest = hashlib.sha256(json.dumps([list(layers), *settings], default=str).encode())
+        digest = hashlib.sha256(json.dumps([vars(plan), direction], default=str).encode())
         for prompt in prompts:
             digest.update(prompt.tokens.cpu().numpy().tobytes())
             digest.update(b"" if prompt.pixels is None else prompt.pixels.float().cpu().numpy().tobytes())
@@ -243,6 +193,25 @@ def _check_aligned(clean: Any, corrupted: Any) -> None:
         raise ValueError("the prompts' images differ in grid or place, so their positions do not correspond.")
 
 
+def _plan(
+    model: Any, inputs: Any, activation: str, layers: Any, positions: Positions, heads: Any, metric_position: int
+) -> _Plan:
+    tower = activation.startswith(TOWER)
+    kind = activation.removeprefix(TOWER)
+    if kind not in STREAMS + HEADS:
+        known = ", ".join(STREAMS + HEADS)
+        raise ValueError(f"activation must be one of {known}, or {TOWER} and one of them, got {activation!r}.")
+    half = model.cfg.vision if tower else model.cfg
+    return _Plan(
+        activation=kind,
+        tower=tower,
+        layers=_chosen(layers, half.n_layers, "layer"),
+        rows=_image_rows(inputs, positions) if tower else _rows(inputs, positions),
+        heads=_heads(model, kind, heads, tower),
+        at=range(inputs.shape[1])[metric_position],
+    )
+
+
 def _chosen(wanted: Sequence[int] | None, n: int, what: str) -> list[int]:
     every = list(range(n))
     try:
@@ -251,13 +220,13 @@ def _chosen(wanted: Sequence[int] | None, n: int, what: str) -> list[int]:
         raise ValueError(f"there is no such {what} in {list(wanted)}: the model has 0..{n - 1}.") from error
 
 
-def _heads(model: Any, activation: str, heads: Sequence[int] | None) -> list[int | None]:
-    if activation in STREAMS:
+def _heads(model: Any, kind: str, heads: Sequence[int] | None, tower: bool) -> list[int | None]:
+    if kind in STREAMS:
         if heads is not None:
-            raise ValueError(f"{activation} has no heads: leave heads=None, or sweep one of {', '.join(HEADS)}.")
+            raise ValueError(f"{kind} has no heads: leave heads=None, or sweep one of {', '.join(HEADS)}.")
         return [None]
-    n = model.cfg.n_key_value_heads if activation in ("k", "v") else model.cfg.n_heads
-    return _chosen(heads, n, "head")
+    n = model.cfg.n_key_value_heads if kind in ("k", "v") else model.cfg.n_heads
+    return _chosen(heads, model.cfg.vision.n_heads if tower else n, "head")
 
 
 def _rows(inputs: Any, positions: Positions) -> list[tuple[Any, list[int]]]:
@@ -266,7 +235,21 @@ def _rows(inputs: Any, positions: Positions) -> list[tuple[Any, list[int]]]:
     if positions is None:
         return [(place, [place]) for place in range(n)]
     named = positions.items() if isinstance(positions, Mapping) else [(p, p) for p in positions]
-    return [(label, _places(inputs, place, n)) for label, place in named]
+    rows = [(label, _places(inputs, place, n)) for label, place in named]
+    for label, places in rows:
+        if not places:
+            raise ValueError(f"{label!r} covers no position of the prompt.")
+    return rows
+
+
+def _image_rows(inputs: Any, positions: Positions) -> list[tuple[Any, list[int]]]:
+    """The same in the tower: only image tokens, of every row of the batch."""
+    everywhere = (inputs.token_types > 0).all(0).cpu()
+    rows = _rows(inputs, everywhere.nonzero().flatten().tolist() if positions is None else positions)
+    for label, places in rows:
+        if not everywhere[places].all():
+            raise ValueError(f"{label!r} is not made of image tokens in every prompt: the tower has nothing else.")
+    return rows
 
 
 def _places(inputs: Any, place: Any, n: int) -> list[int]:
@@ -275,14 +258,14 @@ def _places(inputs: Any, place: Any, n: int) -> list[int]:
     if isinstance(place, Tensor):
         return place.tolist()
     if isinstance(place, (list, range)):
-        return list(place)
+        return [range(n)[p] for p in place]
     found = [inputs.positions(place, row).tolist() for row in range(len(inputs))]
     if any(row != found[0] for row in found):
         raise ValueError(f"{place!r} is at other positions in other rows: sweep those pairs apart.")
     return found[0]
 
 
-def _groups(cells: Sequence[_Cell], size: int) -> Iterator[list[_Cell]]:
+def _groups(cells: Sequence[Cell], size: int) -> Iterator[list[Cell]]:
     """Batches of cells that start at like positions, so that little is computed in vain."""
     ordered = sorted(cells, key=lambda cell: min(cell.positions))
     for first in range(0, len(ordered), size):
@@ -298,20 +281,3 @@ def _evaluate(metric: Metric, logits: Float[Tensor, "cell_batch 1 d_vocab"], n_r
                 f"logits[:, -1, token]."
             )
     return torch.stack([value.reshape(n_rows) for value in values])
-
-
-def _result(values, baseline, layers, rows, heads, activation) -> PatchingResult:
-    has_heads = activation in HEADS
-    shape = (len(layers), len(rows), len(heads)) if has_heads else (len(layers), len(rows))
-    table = pd.DataFrame(
-        [(layer, label, head) for layer in layers for label, _ in rows for head in heads],
-        columns=["layer", "pos", "head_index"],
-    )
-    return PatchingResult(
-        values=values.reshape(*shape, -1),
-        axis_names=["layer", "pos", "head_index"] if has_heads else ["layer", "pos"],
-        index_df=table if has_heads else table.drop(columns="head_index"),
-        metric_names=["metric"],
-        reduced=False,
-        baseline=baseline,
-    )

@@ -53,11 +53,16 @@ class VisionEncoder(nn.Module):
             pixels: flattened patches (channel, frame, row, col), normalised, in the tower's order.
             grid_thw: patches along (t, h, w) of each image or video.
         """
-        coordinates = patch_coordinates(grid_thw, self.cfg.spatial_merge_size).to(pixels.device)
-        rotation = vision_rotation(coordinates, self.cfg.rotary_base, self.cfg.d_head, _rotary_dtype(pixels.dtype))
-        visible = Segments(tuple(int(n) for n in attention_segments(grid_thw)), pixels.device)
-        resid = self.hook_patch_embed(self.patch_embed(pixels)[None])
-        for block in self.blocks:
+        return self.run_blocks(self.hook_patch_embed(self.patch_embed(pixels)[None]), grid_thw)
+
+    def run_blocks(
+        self, resid: Float[Tensor, "1 patch d_vision"], grid_thw: Int[Tensor, "image 3"], start: int = 0
+    ) -> Float[Tensor, "1 patch d_vision"]:
+        """The blocks from `start` on."""
+        coordinates = patch_coordinates(grid_thw, self.cfg.spatial_merge_size).to(resid.device)
+        rotation = vision_rotation(coordinates, self.cfg.rotary_base, self.cfg.d_head, _rotary_dtype(resid.dtype))
+        visible = Segments(tuple(int(n) for n in attention_segments(grid_thw)), resid.device)
+        for block in self.blocks[start:]:
             resid = block(resid, rotation, visible)
         return resid
 

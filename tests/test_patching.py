@@ -76,6 +76,68 @@ def test_batches_of_pairs_with_padding(model, batch):
     assert torch.allclose(ours.mean(), theirs.mean(), atol=1e-4)
 
 
+TOWER_HOOKS = {"resid_pre": "hook_resid_pre", "resid_mid": "hook_resid_mid", "resid_post": "hook_resid_post",
+               "attn_out": "hook_attn_out", "mlp_out": "hook_mlp_out", "z": "attn.hook_z", "q": "attn.hook_q",
+               "k": "attn.hook_k", "v": "attn.hook_v", "pattern": "attn.hook_pattern"}  # fmt: skip
+
+
+def tower_by_hand(model, clean, corrupted, kind, metric):
+    """Every cell of the tower by whole runs of the model with one hook: [layer token (head) batch]."""
+    n_tokens = int((corrupted.token_types[0] > 0).sum())
+    layers = []
+    for layer in range(model.cfg.vision.n_layers):
+        name = f"vision_encoder.blocks.{layer}.{TOWER_HOOKS[kind]}"
+        source = model.run_with_cache(clean, names_filter=name)[1].vision[name]
+        heads = range(model.cfg.vision.n_heads) if "attn." in name else [None]
+        tokens = []
+        for token in range(n_tokens):
+            # the packed tokens of row 0 and row 1, one after the other
+            patches = [4 * (token + row * n_tokens) + i for row in range(len(corrupted)) for i in range(4)]
+            cells = []
+            for head in heads:
+
+                def put(activation, hook):
+                    if head is None:
+                        activation[0, patches] = source[0, patches]
+                    elif kind == "pattern":
+                        activation[0, head, patches] = source[0, head, patches]
+                    else:
+                        activation[0, patches, head] = source[0, patches, head]
+                    return activation
+
+                cells.append(metric(model.run_with_hooks(corrupted, fwd_hooks=[(name, put)])))
+            tokens.append(torch.stack(cells) if heads != [None] else cells[0])
+        layers.append(torch.stack(tokens))
+    return torch.stack(layers)
+
+
+@pytest.mark.parametrize("kind", TOWER_HOOKS)
+def test_the_tower(model, kind):
+    clean, corrupted = (model.to_inputs("red?", images=[picture(84, 56, seed)]) for seed in (1, 2))
+    with torch.no_grad():
+        theirs = tower_by_hand(model, clean, corrupted, kind, difference)
+    ours = patch_sweep(model, clean, corrupted, difference, f"vision_encoder.{kind}", batch_size=7, progress=False)
+    assert ours.values.shape == theirs.shape and theirs.std() > 1e-4
+    assert (ours.values - theirs).abs().max() < SAME * max(1.0, theirs.abs().max().item())
+
+
+def test_the_tower_of_a_batch(model):
+    """Two pairs of one length whose images are packed; and patching all of the tower is patching the image."""
+    clean, corrupted = (
+        model.to_inputs(["red?", "red!"], images=[[picture(84, 56, s)], [picture(84, 56, s + 10)]]) for s in (1, 2)
+    )
+    with torch.no_grad():
+        theirs = tower_by_hand(model, clean, corrupted, "resid_pre", difference)
+        goal = difference(model(clean))
+    ours = patch_sweep(model, clean, corrupted, difference, "vision_encoder.resid_pre", progress=False)
+    assert ours.values.shape == theirs.shape
+    assert (ours.values - theirs).abs().max() < SAME * max(1.0, theirs.abs().max().item())
+    whole = patch_sweep(model, clean, corrupted, difference, "vision_encoder.resid_pre", positions=["image"], progress=False)
+    assert (whole.values - goal).abs().max() < 1e-4
+    with pytest.raises(ValueError, match="image tokens"):
+        patch_sweep(model, clean, corrupted, difference, "vision_encoder.resid_pre", positions=["question"])
+
+
 def test_noising_is_denoising_the_other_way_round(model, pair):
     clean, corrupted = pair
     a = patch_sweep(model, clean, corrupted, difference, direction="noise", progress=False)

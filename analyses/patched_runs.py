@@ -1,0 +1,198 @@
+"""The patched runs of a sweep, from as little arithmetic as gives the same numbers (see `patching`).
+
+`DecoderRuns` starts at the patched block and the first patched position, with the unpatched run's residual stream and
+its keys and values before that position. `TowerRuns` starts at the patched block of the tower, runs the cells' images
+side by side as the tower runs a batch, then the decoder from the first image token on. Both read one position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
+from transformer_lens.utilities import get_act_name
+
+TOWER = "vision_encoder."
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One patch: where it goes, and where its number goes.
+
+    Attributes:
+        index: of its column in the sweep. positions: of the prompt. head: or None for a stream.
+    """
+
+    index: int
+    positions: tuple[int, ...]
+    head: int | None
+
+
+class DecoderRuns:
+    """Patches in the text decoder.
+
+    Args:
+        source: prompts whose activation is put in. target: prompts that are run with it.
+    """
+
+    def __init__(self, model: Any, source: Any, target: Any, activation: str, layers: Sequence[int]):
+        self.model, self.target, self.activation = model, model.encode(target), activation
+        names = [f"blocks.{layer}.hook_resid_pre" for layer in layers]
+        names += _key_value_names(range(min(layers), model.cfg.n_layers))
+        stop = model.cfg.n_layers
+        self.final, self.cache = model.run_with_cache(self.target, names_filter=names, stop_at_layer=stop)
+        swept = [get_act_name(activation, layer) for layer in layers]
+        _, self.source = model.run_with_cache(model.encode(source), names_filter=swept, stop_at_layer=max(layers) + 1)
+
+    def logits(self, at: int) -> Float[Tensor, "batch 1 d_vocab"]:
+        """Of the unpatched run, at one position."""
+        return self.model.unembed(self.model.ln_final(self.final[:, at : at + 1]))
+
+    def reaches(self, cell: Cell, at: int) -> bool:
+        """Whether the patch can change what is read: a later position cannot."""
+        return min(cell.positions) <= at
+
+    def patched(self, layer: int, cells: Sequence[Cell], at: int) -> Float[Tensor, "cell_batch 1 d_vocab"]:
+        """Of the patched runs of one layer, cell by cell."""
+        start = min(min(cell.positions) for cell in cells)
+        residual = self.cache[f"blocks.{layer}.hook_resid_pre"][:, start:].repeat(len(cells), 1, 1)
+        name = get_act_name(self.activation, layer)
+        with self.model.hooks(fwd_hooks=[(name, self._put(name, cells, start))]):
+            return run_suffix(self.model, self.target, self.cache, residual, layer, start, at)
+
+    def _put(self, name: str, cells: Sequence[Cell], start: int) -> Callable:
+        source, by_query = self.source[name], self.activation == "pattern"
+
+        def hook(activation: Tensor, hook: Any) -> Tensor:
+            for cell, rows in zip(cells, activation.unflatten(0, (len(cells), -1))):
+                places = torch.tensor(cell.positions, device=activation.device)
+                if by_query:
+                    rows[:, cell.head, places - start] = source[:, cell.head, places]
+                elif cell.head is None:
+                    rows[:, places - start] = source[:, places]
+                else:
+                    rows[:, places - start, cell.head] = source[:, places, cell.head]
+            return activation
+
+        return hook
+
+
+class TowerRuns:
+    """Patches in the vision tower: a position is an image token, that is its 2×2 patches.
+
+    Raises:
+        ValueError: prompts without images.
+    """
+
+    def __init__(self, model: Any, source: Any, target: Any, activation: str, layers: Sequence[int]):
+        if not target.visuals:
+            raise ValueError(f"{TOWER}{activation} needs prompts with images.")
+        self.model, self.target, self.activation = model, target, activation
+        self.first = int((target.token_types > 0).any(0).nonzero()[0])
+        names = [f"{TOWER}blocks.{layer}.hook_resid_pre" for layer in layers] + ["hook_embed"]
+        names += _key_value_names(range(model.cfg.n_layers))
+        self.final, self.cache = model.run_with_cache(target, names_filter=names, stop_at_layer=model.cfg.n_layers)
+        swept = [self._name(layer) for layer in layers]
+        _, self.source = model.run_with_cache(source, names_filter=swept, stop_at_layer=0)
+
+    def logits(self, at: int) -> Float[Tensor, "batch 1 d_vocab"]:
+        """Of the unpatched run, at one position."""
+        return self.model.unembed(self.model.ln_final(self.final[:, at : at + 1]))
+
+    def reaches(self, cell: Cell, at: int) -> bool:
+        """Whether the patch can change what is read: images after the metric's position cannot."""
+        return self.first <= at
+
+    def patched(self, layer: int, cells: Sequence[Cell], at: int) -> Float[Tensor, "cell_batch 1 d_vocab"]:
+        """Of the patched runs of one layer, cell by cell.
+
+        A pattern is patched a cell at a time: written out, it has the square of all cells' patches.
+        """
+        if self.activation == "pattern" and len(cells) > 1:
+            return torch.cat([self.patched(layer, [cell], at) for cell in cells])
+        n, encoder = len(cells), self.model.vision_encoder
+        stream = self.cache.vision[f"{TOWER}blocks.{layer}.hook_resid_pre"].repeat(1, n, 1)
+        with self.model.hooks(fwd_hooks=[(self._name(layer), self._put(self._name(layer), cells))]):
+            stream = encoder.run_blocks(stream, self.target.grids.repeat(n, 1), layer)
+        prefix = self.model.vision_projector(stream)[0]
+        residual = self.cache["hook_embed"].repeat(n, 1, 1)
+        places = (self.target.token_types > 0).repeat(n, 1).unsqueeze(-1)
+        residual = residual.masked_scatter(places, prefix)[:, self.first :]
+        return run_suffix(self.model, self.target, self.cache, residual, 0, self.first, at)
+
+    def _name(self, layer: int) -> str:
+        return TOWER + get_act_name(self.activation, layer)
+
+    def _patches(self, positions: Sequence[int]) -> Int[Tensor, "patch"]:
+        """The packed patches of these positions, in every row."""
+        is_image = self.target.token_types > 0
+        order = (is_image.flatten().cumsum(0) - 1).view_as(is_image)
+        tokens = order[:, list(positions)].flatten()
+        window = self.model.cfg.vision.spatial_merge_size**2
+        return (tokens[:, None] * window + torch.arange(window, device=tokens.device)).flatten()
+
+    def _put(self, name: str, cells: Sequence[Cell]) -> Callable:
+        source, by_query = self.source.vision[name][0], self.activation == "pattern"
+
+        def hook(activation: Tensor, hook: Any) -> Tensor:
+            if by_query:
+                patches = self._patches(cells[0].positions)
+                activation[0, cells[0].head, patches] = source[cells[0].head, patches]
+                return activation
+            for cell, own in zip(cells, activation[0].unflatten(0, (len(cells), -1))):
+                patches = self._patches(cell.positions)
+                if cell.head is None:
+                    own[patches] = source[patches]
+                else:
+                    own[patches, cell.head] = source[patches, cell.head]
+            return activation
+
+        return hook
+
+
+def run_suffix(
+    model: Any,
+    inputs: Any,
+    cache: Any,
+    residual: Float[Tensor, "cell_batch pos d_model"],
+    layer: int,
+    start: int,
+    at: int,
+) -> Float[Tensor, "cell_batch 1 d_vocab"]:
+    """Blocks from `layer` on over positions from `start` to `at`, with `cache`'s keys and values before them.
+
+    Nothing after `at` can change what is read there, so it is not run.
+    """
+    n = len(residual) // len(inputs)
+    stretch = slice(start, at + 1)
+    position_ids = inputs.position_ids[..., stretch].repeat(1, n, 1)
+    mask = inputs.attention_mask[:, : at + 1].repeat(n, 1)
+    past = _past(model, inputs, cache, layer, start, n)
+    residual = residual[:, : at + 1 - start]
+    residual = model._run_blocks(residual, range(layer, model.cfg.n_layers), position_ids, mask, past)
+    return model.unembed(model.ln_final(residual[:, -1:]))
+
+
+def _past(model: Any, inputs: Any, cache: Any, layer: int, start: int, n: int) -> TransformerLensKeyValueCache | None:
+    """Keys and values before `start`, for every block from `layer` on."""
+    if start == 0:
+        return None
+    entries = [
+        TransformerLensKeyValueCacheEntry(
+            *(cache[name][:, :start].repeat(n, 1, 1, 1) for name in _key_value_names([l])), frozen=True
+        )
+        if l >= layer
+        else None
+        for l in range(model.cfg.n_layers)
+    ]
+    return TransformerLensKeyValueCache(entries, inputs.attention_mask[:, :start], frozen=True)
+
+
+def _key_value_names(layers: Sequence[int]) -> list[str]:
+    return [f"blocks.{layer}.attn.{hook}" for layer in layers for hook in ("hook_rot_k", "hook_v")]
