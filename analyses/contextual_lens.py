@@ -1,0 +1,426 @@
+"""The contextual lens: an answer is grounded where its contextual embedding is close to an image token's.
+
+1. Run prompt and answer. h^l is the residual stream at lens entry l = 0..L (0 the embeddings, L after the last block).
+2. Average the answer's tokens at a late entry, raw, not normalised: a = mean_t h^{l_T}(a_t). The positions are those of
+   the answer's own tokens; end tokens are left out (ours).
+3. Score = max_n cos(a, h^{l_I}(v_n)) over the image tokens v_n at a middle entry. Low: hallucinated.
+   Defaults l_I = round(0.5 L), l_T = round(0.75 L); `sweep_layers` picks them by AUROC on a validation split.
+4. Grounding. Heat map: max_{l ≥ 1} cos(h^l(a), h^l(v_n)). Box: the rectangle of image tokens whose mean vector, at the
+   entry l_I, has the largest cosine with a, among all rectangles, by integral image in float64. Taking the score's own
+   two entries for the box is ours: so the box's cosine is never below the score.
+
+Source: Beyond Logit Lens (arXiv 2411.19187). Its tables were not at hand: no reproduction of its numbers is claimed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from analyses.logit_lens import residual_stack
+from analyses.rectangles import Cells, best_rectangle
+
+Span = str | slice | Sequence[int] | Tensor
+
+
+@dataclass(frozen=True)
+class ContextualScore:
+    """How close each span's contextual embedding comes to an image token's.
+
+    Attributes:
+        scores: [span] cosine with the closest image token, in [-1, 1]; low: hallucinated.
+        similarity: [span image_token] cosine with each, in [-1, 1]; all images of the row, in order.
+        names: of the spans. texts: what they say.
+        images: [image_token] which image each token belongs to.
+        boxes: [image_token 4] (x0, y0, x1, y1) in that image's original pixels.
+        image_layer, text_layer: lens entries compared.
+        model_name: of the model.
+    """
+
+    scores: Float[Tensor, "span"]
+    similarity: Float[Tensor, "span image_token"]
+    names: tuple[str, ...]
+    texts: tuple[str, ...]
+    images: Int[Tensor, "image_token"]
+    boxes: Float[Tensor, "image_token 4"]
+    image_layer: int
+    text_layer: int
+    model_name: str
+
+    @property
+    def score(self) -> float:
+        """The score of the only span.
+
+        Raises:
+            ValueError: there are several; use `scores`.
+        """
+        if len(self.names) != 1:
+            raise ValueError(f"there are {len(self.names)} spans ({', '.join(self.names)}): use .scores or .to_dataframe().")
+        return float(self.scores[0])
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a span: its score, and the closest image token's image and box in original pixels."""
+        best = self.similarity.argmax(-1)
+        table = pd.DataFrame({"span": self.names, "text": self.texts, "score": self.scores.tolist()})
+        table["image"] = self.images[best].tolist()
+        table[["x0", "y0", "x1", "y1"]] = self.boxes[best].numpy()
+        return table
+
+    def plot(self, path: Any = None) -> Any:
+        """A bar for each span."""
+        from analyses.views.grounding import score_plot
+
+        return score_plot(self, path)
+
+
+@dataclass(frozen=True)
+class LayerSweep:
+    """AUROC of the score for "correct" at every pair of entries.
+
+    Attributes:
+        auroc: [image_layer text_layer], in [0, 1].
+        image_layer, text_layer: of the best pair (the first of equals). Report it on other items than these.
+        n_items, n_correct: what it was measured on.
+        model_name: of the model.
+    """
+
+    auroc: Float[Tensor, "image_layer text_layer"]
+    image_layer: int
+    text_layer: int
+    n_items: int
+    n_correct: int
+    model_name: str
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a pair of entries."""
+        return pd.DataFrame(
+            {"image_layer": i, "text_layer": t, "auroc": float(value)}
+            for i, row in enumerate(self.auroc)
+            for t, value in enumerate(row)
+        )
+
+    def plot(self, path: Any = None) -> Any:
+        """The AUROC of every pair, the chosen one framed."""
+        from analyses.views.grounding import sweep_plot
+
+        return sweep_plot(self, path)
+
+
+@dataclass(frozen=True)
+class Grounding:
+    """Where in its images an answer is.
+
+    Attributes:
+        heat: for each image [rows cols], max over entries ≥ 1 of the cosine with the answer, in [-1, 1].
+        similarity: for each image [rows cols], the cosine at the box's entries; its maximum is the contextual score.
+        cells: for each image its best rectangle (row0, col0, row1, col1) in image tokens, ends excluded.
+        boxes: [image 4] the same rectangles (x0, y0, x1, y1) in original pixels of their image.
+        box_scores: [image] their cosines.
+        sizes: (width, height) of each image in original pixels.
+        text: the answer. image_layer, text_layer: the entries compared for the box.
+        model_name: of the model.
+    """
+
+    heat: tuple[Float[Tensor, "rows cols"], ...]
+    similarity: tuple[Float[Tensor, "rows cols"], ...]
+    cells: tuple[Cells, ...]
+    boxes: Float[Tensor, "image 4"]
+    box_scores: Float[Tensor, "image"]
+    sizes: tuple[tuple[float, float], ...]
+    text: str
+    image_layer: int
+    text_layer: int
+    model_name: str
+
+    @property
+    def image(self) -> int:
+        """The image with the best box."""
+        return int(self.box_scores.argmax())
+
+    @property
+    def box(self) -> tuple[float, float, float, float]:
+        """The best box of all images, (x0, y0, x1, y1) in original pixels of image `self.image`."""
+        return tuple(self.boxes[self.image].tolist())
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row an image token: its place, its box in original pixels, its cosines, whether the best box covers it."""
+        rows = []
+        for image, (heat, similarity, (r0, c0, r1, c1)) in enumerate(zip(self.heat, self.similarity, self.cells)):
+            (height, width), (w, h) = heat.shape, self.sizes[image]
+            for row in range(height):
+                for col in range(width):
+                    corners = (col * w / width, row * h / height, (col + 1) * w / width, (row + 1) * h / height)
+                    rows.append(
+                        {
+                            "image": image,
+                            "row": row,
+                            "col": col,
+                            **dict(zip(("x0", "y0", "x1", "y1"), corners)),
+                            "heat": float(heat[row, col]),
+                            "cosine": float(similarity[row, col]),
+                            "in_box": r0 <= row < r1 and c0 <= col < c1,
+                        }
+                    )
+        return pd.DataFrame(rows)
+
+    def plot(self, path: Any = None, images: Sequence[Any] | None = None, truth: Sequence[Any] = ()) -> Any:
+        """Heat map and box of each image, drawn on the images where they are given.
+
+        Args:
+            images: PIL images, one for each of the row's.
+            truth: known boxes in original pixels of the first image, drawn dashed.
+        """
+        from analyses.views.grounding import grounding_plot
+
+        return grounding_plot(self, path, images, truth)
+
+
+@torch.no_grad()
+def contextual_score(
+    model: Any,
+    inputs: Any,
+    row: int = 0,
+    image_layer: int | None = None,
+    text_layer: int | None = None,
+    span: Span | Mapping[str, Span] = "answer",
+    stack: Float[Tensor, "layer pos d_model"] | None = None,
+) -> ContextualScore:
+    """Scores an answer, or several spans of one prompt; high = more likely correct.
+
+    Args:
+        inputs: prompts with images and a teacher-forced answer: `model.to_inputs(question, images=[im], answers="red")`.
+        image_layer, text_layer: lens entries, 0..L; None takes round(0.5 L) and round(0.75 L).
+        span: "answer" or another part, positions, or a slice; or name -> span for several (see `word_spans`).
+        stack: the row's residual stream, if it is at hand: saves the run.
+    Raises:
+        ValueError: no such row, part, position or entry, or the row has no image.
+    """
+    layers = default_layers(model, image_layer, text_layer)
+    spans = dict(span) if isinstance(span, Mapping) else {span if isinstance(span, str) else "span": span}
+    if not spans:
+        raise ValueError("expected at least one span, got none.")
+    places = {name: span_positions(model, inputs, part, row) for name, part in spans.items()}
+    images = inputs.positions("image", row)
+    stack = row_stack(model, inputs, row) if stack is None else stack
+    targets = torch.stack([stack[layers[1], p].double().mean(0) for p in places.values()])
+    similarity = cosines(targets, stack[layers[0], images])
+    grids = [inputs.boxes(row, image) for image in range(n_images(inputs, row))]
+    return ContextualScore(
+        scores=similarity.max(-1).values,
+        similarity=similarity,
+        names=tuple(spans),
+        texts=tuple(_text(model, inputs, row, p) for p in places.values()),
+        images=torch.cat([torch.full((len(boxes),), image) for image, boxes in enumerate(grids)]),
+        boxes=torch.cat(grids),
+        image_layer=layers[0],
+        text_layer=layers[1],
+        model_name=str(model.cfg.model_name),
+    )
+
+
+def yes_no_score(
+    model: Any,
+    inputs: Any,
+    noun: str,
+    row: int = 0,
+    image_layer: int | None = None,
+    text_layer: int | None = None,
+    stack: Float[Tensor, "layer pos d_model"] | None = None,
+) -> float:
+    """The score of a yes/no answer: that of the question's noun, its sign flipped when the answer is no.
+
+    Args:
+        noun: a word of the question, such as "dog" of "Is there a dog in the image?"; its last mention is meant.
+    Raises:
+        ValueError: the question has no such word, or the answer is neither yes nor no.
+    """
+    positions, sign = yes_no_subject(model, inputs, noun, row)
+    return sign * contextual_score(model, inputs, row, image_layer, text_layer, positions, stack).score
+
+
+def yes_no_subject(model: Any, inputs: Any, noun: str, row: int = 0) -> tuple[list[int], int]:
+    """Positions of the noun in the question, and +1 for an answer yes, -1 for no."""
+    answer = _text(model, inputs, row, span_positions(model, inputs, "answer", row)).strip().lower()
+    said = re.match(r"(yes|no)\b", answer)
+    if said is None:
+        raise ValueError(f"expected an answer that begins with yes or no, got {answer!r}.")
+    return list(word_spans(model, inputs, [noun], row, "question").values())[-1], 1 if said[1] == "yes" else -1
+
+
+@torch.no_grad()
+def sweep_layers(
+    model: Any, items: Iterable[Any], labels: Sequence[bool], span: Span = "answer", progress: bool = True
+) -> LayerSweep:
+    """Picks the two entries by AUROC on a validation split.
+
+    Args:
+        items: `Inputs` of one row each, with image and teacher-forced answer; may be a generator.
+        labels: whether each answer is correct.
+    Raises:
+        ValueError: as many labels as items are wanted, of both kinds.
+    """
+    labels = [bool(label) for label in labels]
+    if len(set(labels)) < 2:
+        raise ValueError(f"AUROC needs right and wrong answers, got {sum(labels)} right of {len(labels)}.")
+    grids = []
+    for item in tqdm(items, total=len(labels), desc="sweep", unit="item", disable=not progress, delay=2):
+        stack = row_stack(model, item, 0)
+        targets = stack[:, span_positions(model, item, span, 0)].double().mean(1)
+        vectors = stack[:, item.positions("image")]
+        grids.append(torch.stack([cosines(targets, layer).max(-1).values for layer in vectors]))
+    if len(grids) != len(labels):
+        raise ValueError(f"expected one label for each item, got {len(labels)} for {len(grids)}.")
+    scores = torch.stack(grids)  # [item image_layer text_layer]
+    n = scores.shape[1]
+    auroc = torch.tensor([[roc_auc_score(labels, scores[:, i, t].numpy()) for t in range(n)] for i in range(n)])
+    image_layer, text_layer = divmod(int(auroc.argmax()), n)
+    return LayerSweep(auroc, image_layer, text_layer, len(labels), sum(labels), str(model.cfg.model_name))
+
+
+@torch.no_grad()
+def ground(
+    model: Any,
+    inputs: Any,
+    row: int = 0,
+    image_layer: int | None = None,
+    text_layer: int | None = None,
+    span: Span = "answer",
+    stack: Float[Tensor, "layer pos d_model"] | None = None,
+) -> Grounding:
+    """The answer's heat map over each image of the row, and its best box in each.
+
+    Args:
+        inputs, row, span, stack: as `contextual_score`.
+        image_layer, text_layer: entries compared for the box; the heat map goes over all entries ≥ 1.
+    Raises:
+        ValueError: as `contextual_score`.
+    """
+    layers = default_layers(model, image_layer, text_layer)
+    places = span_positions(model, inputs, span, row)
+    stack = row_stack(model, inputs, row) if stack is None else stack
+    answers = stack[:, places].double().mean(1)
+    heat, similarity, cells, boxes, scores, sizes = [], [], [], [], [], []
+    for image in range(n_images(inputs, row)):
+        grid = inputs.grid(row, image)
+        vectors = stack[:, inputs.positions(f"image[{image}]", row)]
+        by_layer = torch.stack([cosines(a[None], v)[0] for a, v in zip(answers[1:], vectors[1:])])
+        heat.append(by_layer.max(0).values.reshape(grid))
+        similarity.append(cosines(answers[layers[1]][None], vectors[layers[0]])[0].reshape(grid))
+        best, score = best_rectangle(vectors[layers[0]].unflatten(0, grid), answers[layers[1]])
+        cells.append(best)
+        scores.append(score)
+        tokens = inputs.boxes(row, image)
+        boxes.append(_pixels(best, tokens.unflatten(0, grid)))
+        sizes.append(tuple(tokens[-1, 2:].tolist()))
+    return Grounding(
+        heat=tuple(heat),
+        similarity=tuple(similarity),
+        cells=tuple(cells),
+        boxes=torch.stack(boxes),
+        box_scores=torch.tensor(scores, dtype=torch.float64),
+        sizes=tuple(sizes),
+        text=_text(model, inputs, row, places),
+        image_layer=layers[0],
+        text_layer=layers[1],
+        model_name=str(model.cfg.model_name),
+    )
+
+
+def word_spans(
+    model: Any, inputs: Any, words: Sequence[str], row: int = 0, part: str = "answer"
+) -> dict[str, list[int]]:
+    """Where each word stands in a part of the prompt: "star", "star (2)", … -> its positions.
+
+    For a caption, pass its nouns: which words are nouns is for the caller (or a tagger) to say.
+
+    Args:
+        words: matched whole, in any case. A token that is only partly in a word belongs to it.
+    Raises:
+        ValueError: a word is not there.
+    """
+    places = inputs.positions(part, row).tolist()
+    ids = inputs.tokens[row, places].tolist()
+    ends = [len(model.tokenizer.decode(ids[: n + 1])) for n in range(len(ids))]
+    text, starts = model.tokenizer.decode(ids), [0, *ends[:-1]]
+    found: dict[str, list[int]] = {}
+    for word in dict.fromkeys(words):
+        matches = list(re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE))
+        if not matches:
+            raise ValueError(f"the {part} {text!r} has no word {word!r}.")
+        for number, match in enumerate(matches, 1):
+            covered = [p for p, start, end in zip(places, starts, ends) if start < match.end() and end > match.start()]
+            found[word if number == 1 else f"{word} ({number})"] = covered
+    return found
+
+
+# ---- shared with the baselines ----------------------------------------------------------------------
+
+
+def default_layers(model: Any, image_layer: int | None, text_layer: int | None) -> tuple[int, int]:
+    """(l_I, l_T), the defaults where they are None.
+
+    Raises:
+        ValueError: not in 0..L.
+    """
+    n_layers = model.cfg.n_layers
+    image_layer = round(0.5 * n_layers) if image_layer is None else image_layer
+    text_layer = round(0.75 * n_layers) if text_layer is None else text_layer
+    for name, layer in (("image_layer", image_layer), ("text_layer", text_layer)):
+        if not 0 <= layer <= n_layers:
+            raise ValueError(f"{name} must be a lens entry in 0..{n_layers}, got {layer}.")
+    return image_layer, text_layer
+
+
+def row_stack(model: Any, inputs: Any, row: int) -> Float[Tensor, "layer pos d_model"]:
+    """The residual stream of one row, run alone, un-normed, on the CPU."""
+    return residual_stack(model, inputs[row])[0][:, 0].cpu()
+
+
+def span_positions(model: Any, inputs: Any, span: Span, row: int) -> list[int]:
+    """Positions of a span; of an answer, without its end tokens.
+
+    Raises:
+        ValueError: no such part, no such position, or nothing is left.
+    """
+    length = inputs.shape[1]
+    if isinstance(span, str):
+        found = inputs.positions(span, row).tolist()
+        if span == "answer":
+            ends = set(model.cfg.special.eos)
+            found = [p for p in found if int(inputs.tokens[row, p]) not in ends]
+    else:
+        found = list(range(length))[span] if isinstance(span, slice) else [int(p) for p in span]
+    if not found or not all(0 <= p < length for p in found):
+        raise ValueError(f"the span {span!r} gives the positions {found} of a prompt of {length} tokens: none, or not there.")
+    return found
+
+
+def cosines(targets: Float[Tensor, "target d"], vectors: Float[Tensor, "n d"]) -> Float[Tensor, "target n"]:
+    """Cosine of every target with every vector, in float64; 0 where one of them is zero."""
+    unit = [x.double() / x.double().norm(dim=-1, keepdim=True).clamp_min(1e-300) for x in (targets, vectors)]
+    return (unit[0] @ unit[1].T).clamp(-1.0, 1.0)
+
+
+def n_images(inputs: Any, row: int) -> int:
+    """How many images the row has."""
+    return sum(name.startswith("image[") for name in inputs.part_names(row))
+
+
+def _text(model: Any, inputs: Any, row: int, positions: Sequence[int]) -> str:
+    ids = inputs.tokens[row, list(positions)].tolist()
+    return model.tokenizer.decode(ids) if getattr(model, "tokenizer", None) is not None else " ".join(map(str, ids))
+
+
+def _pixels(cells: Cells, tokens: Float[Tensor, "rows cols 4"]) -> Float[Tensor, "4"]:
+    """The box of a rectangle of image tokens, in original pixels."""
+    row0, col0, row1, col1 = cells
+    return torch.cat((tokens[row0, col0, :2], tokens[row1 - 1, col1 - 1, 2:]))
