@@ -10,9 +10,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .commands import check, lens, scenes
+from .commands import check, explore, lens, scenes
 
-COMMANDS = (lens, check, scenes)
+COMMANDS = (lens, explore, check, scenes)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,270 @@
+"""Everything the explorer page shows of one prompt with images, computed once.
+
+1. Logit lens (nostalgebraist, 2020) at every position: the top k of every entry of the residual stream (see
+   `analyses.logit_lens`), and the answer's tokens followed through all entries and positions.
+2. At the position that predicts the answer, the probabilities of many tokens by entry: those that are largest
+   anywhere, and by entry the most that any other token has, so that a token not kept still has a bound.
+3. Contextual heat map (arXiv 2411.19187): cos(mean_t h^l(a_t), h^l(v)), the answer's own tokens a_t averaged raw
+   before the cosine, end tokens left out, both sides at the same entry l.
+4. Attention pattern from the position that predicts the answer to every position, head by head.
+5. Patching recovery by layer and position, if a sweep is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from PIL import Image
+from torch import Tensor
+from transformer_lens.patching import PatchingResult
+from transformer_lens.tools.analysis import logit_readout
+
+from analyses.logit_lens import LogitLens, logit_lens, residual_stack
+from analyses.patching import recovery
+
+
+@dataclass(frozen=True)
+class Explorer:
+    """One prompt, opened. Its positions are the prompt's without padding; entries run from 0 to L, blocks to L−1.
+
+    Attributes:
+        lens: at every position; its targets are the tokens followed everywhere.
+        parts: the part of the prompt that each position belongs to.
+        images: in original pixels. starts, grids: where their tokens begin, and (rows, cols) of them.
+        last: which position predicts the answer's first token.
+        answer: places of the answer's own tokens; empty without an answer.
+        kept_ids: ids whose probabilities at `last` are kept; kept_tokens: their text.
+        kept_probs: [layer token] of them, by entry.
+        rest_prob: [layer] the most that any other token has at `last`; 0 if all are kept.
+        attention: [layer head pos] from `last`, by block; each row sums to 1.
+        contextual: [layer pos] cosine with the answer, by entry; None without an answer.
+        recovery: [layer pos] of a patching sweep, by block; NaN where nothing was patched; None without one.
+        question, answer_text, model_name: as shown.
+    """
+
+    lens: LogitLens
+    parts: tuple[str, ...]
+    images: tuple[Image.Image, ...]
+    starts: tuple[int, ...]
+    grids: tuple[tuple[int, int], ...]
+    last: int
+    answer: tuple[int, ...]
+    kept_ids: Int[Tensor, "token"]
+    kept_tokens: tuple[str, ...]
+    kept_probs: Float[Tensor, "layer token"]
+    rest_prob: Float[Tensor, "layer"]
+    attention: Float[Tensor, "layer head pos"]
+    contextual: Float[Tensor, "layer pos"] | None
+    recovery: Float[Tensor, "layer pos"] | None
+    question: str
+    answer_text: str
+    model_name: str
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row for each entry and position: the lens's top token and what the maps hold there.
+
+        Probabilities, attention (mean over heads) and recovery as fractions, cosines in −1..1, entropy in nats; NaN
+        where a map has no value: blocks end one before the last entry.
+        """
+        n_layers, n_positions = self.lens.entropy.shape
+        layers = torch.arange(n_layers)[:, None].expand(-1, n_positions)
+        columns = {
+            "layer": layers,
+            "position": torch.tensor(self.lens.positions).expand(n_layers, -1),
+            "probability": self.lens.top_probs[..., 0],
+            "entropy_nats": self.lens.entropy,
+            "attention": _to_entries(self.attention.mean(1), n_layers),
+            "contextual": self.contextual if self.contextual is not None else torch.full((n_layers, n_positions), torch.nan),
+            "recovery": _to_entries(self.recovery, n_layers, n_positions),
+        }
+        table = pd.DataFrame({name: values.flatten().numpy() for name, values in columns.items()})
+        table.insert(2, "part", list(self.parts) * n_layers)
+        table.insert(3, "prompt_token", list(self.lens.prompt_tokens) * n_layers)
+        table.insert(4, "token", [tokens[0] for layer in self.lens.top_tokens for tokens in layer])
+        return table
+
+    def page(self, path: Any) -> None:
+        """One self-contained page, to be opened without network."""
+        from analyses.views.explorer import explorer_page
+
+        explorer_page(self, path)
+
+    def plot(self, path: Any = None, image: int = 0) -> Any:
+        """The page's maps for paper: a row a map, evenly spaced layers as columns."""
+        from analyses.views.attention import maps_on_image
+
+        rows, cols = self.grids[image]
+        here = slice(self.starts[image], self.starts[image] + rows * cols)
+        maps = {
+            "probability of the\nlens's top token": self.lens.top_probs[:, here, 0],
+            "cosine with\nthe answer": None if self.contextual is None else self.contextual[:, here],
+            "attention from the last\nposition, mean of heads": self.attention.mean(1)[:, here],
+            "patching\nrecovery": None if self.recovery is None else self.recovery[:, here],
+        }
+        kept = {name: values for name, values in maps.items() if values is not None}
+        return maps_on_image(kept, self.grids[image], self.images[image], path, title=f"{self.question}, {self.model_name}")
+
+    def plot_heads(self, path: Any = None, image: int = 0, layers: Sequence[int] | None = None) -> Any:
+        """Attention from the position that predicts the answer, on the image: a row a block, a column a head."""
+        from analyses.views.attention import attention_on_image
+
+        rows, cols = self.grids[image]
+        here = slice(self.starts[image], self.starts[image] + rows * cols)
+        return attention_on_image(self.attention[..., here], (rows, cols), self.images[image], path, layers=layers)
+
+
+@torch.no_grad()
+def explore(
+    model: Any,
+    inputs: Any,
+    images: Sequence[Image.Image],
+    top_k: int = 5,
+    follow: Sequence[int | str] = (),
+    keep: int = 2048,
+    recovered: Float[Tensor, "layer pos"] | None = None,
+    row: int = 0,
+    question: str = "",
+    chunk_size: int = 64,
+) -> Explorer:
+    """Computes what the explorer page shows, in two forwards.
+
+    Args:
+        inputs: prompts with images and, for the contextual map, an answer (`to_inputs(…, answers=…)`, or what
+            `generate(…, return_type="inputs")` gives).
+        images: this row's, in original pixels, in order.
+        follow: tokens beside the answer's own to follow at every position.
+        keep: how many tokens' probabilities are kept at the position that predicts the answer.
+        recovered: from `recovery_by_position`, over all of the row's positions.
+        row: which prompt of the batch.
+    Raises:
+        ValueError: no image in the prompt, images that are not its own, or a recovery of another shape.
+    """
+    if keep < 1:
+        raise ValueError(f"keep must be at least 1, got {keep}.")
+    inputs = inputs[row]
+    names = inputs.names[0]
+    places = [place for place, name in enumerate(names) if name != "padding"]
+    parts = tuple(names[place] for place in places)
+    starts, grids = _images(inputs, parts, images)
+    last = int(inputs.positions("last"))
+    ends = set(model.cfg.special.eos)
+    own = [p for p in places if names[p] == "answer" and int(inputs.tokens[0, p]) not in ends]
+    followed = list(dict.fromkeys([*(int(inputs.tokens[0, p]) for p in own), *_ids(model, follow)]))
+    lens = logit_lens(model, inputs, places, top_k, targets=followed or None, chunk_size=chunk_size)
+    stack, attention = _run(model, inputs, last)
+    kept_ids, kept_probs, rest = _many_tokens(model, stack[:, 0, last], keep)
+    if recovered is not None:
+        if recovered.shape != (model.cfg.n_layers, inputs.shape[1]):
+            expected = (model.cfg.n_layers, inputs.shape[1])
+            raise ValueError(f"expected a recovery [layer pos] of shape {expected}, got {tuple(recovered.shape)}.")
+        recovered = recovered[:, places].float().cpu()
+    return Explorer(
+        lens=lens,
+        parts=parts,
+        images=tuple(images),
+        starts=starts,
+        grids=grids,
+        last=places.index(last),
+        answer=tuple(places.index(p) for p in own),
+        kept_ids=kept_ids,
+        kept_tokens=tuple(_texts(model, kept_ids)),
+        kept_probs=kept_probs,
+        rest_prob=rest,
+        attention=attention[..., places],
+        contextual=_contextual(stack[:, 0], own)[:, places] if own else None,
+        recovery=recovered,
+        question=question,
+        answer_text="".join(_texts(model, inputs.tokens[0, own])) if own else "",
+        model_name=lens.model_name,
+    )
+
+
+def recovery_by_position(
+    result: PatchingResult, clean_metric: Float[Tensor, "batch"], shape: tuple[int, int], example: int = 0
+) -> Float[Tensor, "layer pos"]:
+    """A sweep over single positions as a map: (patched − baseline) / (clean − baseline), NaN where nothing was patched.
+
+    Args:
+        result: `patch_sweep` of a stream, its rows single positions.
+        clean_metric: of the clean run.
+        shape: (layers of the model, positions of the prompt to show).
+        example: which pair of the batch.
+    Raises:
+        ValueError: a sweep by head, rows that are spans, or positions past the prompt.
+    """
+    if result.axis_names != ["layer", "pos"]:
+        raise ValueError(f"expected a sweep over [layer pos], got {list(result.axis_names)}: sweep a stream, not heads.")
+    ratios = recovery(result, clean_metric)["per_example"][..., example].flatten()
+    filled = torch.full(shape, torch.nan)
+    for value, (layer, place) in zip(ratios, result.index_df[["layer", "pos"]].itertuples(index=False)):
+        if isinstance(place, str) or not hasattr(place, "__index__"):
+            raise ValueError(f"expected rows that are single positions, got {place!r}: leave positions=None, or list them.")
+        if not 0 <= place < shape[1]:
+            raise ValueError(f"the sweep has a row at position {place}, the prompt has {shape[1]} positions.")
+        filled[layer, place] = value
+    return filled
+
+
+def _images(inputs: Any, parts: Sequence[str], images: Sequence[Any]) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
+    """Where each image's tokens begin, and its grid."""
+    n = sum(1 for part in dict.fromkeys(parts) if part.startswith("image["))
+    if n == 0:
+        raise ValueError("the prompt has no image to explore: build it with model.to_inputs(question, images=[…]).")
+    if len(images) != n:
+        raise ValueError(f"the prompt has {n} images, got {len(images)} to draw: pass the same ones, in order.")
+    starts = tuple(parts.index(f"image[{k}]") for k in range(n))
+    return starts, tuple(inputs.grid(0, k) for k in range(n))
+
+
+def _run(
+    model: Any, inputs: Any, last: int
+) -> tuple[Float[Tensor, "layer 1 pos d_model"], Float[Tensor, "block head pos"]]:
+    """One forward: the residual stream, and of every pattern only the row of `last` (the squares would fill memory)."""
+    rows: list[Tensor] = []
+
+    def keep(pattern: Tensor, hook: Any) -> None:
+        rows.append(pattern[0, :, last].float().cpu())
+
+    hooks = [(f"blocks.{layer}.attn.hook_pattern", keep) for layer in range(model.cfg.n_layers)]
+    with model.hooks(fwd_hooks=hooks):
+        stack, _ = residual_stack(model, inputs)
+    return stack, torch.stack(rows)
+
+
+def _many_tokens(
+    model: Any, streams: Float[Tensor, "layer d_model"], keep: int
+) -> tuple[Int[Tensor, "token"], Float[Tensor, "layer token"], Float[Tensor, "layer"]]:
+    """The tokens that are most probable anywhere, their probabilities, and the most that any other has."""
+    probs = logit_readout(model, streams, return_type="log_probs").values.float().cpu().exp()
+    kept = probs.amax(0).topk(min(keep, probs.shape[1])).indices.sort().values
+    others = probs.clone()
+    others[:, kept] = 0
+    return kept, probs[:, kept], others.amax(-1)
+
+
+def _contextual(stack: Float[Tensor, "layer pos d_model"], answer: Sequence[int]) -> Float[Tensor, "layer pos"]:
+    """Cosine of every position with the mean of the answer's, at each entry."""
+    wide = stack.float()
+    return F.cosine_similarity(wide, wide[:, list(answer)].mean(1, keepdim=True), dim=-1).cpu()
+
+
+def _to_entries(values: Tensor | None, n_layers: int, n_positions: int = 0) -> Tensor:
+    """A map over blocks as one over entries: block l reads entry l, nothing reads the last."""
+    if values is None:
+        return torch.full((n_layers, n_positions), torch.nan)
+    return F.pad(values, (0, 0, 0, n_layers - len(values)), value=torch.nan)
+
+
+def _ids(model: Any, tokens: Sequence[int | str]) -> list[int]:
+    return [token if isinstance(token, int) else model.to_single_token(token) for token in tokens]
+
+
+def _texts(model: Any, ids: Tensor) -> list[str]:
+    """Token ids as text; the ids themselves where there is no tokenizer."""
+    return [str(int(i)) for i in ids] if model.tokenizer is None else model.to_str_tokens(ids)

@@ -1,0 +1,112 @@
+"""Maps over an image's tokens, drawn on the image; attention head by head and layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib.figure import Figure
+from torch import Tensor
+
+_EMPTY = "#d9d9d9"
+
+
+def attention_on_image(
+    attention: Float[Tensor, "layer head image_token"],
+    grid: tuple[int, int],
+    image: Any,
+    path: str | Path | None = None,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+) -> Figure:
+    """Small multiples: a row a layer (the last on top), a column a head, after the mean of all heads.
+
+    Each panel runs from 0 to its own largest value, which it states in percent; beside each layer stands the share of the
+    attention, mean of heads, that goes to the image at all.
+
+    Args:
+        attention: from one text token to the image's tokens, in raster order, as shares of the whole attention.
+        grid: (rows, cols) of image tokens.
+        image: the picture; the grid is stretched over it.
+        layers, heads: which; None for all (at most 28 layers and 28 heads stay readable).
+    Raises:
+        ValueError: tokens that do not fill the grid.
+    """
+    _check_grid(attention.shape[-1], grid)
+    chosen = list(range(attention.shape[0])) if layers is None else [range(attention.shape[0])[l] for l in layers]
+    columns = list(range(attention.shape[1])) if heads is None else [range(attention.shape[1])[h] for h in heads]
+    values = attention.detach().float().numpy()
+    side = min(1.5, 22 / (len(columns) + 1))
+    tall = side * image.height / image.width
+    figure = Figure(figsize=(1.1 + (side + 0.06) * (len(columns) + 1), 0.6 + (tall + 0.2) * len(chosen)), layout="constrained")
+    panels = figure.subplots(len(chosen), len(columns) + 1, squeeze=False)
+    small = max(4.5, min(7.0, 5.2 * side))
+    for row, layer in zip(panels, sorted(chosen, reverse=True)):
+        maps = [values[layer].mean(0), *(values[layer, head] for head in columns)]
+        for axes, shares in zip(row, maps):
+            _draw(axes, shares, grid, image, "cividis", 0.0, float(shares.max()) or 1.0)
+            axes.set_title(f"max {100 * shares.max():.2g} %", fontsize=small, pad=2)
+        row[0].set_ylabel(f"layer {layer}\n{100 * maps[0].sum():.0f} % to image", fontsize=small + 1)
+    for axes, name in zip(panels[-1], ["mean", *(f"head {head}" for head in columns)]):
+        axes.set_xlabel(name, fontsize=small + 1)
+    return _save(figure, path)
+
+
+def maps_on_image(
+    maps: Mapping[str, Float[Tensor, "layer image_token"]],
+    grid: tuple[int, int],
+    image: Any,
+    path: str | Path | None = None,
+    n_panels: int = 5,
+    title: str = "",
+) -> Figure:
+    """A row a map, evenly spaced layers as columns, one scale a row; maps with negative values are centred on 0.
+
+    Raises:
+        ValueError: a map that does not fill the grid.
+    """
+    rows, tall = len(maps), 1.7 * image.height / image.width
+    figure = Figure(figsize=(2.2 + 1.75 * n_panels, 0.5 + (tall + 0.35) * rows), layout="constrained")
+    panels = figure.subplots(rows, n_panels, squeeze=False)
+    for row, (name, tensor) in zip(panels, maps.items()):
+        _check_grid(tensor.shape[-1], grid)
+        values = tensor.detach().float().numpy()
+        low, high, colours = _scale(values)
+        for axes, layer in zip(row, np.linspace(0, len(values) - 1, n_panels).round().astype(int)):
+            shown = _draw(axes, values[layer], grid, image, colours, low, high)
+            axes.set_title(f"layer {layer}", fontsize=8, pad=3)
+        row[0].set_ylabel(name, fontsize=8)
+        figure.colorbar(shown, ax=list(row), shrink=0.85, aspect=12).ax.tick_params(labelsize=7)
+    figure.suptitle(title.replace("$", r"\$"), fontsize=9)
+    return _save(figure, path)
+
+
+def _scale(values: np.ndarray) -> tuple[float, float, str]:
+    """(low, high, colour map): from 0 where nothing is negative, else symmetric."""
+    largest = float(np.nanmax(np.abs(values))) if np.isfinite(values).any() else 1.0
+    largest = largest or 1.0
+    return (-largest, largest, "RdBu_r") if np.nanmin(values) < 0 else (0.0, largest, "cividis")
+
+
+def _draw(axes: Any, values: np.ndarray, grid: tuple[int, int], image: Any, colours: str, low: float, high: float) -> Any:
+    """The image in grey under the map; places without a value stay grey."""
+    extent = (0, image.width, image.height, 0)
+    axes.imshow(image.convert("L"), cmap="gray", extent=extent)
+    axes.set_facecolor(_EMPTY)
+    shown = axes.imshow(values.reshape(grid), cmap=colours, vmin=low, vmax=high, extent=extent, alpha=0.7, interpolation="nearest")
+    axes.set_xticks([]), axes.set_yticks([])
+    return shown
+
+
+def _check_grid(n: int, grid: tuple[int, int]) -> None:
+    if n != grid[0] * grid[1]:
+        raise ValueError(f"expected {grid[0]}×{grid[1]} image tokens, got {n}.")
+
+
+def _save(figure: Figure, path: str | Path | None) -> Figure:
+    if path is not None:
+        figure.savefig(path, dpi=200)
+    return figure

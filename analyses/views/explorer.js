@@ -1,0 +1,737 @@
+"use strict";
+// One state, and functions that draw it. A place is an index into the prompt's positions; an entry is a layer of the
+// residual stream (0..L); block l reads entry l, so maps over blocks have nothing at the last entry.
+// Every text of the model's goes in through textContent.
+
+const $ = (id) => document.getElementById(id);
+const MODES = { lens: "logit lens", contextual: "contextual", attention: "attention", recovery: "patching" };
+const CIVIDIS = ["#00224e", "#123570", "#3b496c", "#575d6d", "#707173", "#8a8678", "#a59c74", "#c3b369", "#e1cc55", "#fee838"];
+const RED_BLUE = ["#053061", "#2166ac", "#4393c3", "#92c5de", "#d1e5f0", "#f7f7f7", "#fddbc7", "#f4a582", "#d6604d", "#b2182b", "#67001f"];
+const RAMP_SIZE = 256;
+const MOST_CHIPS = 6;
+const state = { mode: "lens", layer: 0, place: 0, image: 0, shade: "top", same: false, opacity: 0.7, held: false, chips: [], log: false };
+let data, ramps;
+
+// ---- reading the data ---------------------------------------------------------------------------
+
+async function unpack(base64) {
+  const zipped = Uint8Array.from(atob(base64), (c) => c.charCodeAt(0));
+  const stream = new Blob([zipped]).stream().pipeThrough(new DecompressionStream("gzip"));
+  const buffer = await new Response(stream).arrayBuffer();
+  const length = new DataView(buffer).getUint32(0, true);
+  const header = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 4, length)));
+  const kinds = { uint8: Uint8Array, uint16: Uint16Array, uint32: Uint32Array, float32: Float32Array, bytes: Uint8Array };
+  const arrays = {};
+  for (const [name, about] of Object.entries(header.arrays)) {
+    const kind = kinds[about.kind];
+    arrays[name] = new kind(buffer, 4 + length + about.offset, about.bytes / kind.BYTES_PER_ELEMENT);
+    arrays[name].about = about;
+  }
+  return { ...header, arrays };
+}
+
+function prepare() {
+  const { arrays } = data;
+  let id = 0;
+  data.ids = data.ids.map((step) => (id += step));
+  data.n = data.prompt.length;
+  data.entries = data.layers.length;
+  data.imageOf = new Int16Array(data.n).fill(-1);
+  data.images.forEach((image, number) => {
+    image.url = URL.createObjectURL(new Blob([arrays[image.array]], { type: image.type }));
+    data.imageOf.fill(number, image.start, image.start + image.rows * image.cols);
+  });
+  data.keptAt = new Map(Array.from(arrays.kept, (index, at) => [index, at]));
+  data.followedAt = new Map(Array.from(arrays.followed ?? [], (index, at) => [index, at]));
+}
+
+const probability = (array, at) => (array[at] === 0 ? 0 : 10 ** (data.floor * (1 - array[at] / 65535)));
+const linear = (array, at) => array.about.low + ((array.about.high - array.about.low) * array[at]) / 65535;
+const topAt = (layer, place) => (layer * data.n + place) * data.k;
+
+/** {p, known}: the probability of a token of the table, or, where it was not kept, the most it can be. */
+function probabilityOf(token, layer, place) {
+  const { followed, followedProbs, keptProbs, restProb, top, topProbs } = data.arrays;
+  const start = topAt(layer, place);
+  for (let rank = 0; rank < data.k; rank++)
+    if (top[start + rank] === token) return { p: probability(topProbs, start + rank), known: true };
+  if (data.followedAt.has(token))
+    return { p: probability(followedProbs, (layer * data.n + place) * followed.length + data.followedAt.get(token)), known: true };
+  const least = probability(topProbs, start + data.k - 1);
+  if (place !== data.last) return { p: least, known: false };
+  if (data.keptAt.has(token)) return { p: probability(keptProbs, layer * data.keptAt.size + data.keptAt.get(token)), known: true };
+  return { p: Math.min(least, probability(restProb, layer)), known: false };
+}
+
+// ---- the maps -----------------------------------------------------------------------------------
+
+/** The value that the map shows at a place, NaN where it has none; `below` where it is only known to lie below. */
+function valueAt(layer, place) {
+  const { attention, contextual, recovery, entropy } = data.arrays;
+  if (state.mode === "contextual") return linear(contextual, layer * data.n + place);
+  if (state.mode === "lens") {
+    if (state.shade === "top") return probability(data.arrays.topProbs, topAt(layer, place));
+    if (state.shade === "entropy") return linear(entropy, layer * data.n + place);
+    const { p, known } = probabilityOf(Number(state.shade), layer, place);
+    return known ? p : NaN;
+  }
+  if (layer >= data.blocks) return NaN;
+  if (state.mode === "recovery") return recovery[layer * data.n + place];
+  const head = Number(state.shade);
+  const largest = attention.about.largest[layer][head];
+  return largest * (attention[(layer * (data.heads + 1) + head) * data.n + place] / 255) ** 2;
+}
+
+/** [low, high] of the colours. Only places on images count: text would drown them. */
+function limits() {
+  if (state.mode === "lens" && state.shade !== "entropy") return [0, 1];
+  const key = [state.mode, state.shade, state.same ? "all" : state.layer].join();
+  if (limits.known.has(key)) return limits.known.get(key);
+  let low = Infinity, high = -Infinity;
+  const layers = state.same ? [...data.layers.keys()] : [state.layer];
+  for (const layer of layers)
+    for (const { start, rows, cols } of data.images)
+      for (let place = start; place < start + rows * cols; place++) {
+        const value = valueAt(layer, place);
+        if (value < low) low = value;
+        if (value > high) high = value;
+      }
+  if (state.mode === "attention" || state.mode === "lens") low = 0;
+  if (state.mode === "recovery") { high = Math.max(Math.abs(low), Math.abs(high)); low = -high; }
+  const found = high > low ? [low, high] : Number.isFinite(high) ? [high - 1e-6, high + 1e-6] : [0, 1];
+  limits.known.set(key, found);
+  return found;
+}
+limits.known = new Map();
+
+function makeRamp(colours) {
+  const parsed = colours.map((hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16)));
+  return Array.from({ length: RAMP_SIZE }, (_, step) => {
+    const at = (step / (RAMP_SIZE - 1)) * (parsed.length - 1);
+    const left = Math.min(Math.floor(at), parsed.length - 2);
+    return parsed[left].map((part, channel) => Math.round(part + (parsed[left + 1][channel] - part) * (at - left)));
+  });
+}
+
+const ramp = () => (state.mode === "recovery" ? ramps.signed : ramps.plain);
+const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+const rgb = (colour) => `rgb(${colour.join()})`;
+const inkOn = ([r, g, b]) => (0.299 * r + 0.587 * g + 0.114 * b > 135 ? "#111" : "#fff");
+
+function colourOf(value, [low, high]) {
+  if (Number.isNaN(value)) return null;
+  const at = Math.round(((value - low) / (high - low)) * (RAMP_SIZE - 1));
+  return ramp()[Math.max(0, Math.min(RAMP_SIZE - 1, at))];
+}
+
+// ---- text ---------------------------------------------------------------------------------------
+
+function visible(text) {
+  let shown = "";
+  for (const c of text)
+    shown += c === " " ? "␣" : c === "\n" ? "⏎" : c === "\t" ? "⇥" : /[\p{Cc}\p{Cf}\p{Cs}\p{Co}\p{Cn}\p{Zl}\p{Zp}]/u.test(c) ? "�" : c;
+  return shown || "∅";
+}
+
+const tokenText = (token) => visible(data.texts[token]);
+const placeText = (place) => visible(data.prompt[place]);
+
+function number(value) {
+  if (Number.isNaN(value)) return "–";
+  const size = Math.abs(value);
+  if (size === 0) return "0";
+  return size >= 0.0995 ? value.toFixed(2) : size >= 0.00095 ? value.toFixed(3) : value.toExponential(0);
+}
+
+function element(tag, className, text) {
+  const made = document.createElement(tag);
+  if (className) made.className = className;
+  if (text !== undefined) made.textContent = text;
+  return made;
+}
+
+function whereIs(place) {
+  const image = data.imageOf[place];
+  if (image < 0) return null;
+  const { start, cols } = data.images[image];
+  return { image, row: Math.floor((place - start) / cols), col: (place - start) % cols };
+}
+
+function nameOf(place) {
+  const at = whereIs(place);
+  if (!at) return `“${placeText(place)}” (${data.parts[place]})`;
+  const which = data.images.length > 1 ? ` of image ${at.image}` : "";
+  return `image token, row ${at.row + 1}, column ${at.col + 1}${which}`;
+}
+
+// ---- the picture --------------------------------------------------------------------------------
+
+async function loadPictures() {
+  for (const image of data.images) {
+    const picture = new Image();
+    picture.src = image.url;
+    await picture.decode();
+    image.picture = picture;
+    const grey = document.createElement("canvas");
+    [grey.width, grey.height] = [picture.naturalWidth, picture.naturalHeight];
+    const context = grey.getContext("2d");
+    context.drawImage(picture, 0, 0);
+    const pixels = context.getImageData(0, 0, grey.width, grey.height);
+    for (let at = 0; at < pixels.data.length; at += 4) {
+      const [r, g, b] = pixels.data.subarray(at, at + 3);
+      pixels.data.fill(0.299 * r + 0.587 * g + 0.114 * b, at, at + 3);
+    }
+    context.putImageData(pixels, 0, 0);
+    image.grey = grey;
+  }
+}
+
+function fitStage() {
+  const { width, height } = data.images[state.image];
+  const room = $("picture").clientWidth - 2;
+  const shown = Math.min(room, 620, (width / height) * Math.max(260, window.innerHeight * 0.68));
+  const scale = window.devicePixelRatio || 1;
+  const canvas = $("map");
+  const size = [Math.round(shown), Math.round((shown * height) / width)];
+  [canvas.style.width, canvas.style.height] = size.map((side) => `${side}px`);
+  [canvas.width, canvas.height] = size.map((side) => Math.round(side * scale));
+  [state.width, state.height] = size;
+}
+
+function drawMap() {
+  const { start, rows, cols, picture, grey } = data.images[state.image];
+  const context = $("map").getContext("2d");
+  const [width, height] = [state.width, state.height];
+  const scale = $("map").width / width;
+  context.setTransform(scale, 0, 0, scale, 0, 0);
+  context.globalAlpha = 1;
+  context.drawImage(state.opacity > 0 ? grey : picture, 0, 0, width, height);
+  const [w, h] = [width / cols, height / rows];
+  const range = limits();
+  const labelled = state.mode === "lens" && w >= 40 && h >= 22;
+  for (let cell = 0; cell < rows * cols && state.opacity > 0; cell++) {
+    const [x, y] = [(cell % cols) * w, Math.floor(cell / cols) * h];
+    const colour = colourOf(valueAt(state.layer, start + cell), range);
+    context.globalAlpha = state.opacity;
+    if (colour) {
+      context.fillStyle = rgb(colour);
+      context.fillRect(x, y, w, h);
+    } else hatch(context, x, y, w, h);
+    if (labelled) label(context, start + cell, x, y, w, h, colour);
+  }
+  context.globalAlpha = 0.35;
+  context.strokeStyle = "#fff";
+  context.lineWidth = 0.5;
+  context.beginPath();
+  for (let col = 1; col < cols; col++) { context.moveTo(col * w, 0); context.lineTo(col * w, height); }
+  for (let row = 1; row < rows; row++) { context.moveTo(0, row * h); context.lineTo(width, row * h); }
+  context.stroke();
+  drawLegend(range);
+}
+
+function hatch(context, x, y, w, h) {
+  context.strokeStyle = "#999";
+  context.lineWidth = 0.7;
+  context.beginPath();
+  context.moveTo(x, y + h);
+  context.lineTo(x + w, y);
+  context.stroke();
+}
+
+function label(context, place, x, y, w, h, colour) {
+  let text = tokenText(data.arrays.top[topAt(state.layer, place)]);
+  const size = Math.min(13, h / 2.2, w / 4.2);
+  context.font = `${size}px system-ui, "DejaVu Sans", sans-serif`;
+  const letters = Array.from(text);
+  while (letters.length > 1 && context.measureText(text).width > w - 4) {
+    letters.pop();
+    text = `${letters.join("")}…`;
+  }
+  context.globalAlpha = 1;
+  context.textAlign = "center";
+  context.textBaseline = "middle";
+  const ink = colour && inkOn(colour) === "#111" && state.opacity > 0.45 ? "#111" : "#fff";
+  context.strokeStyle = ink === "#fff" ? "rgba(0,0,0,.75)" : "rgba(255,255,255,.75)";
+  context.lineWidth = 2.5;
+  context.lineJoin = "round";
+  context.strokeText(text, x + w / 2, y + h / 2);
+  context.fillStyle = ink;
+  context.fillText(text, x + w / 2, y + h / 2);
+}
+
+function drawLegend([low, high]) {
+  const context = $("ramp").getContext("2d");
+  ramp().forEach((colour, at) => { context.fillStyle = rgb(colour); context.fillRect(at, 0, 1, 1); });
+  $("low").textContent = number(low);
+  $("high").textContent = number(high);
+  const block = state.layer < data.blocks ? `block ${state.layer}` : "no block reads the last entry";
+  const units = {
+    lens: { top: "probability of the top token", entropy: "entropy, nats" }[state.shade] ?? "its probability; hatched: not among those kept",
+    contextual: "cosine with the answer",
+    attention: `attention from the last position, ${block}`,
+    recovery: `recovery of the answer's margin, ${block}`,
+  };
+  $("unit").textContent = units[state.mode];
+}
+
+function moveCursor() {
+  const at = whereIs(state.place);
+  const cursor = $("cursor");
+  cursor.hidden = !at || at.image !== state.image;
+  if (cursor.hidden) return;
+  const { rows, cols } = data.images[state.image];
+  const [w, h] = [state.width / cols, state.height / rows];
+  cursor.style.width = `${w}px`;
+  cursor.style.height = `${h}px`;
+  cursor.style.transform = `translate(${at.col * w}px, ${at.row * h}px)`;
+  cursor.classList.toggle("held", state.held);
+}
+
+// ---- the table of the selected position ---------------------------------------------------------
+
+function makeTable() {
+  makeTable.rows = [];
+  for (let layer = data.entries - 1; layer >= 0; layer--) {
+    const row = $("table").appendChild(element("tr"));
+    const head = row.appendChild(element("th", "", data.layers[layer]));
+    head.scope = "row";
+    head.dataset.layer = layer;
+    const cells = Array.from({ length: data.k }, (_, rank) => {
+      const cell = row.appendChild(element("td"));
+      cell.dataset.layer = layer;
+      cell.dataset.rank = rank;
+      return { cell, text: cell.appendChild(element("span", "text")), p: cell.appendChild(element("span", "p")) };
+    });
+    makeTable.rows[layer] = { row, cells };
+  }
+}
+
+function fillTable() {
+  const { top, topProbs } = data.arrays;
+  for (let layer = 0; layer < data.entries; layer++) {
+    const start = topAt(layer, state.place);
+    makeTable.rows[layer].cells.forEach(({ cell, text, p }, rank) => {
+      const value = probability(topProbs, start + rank);
+      const colour = ramps.plain[Math.round(value * (RAMP_SIZE - 1))];
+      text.textContent = tokenText(top[start + rank]);
+      p.textContent = number(value);
+      cell.style.background = rgb(colour);
+      cell.style.color = inkOn(colour);
+    });
+  }
+}
+
+function markLayer() {
+  makeTable.rows.forEach(({ row }, layer) => row.classList.toggle("now", layer === state.layer));
+  const words = `${state.layer} of ${data.entries - 1}: ${data.layers[state.layer]}`;
+  $("layer").value = state.layer;
+  $("layer-name").textContent = words;
+  $("layer").setAttribute("aria-valuetext", words);
+}
+
+function fillFacts() {
+  const { entropy, top, topProbs } = data.arrays;
+  const start = topAt(state.layer, state.place);
+  $("place").textContent = `Position ${data.positions[state.place]}: ${nameOf(state.place)}`;
+  const value = valueAt(state.layer, state.place);
+  const shown = state.mode === "lens" ? "" : ` · ${$("unit").textContent}: ${number(value)}`;
+  const held = state.held ? " · held" : "";
+  $("facts").textContent = `entropy ${linear(entropy, state.layer * data.n + state.place).toFixed(2)} nats${shown}${held}`;
+  const now = $("now");
+  now.replaceChildren(element("span", "quiet", `${data.layers[state.layer]} `));
+  for (let rank = 0; rank < data.k; rank++) {
+    now.append(element("span", "text", tokenText(top[start + rank])));
+    now.append(element("span", "quiet", ` ${number(probability(topProbs, start + rank))}${rank + 1 < data.k ? ",  " : ""}`));
+  }
+  $("said").textContent = `${nameOf(state.place)}, ${data.layers[state.layer]}: ${now.textContent}`;
+}
+
+// ---- probability by layer -----------------------------------------------------------------------
+
+/** The table's token for what was typed: an id, the text itself, then any token that differs in case or space only. */
+function findToken(typed) {
+  if (/^#\d+$/.test(typed)) return data.ids.indexOf(Number(typed.slice(1)));
+  const exact = data.texts.indexOf(typed);
+  if (exact >= 0) return exact;
+  const shown = data.texts.findIndex((text) => visible(text) === typed);
+  if (shown >= 0 || !typed.trim()) return shown;
+  const word = typed.trim().toLowerCase();
+  return data.texts.findIndex((text) => text.trim().toLowerCase() === word);
+}
+
+function addChip(token) {
+  if (state.chips.includes(token)) return;
+  state.chips.push(token);
+  if (state.chips.length > MOST_CHIPS) state.chips.shift();
+  fillShades();
+  drawChips();
+  drawPlot();
+}
+
+function addTyped(typed) {
+  const token = typed ? findToken(typed) : -1;
+  $("not-found").textContent = !typed || token >= 0 ? "" :
+    `“${visible(typed)}” is not on this page: at the position that predicts the answer it stays below ${number(most())} at every layer.`;
+  if (token < 0) return;
+  addChip(token);
+  $("typed").value = "";
+}
+
+const most = () => Math.max(...Array.from({ length: data.entries }, (_, layer) => probability(data.arrays.restProb, layer)));
+
+function suggest() {
+  const word = $("typed").value.trim().toLowerCase();
+  const found = [];
+  for (let token = 0; word && token < data.texts.length && found.length < 12; token++)
+    if (data.texts[token].trim().toLowerCase().startsWith(word)) found.push(token);
+  $("found").replaceChildren(...found.map((token) => Object.assign(element("option"), { value: tokenText(token) })));
+}
+
+function drawChips() {
+  $("chips").replaceChildren(...state.chips.map((token, at) => {
+    const chip = element("span", "chip");
+    chip.title = `id ${data.ids[token]}`;
+    chip.append(Object.assign(element("i"), { style: `background: var(--c${at % MOST_CHIPS})` }));
+    const { p, known } = probabilityOf(token, state.layer, state.place);
+    chip.append(element("span", "text", tokenText(token)), element("span", "p", `${known ? "" : "≤ "}${number(p)}`));
+    const remove = chip.appendChild(element("button", "", "×"));
+    remove.setAttribute("aria-label", `remove ${tokenText(token)}`);
+    remove.dataset.token = token;
+    return chip;
+  }));
+}
+
+function shape(tag, attributes, text) {
+  const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  if (text !== undefined) made.textContent = text;
+  return made;
+}
+
+function plotScales() {
+  const [width, height] = [$("plot").clientWidth, $("plot").clientHeight];
+  const [left, right, top, bottom] = [44, 8, 8, 34];
+  const x = (layer) => left + ((width - left - right) * layer) / (data.entries - 1);
+  const decades = 6;
+  const share = (p) => (state.log ? Math.max(0, 1 + Math.log10(Math.max(p, 1e-12)) / decades) : p);
+  const y = (p) => height - bottom - (height - top - bottom) * share(p);
+  const ticks = state.log ? [1, 1e-2, 1e-4, 1e-6] : [0, 0.25, 0.5, 0.75, 1];
+  return { width, height, left, right, bottom, x, y, ticks };
+}
+
+function drawPlot() {
+  const svg = $("plot");
+  const { width, height, left, right, bottom, x, y, ticks } = plotScales();
+  svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
+  const drawn = ticks.flatMap((tick) => [
+    shape("line", { x1: left, x2: width - right, y1: y(tick), y2: y(tick), stroke: css("--line") }),
+    shape("text", { x: left - 5, y: y(tick) + 4, "text-anchor": "end" }, state.log && tick < 1 ? tick.toExponential(0) : String(tick)),
+  ]);
+  const step = Math.ceil(data.entries / (width / 34));
+  for (let layer = 0; layer < data.entries; layer += step)
+    drawn.push(shape("text", { x: x(layer), y: height - bottom + 14, "text-anchor": "middle" }, String(layer)));
+  drawn.push(shape("text", { x: (left + width) / 2, y: height - 4, "text-anchor": "middle" }, "entry of the residual stream"));
+  drawn.push(shape("line", { id: "plot-now", x1: x(state.layer), x2: x(state.layer), y1: y(1), y2: height - bottom, stroke: css("--mark"), "stroke-width": 1.5, "stroke-dasharray": "3 3" }));
+  let bounded = false;
+  state.chips.forEach((token, at) => {
+    const colour = css(`--c${at % MOST_CHIPS}`);
+    let line = "", joined = false;
+    const marks = [];
+    for (let layer = 0; layer < data.entries; layer++) {
+      const { p, known } = probabilityOf(token, layer, state.place);
+      const [cx, cy] = [x(layer), y(p)];
+      if (known) {
+        line += `${joined ? "L" : "M"}${cx} ${cy}`;
+        marks.push(shape("circle", { cx, cy, r: 2.6, fill: colour }));
+      } else marks.push(shape("path", { d: `M${cx - 3.2} ${cy - 2}h6.4l-3.2 5z`, fill: "none", stroke: colour }));
+      bounded ||= !known;
+      joined = known;
+    }
+    drawn.push(shape("path", { d: line || "M0 0", fill: "none", stroke: colour, "stroke-width": 1.8 }), ...marks);
+  });
+  svg.replaceChildren(...drawn);
+  $("plot-place").textContent = `at position ${data.positions[state.place]}, ${nameOf(state.place)}`;
+  $("plot-note").hidden = !bounded;
+}
+
+// ---- the prompt ---------------------------------------------------------------------------------
+
+function makeStrip() {
+  const strip = $("strip");
+  makeStrip.tokens = new Map();
+  for (let place = 0; place < data.n; place++) {
+    const image = data.imageOf[place];
+    if (image >= 0) {
+      if (place === data.images[image].start) addImage(strip, image);
+      continue;
+    }
+    const token = strip.appendChild(element("button", `token text ${data.parts[place].replace(/[^a-z_]/g, "")}`, placeText(place)));
+    Object.assign(token, { tabIndex: -1, title: `position ${data.positions[place]}, ${data.parts[place]}` });
+    token.setAttribute("role", "option");
+    token.dataset.place = place;
+    makeStrip.tokens.set(place, token);
+    if (data.prompt[place].endsWith("\n")) strip.append(element("span", "break"));
+  }
+}
+
+function addImage(strip, number) {
+  const { url, rows, cols } = data.images[number];
+  const thumb = strip.appendChild(element("button", "thumb"));
+  thumb.append(Object.assign(element("img"), { src: url, alt: "" }), element("span", "", `image[${number}] · ${rows * cols} tokens`));
+  thumb.setAttribute("aria-expanded", "false");
+  const frame = strip.appendChild(element("div", "tiles-frame"));
+  frame.hidden = true;
+  thumb.addEventListener("click", () => {
+    if (!frame.firstChild) frame.append(makeTiles(number));
+    frame.hidden = !frame.hidden;
+    thumb.setAttribute("aria-expanded", String(!frame.hidden));
+    markStrip();
+  });
+}
+
+/** The image cut into its tokens, in their order. */
+function makeTiles(number) {
+  const { url, start, rows, cols, width, height } = data.images[number];
+  const tiles = element("div", "tiles");
+  const side = Math.max(14, Math.min(34, ($("strip").clientWidth - 20) / cols - 2));
+  tiles.style.gridTemplateColumns = `repeat(${cols}, ${side}px)`;
+  const across = (at, of) => (of > 1 ? (100 * at) / (of - 1) : 0);
+  for (let cell = 0; cell < rows * cols; cell++) {
+    const tile = tiles.appendChild(element("span"));
+    tile.style.height = `${(side * height * cols) / (width * rows)}px`;
+    tile.style.background = `url(${url}) ${across(cell % cols, cols)}% ${across(Math.floor(cell / cols), rows)}% / ${cols * 100}% ${rows * 100}%`;
+    tile.dataset.place = start + cell;
+    makeStrip.tokens.set(start + cell, tile);
+  }
+  return tiles;
+}
+
+function markStrip() {
+  markStrip.marked?.classList.remove("chosen");
+  markStrip.marked?.setAttribute("aria-selected", "false");
+  markStrip.marked = makeStrip.tokens.get(state.place);
+  markStrip.marked?.classList.add("chosen");
+  markStrip.marked?.setAttribute("aria-selected", "true");
+}
+
+/** Text tokens are underlined in the map's colours. */
+function colourStrip() {
+  const range = limits();
+  for (const [place, token] of makeStrip.tokens) {
+    if (token.tagName !== "BUTTON") continue;
+    const colour = colourOf(valueAt(state.layer, place), range);
+    token.style.borderBottomColor = colour ? rgb(colour) : "transparent";
+  }
+}
+
+// ---- changes ------------------------------------------------------------------------------------
+
+/** Draws at most once a frame, only what changed. */
+function soon(...what) {
+  what.forEach((draw) => soon.waiting.add(draw));
+  soon.frame ??= requestAnimationFrame(() => {
+    soon.frame = null;
+    const draws = [...soon.waiting];
+    soon.waiting.clear();
+    draws.forEach((draw) => draw());
+  });
+}
+soon.waiting = new Set();
+
+function select(place) {
+  if (place === state.place || place < 0 || place >= data.n) return;
+  state.place = place;
+  const image = data.imageOf[place];
+  if (image >= 0 && image !== state.image) showImage(image);
+  soon(moveCursor, fillTable, fillFacts, drawChips, drawPlot, markStrip);
+}
+
+function setLayer(layer) {
+  state.layer = Math.max(0, Math.min(data.entries - 1, layer));
+  soon(markLayer, drawMap, fillFacts, drawChips, drawPlot, colourStrip);
+}
+
+function setMode(mode) {
+  if (!modes().includes(mode)) return;
+  state.mode = mode;
+  document.querySelector(`#modes input[value=${mode}]`).checked = true;
+  state.same = mode === "contextual" || mode === "recovery";
+  $("same-scale").checked = state.same;
+  fillShades();
+  soon(drawMap, fillFacts, colourStrip);
+}
+
+const modes = () => Object.keys(MODES).filter((mode) => mode === "lens" || data.arrays[mode]);
+
+function showImage(number) {
+  state.image = number;
+  $("image").value = number;
+  fitStage();
+  soon(drawMap, moveCursor);
+}
+
+function fillShades() {
+  const options = {
+    lens: [["top", "top token"], ["entropy", "entropy"], ...shadeTokens().map((token) => [String(token), `token ${tokenText(token)}`])],
+    attention: [["0", "mean of heads"], ...Array.from({ length: data.heads }, (_, head) => [String(head + 1), `head ${head}`])],
+  }[state.mode] ?? [];
+  $("shade").replaceChildren(...options.map(([value, text]) => Object.assign(element("option", "", text), { value })));
+  $("shade").parentElement.hidden = !options.length;
+  if (!options.some(([value]) => value === state.shade)) state.shade = options[0]?.[0] ?? "";
+  $("shade").value = state.shade;
+  const fixed = state.mode === "lens" && state.shade !== "entropy";
+  $("same-scale").parentElement.hidden = fixed;
+}
+
+const shadeTokens = () => [...new Set([...(data.arrays.followed ?? []), ...state.chips])];
+
+function hold(held) {
+  state.held = held;
+  soon(moveCursor, fillFacts);
+}
+
+function placeUnder(event) {
+  const { start, rows, cols } = data.images[state.image];
+  const box = $("map").getBoundingClientRect();
+  const col = Math.floor(((event.clientX - box.left) / box.width) * cols);
+  const row = Math.floor(((event.clientY - box.top) / box.height) * rows);
+  return row < 0 || col < 0 || row >= rows || col >= cols ? -1 : start + row * cols + col;
+}
+
+function step(key) {
+  const at = whereIs(state.place);
+  const image = data.images[state.image];
+  if (!at || at.image !== state.image) return select(image.start);
+  const row = at.row + ({ ArrowDown: 1, ArrowUp: -1 }[key] ?? 0);
+  const col = at.col + ({ ArrowRight: 1, ArrowLeft: -1 }[key] ?? 0);
+  if (row >= 0 && col >= 0 && row < image.rows && col < image.cols) select(image.start + row * image.cols + col);
+}
+
+/** Along the prompt; an image that is not unfolded is stepped over. */
+function stepPrompt(by) {
+  let place = state.place + by;
+  while (place >= 0 && place < data.n && !makeStrip.tokens.has(place)) place += by;
+  select(place);
+  makeStrip.tokens.get(place)?.scrollIntoView({ block: "nearest" });
+}
+
+// ---- listening ----------------------------------------------------------------------------------
+
+function listen() {
+  const stage = $("stage");
+  stage.addEventListener("pointermove", (event) => state.held || event.pointerType === "touch" || select(placeUnder(event)));
+  stage.addEventListener("click", (event) => {
+    const place = placeUnder(event);
+    if (place < 0) return;
+    const again = state.held && place === state.place;
+    select(place);
+    if (event.pointerType !== "touch") hold(!again);
+  });
+  $("strip").addEventListener("pointerover", (event) => {
+    if (!state.held && event.pointerType !== "touch" && event.target.dataset.place) select(Number(event.target.dataset.place));
+  });
+  $("strip").addEventListener("click", (event) => {
+    if (!event.target.dataset.place) return;
+    const place = Number(event.target.dataset.place);
+    const again = state.held && place === state.place;
+    select(place);
+    if (event.pointerType !== "touch") hold(!again);
+  });
+  $("layer").addEventListener("input", (event) => setLayer(Number(event.target.value)));
+  $("opacity").addEventListener("input", (event) => setOpacity(event.target.value / 100));
+  $("shade").addEventListener("change", (event) => { state.shade = event.target.value; fillShades(); soon(drawMap, fillFacts, colourStrip); });
+  $("image").addEventListener("change", (event) => { showImage(Number(event.target.value)); select(data.images[state.image].start); });
+  $("same-scale").addEventListener("change", (event) => { state.same = event.target.checked; soon(drawMap, colourStrip); });
+  $("log").addEventListener("change", (event) => { state.log = event.target.checked; soon(drawPlot); });
+  $("typed").addEventListener("input", suggest);
+  $("add").addEventListener("submit", (event) => { event.preventDefault(); addTyped($("typed").value); });
+  $("chips").addEventListener("click", (event) => {
+    if (!event.target.dataset.token) return;
+    state.chips = state.chips.filter((token) => token !== Number(event.target.dataset.token));
+    fillShades();
+    soon(drawChips, drawPlot, drawMap);
+  });
+  $("table").addEventListener("click", (event) => {
+    const { layer, rank } = event.target.closest("[data-layer]")?.dataset ?? {};
+    if (rank !== undefined) addChip(data.arrays.top[topAt(Number(layer), state.place) + Number(rank)]);
+    else if (layer !== undefined) setLayer(Number(layer));
+  });
+  $("plot").addEventListener("click", (event) => {
+    const { left, right, width } = plotScales();
+    const x = event.clientX - $("plot").getBoundingClientRect().left;
+    setLayer(Math.round(((x - left) / (width - left - right)) * (data.entries - 1)));
+  });
+  document.addEventListener("keydown", pressed);
+  window.addEventListener("resize", () => { fitStage(); soon(drawMap, moveCursor, drawPlot); });
+  window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => soon(drawPlot));
+}
+
+function setOpacity(opacity) {
+  state.opacity = opacity;
+  $("opacity-name").textContent = `${Math.round(opacity * 100)} %`;
+  soon(drawMap);
+}
+
+function pressed(event) {
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  const typing = event.target.matches("#typed, select");
+  const { key } = event;
+  if (typing) { if (key === "Escape") event.target.blur(); return; }
+  const inPrompt = $("strip").contains(event.target);
+  const arrows = key.startsWith("Arrow") && !event.target.matches("input");
+  if (arrows && inPrompt) stepPrompt({ ArrowRight: 1, ArrowDown: 1 }[key] ?? -1);
+  else if (arrows) step(key);
+  else if (key === "PageUp" || key === "PageDown") setLayer(state.layer + (key === "PageUp" ? 1 : -1));
+  else if (/^[1-4]$/.test(key)) setMode(modes()[key - 1]);
+  else if (key === "/") $("typed").focus();
+  else if (key === "Escape") hold(false);
+  else if (key === "Enter" && event.target === $("stage")) hold(!state.held);
+  else return;
+  event.preventDefault();
+}
+
+// ---- beginning ----------------------------------------------------------------------------------
+
+function begin() {
+  $("question").textContent = data.question || "Explorer";
+  $("answer").textContent = data.answer ? `answer: ${data.answer}` : "";
+  $("model").textContent = `${data.model} · ${data.n} positions, ${data.blocks} layers`;
+  $("layer").max = data.entries - 1;
+  $("modes").replaceChildren(...modes().map((mode) => {
+    const label = element("label", "", MODES[mode]);
+    const radio = label.appendChild(Object.assign(element("input"), { type: "radio", name: "mode", value: mode }));
+    radio.addEventListener("change", () => setMode(mode));
+    return label;
+  }));
+  $("image-choice").hidden = data.images.length < 2;
+  $("image").replaceChildren(...data.images.map((_, number) => Object.assign(element("option", "", String(number)), { value: number })));
+  $("main").hidden = false;
+  state.layer = data.entries - 1;
+  state.place = data.last;
+  const final = data.arrays.top[topAt(state.layer, data.last)];
+  state.chips = [...new Set([...(data.arrays.followed ?? []).slice(0, 1), final, data.arrays.top[topAt(state.layer, data.last) + Math.min(1, data.k - 1)]])];
+  makeTable();
+  makeStrip();
+  fitStage();
+  listen();
+  setOpacity(state.opacity);
+  setMode("lens");
+  [markLayer, fillTable, drawMap, moveCursor, fillFacts, drawChips, drawPlot, markStrip, colourStrip].forEach((draw) => draw());
+  document.documentElement.dataset.ready = "yes";
+}
+
+(async () => {
+  try {
+    data = await unpack($("data").textContent);
+    ramps = { plain: makeRamp(CIVIDIS), signed: makeRamp(RED_BLUE) };
+    prepare();
+    await loadPictures();
+    begin();
+  } catch (error) {
+    $("problem").hidden = false;
+    $("problem").textContent = typeof DecompressionStream === "undefined"
+      ? "This browser is too old for the page: it needs DecompressionStream (Chrome 80, Firefox 113, Safari 16.4)."
+      : `The page could not be drawn: ${error.message}`;
+    throw error;
+  }
+})();
