@@ -30,10 +30,10 @@ def grounding_plot(
     if images is not None and len(images) != n:
         raise ValueError(f"expected {n} images, one for each heat map, got {len(images)}.")
     columns = 1 if images is None else 2
-    aspect = max(height / width for width, height in result.sizes)
+    aspects = [height / width for width, height in result.sizes]
     side = 3.2
-    figure = Figure(figsize=(columns * side + 1.2, n * side * aspect + 1.0), layout="constrained")
-    grid = figure.subplots(n, columns, squeeze=False)
+    figure = Figure(figsize=(columns * side + 1.2, side * sum(aspects) + 0.5 * n + 0.6), layout="constrained")
+    grid = figure.subplots(n, columns, squeeze=False, height_ratios=aspects)
     low = min(float(heat.min()) for heat in result.heat)
     high = max(float(heat.max()) for heat in result.heat)
     colours = None
@@ -99,6 +99,31 @@ def sweep_plot(result: Any, path: str | Path | None = None) -> Figure:
     return figure
 
 
+def neighbours_plot(result: Any, path: str | Path | None = None) -> Figure:
+    """Layer × position, the nearest token in each cell, coloured by its cosine; the last layer on top."""
+    cosines = result.similarity[..., 0].numpy()
+    n_layers, n_positions = cosines.shape
+    figure = Figure(figsize=(1.8 + max(2.2, 0.62 * n_positions), 1.4 + 0.26 * n_layers), layout="constrained")
+    axes = figure.subplots()
+    colours = axes.imshow(cosines, origin="lower", aspect="auto", cmap="cividis")
+    middle = (float(cosines.min()) + float(cosines.max())) / 2
+    for layer in range(n_layers):
+        for index in range(n_positions):
+            text, shade = visible(result.tokens[layer][index][0], 9), "white" if cosines[layer, index] < middle else "black"
+            axes.text(index, layer, text, ha="center", va="center", fontsize=6, color=shade)
+    axes.set_xticks(range(n_positions), result.positions, fontsize=7, rotation=90 if n_positions > 20 else 0)
+    axes.set_yticks(range(n_layers), result.layers, fontsize=7)
+    axes.set_xlabel("position in the prompt", fontsize=8)
+    axes.set_ylabel("lens entry", fontsize=8)
+    axes.set_title(f"Nearest neighbours, {result.model_name}", fontsize=9)
+    bar = figure.colorbar(colours, ax=axes)
+    bar.set_label("cosine with the nearest", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    if path is not None:
+        figure.savefig(path, dpi=200)
+    return figure
+
+
 def methods_plot(table: Any, value: str, label: str, path: str | Path | None = None) -> Figure:
     """One panel a category: each method's mean with its interval.
 
@@ -132,9 +157,9 @@ def methods_plot(table: Any, value: str, label: str, path: str | Path | None = N
 
 
 def _draw(axes: Any, box: Sequence[float], colour: str, style: str) -> None:
-    """A box with a dark rim, so that it shows on any picture."""
+    """A box on a dark rim, so that it shows on any picture."""
     x0, y0, x1, y1 = box
-    for width, edge in ((3.4, "#222222"), (1.8, colour)):
+    for width, edge, line in ((3.4, "#222222", "-"), (1.8, colour, style)):
         axes.add_patch(
-            Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=edge, linewidth=width, linestyle=style, clip_on=False)
+            Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=edge, linewidth=width, linestyle=line, clip_on=False)
         )

@@ -1,0 +1,411 @@
+"""The contextual lens against its definition, brute force, and boxes that are known because they are planted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import picture
+from sklearn.metrics import roc_auc_score
+
+from analyses.baselines import SCORES, Evidence, all_scores, blank_image, with_images
+from analyses.contextual_lens import contextual_score, default_layers, ground, sweep_layers, word_spans, yes_no_score
+from analyses.rectangles import best_rectangle, heaviest_rectangle, integral_image
+
+EXACT = 1e-12  # float64 cosines on both sides; measured 4e-16
+CLOSE = 1e-5  # float32 activations by two routes; measured 2e-7
+
+
+@pytest.fixture(scope="module")
+def answered(model):
+    """Two rows: images of different shapes, an answer of several tokens, padding on the first."""
+    wide, tall, small = picture(140, 84, 1), picture(60, 115, 2), picture(90, 56, 3)
+    return model.to_inputs(
+        ["what?", "which of the two is red?"], images=[[wide], [tall, small]], answers=["blue", "red, blue red"]
+    )
+
+
+@pytest.fixture(scope="module")
+def streams(model, answered):
+    with torch.no_grad():
+        _, cache = model.run_with_cache(answered)
+    n = model.cfg.n_layers
+    return torch.stack([*(cache["resid_pre", l] for l in range(n)), cache["resid_post", n - 1]], dim=1)
+
+
+def cosine(a, b):
+    a, b = a.double(), b.double()
+    return float(a @ b / (a.norm() * b.norm()))
+
+
+# ---- rectangles -------------------------------------------------------------------------------------
+
+
+def every_rectangle(rows, cols):
+    for top in range(rows):
+        for left in range(cols):
+            for bottom in range(top + 1, rows + 1):
+                for right in range(left + 1, cols + 1):
+                    yield top, left, bottom, right
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(1, 1), (1, 7), (6, 1), (4, 6), (7, 5)])
+def test_the_best_rectangle_is_that_of_brute_force(rows, cols):
+    for _ in range(5):
+        vectors, target = torch.randn(rows, cols, 9), torch.randn(9)
+        scores = {
+            (t, l, b, r): cosine(vectors[t:b, l:r].double().reshape(-1, 9).mean(0), target)
+            for t, l, b, r in every_rectangle(rows, cols)
+        }
+        assert len(scores) == rows * (rows + 1) // 2 * (cols * (cols + 1) // 2)
+        box, score = best_rectangle(vectors, target)
+        assert box == max(scores, key=scores.get)
+        assert abs(score - scores[box]) < EXACT
+        heat = torch.randn(rows, cols).double()
+        excess = heat - heat.mean()
+        sums = {box: float(excess[box[0] : box[2], box[1] : box[3]].sum()) for box in scores}
+        found = heaviest_rectangle(heat)
+        assert abs(sums[found] - max(sums.values())) < EXACT
+
+
+def test_the_integral_image_keeps_its_digits():
+    """Small sums beside large ones: float32 tables lose them."""
+    values = torch.full((40, 40, 1), 1e4) + torch.rand(40, 40, 1)
+    table = integral_image(values)
+    sums = table[39, 39] - table[38, 39] - table[39, 38] + table[38, 38]
+    assert torch.allclose(sums, values[38, 38].double(), rtol=1e-9)
+    short = values.cumsum(0).cumsum(1)
+    assert not torch.allclose(short[38, 38] - short[37, 38] - short[38, 37] + short[37, 37], values[38, 38], rtol=1e-5)
+
+
+def test_equal_rectangles_give_the_largest():
+    target = torch.tensor([1.0, 0.0])
+    vectors = torch.tensor([0.0, 1.0]).repeat(5, 6, 1)
+    vectors[1:4, 2:5] = target * 7
+    assert best_rectangle(vectors, target) == ((1, 2, 4, 5), 1.0)
+    assert best_rectangle(torch.zeros(2, 3, 2), target)[1] == 0.0
+
+
+def test_bad_grids():
+    with pytest.raises(ValueError, match="rows cols d"):
+        best_rectangle(torch.randn(3, 4), torch.randn(4))
+    with pytest.raises(ValueError, match="zero vector"):
+        best_rectangle(torch.randn(3, 4, 2), torch.zeros(2))
+    with pytest.raises(ValueError, match="heat map"):
+        heaviest_rectangle(torch.randn(3))
+
+
+# ---- scores -----------------------------------------------------------------------------------------
+
+
+def test_the_score_by_hand(model, answered, streams):
+    for row in range(2):
+        places, images = answered.positions("answer", row), answered.positions("image", row)
+        for image_layer, text_layer in ((0, 3), (1, 2), (3, 0), (2, 2)):
+            mean = streams[row, text_layer, places].mean(0)
+            by_hand = [cosine(mean, streams[row, image_layer, n]) for n in images]
+            result = contextual_score(model, answered, row, image_layer, text_layer)
+            assert torch.allclose(result.similarity[0], torch.tensor(by_hand).double(), atol=CLOSE)
+            assert abs(result.score - max(by_hand)) < CLOSE and -1 <= result.score <= 1
+    first = contextual_score(model, answered, 1)
+    assert (first.image_layer, first.text_layer) == (round(0.5 * 3), round(0.75 * 3))
+    assert first.texts == ("red, blue red",)
+
+
+def test_the_answer_is_averaged_first_and_raw(model, answered, streams):
+    """Normalising the tokens before the mean, or taking the best token, is another number."""
+    layers = default_layers(model, None, None)
+    tokens = streams[1, layers[1], answered.positions("answer", 1)].double()
+    images = streams[1, layers[0], answered.positions("image", 1)].double()
+    unit = torch.nn.functional.normalize
+    score = contextual_score(model, answered, 1).score
+    assert abs(score - float((unit(unit(tokens, dim=-1).mean(0), dim=0) @ unit(images, dim=-1).T).max())) > 1e-4
+    assert abs(score - float((unit(tokens, dim=-1) @ unit(images, dim=-1).T).max())) > 1e-4
+
+
+def test_scaling_changes_nothing_and_turning_round_negates(model, answered, streams):
+    stack, images = streams[1].clone(), answered.positions("image", 1)
+    ours = contextual_score(model, answered, 1, stack=stack)
+    scaled = stack * torch.rand(stack.shape[:2])[..., None].mul(50).add(0.1).where(
+        torch.isin(torch.arange(stack.shape[1]), images)[:, None], 3.0
+    )
+    assert torch.allclose(contextual_score(model, answered, 1, stack=scaled).similarity, ours.similarity, atol=CLOSE)
+    stack[:, images] *= -1
+    assert torch.allclose(contextual_score(model, answered, 1, stack=stack).similarity, -ours.similarity, atol=EXACT)
+
+
+def test_a_row_of_a_batch_is_the_row_alone(model, answered):
+    alone = model.to_inputs("what?", images=[picture(140, 84, 1)], answers="blue")
+    assert abs(contextual_score(model, answered, 0).score - contextual_score(model, alone).score) < CLOSE
+
+
+def test_end_tokens_are_left_out(model, answered):
+    item = answered[1]
+    ended = item.extend(torch.tensor(model.cfg.special.eos[:1]), torch.tensor([True]))
+    assert ended.positions("answer").shape[0] == item.positions("answer").shape[0] + 1
+    assert abs(contextual_score(model, ended).score - contextual_score(model, item).score) < CLOSE
+
+
+def test_every_noun_of_a_caption(model, streams, answered):
+    spans = word_spans(model, answered, ["Blue", "red"], 1)
+    assert list(spans) == ["Blue", "red", "red (2)"]
+    tokens = {name: model.tokenizer.decode(answered.tokens[1, places]).strip(" ") for name, places in spans.items()}
+    assert tokens == {"Blue": "blue", "red": "red", "red (2)": "red"} and spans["red"] != spans["red (2)"]
+    result = contextual_score(model, answered, 1, span=spans)
+    for name, places in spans.items():
+        alone = contextual_score(model, answered, 1, span=places)
+        assert abs(float(result.scores[result.names.index(name)]) - alone.score) < EXACT
+    table = result.to_dataframe()
+    best = int(result.similarity[0].argmax())
+    assert table.loc[0, ["x0", "y0", "x1", "y1"]].tolist() == result.boxes[best].tolist()
+    with pytest.raises(ValueError, match="3 spans"):
+        _ = result.score
+    with pytest.raises(ValueError, match="no word 'ed'"):
+        word_spans(model, answered, ["ed"], 1)
+
+
+def test_yes_and_no(model):
+    image = picture(84, 56)
+    yes, no = (model.to_inputs("is the red thing red?", images=[image], answers=a) for a in ("yes", "No"))
+    places = list(word_spans(model, yes, ["red"], part="question").values())
+    noun = contextual_score(model, yes, span=places[-1]).score
+    assert yes_no_score(model, yes, "red") == noun
+    assert abs(yes_no_score(model, no, "red") + noun) < CLOSE
+    assert abs(noun - contextual_score(model, yes, span=places[0]).score) > 1e-4
+    with pytest.raises(ValueError, match="yes or no"):
+        yes_no_score(model, model.to_inputs("red?", images=[image], answers="blue"), "red")
+
+
+def test_what_is_not_there(model, answered, batches):
+    with pytest.raises(ValueError, match="no part called 'image'"):
+        contextual_score(model, model.to_inputs("red?", answers="red"))
+    with pytest.raises(ValueError, match="no part called 'answer'"):
+        contextual_score(model, batches["image"])
+    with pytest.raises(ValueError, match="0..3"):
+        contextual_score(model, answered, image_layer=4)
+    with pytest.raises(ValueError, match="not there"):
+        contextual_score(model, answered, span=[10_000])
+    with pytest.raises(ValueError, match="no row 7"):
+        contextual_score(model, answered, row=7)
+
+
+def test_the_sweep_is_the_score_at_every_pair(model, tmp_path):
+    items = [model.to_inputs("what?", images=[picture(84, 56, n)], answers="red" if n % 3 else "blue") for n in range(8)]
+    labels = [True, False, True, True, False, False, True, False]
+    sweep = sweep_layers(model, iter(items), labels, progress=False)
+    for image_layer, text_layer in ((0, 0), (1, 3), (3, 2)):
+        scores = [contextual_score(model, x, 0, image_layer, text_layer).score for x in items]
+        assert abs(float(sweep.auroc[image_layer, text_layer]) - roc_auc_score(labels, scores)) < EXACT
+    assert sweep.auroc[sweep.image_layer, sweep.text_layer] == sweep.auroc.max()
+    assert len(sweep.to_dataframe()) == 16
+    sweep.plot(tmp_path / "sweep.png")
+    with pytest.raises(ValueError, match="right and wrong"):
+        sweep_layers(model, items, [True] * 8)
+    with pytest.raises(ValueError, match="one label for each"):
+        sweep_layers(model, items[:4], labels, progress=False)
+
+
+# ---- grounding --------------------------------------------------------------------------------------
+
+
+def test_the_heat_map_by_hand(model, answered, streams):
+    result = ground(model, answered, 1)
+    places = answered.positions("answer", 1)
+    for image, heat in enumerate(result.heat):
+        assert heat.shape == answered.grid(1, image)
+        expected = [
+            max(cosine(streams[1, l, places].mean(0), streams[1, l, n]) for l in range(1, 4))
+            for n in answered.positions(f"image[{image}]", 1)
+        ]
+        assert torch.allclose(heat.flatten(), torch.tensor(expected).double(), atol=CLOSE)
+        assert heat.abs().max() <= 1
+
+
+def test_the_best_box_is_at_least_the_best_token(model, answered, batches):
+    for row in range(2):
+        result = ground(model, answered, row)
+        score = contextual_score(model, answered, row).score
+        assert abs(max(float(s.max()) for s in result.similarity) - score) < EXACT
+        for image, similarity in enumerate(result.similarity):
+            assert float(result.box_scores[image]) >= float(similarity.max()) - EXACT
+
+
+def plant(model, inputs, row, image, cells, seed=0):
+    """Hooks: in `cells` the image tokens become t + e_n with Σ e_n = 0, so that only the whole box has cosine 1 with t."""
+    layers = default_layers(model, None, None)
+    grid = inputs.grid(row, image)
+    generator = torch.Generator().manual_seed(seed)
+    everywhere = torch.randn(*grid, model.cfg.d_model, generator=generator)
+    t = torch.randn(model.cfg.d_model, generator=generator)
+    inside = everywhere[cells[0] : cells[2], cells[1] : cells[3]]
+    inside += t - inside.mean((0, 1))
+    positions, answer = inputs.positions(f"image[{image}]", row), inputs.positions("answer", row)
+
+    def image_hook(residual, hook):
+        residual[0, positions] = everywhere.flatten(0, 1)
+        return residual
+
+    def text_hook(residual, hook):
+        residual[0, answer] = 4 * t
+        return residual
+
+    return [(f"blocks.{layer}.hook_resid_pre", hook) for layer, hook in zip(layers, (image_hook, text_hook))]
+
+
+@pytest.mark.parametrize(
+    ("size", "cells", "box"),
+    [
+        ((168, 84), (1, 2, 3, 5), (56, 28, 140, 84)),  # 3×6 tokens of exactly 28 pixels
+        ((84, 168), (2, 1, 6, 2), (28, 56, 56, 168)),
+        ((300, 150), (0, 3, 2, 4), None),  # resized: tokens are not 28 pixels
+    ],
+)
+def test_a_planted_box_is_found_in_original_pixels(model, size, cells, box):
+    inputs = model.to_inputs("where?", images=[picture(*size)], answers="red blue")
+    with model.hooks(fwd_hooks=plant(model, inputs, 0, 0, cells)):
+        result = ground(model, inputs)
+    rows, cols = inputs.grid()
+    (width, height), (r0, c0, r1, c1) = size, cells
+    expected = (c0 * width / cols, r0 * height / rows, c1 * width / cols, r1 * height / rows)
+    assert result.cells == (cells,) and abs(float(result.box_scores[0]) - 1) < CLOSE
+    assert result.box == pytest.approx(expected) and (box is None or result.box == pytest.approx(box))
+    covered = result.to_dataframe().query("in_box")[["row", "col"]].to_numpy().tolist()
+    assert covered == [[r, c] for r in range(r0, r1) for c in range(c0, c1)]
+
+
+def test_of_two_images_the_right_one(model):
+    images = [picture(140, 84, 1), picture(84, 168, 2)]
+    inputs = model.to_inputs("where?", images=images, answers="red")
+    for image, cells in ((0, (0, 1, 2, 4)), (1, (3, 0, 5, 2))):
+        with model.hooks(fwd_hooks=plant(model, inputs, 0, image, cells)):
+            result = ground(model, inputs)
+        assert result.image == image and result.cells[image] == cells
+        width, height = images[image].size
+        assert result.sizes[image] == (width, height)
+
+
+def test_the_pictures(model, answered, tmp_path):
+    result = ground(model, answered, 1)
+    result.plot(tmp_path / "a.png", [picture(60, 115, 2), picture(90, 56, 3)], truth=[(0, 0, 20, 30)])
+    result.plot(tmp_path / "b.png")
+    contextual_score(model, answered, 1, span=word_spans(model, answered, ["red"], 1)).plot(tmp_path / "c.png")
+    assert all((tmp_path / f"{name}.png").stat().st_size > 0 for name in "abc")
+    with pytest.raises(ValueError, match="2 images"):
+        result.plot(images=[picture(60, 115, 2)])
+
+
+# ---- rival scores -----------------------------------------------------------------------------------
+
+
+def test_output_scores_by_hand(model, answered):
+    with torch.no_grad():
+        log_probs = model(answered).log_softmax(-1)
+    for row in range(2):
+        places = answered.positions("answer", row)
+        taken = log_probs[row, places - 1].gather(-1, answered.tokens[row, places][:, None]).double()
+        entropy = -(log_probs[row, places - 1].exp() * log_probs[row, places - 1]).sum(-1).mean()
+        assert SCORES["probability"](model, answered, row) == pytest.approx(float(taken.sum().exp()), rel=1e-4)
+        assert SCORES["mean_log_prob"](model, answered, row) == pytest.approx(float(taken.mean()), rel=1e-5)
+        assert SCORES["neg_entropy"](model, answered, row) == pytest.approx(-float(entropy), rel=1e-5)
+
+
+def test_inner_scores_by_hand(model, answered, streams):
+    with torch.no_grad():
+        _, cache = model.run_with_cache(answered, names_filter=lambda name: name.endswith("hook_pattern"))
+        for row in range(2):
+            places, images = answered.positions("answer", row), answered.positions("image", row)
+            lens = model.unembed(model.ln_final(streams[row]))  # [layer pos d_vocab]
+            tokens = answered.tokens[row, places]
+            inside = lens[:, images].softmax(-1)[..., tokens].amax((0, 1)).mean()
+            assert SCORES["internal_confidence"](model, answered, row) == pytest.approx(float(inside), rel=1e-4)
+            seen = torch.stack([cache["pattern", l][row][:, places - 1][..., images].sum(-1) for l in range(3)]).mean()
+            assert SCORES["attention_on_image"](model, answered, row) == pytest.approx(float(seen), rel=1e-4)
+            top = lens[:, int(places[0]) - 1].argmax(-1).tolist()
+            changes = sum(a != b for a, b in zip(top, top[1:]))
+            settled = max((l for l in range(4) if top[l] != top[-1]), default=-1) + 1
+            assert SCORES["neg_flips"](model, answered, row) == -changes
+            assert SCORES["neg_stability"](model, answered, row) == pytest.approx(-settled / 3)
+            over = []
+            for p in places - 1:
+                probs = lens[1:, p].softmax(-1)
+                over.append(-(probs * probs.log()).sum(-1).mean() * len(set(probs.argmax(-1).tolist())) / 3)
+            assert SCORES["neg_overthinking"](model, answered, row) == pytest.approx(-float(sum(over) / len(over)), rel=1e-4)
+
+
+def test_doubt(model):
+    """On made lenses: [entry d_vocab], the answer token 0, rivals 1.. of other words."""
+    ids = [model.to_single_token(w) for w in ("red", "blue", " red")]
+    filler = [i for i in range(20, 60)]
+    item = model.to_inputs("what?", images=[picture(56, 56)], answers="red")
+
+    def doubt(tops):  # at each entry, (top token, its probability); the rest is spread evenly, but the answer second
+        lens = torch.zeros(len(tops), 1, model.cfg.d_vocab)
+        for entry, (top, p) in zip(lens, tops):
+            entry[0, filler] = (1 - p) / 100
+            entry[0, ids[0]] = (1 - p) / 2
+            entry[0, top] = p
+        evidence = Evidence(model, item)
+        evidence.__dict__["log_probs"] = lens.log()
+        return -SCORES["neg_doubt"](model, evidence)
+
+    assert doubt([(ids[0], 0.6), (ids[0], 0.7), (ids[0], 0.9)]) == 0.0
+    assert doubt([(ids[0], 0.6), (ids[1], 0.8), (ids[0], 0.9)]) == pytest.approx(0.8)
+    assert doubt([(ids[0], 0.6), (ids[2], 0.8), (ids[0], 0.9)]) == 0.0  # only the space differs: the same word
+    assert doubt([(ids[0], 0.6), (ids[0], 0.8), (ids[1], 0.9)]) == 0.0  # the last entry is the model's answer, not a doubt
+
+
+def test_runs_are_shared_and_change_nothing(model, answered, monkeypatch):
+    other = model.to_inputs(
+        "which of the two is red?", images=[picture(84, 84, 7), picture(56, 84, 8)], answers="red, blue red"
+    )
+    separate = {
+        name: score(model, Evidence(model, answered, 1, other=other)) for name, score in SCORES.items()
+    }
+    runs, blocks = [], model._run_blocks
+    monkeypatch.setattr(model, "_run_blocks", lambda *a, **k: (runs.append(1), blocks(*a, **k))[1])
+    together = all_scores(model, answered, 1, other=other)
+    assert len(runs) == 3  # the answer, the blank image, the other image
+    assert together == pytest.approx(separate, rel=1e-6)
+    assert together["contextual"] == pytest.approx(contextual_score(model, answered, 1).score, abs=CLOSE)
+    assert together["contextual_control"] == pytest.approx(contextual_score(model, other).score, abs=CLOSE)
+    assert "contextual_control" not in all_scores(model, answered, 1)
+    with pytest.raises(ValueError, match="unknown scores luck"):
+        all_scores(model, answered, names=["luck"])
+
+
+def test_blind_is_another_run(model):
+    inputs = model.to_inputs("what?", images=[picture(84, 56)], answers="red")
+    blank = blank_image(model.encode(inputs))
+    assert blank.pixels.abs().max() == 0 and blank.image_embeds is None
+    with torch.no_grad():
+        p = [float(model(x, logits_at=-2)[0, 0].softmax(-1)[inputs.tokens[0, -1]]) for x in (inputs, blank)]
+    assert SCORES["blind_difference"](model, inputs) == pytest.approx(p[0] - p[1], rel=1e-3) and p[0] != p[1]
+    assert SCORES["blind_difference"](model, blank) == pytest.approx(0.0, abs=1e-7)
+    noise = blank_image(inputs, noise=True)
+    assert torch.equal(noise.pixels, blank_image(inputs, noise=True).pixels) and noise.pixels.std() > 0.5
+
+
+def test_the_control_takes_another_image(model):
+    images = [[picture(84, 56, n)] for n in (1, 2)]
+    batch = model.to_inputs(["what?", "what?"], images=images, answers=["red", "red"])
+    swapped = model.to_inputs("what?", images=images[1], answers="red")
+    assert SCORES["contextual_control"](model, batch) == pytest.approx(contextual_score(model, swapped).score, abs=CLOSE)
+    with pytest.raises(ValueError, match="another image"):
+        SCORES["contextual_control"](model, batch[0])
+    with pytest.raises(ValueError, match="grids"):
+        with_images(batch[0], model.to_inputs("what?", images=[picture(56, 84)]))
+
+
+def test_a_noun_turns_the_inner_scores(model):
+    image = picture(84, 56)
+    yes, no = (model.to_inputs("is the thing red?", images=[image], answers=a) for a in ("yes", "no"))
+    names = ["contextual", "internal_confidence"]
+    ours, theirs = (all_scores(model, x, names=names, noun="red") for x in (yes, no))
+    assert ours["contextual"] == pytest.approx(yes_no_score(model, yes, "red"), abs=CLOSE)
+    assert all(ours[name] == pytest.approx(-theirs[name], rel=1e-4) for name in names)
+    assert ours["internal_confidence"] > 0
+
+
+def test_without_an_answer(model, batches):
+    for name in ("probability", "contextual", "neg_flips"):
+        with pytest.raises(ValueError, match="answer"):
+            SCORES[name](model, batches["image"])
