@@ -42,7 +42,7 @@ def grounding_plot(
         extent = (0, width, height, 0)
         if images is not None:
             grid[image, 0].imshow(images[image], extent=extent)
-            grid[image, 0].set_title(f"image {image}, box at entries {result.image_layer} and {result.text_layer}", fontsize=8)
+            grid[image, 0].set_title(f"image {image}; box: entry {result.image_layer}, answer {result.text_layer}", fontsize=8)
         axes = grid[image, -1]
         colours = axes.imshow(heat.numpy(), extent=extent, cmap="cividis", vmin=low, vmax=high)
         axes.set_title(f"cosine of the box {float(result.box_scores[image]):.3f}", fontsize=8)

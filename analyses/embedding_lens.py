@@ -1,0 +1,247 @@
+"""What is an image token near? Its nearest input embeddings, and its nearest text tokens in context.
+
+Embedding lens
+1. Take the residual stream at the positions asked for, at every lens entry.
+2. Compare with every row of W_E by cosine; keep the k nearest words.
+
+Contextual neighbours (LatentLens, arXiv 2602.00462)
+1. Run sentences through the model as plain text; keep the residual stream of every token, at several entries. A token
+   whose prefix was seen before is the same vector and is kept once; a sentence's first token, which has no context
+   and is an attention sink, is left out (ours: the authors leave out the first two).
+2. Compare an image token with all of them, whatever their entry, by cosine; the k nearest say, with their sentence,
+   what it is near.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from analyses.logit_lens import _positions, residual_stack
+
+_CHUNK = 1024
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """The nearest neighbours of vectors of one prompt.
+
+    Attributes:
+        similarity: [layer pos k] cosines, falling, in [-1, 1].
+        indices: [layer pos k] of the neighbours: token ids, or entries of the bank.
+        tokens: their text, nested [layer][pos][k].
+        contexts: where they come from, nested alike: "" for input embeddings, "entry 4: a red [circle]" for a bank.
+        layers: lens entries of the vectors. positions: in the prompt.
+        model_name: of the model.
+    """
+
+    similarity: Float[Tensor, "layer pos k"]
+    indices: Int[Tensor, "layer pos k"]
+    tokens: tuple
+    contexts: tuple
+    layers: tuple[int, ...]
+    positions: tuple[int, ...]
+    model_name: str
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a layer, position and rank."""
+        return pd.DataFrame(
+            {
+                "layer": layer,
+                "position": position,
+                "rank": rank + 1,
+                "token": self.tokens[i][j][rank],
+                "context": self.contexts[i][j][rank],
+                "cosine": float(self.similarity[i, j, rank]),
+            }
+            for i, layer in enumerate(self.layers)
+            for j, position in enumerate(self.positions)
+            for rank in range(self.similarity.shape[-1])
+        )
+
+    def plot(self, path: Any = None) -> Any:
+        """Layer × position, the nearest token in each cell, coloured by its cosine."""
+        from analyses.views.grounding import neighbours_plot
+
+        return neighbours_plot(self, path)
+
+
+@dataclass(frozen=True)
+class TextBank:
+    """Text tokens in context.
+
+    Attributes:
+        vectors: [entry d_model] of length 1, float32.
+        tokens: their text. sentences: where they stand; places: at which token of it.
+        layers: [entry] the lens entry each was taken at.
+        model_name: of the model whose residual stream they are.
+    """
+
+    vectors: Float[Tensor, "entry d_model"]
+    tokens: tuple[str, ...]
+    sentences: tuple[str, ...]
+    places: tuple[int, ...]
+    layers: Int[Tensor, "entry"]
+    model_name: str
+
+    def nearest(
+        self, vectors: Float[Tensor, "*axes d_model"], top_k: int = 5
+    ) -> tuple[Float[Tensor, "*axes k"], Int[Tensor, "*axes k"]]:
+        """(cosines, entries) of the k nearest, over all entries at once.
+
+        Raises:
+            ValueError: vectors of another width, or fewer entries than k.
+        """
+        return _nearest(vectors, self.vectors, top_k)
+
+
+@torch.no_grad()
+def embedding_lens(
+    model: Any, inputs: Any, positions: Any = "image", top_k: int = 5, row: int = 0, layers: Sequence[int] | None = None
+) -> Neighbours:
+    """The input embeddings nearest to the residual stream; the images' own vectors are at entry 0.
+
+    Args:
+        inputs, positions, row: as `analyses.logit_lens.logit_lens`.
+        layers: lens entries; None takes all.
+    Raises:
+        ValueError: no such part, position or entry, or more top_k than words.
+    """
+    vectors, layers, chosen = _vectors(model, inputs, positions, row, layers)
+    similarity, indices = _nearest(vectors, _unit(model.W_E.detach().cpu()), top_k)
+    return Neighbours(
+        similarity=similarity,
+        indices=indices,
+        tokens=_nest(indices, lambda i: model.tokenizer.decode([i])),
+        contexts=_nest(indices, lambda i: ""),
+        layers=layers,
+        positions=chosen,
+        model_name=str(model.cfg.model_name),
+    )
+
+
+@torch.no_grad()
+def text_bank(
+    model: Any, sentences: Sequence[str], layers: Sequence[int] | None = None, progress: bool = True
+) -> TextBank:
+    """Runs sentences as plain text, without template or image, and keeps their tokens in context.
+
+    Args:
+        layers: lens entries; None takes 1..L (entry 0 has no context).
+    Raises:
+        ValueError: no sentence has two tokens, or no such entry.
+    """
+    layers = _entries(model, range(1, model.cfg.n_layers + 1) if layers is None else layers)
+    seen: set[tuple[int, ...]] = set()
+    vectors, tokens, kept, places = [], [], [], []
+    for sentence in tqdm(sentences, desc="text bank", unit="sentence", disable=not progress, delay=2):
+        ids = model.to_tokens(sentence)
+        row = ids[0].tolist()
+        fresh = [p for p in range(1, len(row)) if tuple(row[: p + 1]) not in seen]
+        seen.update(tuple(row[: p + 1]) for p in fresh)
+        if not fresh:
+            continue
+        stack, _ = residual_stack(model, ids)
+        vectors.append(_unit(stack[list(layers), 0][:, fresh].cpu()))
+        tokens += [model.tokenizer.decode([row[p]]) for p in fresh]
+        kept += [sentence] * len(fresh)
+        places += fresh
+    if not vectors:
+        raise ValueError("expected sentences of at least two tokens: a first token has no context.")
+    n = len(layers)
+    return TextBank(
+        vectors=torch.cat(vectors, dim=1).flatten(0, 1),
+        tokens=tuple(tokens) * n,
+        sentences=tuple(kept) * n,
+        places=tuple(places) * n,
+        layers=torch.tensor(layers).repeat_interleave(len(tokens)),
+        model_name=str(model.cfg.model_name),
+    )
+
+
+@torch.no_grad()
+def contextual_neighbours(
+    model: Any,
+    inputs: Any,
+    bank: TextBank,
+    positions: Any = "image",
+    top_k: int = 5,
+    row: int = 0,
+    layers: Sequence[int] | None = None,
+) -> Neighbours:
+    """The bank's text tokens nearest to the residual stream, over all of the bank's entries.
+
+    Args:
+        inputs, positions, row, layers: as `embedding_lens`.
+        bank: of the same model (`text_bank`).
+    Raises:
+        ValueError: as `embedding_lens`, or the bank is another model's.
+    """
+    if bank.model_name != str(model.cfg.model_name):
+        raise ValueError(f"the bank was made with {bank.model_name}, the model is {model.cfg.model_name}: make it again.")
+    vectors, layers, chosen = _vectors(model, inputs, positions, row, layers)
+    similarity, indices = bank.nearest(vectors, top_k)
+    texts = {i: _in_context(model, bank, i) for i in set(indices.flatten().tolist())}
+    return Neighbours(
+        similarity=similarity,
+        indices=indices,
+        tokens=_nest(indices, lambda i: bank.tokens[i]),
+        contexts=_nest(indices, lambda i: texts[i]),
+        layers=layers,
+        positions=chosen,
+        model_name=str(model.cfg.model_name),
+    )
+
+
+def _in_context(model: Any, bank: TextBank, entry: int) -> str:
+    """The sentence, with the token in brackets."""
+    ids, place = model.to_tokens(bank.sentences[entry])[0].tolist(), bank.places[entry]
+    before, after = model.tokenizer.decode(ids[:place]), model.tokenizer.decode(ids[place + 1 :])
+    return f"entry {int(bank.layers[entry])}: {before}[{bank.tokens[entry]}]{after}"
+
+
+def _vectors(
+    model: Any, inputs: Any, positions: Any, row: int, layers: Sequence[int] | None
+) -> tuple[Float[Tensor, "layer pos d_model"], tuple[int, ...], tuple[int, ...]]:
+    layers = _entries(model, range(model.cfg.n_layers + 1) if layers is None else layers)
+    stack, _ = residual_stack(model, inputs)
+    chosen = _positions(inputs, positions, row, stack.shape[2])
+    return stack[list(layers), row][:, chosen].cpu(), layers, tuple(chosen)
+
+
+def _entries(model: Any, layers: Sequence[int]) -> tuple[int, ...]:
+    layers = tuple(int(layer) for layer in layers)
+    if not layers or not all(0 <= layer <= model.cfg.n_layers for layer in layers):
+        raise ValueError(f"lens entries must be in 0..{model.cfg.n_layers}, got {layers}.")
+    return layers
+
+
+def _nearest(
+    vectors: Float[Tensor, "*axes d_model"], bank: Float[Tensor, "entry d_model"], top_k: int
+) -> tuple[Float[Tensor, "*axes k"], Int[Tensor, "*axes k"]]:
+    """By cosine; ties go to the first entry, and the whole table of cosines never exists."""
+    if vectors.shape[-1] != bank.shape[-1] or not 1 <= top_k <= len(bank):
+        raise ValueError(
+            f"expected vectors of width {bank.shape[-1]} and top_k in 1..{len(bank)}, got {vectors.shape[-1]} and {top_k}."
+        )
+    unit = _unit(vectors).flatten(0, -2)
+    found = [(rows @ bank.T).clamp(-1.0, 1.0).topk(top_k, dim=-1) for rows in unit.split(_CHUNK)]
+    lead = vectors.shape[:-1]
+    return torch.cat([f.values for f in found]).unflatten(0, lead), torch.cat([f.indices for f in found]).unflatten(0, lead)
+
+
+def _unit(vectors: Float[Tensor, "*axes d"]) -> Float[Tensor, "*axes d"]:
+    return torch.nn.functional.normalize(vectors.float(), dim=-1)
+
+
+def _nest(indices: Tensor, text: Any) -> Any:
+    if indices.ndim == 0:
+        return text(int(indices))
+    return tuple(_nest(part, text) for part in indices)

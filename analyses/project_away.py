@@ -1,0 +1,96 @@
+"""ProjectAway: take a word's direction out of the image tokens (Jiang et al., arXiv 2410.02762).
+
+1. t is the word's direction: the residual stream at its last token, the word run alone as text, at some entry.
+2. For every image token h at the entries asked for, p = ⟨h, t⟩ / ⟨t, t⟩.
+3. Where p > 0, h ← h − α p t; elsewhere h stays as it is. With α = 1 nothing of t is left: ⟨h, t⟩ = 0.
+4. Go on: a plain run, a cached one, or generation, in which the prompt's image tokens are edited once, in the prefill.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from analyses.logit_lens import residual_stack
+
+
+def project_away_hooks(
+    inputs: Any,
+    direction: Float[Tensor, "d_model"] | Float[Tensor, "layer d_model"],
+    layers: Sequence[int],
+    alpha: float = 1.0,
+    n_layers: int | None = None,
+) -> list[tuple[str, Callable]]:
+    """Hooks for `model.run_with_hooks` and `model.generate(…, fwd_hooks=…)`.
+
+    Args:
+        inputs: what will be run, padded on the left; every row's own image tokens are edited (rows without an image
+            are left alone).
+        direction: t, one for all entries or one for each of `layers`.
+        layers: lens entries to edit, 0..L; the edit is of the stream there, so what follows sees it.
+        alpha: 1 removes the direction; less, a part of it; more, turns it round.
+        n_layers: L; needed only to edit entry L.
+    Raises:
+        ValueError: no image in any row, padding on the right (generation would move it), no entries, as many directions
+            as entries are wanted, or a direction is zero.
+    """
+    layers = list(layers)
+    directions = direction.expand(len(layers), -1) if direction.ndim == 1 else direction
+    if not layers or len(directions) != len(layers):
+        raise ValueError(f"expected one direction, or one for each of {len(layers)} entries, got {len(directions)}.")
+    if not bool((directions.norm(dim=-1) > 0).all()):
+        raise ValueError("a direction is the zero vector: there is nothing to project on.")
+    if inputs.left_padded() is not inputs:
+        raise ValueError("the inputs are padded on the right: edit and run inputs.left_padded().")
+    where = (inputs.token_types > 0) & inputs.attention_mask.bool()
+    if not bool(where.any()):
+        raise ValueError("no row of the inputs has an image: there is nothing to edit.")
+    return [(_name(layer, n_layers), _edit(where, t, alpha)) for layer, t in zip(layers, directions)]
+
+
+@torch.no_grad()
+def text_direction(model: Any, text: str, layer: int) -> Float[Tensor, "d_model"]:
+    """t of a word: the residual stream at its last token, at one lens entry, the word run alone as text.
+
+    Raises:
+        ValueError: an empty text, or no such entry.
+    """
+    if not 0 <= layer <= model.cfg.n_layers:
+        raise ValueError(f"layer must be a lens entry in 0..{model.cfg.n_layers}, got {layer}.")
+    return residual_stack(model, model.to_tokens(text))[0][layer, 0, -1].clone()
+
+
+def project_away(
+    vectors: Float[Tensor, "*axes d_model"], direction: Float[Tensor, "d_model"], alpha: float = 1.0
+) -> Float[Tensor, "*axes d_model"]:
+    """h − α p t where p = ⟨h, t⟩ / ⟨t, t⟩ > 0, else h; computed in float32, in the dtype of the vectors."""
+    h, t = vectors.float(), direction.to(vectors.device).float()
+    p = (h @ t) / (t @ t)
+    return torch.where((p > 0)[..., None], (h - alpha * p[..., None] * t).to(vectors.dtype), vectors)
+
+
+def _edit(where: Tensor, direction: Tensor, alpha: float) -> Callable:
+    prompt = where.shape[1]
+
+    def hook(residual: Float[Tensor, "batch pos d_model"], hook: Any) -> Tensor:
+        if residual.shape[1] < prompt:  # a decoding step: its keys and values of the prompt are edited already
+            return residual
+        residual = residual.clone()
+        places = where.to(residual.device)
+        part = residual[:, :prompt]
+        part[places] = project_away(part[places], direction, alpha)
+        return residual
+
+    return hook
+
+
+def _name(layer: int, n_layers: int | None) -> str:
+    if layer == n_layers:
+        return f"blocks.{layer - 1}.hook_resid_post"
+    if layer < 0 or (n_layers is not None and layer > n_layers):
+        raise ValueError(f"lens entries begin at 0 and end at L, got {layer}.")
+    return f"blocks.{layer}.hook_resid_pre"

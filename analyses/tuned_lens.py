@@ -1,0 +1,182 @@
+"""The tuned lens: an affine correction for each entry before the logit lens reads it (Belrose et al., arXiv 2303.08112).
+
+1. Translators T_l(h) = h + A_l h + b_l for the entries l = 0..L−1, zero at first: then it is the logit lens, exactly.
+   Entry L is the model's own prediction and is left alone.
+2. Run the user's prompts; keep the residual streams. The model's weights are not touched.
+3. Minimise the mean over l of KL(p_L ‖ softmax(W_U · norm(T_l(h_l)))), nats, with Adam on random batches of positions
+   (ours: the authors use SGD with momentum).
+
+A fitted lens goes wherever the stream is read: `logit_lens(model, inputs, translator=lens)`, `lens(stack)` for a whole
+residual stack, `lens.translate(vectors, layer)` for one entry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm.auto import trange
+from transformer_lens.tools.analysis import logit_readout
+
+from analyses.logit_lens import residual_stack
+
+_CHUNK = 64
+
+
+class TunedLens(nn.Module):
+    """Translators for every entry but the last.
+
+    Attributes:
+        A: [layer d_model d_model], b: [layer d_model] of the entries 0..L−1, float32.
+        model_name: of the model they were fitted to.
+        losses: the fit's loss by step, nats; () for a lens that was loaded or not fitted.
+    """
+
+    def __init__(self, n_layers: int, d_model: int, model_name: str = ""):
+        super().__init__()
+        self.A = nn.Parameter(torch.zeros(n_layers, d_model, d_model))
+        self.b = nn.Parameter(torch.zeros(n_layers, d_model))
+        self.model_name, self.losses = model_name, ()
+
+    def forward(self, stack: Float[Tensor, "entry *axes d_model"]) -> Float[Tensor, "entry *axes d_model"]:
+        """The translated residual stack, in the stack's dtype; entry L unchanged.
+
+        Args:
+            stack: all L+1 entries, in order.
+        Raises:
+            ValueError: another number of entries, or another width.
+        """
+        n_layers, d_model = self.b.shape
+        if stack.shape[0] != n_layers + 1 or stack.shape[-1] != d_model:
+            raise ValueError(
+                f"expected the {n_layers + 1} entries of a residual stack of width {d_model}, got {tuple(stack.shape)}."
+            )
+        return torch.stack([self.translate(vectors, layer) for layer, vectors in enumerate(stack)])
+
+    def translate(self, vectors: Float[Tensor, "*axes d_model"], layer: int) -> Float[Tensor, "*axes d_model"]:
+        """T_l of vectors from one entry, in their dtype; entry L unchanged.
+
+        Raises:
+            ValueError: no such entry, or another width.
+        """
+        n_layers, d_model = self.b.shape
+        if not 0 <= layer <= n_layers or vectors.shape[-1] != d_model:
+            raise ValueError(
+                f"this lens is for the entries 0..{n_layers} of width {d_model}, got entry {layer} and {tuple(vectors.shape)}."
+            )
+        if layer == n_layers:
+            return vectors
+        A, b = self.A[layer].to(vectors.device), self.b[layer].to(vectors.device)
+        return (vectors.float() + vectors.float() @ A.T + b).to(vectors.dtype)
+
+    def save(self, path: str | Path) -> None:
+        """Writes one safetensors file."""
+        tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        save_file(tensors, path, metadata={"model_name": self.model_name})
+
+    @classmethod
+    def load(cls, path: str | Path) -> TunedLens:
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: the file holds something else.
+        """
+        with safe_open(path, "pt") as file:
+            if set(file.keys()) != {"A", "b"}:
+                raise ValueError(f"{path} is no tuned lens: expected the tensors A and b, got {sorted(file.keys())}.")
+            A, b = file.get_tensor("A"), file.get_tensor("b")
+            name = (file.metadata() or {}).get("model_name", "")
+        lens = cls(*b.shape, name)
+        lens.load_state_dict({"A": A, "b": b})
+        return lens
+
+
+def fit_tuned_lens(
+    model: Any,
+    prompts: Iterable[Any],
+    steps: int = 300,
+    batch_size: int = 64,
+    learning_rate: float = 1e-3,
+    seed: int = 0,
+    progress: bool = True,
+) -> TunedLens:
+    """Fits translators to a model on the user's prompts, images included.
+
+    Args:
+        prompts: `Inputs`, strings or token ids; every position that is not padding counts.
+        steps: of Adam, each on `batch_size` random positions; the learning rate falls to 0 linearly.
+    Raises:
+        ValueError: no prompts, or steps or batch_size below 1.
+    """
+    if steps < 1 or batch_size < 1:
+        raise ValueError(f"steps and batch_size must be at least 1, got {steps} and {batch_size}.")
+    stack, goal = _streams(model, prompts)
+    lens = TunedLens(model.cfg.n_layers, model.cfg.d_model, str(model.cfg.model_name))
+    optimizer = torch.optim.Adam(lens.parameters(), lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+    generator = torch.Generator().manual_seed(seed)
+    losses = []
+    for _ in trange(steps, desc="tuned lens", unit="step", disable=not progress, delay=2):
+        batch = torch.randint(stack.shape[1], (min(batch_size, stack.shape[1]),), generator=generator)
+        loss = _kl(model, lens(stack[:, batch])[:-1], goal[batch]).mean()
+        gradients = torch.autograd.grad(loss, list(lens.parameters()))  # of the lens alone: the model's stay as they are
+        for parameter, gradient in zip(lens.parameters(), gradients):
+            parameter.grad = gradient
+        optimizer.step()
+        schedule.step()
+        losses.append(float(loss.detach()))
+    lens.losses = tuple(losses)
+    return lens.requires_grad_(False)
+
+
+@torch.no_grad()
+def kl_by_layer(model: Any, prompts: Iterable[Any], translator: TunedLens | None = None) -> pd.DataFrame:
+    """KL(p_L ‖ p_l), nats, mean over the prompts' positions, by entry 0..L−1; of the plain lens without a translator.
+
+    Raises:
+        ValueError: no prompts.
+    """
+    stack, goal = _streams(model, prompts)
+    stack = stack if translator is None else translator(stack)
+    return pd.DataFrame({"layer": range(len(stack) - 1), "kl_nats": _kl(model, stack[:-1], goal).mean(-1).tolist()})
+
+
+@torch.no_grad()
+def _streams(model: Any, prompts: Iterable[Any]) -> tuple[Float[Tensor, "entry n d_model"], Float[Tensor, "n d_model"]]:
+    """The residual stack over all positions that are not padding, float32; its last entry is the goal."""
+    parts = []
+    for prompt in prompts:
+        stack, _ = residual_stack(model, prompt)
+        mask = getattr(prompt, "attention_mask", None)
+        parts.append(stack.flatten(1, 2) if mask is None else stack[:, mask.bool().to(stack.device)])
+    if not parts:
+        raise ValueError("expected at least one prompt to fit the lens on, got none.")
+    stack = torch.cat(parts, dim=1).float()
+    return stack, stack[-1]
+
+
+def _kl(
+    model: Any, stack: Float[Tensor, "layer n d_model"], goal: Float[Tensor, "n d_model"]
+) -> Float[Tensor, "layer n"]:
+    """KL(p_L ‖ p_l) of every row, a chunk of rows at a time."""
+    parts = []
+    for start in range(0, len(goal), _CHUNK):
+        rows = slice(start, start + _CHUNK)
+        ours = _log_probs(model, stack[:, rows])
+        theirs = _log_probs(model, goal[rows])
+        parts.append((theirs.exp() * (theirs - ours)).sum(-1))
+    return torch.cat(parts, dim=1)
+
+
+def _log_probs(model: Any, vectors: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes d_vocab"]:
+    readout = logit_readout(
+        model, vectors, return_type="log_probs", chunk_size=10**9, enable_grad=torch.is_grad_enabled()
+    )
+    return readout.values.float()
