@@ -1,9 +1,9 @@
 """The logit lens: what would the model say if it stopped after each block? (nostalgebraist, 2020)
 
-1. Run the model, keeping only the residual stream before every block and after the last.
-2. Take the positions asked for: entry l of L+1 is the stream before block l, entry L after the last.
-3. Read every entry through the model's own final norm, with statistics recomputed for that entry, and W_U.
-4. Keep the top k tokens, the entropy (nats) and the targets; logits of all layers × positions × words never exist.
+1. Run the model without logits, keeping only the residual stream at the layers and positions asked for:
+   entry l of L+1 is the stream before block l, entry L after the last.
+2. Read every entry through the model's own final norm, with statistics recomputed for that entry, and W_U.
+3. Keep the top k tokens, the entropy (nats) and the targets; logits of all layers × positions × words never exist.
 
 Entry L *is* the model's own prediction. Norming it twice, as notebooks on HF's hidden states do, is the
 classic mistake: here the stream is always the un-normed one.
@@ -12,16 +12,17 @@ classic mistake: here the stream is always the un-normed one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
-from transformer_lens.tools.analysis import logit_readout
 from transformer_lens.tools.analysis._model_state import to_token_ids
+
+from analyses.readout import Readout, readout
+from hooked_qwen2vl import HookedQwen2VL
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class LogitLens:
         target_probs: [layer pos target] their probabilities.
         target_ranks: [layer pos target] their ranks, 0 the most probable.
         positions: positions in the prompt.
+        layers: the entries read, 0 … L.
         layer_labels: "0_pre" … "final_post".
         prompt_tokens: the token at each position, as text.
         top_tokens: text of top_ids, nested [layer][pos][k].
@@ -55,6 +57,7 @@ class LogitLens:
     target_probs: Float[Tensor, "layer pos target"] | None
     target_ranks: Int[Tensor, "layer pos target"] | None
     positions: tuple[int, ...]
+    layers: tuple[int, ...]
     layer_labels: tuple[str, ...]
     prompt_tokens: tuple[str, ...]
     top_tokens: tuple
@@ -70,7 +73,7 @@ class LogitLens:
                 for rank, token in enumerate(self.top_tokens[layer][index]):
                     rows.append(
                         {
-                            "layer": layer,
+                            "layer": self.layers[layer],
                             "entry": label,
                             "position": position,
                             "prompt_token": self.prompt_tokens[index],
@@ -116,42 +119,77 @@ def logit_lens(
     top_k: int = 5,
     targets: str | int | Sequence[str | int] | None = None,
     row: int = 0,
-    chunk_size: int = 64,
+    chunk_size: int = 128,
+    layers: Sequence[int] | None = None,
 ) -> LogitLens:
     """Reads the residual stream of any TransformerLens model through its own final norm and unembedding.
+
+    Only what is asked for is kept, read and paid for: `positions` × `layers` vectors, and chunk_size × words logits.
 
     Args:
         inputs: one prompt: `Inputs`, a string or token ids.
         positions: "last", "image", "answer" or another part of an `Inputs`; a position, several, or a slice.
         targets: tokens (or single-token strings) whose probability and rank to follow.
         row: which prompt of a batch.
+        chunk_size: how many vectors are read at once; their logits take 4 bytes × words each.
+        layers: entries to read, 0 (the embedding) … L (after the last block), negative from the end; None reads all.
     Raises:
-        ValueError: no such part or position, or more top_k than words.
+        ValueError: no such part, position or layer, or more top_k than words.
     """
-    stack, labels = residual_stack(model, inputs)
-    length = stack.shape[2]
-    chosen = _positions(inputs, positions, row, length)
-    vectors = stack[:, row, chosen]
-    wanted = [] if targets is None else to_token_ids(model, targets)
-    final = _read(model, vectors[-1], None, [], 1, chunk_size)
-    followed = final["ids"][:, 0]
-    read = _read(model, vectors, followed, wanted, top_k, chunk_size)
     tokens = _tokens(model, inputs, row)
+    chosen = _positions(inputs, positions, row, len(tokens))
+    read_layers = _layers(layers, model.cfg.n_layers)
+    entries = _entries(model, inputs, sorted({*read_layers, model.cfg.n_layers}), chosen, row)
+    wanted = [] if targets is None else to_token_ids(model, targets)
+    shared = torch.tensor(wanted, dtype=torch.long).expand(len(chosen), -1)
+    # The last entry is read first: what it puts first is followed through the others.
+    last = readout(model, entries[model.cfg.n_layers], shared, top_k, chunk_size)
+    followed = torch.cat((last.ids[:, :1], shared), dim=1)
+    last = replace(
+        last,
+        target_probs=torch.cat((last.probs[:, :1], last.target_probs), dim=1),
+        target_ranks=torch.cat((torch.zeros_like(followed[:, :1]), last.target_ranks), dim=1),
+    )
+    read = {
+        layer: last if layer == model.cfg.n_layers else readout(model, entries.pop(layer), followed, top_k, chunk_size)
+        for layer in dict.fromkeys(read_layers)
+    }
+    return _result(model, inputs, [read[layer] for layer in read_layers], read_layers, tokens, chosen, wanted, positions, row)
+
+
+def _result(
+    model: Any,
+    inputs: Any,
+    read: list[Readout],
+    layers: list[int],
+    tokens: Int[Tensor, "pos"],
+    chosen: list[int],
+    wanted: list[int],
+    positions: Any,
+    row: int,
+) -> LogitLens:
+    """The readouts of the layers, stacked and labelled."""
+    ids, probs, entropy, target_probs, target_ranks = (
+        torch.stack([getattr(part, name) for part in read])
+        for name in ("ids", "probs", "entropy", "target_probs", "target_ranks")
+    )
     whole = positions if isinstance(positions, str) and positions.startswith("image") else None
     grid = inputs.grid(row, int(whole[6:-1] or 0) if whole != "image" else 0) if whole else None
+    last = model.cfg.n_layers
     return LogitLens(
-        top_ids=read["ids"],
-        top_probs=read["probs"],
-        entropy=read["entropy"],
-        final_probs=read["target_probs"][..., 0],
-        final_ranks=read["target_ranks"][..., 0],
+        top_ids=ids,
+        top_probs=probs,
+        entropy=entropy,
+        final_probs=target_probs[..., 0],
+        final_ranks=target_ranks[..., 0],
         target_ids=torch.tensor(wanted) if wanted else None,
-        target_probs=read["target_probs"][..., 1:] if wanted else None,
-        target_ranks=read["target_ranks"][..., 1:] if wanted else None,
+        target_probs=target_probs[..., 1:] if wanted else None,
+        target_ranks=target_ranks[..., 1:] if wanted else None,
         positions=tuple(chosen),
-        layer_labels=tuple(labels),
+        layers=tuple(layers),
+        layer_labels=tuple("final_post" if layer == last else f"{layer}_pre" for layer in layers),
         prompt_tokens=tuple(_texts(model, tokens[chosen])),
-        top_tokens=_texts(model, read["ids"]),
+        top_tokens=_texts(model, ids),
         target_tokens=tuple(_texts(model, torch.tensor(wanted))) if wanted else (),
         grid=grid if grid is not None and grid[0] * grid[1] == len(chosen) else None,
         model_name=str(getattr(model.cfg, "model_name", type(model).__name__)),
@@ -160,43 +198,35 @@ def logit_lens(
 
 def residual_stack(model: Any, inputs: Any) -> tuple[Float[Tensor, "layer batch pos d_model"], list[str]]:
     """The residual stream before every block and after the last, un-normed, and TransformerLens's labels."""
-    n_layers = model.cfg.n_layers
-    names = [f"blocks.{layer}.hook_resid_pre" for layer in range(n_layers)]
-    _, cache = model.run_with_cache(inputs, names_filter=[*names, f"blocks.{n_layers - 1}.hook_resid_post"])
+    names = [_hook(layer, model.cfg.n_layers) for layer in range(model.cfg.n_layers + 1)]
+    _, cache = model.run_with_cache(inputs, names_filter=names)
     return cache.accumulated_resid(return_labels=True)
 
 
-def _read(
-    model: Any,
-    vectors: Float[Tensor, "*layer pos d_model"],
-    followed: Int[Tensor, "pos"] | None,
-    wanted: list[int],
-    top_k: int,
-    chunk_size: int,
-) -> dict[str, Tensor]:
-    """Everything that is kept of the whole-vocabulary distributions, a chunk of rows at a time.
+def _entries(
+    model: Any, inputs: Any, layers: list[int], chosen: list[int], row: int
+) -> dict[int, Float[Tensor, "pos d_model"]]:
+    """Lens entry -> the stream there at the chosen positions; of our models nothing else is kept or computed."""
+    names = {layer: _hook(layer, model.cfg.n_layers) for layer in layers}
+    if isinstance(model, HookedQwen2VL):
+        settings = {"pos_slice": chosen, "return_type": None}
+        _, cache = model.run_with_cache(inputs, names_filter=list(names.values()), **settings)
+        return {layer: cache[name][row] for layer, name in names.items()}
+    _, cache = model.run_with_cache(inputs, names_filter=list(names.values()))
+    return {layer: cache[name][row, chosen] for layer, name in names.items()}
 
-    `target_probs` and `target_ranks` are of `followed` (one token a position), then of `wanted`.
-    """
-    flat = vectors.flatten(0, -2)
-    targets = torch.tensor(wanted, dtype=torch.long).expand(len(flat), -1)
-    if followed is not None:
-        targets = torch.cat((followed.repeat(len(flat) // len(followed))[:, None], targets), dim=1)
-    parts: dict[str, list[Tensor]] = {key: [] for key in ("ids", "probs", "entropy", "target_probs", "target_ranks")}
-    starts = range(0, len(flat), chunk_size)
-    for start in tqdm(starts, desc="lens", unit="chunk", delay=2, leave=False):
-        rows = slice(start, start + chunk_size)
-        readout = logit_readout(model, flat[rows], return_type="log_probs", chunk_size=chunk_size)
-        log_probs = readout.values.cpu()
-        top = log_probs.topk(top_k, dim=-1)
-        at_targets = log_probs.gather(-1, targets[rows])
-        parts["ids"].append(top.indices)
-        parts["probs"].append(top.values.exp())
-        parts["entropy"].append(readout.entropy.cpu())
-        parts["target_probs"].append(at_targets.exp())
-        parts["target_ranks"].append((log_probs[:, None, :] > at_targets[..., None]).sum(-1))
-    lead = vectors.shape[:-1]
-    return {key: torch.cat(values).unflatten(0, lead) for key, values in parts.items()}
+
+def _hook(layer: int, n_layers: int) -> str:
+    return f"blocks.{layer}.hook_resid_pre" if layer < n_layers else f"blocks.{layer - 1}.hook_resid_post"
+
+
+def _layers(layers: Sequence[int] | None, n_layers: int) -> list[int]:
+    if layers is None:
+        return list(range(n_layers + 1))
+    wrong = [layer for layer in layers if not -n_layers - 1 <= layer <= n_layers]
+    if wrong or not len(layers):
+        raise ValueError(f"layers must name entries of 0..{n_layers} (negative from the end), got {list(layers)}.")
+    return [layer % (n_layers + 1) for layer in layers]
 
 
 def _positions(inputs: Any, positions: Any, row: int, length: int) -> list[int]:

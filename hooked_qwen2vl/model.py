@@ -430,7 +430,9 @@ class HookedQwen2VL(Generation, Tokens, TransformerLensWeights, HookedRootModule
             if not is_vision(hook.name):
                 stored = positions.apply(stored, dim=_position_axis(hook.name))
                 stored = stored[0] if remove_batch_dim and stored.shape[0] == 1 else stored
-            cache[hook.name + suffix] = stored
+            # A view of a few positions would keep all the others in memory.
+            smaller = stored.untyped_storage().nbytes() > stored.nbytes
+            cache[hook.name + suffix] = stored.clone() if pos_slice is not None and smaller else stored
 
         names = [name for name in self.hook_dict if wanted(name)]
         forward = [(name, partial(save, suffix="")) for name in names]

@@ -7,6 +7,7 @@ import torch
 from tiny import tiny_tokenizer
 
 from analyses.logit_lens import logit_lens
+from analyses.readout import readout
 
 
 @pytest.mark.parametrize("positions", ["last", "image", "question", slice(3, 9), -2])
@@ -88,3 +89,63 @@ def test_the_same_call_on_another_transformer_lens_model(tmp_path):
     with torch.no_grad():
         assert torch.equal(lens.top_ids[-1, :, 0], bridge(tokens)[0, 4:9].argmax(-1))
     assert lens.top_ids.shape == (4, 5, 2)
+
+
+def test_layers_asked_for_are_those_of_the_whole_lens(model, batches):
+    """Nothing else is read, and the numbers are the same."""
+    inputs = batches["image"]
+    whole = logit_lens(model, inputs, "image", top_k=3, targets=[5])
+    some = logit_lens(model, inputs, "image", top_k=3, targets=[5], layers=[-2, 0])
+    L = model.cfg.n_layers
+    assert some.layers == (L - 1, 0) and some.layer_labels == (f"{L - 1}_pre", "0_pre")
+    for name in ("top_ids", "top_probs", "entropy", "final_probs", "final_ranks", "target_probs", "target_ranks"):
+        assert torch.equal(getattr(some, name), getattr(whole, name)[[L - 1, 0]]), name
+    assert set(some.to_dataframe()["layer"]) == {L - 1, 0}
+    read = []
+    hooks = [(f"blocks.{layer}.hook_resid_pre", lambda x, hook: read.append(hook.name)) for layer in range(L)]
+    with model.hooks(fwd_hooks=[*hooks, ("ln_final.hook_normalized", lambda x, hook: read.append(tuple(x.shape)))]):
+        logit_lens(model, inputs, 4, layers=[0])
+    assert [shape for shape in read if isinstance(shape, tuple)][1:] == [(1, 1, model.cfg.d_model)] * 2
+    with pytest.raises(ValueError, match="layers must name entries"):
+        logit_lens(model, inputs, "image", layers=[L + 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows, top_k", [(1, 1), (5, 7), (9, 64), (7, 130)])
+def test_the_readout_is_the_sorted_softmax(dtype, rows, top_k):
+    """Against torch's softmax and stable sort of the same logits, in float64: several chunks, a last block in part
+    filled, and ties. In bfloat16 the logits are those of float32 products of the rounded weights."""
+    from tiny import tiny_hf
+
+    from hooked_qwen2vl import HookedQwen2VL
+
+    tied = HookedQwen2VL.from_hf(tiny_hf(dtype=dtype))
+    with torch.no_grad():
+        tied.unembed.weight[200:260] = tied.unembed.weight[20:80]  # sixty words with a twin
+    vectors = torch.randn(rows, tied.cfg.d_model).to(dtype) * 5
+    targets = torch.randint(80, 200, (rows, 3))  # none with a twin
+    ours = readout(tied, vectors, targets, top_k, chunk_size=4)
+    with torch.no_grad():
+        normalized = tied.ln_final(vectors[None])[0]
+        logits = normalized.float() @ tied.W_U.float()
+    logits[:, 200:260] = logits[:, 20:80]  # twins are equal to the last bit, whatever the product's order
+    probs = logits.double().softmax(-1)
+    order = logits.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    assert torch.equal(probs.gather(-1, ours.ids), probs.gather(-1, order))
+    assert torch.allclose(ours.probs.double(), probs.gather(-1, order), atol=1e-6)
+    assert torch.allclose(ours.entropy.double(), torch.special.entr(probs).sum(-1), atol=1e-5)
+    assert torch.allclose(ours.target_probs.double(), probs.gather(-1, targets), atol=1e-6)
+    theirs = (logits[:, None, :] > logits.gather(-1, targets)[..., None]).sum(-1)
+    assert torch.equal(ours.target_ranks, theirs)
+
+
+def test_ties_go_to_the_lowest_id(model):
+    """A vector that every word reads alike."""
+    ours = readout(model, torch.zeros(2, model.cfg.d_model), torch.tensor([[9], [250]]), 70)
+    assert torch.equal(ours.ids, torch.arange(70).expand(2, -1))
+    assert not ours.target_ranks.any()
+
+
+def test_more_words_than_there_are(model, batches):
+    with pytest.raises(ValueError, match="number of words"):
+        logit_lens(model, batches["image"], top_k=10_000)

@@ -1,0 +1,226 @@
+"""How everything here is measured: pairs side by side in one process, one thread, medians with an interval.
+
+1. The two sides of a pair are called in turn, the order swapped each time, after a warm-up of both.
+2. Each pair gives one ratio; the figure is the median ratio, its interval the 2.5 and 97.5 percentiles of the
+   medians of 2,000 bootstrap samples of the pairs. What slows the machine slows both sides of a pair.
+3. Memory is the process's peak of anonymous pages (or CUDA's allocator's) during a call, less what was held before.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import platform
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+import torch
+
+THREADS = int(os.environ["OMP_NUM_THREADS"])
+torch.set_num_threads(THREADS)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        mark: the number of the goal it answers, 0 for what is only stated.
+        what: what was measured, `ours / theirs` where it is a ratio.
+        size: of the model and of the prompt.
+        value, low, high: the figure and its interval, in `unit`.
+        goal: what it should be, "≤ 1.15" or "≥ 1"; "" where it is only stated.
+        note: the two sides' own medians, floors, remarks.
+    """
+
+    mark: int
+    what: str
+    size: str
+    value: float
+    unit: str = "×"
+    low: float | None = None
+    high: float | None = None
+    goal: str = ""
+    note: str = ""
+
+    @property
+    def met(self) -> str:
+        """"yes", "no", "within noise" when the goal lies inside the interval, or "" without a goal."""
+        if not self.goal:
+            return ""
+        sign, bound = self.goal.split()[0], float(self.goal.split()[1])
+        good = (lambda x: x <= bound) if sign == "≤" else (lambda x: x >= bound)
+        if good(self.value):
+            return "yes"
+        return "within noise" if any(x is not None and good(x) for x in (self.low, self.high)) else "no"
+
+
+@dataclass
+class Pair:
+    """Seconds of every call of either side, and the other's figures from them."""
+
+    ours: list[float] = field(default_factory=list)
+    theirs: list[float] = field(default_factory=list)
+
+    def row(self, mark: int, what: str, size: str, goal: str = "", note: str = "", invert: bool = False) -> Row:
+        """Time ratio ours / theirs; inverted it is the ratio of the speeds."""
+        ratios = np.array(self.ours) / np.array(self.theirs)
+        value, low, high = median_interval(1 / ratios if invert else ratios)
+        seconds = f"ours {_seconds(np.median(self.ours))}, theirs {_seconds(np.median(self.theirs))}, {len(ratios)} pairs"
+        return Row(mark, what, size, value, "×", low, high, goal, f"{seconds}{'; ' + note if note else ''}")
+
+
+def interleaved(ours: Callable[[], Any], theirs: Callable[[], Any], n: int = 15, warm: int = 2, budget: float = 60.0) -> Pair:
+    """Times both in turn, n times or until the budget (seconds) is spent, but at least five times."""
+    for _ in range(warm):
+        ours(), theirs()
+    pair, start = Pair(), time.perf_counter()
+    for number in range(n):
+        sides = [(ours, pair.ours), (theirs, pair.theirs)]
+        for call, times in sides if number % 2 else sides[::-1]:
+            times.append(seconds(call))
+        if number >= 4 and time.perf_counter() - start > budget:
+            break
+    return pair
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    """Wall time of one call, the accelerator's work included."""
+    gc.collect()
+    synchronise()
+    start = time.perf_counter()
+    kept = call()
+    synchronise()
+    taken = time.perf_counter() - start
+    del kept
+    return taken
+
+
+def synchronise() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def median_interval(values: Any, samples: int = 2000) -> tuple[float, float, float]:
+    """Median, and the 95 % bootstrap interval of it."""
+    values = np.asarray(values)
+    generator = np.random.default_rng(0)
+    medians = np.median(values[generator.integers(0, len(values), (samples, len(values)))], axis=1)
+    return float(np.median(values)), float(np.quantile(medians, 0.025)), float(np.quantile(medians, 0.975))
+
+
+# ---- memory ---------------------------------------------------------------------------------
+
+
+def extra_memory(call: Callable[[], Any]) -> float:
+    """Peak MiB above what was held before, what the call returns included; call it once before to warm up."""
+    gc.collect()
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        kept = call()
+        synchronise()
+        del kept
+        return (torch.cuda.max_memory_allocated() - before) / MIB
+    trim()
+    before, peak, done = anonymous(), [0.0], threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            peak[0] = max(peak[0], anonymous())
+            time.sleep(0.001)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    kept = call()
+    done.set()
+    watcher.join()
+    peak[0] = max(peak[0], anonymous())
+    del kept
+    return peak[0] - before
+
+
+def anonymous() -> float:
+    """MiB of anonymous pages of this process: what is its own, not mapped from files."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) / 1024
+
+
+def trim() -> None:
+    """Gives freed pages back to the system, so that a later call's need shows."""
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):
+        pass
+
+
+# ---- what is written ------------------------------------------------------------------------
+
+
+def machine() -> dict[str, Any]:
+    """Where it ran, and with what."""
+    names = ("torch", "transformers", "transformer_lens", "accelerate", "safetensors", "nnsight")
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else _cpu(),
+        "threads": THREADS,
+        "load": " ".join(f"{load:.1f}" for load in os.getloadavg()),
+        "python": platform.python_version(),
+        "versions": {name: found for name in names if (found := _version(name))},
+    }
+
+
+def report(name: str, rows: list[Row]) -> None:
+    """Prints the rows, and writes them for `run_all` to join: the folder is $BENCH_OUT, or none."""
+    for row in rows:
+        print(line(asdict(row) | {"met": row.met}), flush=True)
+    if "BENCH_OUT" in os.environ:
+        content = {"machine": machine(), "rows": [asdict(row) | {"met": row.met} for row in rows]}
+        (Path(os.environ["BENCH_OUT"]) / f"{name}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False))
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the table, in Markdown."""
+    digits = 3 if row["unit"] == "×" else 1
+    interval = "" if row["low"] is None else f" [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
+    goal = f"{row['goal']} {row['unit']}" if row["goal"] else ""
+    figure = f"{row['value']:.{digits}f} {row['unit']}{interval}"
+    cells = (row["mark"] or "", row["what"], row["size"], figure, goal, row["met"], row["note"])
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _cpu() -> str:
+    with open("/proc/cpuinfo") as info:
+        model = next((row.split(":")[1].strip() for row in info if row.startswith("model name")), platform.machine())
+    widest = next((kind for kind in ("AMX", "AVX512", "AVX2") if kind in torch.backends.cpu.get_cpu_capability()), "")
+    return f"{model}, {os.cpu_count()} cores, {widest or torch.backends.cpu.get_cpu_capability()}"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.1f} ms"
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tiny.py: the tests' random models and prompts
