@@ -1,0 +1,421 @@
+"""Models side by side: what must hold exactly, the reference's own numbers, planted heads, and one model in another."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pandas as pd
+import pytest
+import torch
+from conftest import picture
+from tiny import CHAT_TEMPLATE, randomise, reference_batch, spread, tiny_hf, tiny_tokenizer
+from transformer_lens import patching
+from transformer_lens.head_detector import detect_head
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from analyses.attention_heads import KINDS, PASSAGE, detect_heads
+from analyses.compare import ask, compare_models, patch_by_depth, text_agreement
+from analyses.data import Example
+from analyses.model_patching import patch_between_models
+from analyses.patching import patch_sweep
+from analyses.trajectory import answer_ids
+from hooked_qwen2vl import HookedQwen2VL
+from hooked_qwen2vl.cli import main
+from hooked_qwen2vl.scenes import sample
+
+CLOSE = 1e-5  # float32; measured 2e-6
+WORDS = 700  # positions: captions are long in bytes
+
+
+def shaped_like_gpt2():
+    return GPT2LMHeadModel(GPT2Config(vocab_size=290, n_positions=WORDS, n_embd=48, n_layer=4, n_head=3))
+
+
+def shaped_like_llama():
+    numbers = {"vocab_size": 290, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 3, "num_key_value_heads": 1, "max_position_embeddings": WORDS}
+    return LlamaForCausalLM(LlamaConfig(**numbers, **heads))
+
+
+def save_text_model(model, folder):
+    """A folder as any tool loads it; no chat template."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    randomise(model)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, model):
+    root = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    return {
+        "gpt2": save_text_model(shaped_like_gpt2(), root / "gpt2"),
+        "llama": save_text_model(shaped_like_llama(), root / "llama"),
+        "twin": model.export_text_model(root / "twin"),
+    }
+
+
+@pytest.fixture(scope="module")
+def bridges(folders):
+    return {
+        name: TransformerBridge.boot_transformers(str(folder), device="cpu", dtype=torch.float32)
+        for name, folder in folders.items()
+    }
+
+
+def questions(n=3):
+    items = sample(n, seed=3, domain="shapes", category="existence", grid=(4, 5), level=2)
+    return [
+        Example(str(i), item.question, item.answer, (item.image,), category=item.category, candidates=item.candidates, item=item)
+        for i, item in enumerate(items)
+    ]
+
+
+@pytest.fixture(scope="module")
+def comparison(model, bridges):
+    return compare_models({"qwen2vl": model, **bridges}, questions(), progress=False)
+
+
+def runs(comparison):
+    return {(run.model, run.condition): run for run in comparison.runs}
+
+
+# ---- side by side -------------------------------------------------------------------------------------
+
+
+def test_every_model_is_asked_the_same(comparison):
+    table = comparison.to_dataframe()
+    text = [(name, condition) for name in ("gpt2", "llama", "twin") for condition in ("words", "neither")]
+    expected = [("qwen2vl", condition) for condition in ("image", "words", "neither")] + text
+    assert list(zip(table["model"], table["condition"])) == expected
+    assert (table["items"] == 3).all() and comparison.skipped == 0
+    assert table.set_index("model")["layers"].to_dict() == {"qwen2vl": 3, "gpt2": 4, "llama": 2, "twin": 3}
+
+
+def test_patching_starts_and_ends_where_it_must(comparison):
+    seen = 0
+    for run in comparison.runs:
+        assert run.condition != "neither" or len(run.gap) + run.unaligned + run.small == 0  # no scene, nothing to patch
+        for values, start, end in ((run.recovery_scene, 1.0, 0.0), (run.recovery_last, 0.0, 1.0)):
+            seen += len(values)
+            assert torch.allclose(values[:, 0], torch.tensor(start), atol=1e-3)
+            assert torch.allclose(values[:, -1], torch.tensor(end), atol=1e-3)
+    assert seen > 12
+
+
+def test_figures_are_the_reference_models_own(comparison, folders, bridges):
+    """Probability and entropy at the output, from transformers' model and softmax alone."""
+    for name in ("gpt2", "llama", "twin"):
+        reference = AutoModelForCausalLM.from_pretrained(folders[name]).eval()
+        for condition in ("words", "neither"):
+            run = runs(comparison)[name, condition]
+            for number, example in enumerate(questions()):
+                words = f"{example.item.caption}\n" if condition == "words" else ""
+                tokens = ask(bridges[name], words + example.question)
+                with torch.no_grad():
+                    p = reference(tokens).logits[0, -1].double().softmax(-1)
+                ids, _ = answer_ids(bridges[name], example.answer, example.candidates)
+                assert run.answer_prob[number, -1] == pytest.approx(float(p[ids].sum()), rel=1e-4)
+                share = float(-(p * p.log()).sum()) / math.log(len(p))
+                assert run.entropy_share[number, -1] == pytest.approx(share, rel=1e-4)
+                assert run.final_prob[number, -1] == pytest.approx(float(p.max()), rel=1e-4)
+
+
+def test_own_form_of_a_prompt(model, bridges):
+    """A chat template where there is one: then the twin reads the very tokens that the Qwen2-VL reads."""
+    assert torch.equal(ask(bridges["twin"], "is it red?"), ask(model, "is it red?").tokens)
+    plain = ask(bridges["gpt2"], "is it red?")
+    assert bridges["gpt2"].tokenizer.decode(plain[0]) == "is it red?\nAnswer:"
+
+
+def test_the_twin_is_the_decoder_in_every_figure(comparison):
+    for condition in ("words", "neither"):
+        ours, theirs = (runs(comparison)[name, condition] for name in ("qwen2vl", "twin"))
+        for measure in ("answer_prob", "entropy_share", "final_prob", "recovery_last", "recovery_scene"):
+            one, other = getattr(ours, measure), getattr(theirs, measure)
+            assert one.shape == other.shape and torch.allclose(one, other, atol=1e-3)
+    for kind, scores in comparison.heads["qwen2vl"].text.items():
+        assert torch.allclose(scores, comparison.heads["twin"].text[kind], atol=CLOSE)
+
+
+def test_curves_are_aligned_by_relative_depth(comparison):
+    own, grid = comparison.curves(), comparison.curves(depths=[0, 0.25, 1])
+    assert set(grid["depth"]) == {0, 0.25, 1}
+    llama = own.query("model == 'llama' and condition == 'words' and measure == 'answer_prob'")["value"].tolist()
+    aligned = grid.query("model == 'llama' and condition == 'words' and measure == 'answer_prob'")["value"].tolist()
+    assert aligned == pytest.approx([llama[0], (llama[0] + llama[1]) / 2, llama[2]])
+
+
+def test_tokenizers_that_confuse_answers_leave_the_question_out_for_all(model, bridges):
+    confusing = Example("b", "what?", "green", candidates=("green", "gray"))
+    both = compare_models({"a": model, "b": bridges["gpt2"]}, [confusing, *questions(1)], ("neither",), progress=False)
+    assert both.skipped == 1 and all(len(run.trajectories.items) == 1 for run in both.runs)
+    with pytest.raises(ValueError, match="tells apart"):
+        compare_models({"a": model}, [confusing], progress=False)
+
+
+def test_refusals(model, bridges):
+    with pytest.raises(ValueError, match="conditions of"):
+        compare_models({"a": model}, questions(1), ("sound",))
+    with pytest.raises(ValueError, match="has the condition image"):
+        compare_models({"gpt2": bridges["gpt2"]}, questions(1), progress=False)
+    with pytest.raises(ValueError, match="takes no images"):
+        detect_heads(bridges["gpt2"], picture=picture(84, 56))
+
+
+# ---- patching by depth --------------------------------------------------------------------------------
+
+
+def test_patching_by_depth_equals_the_sweep_and_transformer_lens(model, bridges):
+    def metric(logits):
+        return logits[..., 5] - logits[..., 7]
+
+    clean, corrupted = (model.encode(model.to_inputs("is it red?", images=[picture(84, 56, s)])) for s in (1, 2))
+    ours, gap = patch_by_depth(model, clean, corrupted, metric, clean.positions("image"))
+    sweep = patch_sweep(model, clean, corrupted, lambda l: metric(l[:, -1]), positions=["image"], progress=False)
+    with torch.no_grad():
+        best, worst = (metric(model(prompt)[0, -1]) for prompt in (clean, corrupted))
+    assert torch.allclose(ours[:-1], (sweep.values[:, 0, 0] - worst) / (best - worst), atol=1e-4)
+    assert gap == pytest.approx(float(abs(best - worst)))
+
+    gpt2 = bridges["gpt2"]
+    clean, corrupted = (ask(gpt2, text) for text in ("is it so, the thing", "is it no, the thong"))
+    ours, _ = patch_by_depth(gpt2, clean, corrupted, metric, [-1])
+    with torch.no_grad():
+        best, cache = gpt2.run_with_cache(clean)
+        best, worst = metric(best[0, -1]), metric(gpt2(corrupted)[0, -1])
+        theirs = patching.get_act_patch_resid_pre(gpt2, corrupted, cache, lambda l: metric(l[0, -1]))[:, -1]
+    assert torch.allclose(ours[:-1], (theirs - worst) / (best - worst), atol=1e-4)
+
+
+def test_prompts_without_a_gap_have_no_recovery(model):
+    prompt = ask(model, "is it red?")
+    values, gap = patch_by_depth(model, prompt, prompt, lambda logits: logits[5], [-1])
+    assert gap == 0 and values.isnan().all()
+
+
+# ---- the twin -----------------------------------------------------------------------------------------
+
+
+def test_text_decoder_and_twin_agree(model, bridges):
+    table = text_agreement(model, bridges["twin"], ["is it red?", PASSAGE], tolerance=CLOSE)
+    assert table["ok"].all() and len(table) == 2 * (model.cfg.n_layers + 2)
+
+
+def test_a_wrong_twin_is_found_at_its_entry(processor, tmp_path):
+    changed = HookedQwen2VL.from_hf(tiny_hf(), processor)
+    twin = TransformerBridge.boot_transformers(str(changed.export_text_model(tmp_path / "t")), device="cpu")
+    with torch.no_grad():
+        changed.blocks[1].mlp.down_proj.weight.mul_(1.001)
+    table = text_agreement(changed, twin, ["is it red?"])
+    assert table[~table["ok"]]["entry"].iloc[0] == "2_pre"
+
+
+# ---- heads --------------------------------------------------------------------------------------------
+
+
+def test_text_scores_are_transformer_lenss_over_the_queries_that_have_a_key(model, bridges):
+    for one in (model, bridges["gpt2"]):
+        ours = detect_heads(one).text
+        text = f" {PASSAGE} {PASSAGE}"
+        tokens = one.tokenizer(text, return_tensors="pt")["input_ids"]
+        for kind, pattern in KINDS.items():
+            _, cache = one.run_with_cache(tokens, remove_batch_dim=True)
+            theirs = detect_head(one, text, pattern(tokens), cache=cache) if one is model else _detect(one, tokens, pattern)
+            queries = int(pattern(tokens).any(-1).sum())
+            assert torch.allclose(ours[kind], theirs * tokens.shape[1] / queries, atol=1e-5)
+
+
+def _detect(bridge, tokens, pattern):
+    """Shares by hand: the bridge's to_tokens would put a BOS before GPT-2's text."""
+    _, cache = bridge.run_with_cache(tokens)
+    attention = torch.stack([cache["pattern", layer][0] for layer in range(bridge.cfg.n_layers)])
+    return (attention * pattern(tokens)).sum((-2, -1)) / attention.sum((-2, -1))
+
+
+def test_planted_heads_are_found(model):
+    """An induction head among image tokens, a sink after them, a previous-token head on text: each where it was put."""
+    image = picture(84, 56, 3)
+    inputs = model.to_inputs("What is this?", images=[image, image])
+    first, second = inputs.positions("image[0]"), inputs.positions("image[1]")
+    n_text = model.tokenizer(f" {PASSAGE} {PASSAGE}", return_tensors="pt")["input_ids"].shape[1]
+
+    def plant(scores, hook):
+        n = scores.shape[-1]
+        if n == n_text:
+            scores[:, 3, range(1, n), range(n - 1)] += 100
+        else:
+            scores[:, 1, second[:-1], first[1:]] += 100
+            scores[:, 2, int(second[-1]) + 1 :, first[2]] += 100
+
+    plain = detect_heads(model, picture=image)
+    with model.hooks(fwd_hooks=[("blocks.1.attn.hook_attn_scores", plant)]):
+        planted = detect_heads(model, picture=image)
+    assert planted.text["previous token"][1, 3] > 0.99 and planted.image["image sink"][1, 2] > 0.99
+    assert planted.image["induction"][1, 1] > 0.9
+    for kind in ("induction", "image sink"):
+        assert torch.equal(planted.image[kind][0], plain.image[kind][0])
+    table = planted.to_dataframe()
+    assert table.loc[table["induction, image"].idxmax(), ["layer", "head"]].tolist() == [1, 1]
+    assert set(planted.sharing()["kind"]) == set(KINDS)
+
+
+def test_placeholders_are_not_duplicates_of_each_other(model):
+    """What detect_head counts on an image prompt as duplicate tokens is any attention between image tokens."""
+    inputs = model.to_inputs("What is this?", images=[picture(84, 56, 3)] * 2)
+    pairs = int(KINDS["duplicate token"](inputs.tokens).sum())
+    n = len(inputs.positions("image"))
+    assert pairs >= n * (n - 1) / 2
+    heads = detect_heads(model, picture=picture(84, 56, 3))
+    assert heads.even_image["duplicate token"] < 1.5 / (n / 2)
+
+
+def test_even_spread_by_hand(model):
+    heads = detect_heads(model, picture=picture(84, 56, 3))
+    n = model.tokenizer(f" {PASSAGE} {PASSAGE}", return_tensors="pt")["input_ids"].shape[1]
+    assert heads.even_text["previous token"] == pytest.approx(sum(1 / (q + 1) for q in range(1, n)) / (n - 1), rel=1e-5)
+
+
+# ---- one model in another -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tuned(processor):
+    """The session's model with a LoRA merged into block 1: attention and MLP."""
+    hf = tiny_hf()
+    layer = hf.model.language_model.layers[1]
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for linear in (layer.self_attn.q_proj, layer.mlp.down_proj):
+            down = torch.randn(2, linear.in_features, generator=generator)
+            up = torch.randn(linear.out_features, 2, generator=generator)
+            linear.weight.add_(up @ down, alpha=0.2)
+    return HookedQwen2VL.from_hf(hf, processor)
+
+
+@pytest.fixture(scope="module")
+def shown(model):
+    return [model.to_inputs("is it red?", images=[picture(84, 56, 1)]), model.to_inputs("red or blue?")]
+
+
+def test_everything_behind_the_change_gives_the_sources_logits(model, tuned, shown):
+    """The stream after block 1 is all that the change can act through."""
+    for source, target in ((model, tuned), (tuned, model)):
+        result = patch_between_models(source, target, shown, spans=("all", "image", "last"), progress=False)
+        assert result.places[-1] == "blocks.2.hook_resid_post" and result.difference.min() > 0.01
+        assert torch.equal(result.explained[2:, 0], torch.ones(2, 2))
+        assert (result.explained[:2].nan_to_num() == 0).all()  # before the change the streams are one
+        assert torch.equal(result.explained[-1, 2], torch.ones(2))  # the last position after the last block
+        assert result.explained[:, 1, 1].isnan().all()  # the text prompt has no image
+        assert (result.explained[2, 1, 0] - 1).abs() > 1e-4
+        with torch.no_grad():
+            name = "blocks.2.hook_resid_pre"
+            stream = source.run_with_cache(shown[0], names_filter=name)[1][name]
+            logits = target.run_with_hooks(shown[0], fwd_hooks=[(name, lambda x, hook, stream=stream: stream)])
+            wanted, plain = source(shown[0]), target(shown[0])
+        assert (logits - wanted).abs().max() < CLOSE * spread(wanted) and (plain - wanted).abs().max() > 0.1 * spread(wanted)
+
+
+def test_a_fully_tuned_model_and_its_tower(model, processor, shown):
+    """Everything but final norm and unembedding differs: the stream after the last block still says it all."""
+    hf = tiny_hf(seed=0)
+    with torch.no_grad():
+        for name, weight in hf.named_parameters():
+            if "lm_head" not in name and name != "model.language_model.norm.weight":
+                weight.mul_(1.02)
+    result = patch_between_models(model, HookedQwen2VL.from_hf(hf, processor), shown, spans=("all",), progress=False)
+    assert torch.equal(result.explained[-1], torch.ones(1, 2))
+    assert (result.explained[0] - 1).abs().min() > 1e-3
+
+
+def test_a_cell_by_hand_on_transformers_own_models(tuned, model, shown):
+    """attn_out of block 1 put in with bare hooks on the reference."""
+    result = patch_between_models(model, tuned, shown[:1], "attn_out", ("image",), progress=False)
+    batch = reference_batch(shown[0])
+    source, target = tiny_hf(), tiny_hf()
+    for theirs, ours in zip(target.model.language_model.layers[1].mlp.parameters(), tuned.blocks[1].mlp.parameters()):
+        assert theirs.shape == ours.shape
+    target.load_state_dict(_state(tuned, target))
+    kept, image = {}, shown[0].positions("image")
+
+    def keep(module, args, output):
+        kept["out"] = output[0].detach().clone()
+
+    def put(module, args, output):
+        changed = output[0].clone()
+        changed[:, image] = kept["out"][:, image]
+        return (changed, *output[1:])
+
+    with torch.no_grad():
+        handle = source.model.language_model.layers[1].self_attn.register_forward_hook(keep)
+        wanted = source(**batch).logits[0, -1].double().log_softmax(-1)
+        handle.remove()
+        plain = target(**batch).logits[0, -1].double().log_softmax(-1)
+        target.model.rope_deltas = None
+        target.model.language_model.layers[1].self_attn.register_forward_hook(put)
+        patched = target(**batch).logits[0, -1].double().log_softmax(-1)
+    kl = [(wanted.exp() * (wanted - q)).sum() for q in (patched, plain)]
+    assert float(result.explained[1, 0, 0]) == pytest.approx(float(1 - kl[0] / kl[1]), abs=1e-4)
+
+
+def _state(tuned, hf):
+    """The reference's weights with the tuned model's own for block 1."""
+    state = hf.state_dict()
+    for name, weight in (("self_attn.q_proj", tuned.blocks[1].attn.q_proj), ("mlp.down_proj", tuned.blocks[1].mlp.down_proj)):
+        state[f"model.language_model.layers.1.{name}.weight"] = weight.weight.detach()
+    return state
+
+
+def test_models_that_agree_or_do_not_fit_are_refused(model, processor, shown):
+    with pytest.raises(ValueError, match="agree"):
+        patch_between_models(model, model, shown, progress=False)
+    with pytest.raises(ValueError, match="n_layers is 3 and 2"):
+        patch_between_models(model, HookedQwen2VL.from_hf(tiny_hf(n_layers=2), processor), shown)
+    with pytest.raises(ValueError, match="one row"):
+        patch_between_models(model, model, [model.to_inputs(["a", "b"])])
+    with pytest.raises(ValueError, match="activation must be"):
+        patch_between_models(model, model, shown, "z")
+
+
+# ---- pictures and the command ---------------------------------------------------------------------------
+
+
+def test_the_pictures(model, tuned, shown, comparison, tmp_path):
+    comparison.plot(tmp_path / "a.png")
+    comparison.heads["qwen2vl"].plot(tmp_path / "b.png")
+    patch_between_models(model, tuned, shown, progress=False).plot(tmp_path / "c.png")
+    assert all((tmp_path / name).stat().st_size > 0 for name in ("a.png", "b.png", "c.png"))
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory, tuned):
+    root = tmp_path_factory.mktemp("checkpoints")
+    changed = tiny_hf()
+    changed.load_state_dict(_state(tuned, changed))
+    for name, hf in (("base", tiny_hf()), ("tuned", changed)):
+        hf.save_pretrained(root / name)
+        tiny_tokenizer().save_pretrained(root / name)
+        (root / name / "preprocessor_config.json").write_text(json.dumps({"min_pixels": 784, "max_pixels": 28 * 28 * 64}))
+        (root / name / "chat_template.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}))
+    return root
+
+
+def test_the_command(checkpoints, folders, tmp_path, capsys):
+    picture(84, 56).save(tmp_path / "a.png")
+    data = tmp_path / "data.jsonl"
+    line = {"image": "a.png", "question": "is it red?", "answer": "yes", "candidates": ["yes", "no"]}
+    data.write_text(json.dumps(line) + "\n")
+    common = ["compare", "--model", str(checkpoints / "base"), "--data", str(data), "--out", str(tmp_path / "out")]
+    assert main(common) == 0
+    assert "text decoder and twin agree" in capsys.readouterr().out
+    assert main([*common, "--with", f"gpt2={folders['gpt2']}", "--with", f"vl={checkpoints / 'tuned'}"]) == 0
+    table = pd.read_csv(tmp_path / "out" / "compare.csv")
+    assert list(table["model"].unique()) == [str(checkpoints / "base"), "gpt2", "vl"]
+    assert main([*common, "--tuned", str(checkpoints / "tuned")]) == 0
+    said = capsys.readouterr().out
+    assert "base into tuned" in said and (tmp_path / "out" / "tuned_into_base_mlp_out.csv").exists()
