@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import picture
@@ -9,7 +11,10 @@ from sklearn.metrics import roc_auc_score
 
 from analyses.baselines import SCORES, Evidence, all_scores, blank_image, with_images
 from analyses.contextual_lens import contextual_score, default_layers, ground, sweep_layers, word_spans, yes_no_score
+from analyses.grounding_experiment import METHODS, box_iou, figures, mean_interval, run_experiment
 from analyses.rectangles import best_rectangle, heaviest_rectangle, integral_image
+from hooked_qwen2vl.cli import main
+from hooked_qwen2vl.scenes import sample
 
 EXACT = 1e-12  # float64 cosines on both sides; measured 4e-16
 CLOSE = 1e-5  # float32 activations by two routes; measured 2e-7
@@ -409,3 +414,56 @@ def test_without_an_answer(model, batches):
     for name in ("probability", "contextual", "neg_flips"):
         with pytest.raises(ValueError, match="answer"):
             SCORES[name](model, batches["image"])
+
+
+# ---- the experiment on the embedded world -----------------------------------------------------------
+
+
+def test_figures_of_heat_maps_that_are_known():
+    mask = np.zeros((4, 6), dtype=bool)
+    mask[1:3, 2:5] = True
+    perfect = torch.from_numpy(mask.astype(float))
+    assert figures(perfect, mask) == {"pointing": 1.0, "ap": 1.0, "iou": 1.0}
+    wrong = figures(-perfect, mask)
+    assert wrong["pointing"] == 0.0 and wrong["ap"] < mask.mean() + 0.1 and wrong["iou"] == 0.0
+    flat = figures(torch.zeros(4, 6), mask)
+    assert flat["pointing"] == flat["ap"] == pytest.approx(6 / 24)
+    assert box_iou((1, 2, 3, 4), mask) == pytest.approx(4 / 6)
+    assert box_iou((0, 0, 4, 6), mask) == pytest.approx(6 / 24)
+
+
+def test_intervals():
+    values = np.random.default_rng(1).random(400) < 0.3
+    mean, low, high = mean_interval(values)
+    spread = 1.96 * values.std() / 20
+    assert mean == values.mean() and low == pytest.approx(mean - spread, abs=0.01) and high == pytest.approx(mean + spread, abs=0.01)
+    assert np.isnan(mean_interval([])[0])
+
+
+def test_the_experiment_runs(model, tmp_path):
+    """On a model that knows nothing; what is left out is counted."""
+    items = sample(12, seed=3, grid=(4, 6))
+    result = run_experiment(model, items, progress=False)
+    n = result.table["item"].nunique()
+    assert n + sum(result.skipped.values()) == len(items) and n > 2
+    assert len(result.table) == n * (len(METHODS) + 1)
+    table = result.to_dataframe(resamples=50)
+    assert (table.loc[table["category"] == "all", "items"] == n).all()
+    known = table.dropna(subset=["ap"])
+    assert ((known["ap_low"] <= known["ap"]) & (known["ap"] <= known["ap_high"])).all()
+    result.plot(tmp_path / "a.png", "iou")
+    with pytest.raises(ValueError, match="no item"):
+        run_experiment(model, [item for item in items if item.category == "environment"])
+
+
+def test_the_command(tmp_path, capsys):
+    assert main(["ground", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    table = pd.read_csv(tmp_path / "grounding.csv")
+    box = table[table["in_box"]]
+    corners = ", ".join(f"{v:.0f}" for v in (box["x0"].min(), box["y0"].min(), box["x1"].max(), box["y1"].max()))
+    assert f"best box ({corners})" in said and (tmp_path / "grounding.png").stat().st_size > 0
+    out = str(tmp_path / "none")
+    for wrong in (["--image", "x.png"], ["--question", "what?"], ["--answer", "red", "--text-layer", "99"]):
+        assert main(["ground", *wrong, "--out", out]) == 2 and "hooked-qwen2vl: " in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
