@@ -1,0 +1,689 @@
+"""Domain-specific neurons: which neurons serve one visual domain? (MMNeuron, Huo et al., EMNLP 2024)
+
+1. Run every example of every domain. A neuron fires at a token where its activation is above 0; count firings
+   M[l, i, k] and tokens N[k] of domain k, in constant memory.
+2. p = M / N;  q = p / Σ_k p (0/0 is 0);  DAPE = −Σ_k q ln q, in nats, from 0 (one domain) to ln K (all alike).
+3. τ = the ⌈95 %⌋-th smallest of all p; a neuron that no domain fires more often than τ has DAPE +∞.
+4. S = the 1 % of neurons of lowest DAPE; a neuron of S belongs to the domains k with p[l, i, k] > τ.
+5. Switch them off: activation 0 (or its mean) before the product with W_out, in the prompt and in decoding.
+
+The modules are treated apart. Sites: the decoder's gate (`mlp.hook_pre`; silu(x) > 0 iff x > 0), the tower's MLP and
+the projector, before their activation functions (which keep the sign of what they are given). Tokens are the prompt's
+positions in the decoder, 14-pixel patches in the tower, image tokens in the projector; padding never counts.
+(ours) Counts are kept apart for image tokens, the prompt's text and the answer's tokens, so that each can be analysed alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from analyses.data import Example, examples
+
+SITES = {"decoder": "blocks.{}.mlp", "vision": "vision_encoder.blocks.{}.mlp", "projector": "vision_projector"}
+SOURCES = ("image", "text", "generated")
+_CHUNK = 2**17  # numbers compared at a time
+Masks = Mapping[str, Bool[Tensor, "layer neuron"]]
+
+
+# ---- selection: numbers only ------------------------------------------------------------------------
+
+
+def domain_entropy(rates: Float[Tensor, "layer neuron domain"]) -> Float[Tensor, "layer neuron"]:
+    """DAPE in nats: how evenly a neuron's firing is spread over the domains; 0 for one that never fires.
+
+    Source: MMNeuron, equation 3; before the filter.
+    """
+    total = rates.sum(-1, keepdim=True)
+    share = torch.where(total > 0, rates / total, 0.0)
+    return torch.special.entr(share).sum(-1)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The domain-specific neurons of one module.
+
+    Attributes:
+        rates: [layer neuron domain] p, firings a token.
+        dape: [layer neuron] nats; +inf where the filter left the neuron out.
+        belongs: [layer neuron domain] which domains each selected neuron serves; False for all others.
+        threshold: τ.
+        wanted: how many were to be selected; fewer are, if the filter left fewer.
+    """
+
+    rates: Float[Tensor, "layer neuron domain"]
+    dape: Float[Tensor, "layer neuron"]
+    belongs: Bool[Tensor, "layer neuron domain"]
+    threshold: float
+    wanted: int
+
+    @property
+    def selected(self) -> Bool[Tensor, "layer neuron"]:
+        """S: a neuron that passes the filter serves one domain at least."""
+        return self.belongs.any(-1)
+
+
+def select_neurons(
+    rates: Float[Tensor, "layer neuron domain"], share: float = 0.01, quantile: float = 0.95
+) -> Selection:
+    """Steps 2 to 4 of the method on one module's firing rates; ties go to the lower layer and neuron.
+
+    Args:
+        share: of the module's neurons to select. quantile: of all rates, below which no rate counts.
+    Raises:
+        ValueError: share or quantile outside (0, 1), or fewer than two domains.
+    """
+    if not (0 < share < 1 and 0 < quantile < 1):
+        raise ValueError(f"share and quantile must be between 0 and 1, got {share} and {quantile}.")
+    if rates.shape[-1] < 2:
+        raise ValueError(f"expected at least two domains to compare, got {rates.shape[-1]}.")
+    flat = rates.double().flatten()
+    threshold = flat.kthvalue(max(1, round(quantile * len(flat)))).values
+    above = rates.double() > threshold
+    dape = domain_entropy(rates.double()).masked_fill(~above.any(-1), math.inf)
+    wanted = round(share * dape.numel())
+    lowest = dape.flatten().argsort(stable=True)[:wanted]
+    chosen = torch.zeros(dape.numel(), dtype=torch.bool)
+    chosen[lowest] = True
+    return Selection(rates, dape, above & chosen.view_as(dape)[..., None], float(threshold), wanted)
+
+
+@dataclass(frozen=True)
+class DomainNeurons:
+    """Which neurons serve which domains.
+
+    Attributes:
+        modules: the selection in each module.
+        domains: names, in the order of the domain axis.
+        sources: whose tokens were counted.
+        model_name: of the model.
+    """
+
+    modules: dict[str, Selection]
+    domains: tuple[str, ...]
+    sources: tuple[str, ...]
+    model_name: str
+
+    def masks(self, domain: str | None = None, modules: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """module -> [layer neuron], the neurons of a domain (None: of any), as `disable_neurons` takes them.
+
+        Raises:
+            ValueError: no such domain or module.
+        """
+        _known(domain, (None, *self.domains), "domain")
+        found = {}
+        for module in self.modules if modules is None else modules:
+            _known(module, self.modules, "module")
+            belongs = self.modules[module].belongs
+            found[module] = belongs.any(-1) if domain is None else belongs[..., self.domains.index(domain)]
+        return found
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a selected neuron: module, layer, neuron, DAPE (nats), its domains, its rate in each domain (0..1)."""
+        rows = []
+        for module, selection in self.modules.items():
+            for layer, neuron in selection.selected.nonzero().tolist():
+                serves = [d for d, yes in zip(self.domains, selection.belongs[layer, neuron].tolist()) if yes]
+                rates = dict(zip((f"rate_{d}" for d in self.domains), selection.rates[layer, neuron].tolist()))
+                dape = float(selection.dape[layer, neuron])
+                rows.append(
+                    {"module": module, "layer": layer, "neuron": neuron, "dape_nats": dape, "domains": " ".join(serves)}
+                    | rates
+                )
+        columns = ["module", "layer", "neuron", "dape_nats", "domains", *(f"rate_{d}" for d in self.domains)]
+        return pd.DataFrame(rows, columns=columns)
+
+    def by_layer(self) -> pd.DataFrame:
+        """One row a module, layer and domain: how many neurons serve it."""
+        return pd.DataFrame(
+            {"module": module, "layer": layer, "domain": domain, "neurons": count}
+            for module, selection in self.modules.items()
+            for layer, counts in enumerate(selection.belongs.sum(1).tolist())
+            for domain, count in zip(self.domains, counts)
+        )
+
+    def overlaps(self) -> pd.DataFrame:
+        """One row a module and pair of domains: how many neurons serve both (with itself: the domain's own)."""
+        rows = []
+        for module, selection in self.modules.items():
+            flat = selection.belongs.flatten(0, 1).long()
+            for domain, counts in zip(self.domains, (flat.T @ flat).tolist()):
+                rows += [
+                    {"module": module, "domain": domain, "other": other, "neurons": count}
+                    for other, count in zip(self.domains, counts)
+                ]
+        return pd.DataFrame(rows)
+
+    def plot(self, path: Any = None) -> Any:
+        """Neurons by layer and domain, a panel a module."""
+        from analyses.views.neurons import layers_plot
+
+        return layers_plot(self.by_layer(), self.model_name, path)
+
+
+# ---- counts -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Firings:
+    """Counts of firings: all that the selection needs, without the model.
+
+    Attributes:
+        fired: module -> [domain source layer neuron] tokens at which the neuron fired.
+        tokens: module -> [domain source] tokens seen.
+        domains: names, in the order of the domain axis; sources are `SOURCES`.
+        settings: model name, fingerprint of the weights, tokens generated an example.
+        parts: what was counted: for each process its shard (number, of how many), examples, and their digest.
+    """
+
+    fired: dict[str, Int[Tensor, "domain source layer neuron"]]
+    tokens: dict[str, Int[Tensor, "domain source"]]
+    domains: tuple[str, ...]
+    settings: dict[str, Any]
+    parts: tuple[dict[str, Any], ...] = ()
+
+    def rates(self, module: str, sources: Sequence[str] = SOURCES) -> Float[Tensor, "layer neuron domain"]:
+        """p = M / N in float64, over the tokens of the named sources together.
+
+        Raises:
+            ValueError: no such module or source, or a domain without any such token.
+        """
+        _known(module, self.fired, "module")
+        for source in sources:
+            _known(source, SOURCES, "source")
+        index = [SOURCES.index(source) for source in sources]
+        fired, tokens = self.fired[module][:, index].sum(1), self.tokens[module][:, index].sum(1)
+        empty = [domain for domain, n in zip(self.domains, tokens.tolist()) if not n]
+        if empty:
+            raise ValueError(f"{module}: no token of {'/'.join(sources)} was seen in {', '.join(empty)}.")
+        return (fired.double() / tokens.double()[:, None, None]).permute(1, 2, 0)
+
+    def select(
+        self, share: float = 0.01, quantile: float = 0.95, sources: Sequence[str] = SOURCES,
+        modules: Sequence[str] | None = None,
+    ) -> DomainNeurons:
+        """The domain-specific neurons of each module.
+
+        Args:
+            share, quantile: see `select_neurons`.
+            sources: whose tokens count; tower and projector know images only and are left out without "image".
+            modules: None for all that were counted.
+        Raises:
+            ValueError: see `rates` and `select_neurons`.
+        """  # fmt: skip
+        chosen = {}
+        for module in self.fired if modules is None else modules:
+            heard = sources if module == "decoder" else [source for source in sources if source == "image"]
+            if heard:
+                chosen[module] = select_neurons(self.rates(module, heard), share, quantile)
+        return DomainNeurons(chosen, self.domains, tuple(sources), self.settings["model"])
+
+    def save(self, path: str | Path) -> None:
+        """Counts as safetensors, settings in its header; written whole or not at all."""
+        path = Path(path)
+        tensors = {f"{kind}.{m}": t.contiguous() for kind in ("fired", "tokens") for m, t in getattr(self, kind).items()}
+        about = {"domains": self.domains, "settings": self.settings, "parts": self.parts, "sources": SOURCES}
+        partial_file = path.with_suffix(path.suffix + ".partial")
+        save_file(tensors, partial_file, {"firings": json.dumps(about)})
+        partial_file.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Firings:
+        """What `save` wrote.
+
+        Raises:
+            ValueError: another kind of file.
+        """
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {}).get("firings", "null"))
+            if about is None or tuple(about["sources"]) != SOURCES:
+                raise ValueError(f"{path} holds no counts of firings: expected a file that Firings.save wrote.")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        kinds = {
+            kind: {n.partition(".")[2]: t for n, t in tensors.items() if n.startswith(kind + ".")}
+            for kind in ("fired", "tokens")
+        }
+        return cls(**kinds, domains=tuple(about["domains"]), settings=about["settings"], parts=tuple(about["parts"]))
+
+    @classmethod
+    def merge(cls, several: Sequence[Firings]) -> Firings:
+        """The sum of counts made by several processes; domains in alphabetical order.
+
+        Raises:
+            ValueError: nothing to merge, counts of another model or with other settings, or one part twice.
+        """
+        if not several:
+            raise ValueError("there are no counts to merge.")
+        first = several[0]
+        for other in several[1:]:
+            if other.settings != first.settings or other.fired.keys() != first.fired.keys():
+                raise ValueError(f"these counts do not belong together: {first.settings} and {other.settings}.")
+        parts = tuple(part for one in several for part in one.parts)
+        digests = [part["digest"] for part in parts if part["examples"]]
+        if len(set(digests)) < len(digests):
+            raise ValueError("the same examples were counted twice: merge each shard once.")
+        domains = tuple(sorted({domain for one in several for domain in one.domains}))
+        totals: dict[str, dict[str, Tensor]] = {}
+        for kind in ("fired", "tokens"):
+            totals[kind] = {}
+            for module, like in getattr(first, kind).items():
+                total = torch.zeros(len(domains), *like.shape[1:], dtype=torch.long)
+                for one in several:
+                    total.index_add_(0, torch.tensor([domains.index(d) for d in one.domains]), getattr(one, kind)[module])
+                totals[kind][module] = total
+        return cls(**totals, domains=domains, settings=first.settings, parts=parts)
+
+
+class FiringCounter:
+    """Counts firings while a model runs: a fixed number of integers, however long the data.
+
+    Attributes:
+        domains: those seen so far, in order of appearance.
+    """
+
+    def __init__(self, model: Any, modules: Sequence[str] | None = None):
+        self.sites = hook_sites(model, "hook_pre", modules)
+        self.domains: list[str] = []
+        self._ends = model.cfg.special.eos if hasattr(model.cfg, "special") else ()
+        self._fired: dict[tuple[str, int], Int[Tensor, "group neuron"]] = {}
+        self._tokens = {module: torch.zeros(0, dtype=torch.long) for module, _ in self.sites.values()}
+
+    @torch.no_grad()
+    def add(self, model: Any, inputs: Any, domains: Sequence[str]) -> None:
+        """Runs the prompts and counts.
+
+        Args:
+            inputs: `Inputs`, or token ids [batch pos] without padding for a model that takes nothing else.
+            domains: of each row.
+        Raises:
+            ValueError: a domain for each row is wanted.
+        """
+        with self.counting(model, inputs, domains):
+            model(inputs, return_type=None)
+
+    @contextmanager
+    def counting(self, model: Any, inputs: Any, domains: Sequence[str], modules: Sequence[str] | None = None) -> Iterator[None]:
+        """Within this context, one forward of these prompts is counted (in these modules only, if named)."""
+        codes = self._codes(inputs, domains)
+        sites = {name: site for name, site in self.sites.items() if modules is None or site[0] in modules}
+        groups = {module: codes[module].unique(return_inverse=True) for module, _ in sites.values()}
+        for module, (present, group) in groups.items():
+            self._tokens[module] = _grown(self._tokens[module], self._n_groups)
+            self._tokens[module][present] += group.bincount(minlength=len(present))
+        hooks = [(name, partial(self._count, site=site, groups=groups[site[0]])) for name, site in sites.items()]
+        with model.hooks(fwd_hooks=hooks):
+            yield
+
+    def _codes(self, inputs: Any, domains: Sequence[str]) -> dict[str, Int[Tensor, "token"]]:
+        """module -> the group of each of its tokens: domain × source, or the first of all for those that do not count."""
+        if len(domains) != len(inputs) or not all(domains):
+            raise ValueError(f"expected a domain for each of {len(inputs)} rows, got {list(domains)}.")
+        self.domains += [domain for domain in dict.fromkeys(domains) if domain not in self.domains]
+        first = torch.tensor([1 + len(SOURCES) * self.domains.index(domain) for domain in domains])
+        sources = token_sources(inputs, self._ends)
+        codes = {"decoder": torch.where(sources < 0, 0, first[:, None] + sources).flatten()}
+        visuals = getattr(inputs, "visuals", ())
+        for module, size in (("vision", "n_patches"), ("projector", "n_tokens")):
+            sizes = torch.tensor([getattr(visual, size) for visual in visuals], dtype=torch.long)
+            rows = torch.tensor([visual.row for visual in visuals], dtype=torch.long)
+            codes[module] = first[rows].repeat_interleave(sizes)
+        return codes
+
+    def _count(self, pre: Float[Tensor, "batch pos neuron"], hook: Any, site: tuple[str, int], groups: Any) -> None:
+        present, group = (tensor.to(pre.device) for tensor in groups)
+        flat = pre.detach().flatten(0, -2)
+        if len(flat) != len(group):
+            raise ValueError(f"{hook.name} has {len(flat)} tokens, the prompts have {len(group)}: count one forward.")
+        # Floats, because a comparison into floats and their sum are fast, and exact below 2²⁴; a few tokens at a time,
+        # so that they stay in the processor's cache.
+        n_neurons = flat.shape[1]
+        step = len(flat) if flat.is_cuda else max(1, _CHUNK // n_neurons)
+        sums, buffer = (torch.zeros(n, n_neurons, device=flat.device) for n in (len(present), min(step, len(flat))))
+        for some, where in zip(flat.split(step), group.split(step)):
+            sums.index_add_(0, where, torch.gt(some, 0, out=buffer[: len(some)]))
+        total = self._fired.get(site)
+        total = torch.zeros(0, n_neurons, dtype=torch.long, device=flat.device) if total is None else total
+        self._fired[site] = total = _grown(total, self._n_groups)
+        total[present] += sums.long()
+
+    def result(self, settings: dict[str, Any], parts: Sequence[dict[str, Any]] = ()) -> Firings:
+        """The counts so far."""
+        by_domain = (len(self.domains), len(SOURCES))
+        fired = {
+            module: torch.stack([self._counted(self._fired[site]).cpu() for site in sites], 1).unflatten(0, by_domain)
+            for module in self._tokens
+            if (sites := sorted(site for site in self._fired if site[0] == module))
+        }  # without any image there is nothing to say of the tower
+        tokens = {module: self._counted(self._tokens[module]).unflatten(0, by_domain) for module in fired}
+        return Firings(fired, tokens, tuple(self.domains), settings, tuple(parts))
+
+    def resume(self, firings: Firings) -> None:
+        """Goes on from counts made before."""
+        self.domains = list(firings.domains)
+        for module, counts in firings.fired.items():
+            padded = torch.nn.functional.pad(counts.flatten(0, 1), (0, 0, 0, 0, 1, 0))
+            self._fired |= {(module, layer): one.clone() for layer, one in enumerate(padded.unbind(1))}
+            self._tokens[module] = torch.nn.functional.pad(firings.tokens[module].flatten(), (1, 0))
+
+    @property
+    def _n_groups(self) -> int:
+        """Domains × sources, and before them one for the tokens that do not count."""
+        return 1 + len(SOURCES) * len(self.domains)
+
+    def _counted(self, counts: Int[Tensor, "group *rest"]) -> Int[Tensor, "group *rest"]:
+        return _grown(counts, self._n_groups)[1:]
+
+
+def count_firings(
+    model: Any,
+    data: str | Path | Iterable[Example] = "scenes:train",
+    limit: int | None = None,
+    modules: Sequence[str] | None = None,
+    batch_size: int = 8,
+    generate: int = 0,
+    shard: tuple[int, int] = (0, 1),
+    path: str | Path | None = None,
+    save_every: int = 50,
+    progress: bool = True,
+) -> Firings:
+    """Streams a data set through the model and counts firings by domain.
+
+    Args:
+        data: see `analyses.data.examples`, or examples themselves.
+        limit: examples in all (before sharding).
+        modules: of "decoder", "vision", "projector"; None for all that the model has.
+        generate: tokens the model answers greedily, at most; the prompt with its answer is then counted in one
+            forward, the answer (without its end token) under "generated". 0 counts the prompt only.
+        shard: (number, of how many): this process counts every n-th example; `Firings.merge` adds them up.
+        path: where counts are kept, every `save_every` batches; the same call again goes on from there.
+    Raises:
+        ValueError: an example without a domain, a shard that is not there, or a file of other counts.
+    """
+    number, n_shards = shard
+    if not 0 <= number < n_shards:
+        raise ValueError(f"shard must be (number, of how many) with 0 ≤ number < how many, got {shard}.")
+    stream = examples(data, limit, "train") if isinstance(data, (str, Path)) else islice(data, limit)
+    stream = islice(stream, number, None, n_shards)
+    settings = {"model": str(model.cfg.model_name), "weights": fingerprint(model), "generate": generate}
+    counter, record = FiringCounter(model, modules), _Record(path, settings, shard)
+    stream = record.resume(counter, stream)
+    bar = tqdm(initial=record.n_examples, desc="counting", unit="example", disable=not progress, delay=2)
+    for n_batches, batch in enumerate(in_batches(stream, batch_size), 1):
+        nameless = [example.id for example in batch if not example.domain]
+        if nameless:
+            raise ValueError(f"example {nameless[0]} has no domain: name one in its line, or put it in a folder of that name.")
+        _count_batch(model, counter, batch, generate)
+        record.note(batch)
+        bar.update(len(batch))
+        if path is not None and n_batches % save_every == 0:
+            record.save(counter)
+    bar.close()
+    if not record.n_examples:
+        raise ValueError("there is no example to count.")
+    if path is not None:
+        record.save(counter)
+    return counter.result(settings, [record.part()])
+
+
+def find_domain_neurons(
+    model: Any,
+    data: str | Path | Iterable[Example] = "scenes:train",
+    limit: int | None = None,
+    share: float = 0.01,
+    quantile: float = 0.95,
+    sources: Sequence[str] = SOURCES,
+    **counting: Any,
+) -> DomainNeurons:
+    """Counts, then selects: the neurons that serve one domain, or a few.
+
+    Args:
+        data, limit, counting: see `count_firings`.
+        share, quantile, sources: see `Firings.select`.
+    """
+    return count_firings(model, data, limit, **counting).select(share, quantile, sources)
+
+
+def _count_batch(model: Any, counter: FiringCounter, batch: Sequence[Example], generate: int) -> None:
+    """The tower runs once: in the one forward, or, with an answer to generate, before it."""
+    inputs = model.to_inputs([e.question for e in batch], images=[list(e.images) for e in batch])
+    domains = [example.domain for example in batch]
+    if not generate:
+        counter.add(model, inputs, domains)
+        return
+    with torch.no_grad(), counter.counting(model, inputs, domains, ("vision", "projector")):
+        inputs = model.encode(inputs)
+    inputs = model.generate(inputs, max_new_tokens=generate, do_sample=False, return_type="inputs", verbose=False)
+    with torch.no_grad(), counter.counting(model, inputs, domains, ("decoder",)):
+        model(inputs, return_type=None)
+
+
+class _Record:
+    """Which examples are counted, and the file that says so."""
+
+    def __init__(self, path: str | Path | None, settings: dict[str, Any], shard: tuple[int, int]):
+        self.path, self.settings, self.shard = None if path is None else Path(path), settings, shard
+        self.n_examples, self.digest = 0, hashlib.sha256()
+
+    def note(self, batch: Iterable[Example]) -> None:
+        for example in batch:
+            self.n_examples += 1
+            self.digest.update(json.dumps([example.id, example.question, example.domain]).encode())
+
+    def part(self) -> dict[str, Any]:
+        return {"shard": list(self.shard), "examples": self.n_examples, "digest": self.digest.hexdigest()}
+
+    def save(self, counter: FiringCounter) -> None:
+        counter.result(self.settings, [self.part()]).save(self.path)
+
+    def resume(self, counter: FiringCounter, stream: Iterator[Example]) -> Iterator[Example]:
+        """Takes up the file's counts and passes over the examples they hold.
+
+        Raises:
+            ValueError: the file holds other counts.
+        """
+        if self.path is None or not self.path.exists():
+            return stream
+        stored = Firings.load(self.path)
+        (part,) = stored.parts if len(stored.parts) == 1 else ({"examples": 0, "digest": None},)
+        self.note(islice(stream, part["examples"]))
+        modules = {module for module, _ in counter.sites.values()}
+        if self.part() != part or stored.settings != self.settings or not set(stored.fired) <= modules:
+            raise ValueError(f"{self.path} holds counts of another model, data set or settings: choose another file or delete it.")
+        counter.resume(stored)
+        return stream
+
+
+# ---- switching off ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def disable_neurons(
+    model: Any, neurons: Masks | Iterable[tuple[str, int, int]], values: Mapping[str, Float[Tensor, "layer neuron"]] | None = None
+) -> Iterator[None]:
+    """Within this context the neurons write nothing: in plain runs, with a cache, and in generation.
+
+    The activation before W_out (`hook_post`; in the decoder the product of gate and up) is set to 0, which is the same as
+    zeroing the neuron's row of W_out.
+
+    Args:
+        neurons: module -> [layer neuron] masks (`DomainNeurons.masks`), or (module, layer, neuron) triples.
+        values: module -> [layer neuron], what to put there instead of 0 (`mean_activations`).
+    Raises:
+        ValueError: no such module, or masks of another shape than the model's neurons.
+    """
+    chosen = _by_site(model, neurons)
+    hooks = []
+    for (module, layer), mask in chosen.items():
+        value = 0.0 if values is None else values[module][layer]
+        hooks.append((f"{SITES[module].format(layer)}.hook_post", partial(_replace, mask=mask, value=value)))
+    with model.hooks(fwd_hooks=hooks):
+        yield
+
+
+def mean_activations(
+    model: Any, data: str | Path | Iterable[Example] = "scenes:train", limit: int | None = None,
+    modules: Sequence[str] | None = None, batch_size: int = 8,
+) -> dict[str, Float[Tensor, "layer neuron"]]:
+    """module -> the mean of each neuron's activation before W_out over all tokens of the prompts; float32.
+
+    Args:
+        data, limit, modules, batch_size: see `count_firings`.
+    """  # fmt: skip
+    sites = hook_sites(model, "hook_post", modules)
+    sums: dict[tuple[str, int], Tensor] = {}
+    n_tokens = dict.fromkeys((module for module, _ in sites.values()), 0)
+    stream = examples(data, limit, "train") if isinstance(data, (str, Path)) else islice(data, limit)
+    for batch in in_batches(stream, batch_size):
+        inputs = model.to_inputs([e.question for e in batch], images=[list(e.images) for e in batch])
+        real = inputs.attention_mask.flatten().bool()
+
+        def add(post: Tensor, hook: Any) -> None:
+            module, layer = site = sites[hook.name]
+            flat = post.flatten(0, -2)[real.to(post.device) if module == "decoder" else slice(None)]
+            sums[site] = sums.get(site, 0) + flat.double().sum(0)
+            n_tokens[module] += len(flat) if layer == 0 else 0
+
+        with torch.no_grad():
+            model.run_with_hooks(inputs, return_type=None, fwd_hooks=[(name, add) for name in sites])
+    if not sums:
+        raise ValueError("there is no example to average over.")
+    return {
+        module: torch.stack([s for (m, _), s in sorted(sums.items(), key=lambda x: x[0][1]) if m == module]).float() / n
+        for module, n in n_tokens.items()
+        if n
+    }
+
+
+def _replace(post: Float[Tensor, "batch pos neuron"], hook: Any, mask: Bool[Tensor, "neuron"], value: Any) -> Tensor:
+    if post.shape[-1] != len(mask):
+        raise ValueError(f"{hook.name} has {post.shape[-1]} neurons, the mask {len(mask)}: it is another model's.")
+    return torch.where(mask.to(post.device), torch.as_tensor(value, dtype=post.dtype, device=post.device), post)
+
+
+def _by_site(model: Any, neurons: Any) -> dict[tuple[str, int], Bool[Tensor, "neuron"]]:
+    """(module, layer) -> mask, where there is anything to switch off."""
+    depth: dict[str, int] = {}
+    for module, layer in hook_sites(model, "hook_post").values():
+        depth[module] = max(layer + 1, depth.get(module, 0))
+    if not isinstance(neurons, Mapping):
+        neurons = masks_of(model, neurons)
+    for module, mask in neurons.items():
+        _known(module, depth, "module")
+        if mask.ndim != 2 or len(mask) != depth[module] or mask.dtype != torch.bool:
+            raise ValueError(
+                f"{module}: expected a boolean mask [layer neuron] of {depth[module]} layers, got {tuple(mask.shape)} of {mask.dtype}."
+            )
+    return {(module, layer): row for module, mask in neurons.items() for layer, row in enumerate(mask) if row.any()}
+
+
+def masks_of(model: Any, neurons: Iterable[tuple[str, int, int]]) -> dict[str, Bool[Tensor, "layer neuron"]]:
+    """(module, layer, neuron) triples as masks.
+
+    Raises:
+        ValueError: no such neuron.
+    """
+    masks: dict[str, Tensor] = {}
+    for module, layer, neuron in neurons:
+        _known(module, SITES, "module")
+        if module not in masks:
+            masks[module] = torch.zeros(module_shape(model, module), dtype=torch.bool)
+        n_layers, n_neurons = masks[module].shape
+        if not (0 <= layer < n_layers and 0 <= neuron < n_neurons):
+            raise ValueError(f"{module} has {n_layers} layers of {n_neurons} neurons, there is no {(layer, neuron)}.")
+        masks[module][layer, neuron] = True
+    return masks
+
+
+def module_shape(model: Any, module: str) -> tuple[int, int]:
+    """(layers, neurons a layer) of a module."""
+    names = list(hook_sites(model, "hook_post", [module]))
+    return len(names), write_weights(model, module, 0).shape[0]
+
+
+def write_weights(model: Any, module: str, layer: int) -> Float[Tensor, "neuron d"]:
+    """W_out of a module's layer: row j is what neuron j writes, times its activation."""
+    _known(module, SITES, "module")
+    return model.get_submodule(SITES[module].format(layer)).W_out
+
+
+# ---- tokens and sites -------------------------------------------------------------------------------
+
+
+def hook_sites(model: Any, point: str, modules: Sequence[str] | None = None) -> dict[str, tuple[str, int]]:
+    """hook name -> (module, layer), of the modules that this model has.
+
+    Raises:
+        ValueError: a module asked for is not there.
+    """
+    found: dict[str, tuple[str, int]] = {}
+    for module, site in SITES.items():
+        layer = 0
+        while (name := f"{site.format(layer)}.{point}") in model.hook_dict and name not in found:
+            found[name] = (module, layer)
+            layer += 1
+    for module in modules or ():
+        _known(module, {m for m, _ in found.values()}, "module")
+    return {name: site for name, site in found.items() if modules is None or site[0] in modules}
+
+
+def token_sources(inputs: Any, ends: Sequence[int] = ()) -> Int[Tensor, "batch pos"]:
+    """Index into `SOURCES` of each position; −1 for padding and for an answer's end token, which decoding never runs.
+
+    Args:
+        ends: ids of the end tokens.
+    """
+    types = getattr(inputs, "token_types", None)
+    if types is None:  # bare token ids
+        return torch.full(inputs.shape, SOURCES.index("text"))
+    sources = torch.where(types.cpu() > 0, SOURCES.index("image"), SOURCES.index("text"))
+    if any("answer" in row for row in inputs.names):
+        answer = torch.tensor([[name == "answer" for name in row] for row in inputs.names])
+        sources[answer] = SOURCES.index("generated")
+        sources[answer & torch.isin(inputs.tokens.cpu(), torch.tensor(list(ends), dtype=torch.long))] = -1
+    sources[~inputs.attention_mask.bool().cpu()] = -1
+    return sources
+
+
+def in_batches(stream: Iterable[Any], size: int) -> Iterator[tuple[Any, ...]]:
+    """The stream's elements, `size` at a time."""
+    stream = iter(stream)
+    while batch := tuple(islice(stream, size)):
+        yield batch
+
+
+def fingerprint(model: Any) -> str:
+    """A digest of some numbers of every weight: tells checkpoints apart that share a name."""
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        digest.update(f"{name} {tuple(weight.shape)}".encode())
+        if not weight.is_meta:
+            flat = weight.detach().flatten()
+            digest.update(flat[:: max(1, len(flat) // 64)].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _grown(counts: Int[Tensor, "group *rest"], n_groups: int) -> Int[Tensor, "group *rest"]:
+    """With rows of zeros for groups that have come since."""
+    missing = n_groups - len(counts)
+    return torch.cat((counts, counts.new_zeros(missing, *counts.shape[1:]))) if missing > 0 else counts
+
+
+def _known(name: Any, names: Iterable[Any], what: str) -> None:
+    if name not in names:
+        raise ValueError(f"there is no {what} {name!r}; there are {', '.join(map(str, names))}.")

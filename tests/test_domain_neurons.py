@@ -1,0 +1,400 @@
+"""Domain neurons: the formula by brute force, counts by hand, planted neurons, and what switching off does."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import picture
+from PIL import Image
+from tiny import tiny_hf, tiny_processor
+
+from analyses.data import Example
+from analyses.domain_neurons import (
+    SOURCES,
+    FiringCounter,
+    Firings,
+    count_firings,
+    disable_neurons,
+    domain_entropy,
+    find_domain_neurons,
+    masks_of,
+    mean_activations,
+    select_neurons,
+)
+from hooked_qwen2vl import HookedQwen2VL
+
+MODULES = ("decoder", "vision", "projector")
+FLOAT_TOL = 1e-12  # float64 sums in another order
+
+
+def a_dataset(n: int = 6) -> list[Example]:
+    sizes = [(84, 56), (56, 56), (60, 115)]
+    return [
+        Example(f"e{i}", "what is this?" if i % 2 else "red?", "", (picture(*sizes[i % 3], seed=i),), "ab"[i % 2])
+        for i in range(n)
+    ]
+
+
+# ---- the formula ------------------------------------------------------------------------------------
+
+
+def by_hand(rates, share, quantile):
+    """The method's five lines, with loops and lists."""
+    n_layers, n_neurons, n_domains = rates.shape
+    values = rates.tolist()
+    every = sorted(p for layer in values for neuron in layer for p in neuron)
+    threshold = every[round(quantile * len(every)) - 1]
+    scored = []
+    for layer in range(n_layers):
+        for neuron in range(n_neurons):
+            p = values[layer][neuron]
+            q = [x / sum(p) if sum(p) else 0.0 for x in p]
+            dape = -sum(x * math.log(x) for x in q if x > 0)
+            if not any(x > threshold for x in p):
+                dape = math.inf
+            scored.append((dape, layer, neuron))
+    chosen = [s for s in sorted(scored)[: round(share * (n_layers * n_neurons))] if s[0] < math.inf]
+    belongs = {(layer, neuron): [p > threshold for p in values[layer][neuron]] for _, layer, neuron in chosen}
+    return scored, belongs, threshold
+
+
+@pytest.mark.parametrize("quantile", [0.95, 0.6])
+def test_the_formula_by_brute_force(quantile):
+    rates = torch.randint(0, 1000, (3, 70, 4)).double().clamp(max=980) / 999  # ties at the top, some zeros
+    rates[1, 5:9] = 0
+    ours = select_neurons(rates, 0.05, quantile)
+    scored, belongs, threshold = by_hand(rates, 0.05, quantile)
+    assert ours.threshold == threshold
+    theirs = torch.tensor([dape for dape, _, _ in scored], dtype=torch.float64).view(3, 70)
+    assert torch.allclose(ours.dape, theirs, rtol=0, atol=FLOAT_TOL) and ours.dape.isinf().any()
+    assert {tuple(s) for s in ours.selected.nonzero().tolist()} == set(belongs)
+    assert all(ours.belongs[layer, neuron].tolist() == yes for (layer, neuron), yes in belongs.items())
+
+
+def test_dape_identities():
+    rates = torch.rand(2, 50, 5, dtype=torch.float64)
+    rates[0, 0] = torch.tensor([0, 0, 0.7, 0, 0])
+    rates[0, 1] = 0.3
+    rates[0, 2] = 0
+    dape = domain_entropy(rates)
+    assert dape[0, 0] == 0 and dape[0, 2] == 0
+    assert abs(dape[0, 1] - math.log(5)) < FLOAT_TOL
+    assert dape.min() >= 0 and dape.max() <= math.log(5) + FLOAT_TOL
+    ours = select_neurons(rates, 0.1)
+    assert ours.selected.sum() == ours.wanted == round(0.1 * 100)
+    assert not ours.selected[0, 2]  # never fires: entropy 0, but the filter leaves it out
+    order = torch.tensor([3, 1, 4, 0, 2])
+    permuted = select_neurons(rates[..., order], 0.1)
+    assert torch.equal(permuted.belongs, ours.belongs[..., order])
+    assert torch.allclose(permuted.dape, ours.dape, rtol=0, atol=FLOAT_TOL)
+
+
+def test_scaling_the_counts_changes_nothing():
+    fired, tokens = torch.randint(0, 50, (3, 3, 2, 60)), torch.full((3, 3), 50)
+    one, other = (
+        Firings({"decoder": n * fired}, {"decoder": n * tokens}, ("a", "b", "c"), {"model": "m"}).select() for n in (1, 7)
+    )
+    assert torch.equal(one.modules["decoder"].belongs, other.modules["decoder"].belongs)
+
+
+def test_few_pass_the_filter():
+    """Where most rates tie at the top nothing lies above the threshold: fewer neurons, and it is said how many."""
+    ours = select_neurons(torch.ones(2, 50, 3), 0.1)
+    assert ours.selected.sum() == 0 and ours.wanted == 10 and ours.dape.isinf().all()
+
+
+# ---- counts -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["batch", "two images", "image and video"])
+def test_counts_by_hand(model, batches, kind):
+    inputs = batches[kind]
+    domains = [f"d{row % 2}" for row in range(len(inputs))]
+    counter = FiringCounter(model)
+    counter.add(model, inputs, domains)
+    ours = counter.result({"model": "m"})
+    _, cache = model.run_with_cache(inputs, vision=True)
+    for module in MODULES:
+        fired, tokens = torch.zeros_like(ours.fired[module]), torch.zeros_like(ours.tokens[module])
+        for layer in range(fired.shape[2]):
+            for domain, source, active in hand_counted(model, inputs, cache, module, layer, domains):
+                fired[ours.domains.index(domain), SOURCES.index(source), layer] += active.long()
+                tokens[ours.domains.index(domain), SOURCES.index(source)] += layer == 0
+        assert torch.equal(ours.fired[module], fired) and torch.equal(ours.tokens[module], tokens)
+        assert fired.any()
+
+
+def hand_counted(model, inputs, cache, module, layer, domains):
+    """(domain, source, which neurons fire) of every token, one at a time."""
+    if module == "decoder":
+        pre = cache[f"blocks.{layer}.mlp.hook_pre"]
+        for row, names in enumerate(inputs.names):
+            for position, name in enumerate(names):
+                if name != "padding":
+                    source = "image" if name.startswith(("image[", "video[")) else "generated" if name == "answer" else "text"
+                    yield domains[row], source, pre[row, position] > 0
+        return
+    name = f"vision_encoder.blocks.{layer}.mlp.hook_pre" if module == "vision" else "vision_projector.hook_pre"
+    rows = iter(cache.vision[name][0])
+    for visual in inputs.visuals:
+        for _ in range(visual.n_patches if module == "vision" else visual.n_tokens):
+            yield domains[visual.row], "image", next(rows) > 0
+
+
+def test_counting_changes_nothing_and_leaves_no_hook(model, batches):
+    inputs = batches["batch"]
+    with torch.no_grad():
+        before = model(inputs)
+        counter = FiringCounter(model)
+        with counter.counting(model, inputs, ["a"] * 4):
+            during = model(inputs)
+        assert torch.equal(before, during) and torch.equal(before, model(inputs))
+    assert not any(hook._forward_hooks for hook in model.hook_dict.values())
+
+
+def test_generated_tokens(model):
+    """What decoding with a cache ran, row by row: the counts' answer tokens, without the end token."""
+    data = a_dataset(4)
+    ours = count_firings(model, data, batch_size=4, generate=5, progress=False)
+    names = [f"blocks.{layer}.mlp.hook_pre" for layer in range(model.cfg.n_layers)]
+    tokens, n_fired = 0, torch.zeros(model.cfg.n_layers, 72)
+    for example in data:
+        inputs = model.to_inputs(example.question, images=list(example.images))
+        done, cache = model.generate(
+            inputs, max_new_tokens=5, do_sample=False, return_type="inputs", return_cache=True, names_filter=names,
+            verbose=False,
+        )  # fmt: skip
+        answer = done.positions("answer")
+        answer = answer[~torch.isin(done.tokens[0, answer], torch.tensor(model.cfg.special.eos))]
+        tokens += len(answer)
+        n_fired += torch.stack([(cache[name][0, answer] > 0).sum(0) for name in names])
+    source = SOURCES.index("generated")
+    assert ours.tokens["decoder"][:, source].sum() == tokens
+    # steps with a cache and one forward differ by float rounding: at most a few activations may cross 0
+    assert (ours.fired["decoder"][:, source].sum(0) - n_fired).abs().sum() <= 2
+    prompts = count_firings(model, data, batch_size=4, progress=False)
+    assert torch.equal(prompts.tokens["decoder"][:, :source], ours.tokens["decoder"][:, :source])
+    assert torch.equal(prompts.fired["vision"], ours.fired["vision"])
+    assert (prompts.fired["decoder"][:, :source] - ours.fired["decoder"][:, :source]).abs().sum() <= 20
+
+
+def test_save_load_and_reanalyse(model, tmp_path):
+    ours = count_firings(model, a_dataset(), batch_size=2, path=tmp_path / "counts.safetensors", progress=False)
+    loaded = Firings.load(tmp_path / "counts.safetensors")
+    assert same(ours, loaded) and loaded.settings == ours.settings and loaded.parts == ours.parts
+    assert loaded.select().to_dataframe().equals(find_domain_neurons(model, a_dataset(), batch_size=2, progress=False).to_dataframe())
+
+
+def same(one: Firings, other: Firings) -> bool:
+    order = [other.domains.index(domain) for domain in one.domains]
+    return sorted(one.domains) == sorted(other.domains) and all(
+        torch.equal(getattr(one, kind)[m], getattr(other, kind)[m][order]) for kind in ("fired", "tokens") for m in one.fired
+    )
+
+
+def test_several_processes(model):
+    whole = count_firings(model, a_dataset(7), batch_size=1, progress=False)
+    shards = [count_firings(model, a_dataset(7), batch_size=1, shard=(i, 3), progress=False) for i in range(3)]
+    assert same(Firings.merge(shards), whole) and sum(part["examples"] for part in Firings.merge(shards).parts) == 7
+    with pytest.raises(ValueError, match="twice"):
+        Firings.merge([shards[0], shards[1], shards[0]])
+    other = Firings(shards[0].fired, shards[0].tokens, shards[0].domains, {"model": "another"})
+    with pytest.raises(ValueError, match="do not belong together"):
+        Firings.merge([shards[1], other])
+
+
+def test_an_interrupted_count_goes_on(model, tmp_path):
+    path, data = tmp_path / "counts.safetensors", a_dataset(6)
+
+    def breaking():
+        yield from data[:5]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        count_firings(model, breaking(), batch_size=2, path=path, save_every=1, progress=False)
+    assert Firings.load(path).parts[0]["examples"] == 4
+    resumed = count_firings(model, data, batch_size=2, path=path, progress=False)
+    assert same(resumed, count_firings(model, data, batch_size=2, progress=False)) and resumed.parts[0]["examples"] == 6
+    for other in ({"data": data[::-1]}, {"data": data, "generate": 2}, {"data": data, "modules": ["vision"]}):
+        with pytest.raises(ValueError, match="other|another"):
+            count_firings(model, **other, path=path, progress=False)
+
+
+def test_rates_are_refused_where_nothing_was_seen(model):
+    counts = count_firings(model, a_dataset(2), progress=False)
+    with pytest.raises(ValueError, match="no token of generated"):
+        counts.rates("decoder", ["generated"])
+    with pytest.raises(ValueError, match="no module 'brain'"):
+        counts.rates("brain")
+    with pytest.raises(ValueError, match="no domain"):
+        count_firings(model, [Example("x", "what?", "")], progress=False)
+
+
+# ---- planted neurons --------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def planted_decoder() -> tuple[HookedQwen2VL, dict]:
+    """Coordinate k of the stream is positive exactly on domain k's tokens; planted gates read it, nothing else does."""
+    hf, kept = tiny_hf(), [0, 1, 2]
+    text = hf.model.language_model
+    text.embed_tokens.weight[:, kept] = -0.4
+    for k in kept:
+        text.embed_tokens.weight[30 * (k + 1) : 30 * (k + 2), k] = 0.4
+    planted = {(0, 5): 0, (0, 70): 1, (1, 1): 1, (1, 2): 2, (2, 0): 0, (2, 71): 2}
+    for layer, block in enumerate(text.layers):
+        block.self_attn.o_proj.weight[kept] = 0
+        block.mlp.down_proj.weight[kept] = 0
+        block.post_attention_layernorm.weight[kept] = 1
+        block.mlp.gate_proj.weight[:, kept] = 0
+        for (there, neuron), domain in planted.items():
+            if there == layer:
+                block.mlp.gate_proj.weight[neuron] = 0
+                block.mlp.gate_proj.weight[neuron, domain] = 1
+    return HookedQwen2VL.from_hf(hf, tiny_processor()), planted
+
+
+def test_planted_in_the_decoder():
+    model, planted = planted_decoder()
+    counter = FiringCounter(model)
+    for domain in (2, 0, 1, 1, 0, 2):
+        tokens = torch.randint(30 * (domain + 1), 30 * (domain + 2), (4, 60))
+        counter.add(model, tokens, [f"domain {domain}"] * 4)
+    counts = counter.result({"model": "m"})
+    assert set(counts.fired) == {"decoder"}  # no image was seen
+    found = counts.select(share=len(planted) / (3 * 72)).modules["decoder"]
+    ours = {
+        (layer, neuron): [int(d[-1]) for d, yes in zip(counts.domains, found.belongs[layer, neuron].tolist()) if yes]
+        for layer, neuron in found.selected.nonzero().tolist()
+    }
+    assert ours == {place: [domain] for place, domain in planted.items()}
+    assert all(found.dape[place] == 0 for place in planted)
+
+
+@torch.no_grad()
+def planted_tower() -> HookedQwen2VL:
+    """Coordinate 0 of the tower is red minus blue; one neuron of each kind in vision layer 1 and in the projector reads it."""
+    hf = tiny_hf()
+    tower = hf.model.visual
+    weight = tower.patch_embed.proj.weight  # [d_vision, channel, frame, row, col]
+    weight.normal_(0, weight[0].numel() ** -0.5)
+    weight -= weight.mean((2, 3, 4), keepdim=True)  # blind to a patch's mean colour
+    weight[0] = 0
+    weight[0, 0], weight[0, 2] = 1 / weight[0, 0].numel(), -1 / weight[0, 0].numel()
+    for block in tower.blocks:
+        block.attn.qkv.weight[:, 0] = 0
+        block.attn.proj.weight[0], block.attn.proj.bias[0] = 0, 0
+        block.mlp.fc2.weight[0], block.mlp.fc2.bias[0] = 0, 0
+        block.norm2.weight[0], block.norm2.bias[0] = 1, 0
+        block.mlp.fc1.weight[:, 0] = 0
+    for block in tower.blocks:  # else much of the stream is the same for every picture, and neurons fire always or never
+        block.attn.proj.weight.mul_(0.3), block.mlp.fc2.weight.mul_(0.3), block.mlp.fc2.bias.zero_(), block.attn.proj.bias.zero_()
+    tower.merger.ln_q.weight[0] = 1
+    tower.merger.ln_q.bias.zero_(), tower.merger.mlp[0].bias.zero_()
+    reads = torch.arange(0, 4 * 48, 48)
+    tower.merger.mlp[0].weight[:, reads] = 0
+    for layer, columns in ((tower.blocks[1].mlp.fc1, [0]), (tower.merger.mlp[0], reads)):
+        for neuron, sign in ((11, 1.0), (60, -1.0)):
+            layer.weight[neuron], layer.bias[neuron] = 0, 0
+            layer.weight[neuron, columns] = sign
+    return HookedQwen2VL.from_hf(hf, tiny_processor())
+
+
+def tinted(seed: int, red: bool) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 130, (56, 84, 3), dtype=np.uint8)
+    pixels[..., 0 if red else 2] += 125
+    return Image.fromarray(pixels)
+
+
+def test_planted_in_tower_and_projector():
+    model = planted_tower()
+    data = [Example(f"{i}", "what?", "", (tinted(i, i % 2 == 0),), ("red", "blue")[i % 2]) for i in range(16)]
+    found = find_domain_neurons(model, data, modules=["vision", "projector"], progress=False)
+    for module, layer in (("vision", 1), ("projector", 0)):
+        assert found.modules[module].wanted == 2
+        for domain, neuron in (("red", 11), ("blue", 60)):
+            assert found.masks(domain)[module].nonzero().tolist() == [[layer, neuron]]
+        assert found.modules[module].dape[layer, [11, 60]].tolist() == [0, 0]
+
+
+# ---- switching off ----------------------------------------------------------------------------------
+
+SOME = [("decoder", 0, 3), ("decoder", 2, 71), ("vision", 1, 7), ("projector", 0, 100)]
+
+
+@pytest.fixture(scope="module")
+def prompt(model):
+    return model.to_inputs("is it red?", images=[picture(84, 56, 1)])
+
+
+@torch.no_grad()
+def test_an_empty_mask_is_bit_identical(model, prompt):
+    empty = {m: torch.zeros_like(mask) for m, mask in masks_of(model, SOME).items()}
+    before = model(prompt)
+    with disable_neurons(model, empty), disable_neurons(model, []):
+        assert torch.equal(model(prompt), before)
+    with disable_neurons(model, SOME):
+        assert not torch.allclose(model(prompt), before, atol=1e-4)
+    assert torch.equal(model(prompt), before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("neuron", SOME)
+def test_disabling_is_zeroing_the_row_of_W_out(prompt, neuron):
+    model = HookedQwen2VL.from_hf(tiny_hf(), tiny_processor())
+    module, layer, j = neuron
+    before = model(prompt)
+    with disable_neurons(model, [neuron]):
+        ours = model(prompt)
+    at = {"decoder": model.blocks, "vision": model.vision_encoder.blocks}.get(module)
+    (model.vision_projector if at is None else at[layer].mlp).W_out[j] = 0
+    assert torch.allclose(ours, model(prompt), rtol=0, atol=1e-6)
+    assert not torch.allclose(ours, before, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_in_cached_generation(model, prompt):
+    """The switched-off model's continuation, with and without a cache, on every step; and it is another one."""
+    many = {"decoder": torch.rand(model.cfg.n_layers, 72) < 0.5}
+    settings = {"max_new_tokens": 6, "do_sample": False, "stop_at_eos": False, "return_type": "tokens", "verbose": False}
+    untouched = model.generate(prompt, **settings)
+    with disable_neurons(model, many):
+        cached, plain = (model.generate(prompt, use_past_kv_cache=c, **settings) for c in (True, False))
+        _, cache = model.generate(
+            prompt, **settings, return_cache=True, names_filter=[f"blocks.{layer}.mlp.hook_post" for layer in range(3)]
+        )
+    assert torch.equal(cached, plain) and not torch.equal(cached, untouched)
+    for layer in range(3):
+        post = cache[f"blocks.{layer}.mlp.hook_post"]
+        assert post.shape[1] == cached.shape[1] and (post[..., many["decoder"][layer]] == 0).all()
+
+
+@torch.no_grad()
+def test_mean_ablation(model):
+    data = a_dataset(4)
+    means = mean_activations(model, data, batch_size=3)
+    posts: dict = {}
+    for example in data:
+        inputs = model.to_inputs(example.question, images=list(example.images))
+        _, cache = model.run_with_cache(inputs, vision=True)
+        names = {"decoder": "blocks.2.mlp.hook_post", "vision": "vision_encoder.blocks.1.mlp.hook_post",
+                 "projector": "vision_projector.hook_post"}  # fmt: skip
+        for module, name in names.items():
+            posts.setdefault(module, []).append(cache[name][0])
+    for module, several in posts.items():
+        assert torch.allclose(means[module][-1], torch.cat(several).mean(0), atol=1e-5)
+    with disable_neurons(model, SOME, values=means):
+        _, cache = model.run_with_cache(inputs, vision=True)
+    for module, layer, j in SOME:
+        name = {"decoder": f"blocks.{layer}.mlp", "vision": f"vision_encoder.blocks.{layer}.mlp"}.get(module, "vision_projector")
+        assert (cache[f"{name}.hook_post"][..., j] == means[module][layer, j]).all()
+
+
+def test_what_is_not_there_is_refused(model):
+    for wrong in ([("decoder", 9, 0)], [("decoder", 0, 72)], [("brain", 0, 0)], {"decoder": torch.zeros(2, 72).bool()},
+                  {"vision": torch.zeros(2, 96)}):  # fmt: skip
+        with pytest.raises(ValueError), disable_neurons(model, wrong):
+            pass
