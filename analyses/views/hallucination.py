@@ -1,0 +1,135 @@
+"""Pictures of hallucination detection."""
+
+from __future__ import annotations
+
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from sklearn.metrics import roc_curve
+
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
+_LINES = ("-", "--", "-.", ":")
+_PER_PANEL = 4
+_RIGHT, _WRONG = "#0072b2", "#d55e00"
+
+
+def roc_plot(result: Any, path: str | Path | None = None, category: str = "all") -> Figure:
+    """ROC curves, four methods a panel: share of right answers kept against share of hallucinated ones let through.
+
+    Raises:
+        ValueError: no such category.
+    """
+    table, methods = result.of(category), result.methods
+    figures = result.to_dataframe().query("category == @category").set_index("method")
+    n_panels = ceil(len(methods) / _PER_PANEL)
+    figure = Figure(figsize=(0.6 + 3.3 * n_panels, 4.1), layout="constrained")
+    panels = figure.subplots(1, n_panels, sharey=True, squeeze=False)[0]
+    for number, axes in enumerate(panels):
+        for place, method in enumerate(methods[number * _PER_PANEL : (number + 1) * _PER_PANEL]):
+            rows = table[table[method].notna()]
+            if rows["correct"].nunique() < 2:
+                continue
+            let_through, kept, _ = roc_curve(rows["correct"], rows[method])
+            label = f"{_name(method)}: {figures.loc[method, 'auroc']:.2f}"
+            axes.plot(let_through, kept, color=_COLOURS[place], linestyle=_LINES[place], linewidth=1.5, label=label)
+        axes.plot((0, 1), (0, 1), color="#999999", linewidth=0.8)
+        axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), box_aspect=1)
+        axes.set_xlabel("hallucinated answers let through", fontsize=9)
+        axes.tick_params(labelsize=8)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, fontsize=7.5, loc="lower right", title="AUROC", title_fontsize=7.5)
+    panels[0].set_ylabel("right answers kept", fontsize=9)
+    figure.suptitle(_title(result, category, table), fontsize=10)
+    return _saved(figure, path)
+
+
+def score_plot(result: Any, path: str | Path | None = None, category: str = "all") -> Figure:
+    """Histograms of each method's scores over right and over hallucinated answers, each as shares of its own kind.
+
+    Raises:
+        ValueError: no such category.
+    """
+    table, methods = result.of(category), result.methods
+    n_cols = min(4, len(methods))
+    n_rows = ceil(len(methods) / n_cols)
+    figure = Figure(figsize=(0.4 + 2.7 * n_cols, 0.9 + 1.9 * n_rows), layout="constrained")
+    panels = figure.subplots(n_rows, n_cols, squeeze=False)
+    for axes, method in zip(panels.flat, methods):
+        rows = table[table[method].notna()]
+        if len(rows):
+            edges = np.histogram_bin_edges(rows[method], bins=24)
+            for kept, colour, hatch in ((rows["correct"], _RIGHT, None), (~rows["correct"], _WRONG, "////")):
+                values = rows.loc[kept, method]
+                style = {"color": colour, "alpha": 0.45, "hatch": hatch, "edgecolor": colour, "linewidth": 0.6}
+                axes.hist(values, edges, weights=np.full(len(values), 1 / max(1, len(values))), **style)
+        axes.set_xlabel(_name(method), fontsize=8)
+        axes.tick_params(labelsize=7)
+    for axes in panels.flat[len(methods) :]:
+        axes.set_axis_off()
+    for axes in panels[:, 0]:
+        axes.set_ylabel("share of answers", fontsize=8)
+    figure.legend(handles=_kinds(), loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    figure.suptitle(_title(result, category, table), fontsize=10)
+    return _saved(figure, path)
+
+
+def interval_plot(result: Any, path: str | Path | None = None) -> Figure:
+    """AUROC (dot) with its interval, one panel a category, one line a method; 0.5 knows nothing."""
+    table, counts = result.to_dataframe(), result.counts()
+    shown = [c for c in counts if table.loc[table["category"] == c, "auroc"].notna().any()]
+    if not shown:
+        raise ValueError("no category has both right and hallucinated answers: there is nothing to draw.")
+    n_cols = min(4, len(shown))
+    n_rows = ceil(len(shown) / n_cols)
+    figure = Figure(figsize=(1.6 + 2.3 * n_cols, 0.8 + (0.75 + 0.2 * len(result.methods)) * n_rows), layout="constrained")
+    panels = figure.subplots(n_rows, n_cols, sharex=True, sharey=True, squeeze=False)
+    places = np.arange(len(result.methods))
+    for axes, category in zip(panels.flat, shown):
+        rows = table[table["category"] == category].set_index("method").loc[list(result.methods)]
+        axes.axvline(0.5, color="#999999", linewidth=0.8)
+        axes.hlines(places, rows["auroc_low"], rows["auroc_high"], color=_RIGHT, linewidth=1.4, alpha=0.6)
+        axes.plot(rows["auroc"], places, "o", color=_RIGHT, markersize=4)
+        wrong, items = counts[category]
+        axes.set_title(f"{category}\n{wrong} of {items} hallucinated", fontsize=8)
+        axes.set_xlim(-0.03, 1.03)
+        axes.tick_params(labelsize=7.5)
+        axes.grid(axis="y", color="#eeeeee")
+        axes.set_axisbelow(True)
+    panels[0, 0].set_yticks(places, [_name(method) for method in result.methods])
+    panels[0, 0].invert_yaxis()
+    for axes in panels.flat[len(shown) :]:
+        axes.set_axis_off()
+    for col in range(n_cols):
+        lowest = panels[(len(shown) - 1 - col) // n_cols, col]
+        lowest.set_xlabel("AUROC", fontsize=8)
+        lowest.tick_params(labelbottom=True)
+    left_out = [c for c in counts if c not in shown]
+    note = f"\nnothing to tell apart in: {', '.join(left_out)}" if left_out else ""
+    level = f"{100 * result.level:.0f}%"
+    figure.suptitle(f"{result.data}, {result.model_name}; dots and {level} bootstrap intervals{note}", fontsize=9)
+    return _saved(figure, path)
+
+
+def _kinds() -> list[Patch]:
+    right = Patch(facecolor=_RIGHT, edgecolor=_RIGHT, alpha=0.45, label="right answers")
+    return [right, Patch(facecolor=_WRONG, edgecolor=_WRONG, alpha=0.45, hatch="////", label="hallucinated answers")]
+
+
+def _title(result: Any, category: str, table: Any) -> str:
+    wrong = int((~table["correct"]).sum())
+    return f"{result.data}, {category}: {len(table)} answers, {wrong} hallucinated ({result.model_name})"
+
+
+def _name(method: str) -> str:
+    """neg_x is shown as −x: higher is better for all."""
+    return method.replace("neg_", "−").replace("_", " ")
+
+
+def _saved(figure: Figure, path: str | Path | None) -> Figure:
+    if path is not None:
+        figure.savefig(path, dpi=200)
+    return figure

@@ -1,0 +1,126 @@
+"""Which score tells the model's right answers from its hallucinated ones, on a benchmark's local copy."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from .shared import add_model, add_out, at_least_one, load_model, out_folder
+
+NAME = "hallucination"
+HELP = "scores of the model's answers against the truth, by category"
+KINDS = ("scenes", "pope", "hqh", "amber", "chair", "mmhal")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument(
+        "--data", default="scenes", metavar="KIND:PATH",
+        help="pope:FILE, hqh:DIR, amber:DIR, chair:FILE, mmhal:FILE, or scenes (the embedded world's test split; default)",
+    )  # fmt: skip
+    parser.add_argument("--limit", type=int, default=1000, help="how many questions, categories in turn (default 1000)")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="the folder of the images, where it is another one")
+    parser.add_argument("--objects", type=Path, metavar="FILE", help='chair: {"image_id": ["dog", …]}, what is truly there')
+    parser.add_argument("--synonyms", type=Path, metavar="FILE", help="chair: a line an object, 'person, girl, boy'")
+    parser.add_argument("--judgements", type=Path, metavar="FILE", help='a judge\'s JSON lines {"id": …, "correct": true}')
+    parser.add_argument("--skip-bad", action="store_true", help="leave bad rows out (they are named) instead of stopping")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="default: every score of analyses.baselines")
+    parser.add_argument("--max-new-tokens", type=int, default=32)
+    parser.add_argument("--n-boot", type=int, default=1000, help="resamples for the intervals (default 1000)")
+    add_out(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    at_least_one(options, "limit", "max_new_tokens", "n_boot")
+    from analyses.benchmarks import read_synonyms
+    from analyses.hallucination import detect_hallucinations, read_judgements
+
+    items, name = _load(options)
+    vocabulary = read_synonyms(options.synonyms) if options.synonyms else None
+    judgements = read_judgements(options.judgements) if options.judgements else None
+    folder = out_folder(options) / f"hallucination_{name.replace(':', '_')}"
+    for problem in items.problems:
+        print(f"left out: {problem}")
+    written = _chair(items, vocabulary, folder) if items[0].benchmark == "chair" else []
+    if all(item.images for item in items):
+        result = detect_hallucinations(
+            load_model(options), items, name, folder, options.methods, vocabulary, judgements,
+            options.max_new_tokens, options.n_boot,
+        )  # fmt: skip
+        written += _report(result, items, folder)
+    print("\n" + "\n".join(f"wrote {path}" for path in written))
+
+
+def _load(options: argparse.Namespace) -> tuple[Any, str]:
+    """(questions, name of the data set)."""
+    from analyses.benchmarks import LOADERS, load_scenes
+
+    kind, _, path = options.data.partition(":")
+    if kind not in KINDS or (kind != "scenes" and not path):
+        raise ValueError(f"--data must be scenes or one of {', '.join(f'{k}:PATH' for k in KINDS[1:])}, got {options.data!r}.")
+    if kind == "scenes":
+        return load_scenes(options.limit, path or "test"), f"scenes:{path or 'test'}"
+    if kind == "chair" and options.synonyms is None:
+        raise ValueError("chair needs --synonyms FILE, a line an object: 'person, girl, boy'.")
+    more = {"objects": options.objects} if kind == "chair" else {}
+    items = LOADERS[kind](path, images=options.images, skip_bad=options.skip_bad, **more)
+    return items.spread(options.limit), f"{kind}:{Path(path).stem}"
+
+
+def _report(result: Any, items: Any, folder: Path) -> list[Path]:
+    """Prints the table of methods × categories; writes claims, metrics and pictures."""
+    written = [folder / "answers.jsonl", folder / "scores.jsonl", folder / "claims.csv"]
+    claims = result.claims.assign(correct=result.claims["correct"].astype(object).where(result.claims["correct"].notna()))
+    claims.assign(correct=claims["correct"].fillna("needs a judge")).to_csv(written[-1], index=False)
+    written += _yes_no(items, result, folder)
+    unjudged = int(result.claims["correct"].isna().sum())
+    if unjudged:
+        print(f"{unjudged} of {len(result.claims)} answers need a judge: give its verdicts with --judgements.")
+    for column, what in (("cut", "were cut at --max-new-tokens"), ("other_tokens", "are scored with other tokens than generated")):
+        if number := int(result.claims[column].sum()):
+            print(f"{number} answers {what}.")
+    if failed := int((result.claims["error"] != "").sum()):
+        print(f"{failed} answers have no scores; claims.csv says why.")
+    if result.judged["correct"].nunique() < 2:
+        print("Right and hallucinated answers are both needed to compare scores; no table is made.")
+        return written
+    print(f"\nAUROC, {100 * result.level:.0f}% bootstrap intervals; higher tells right from hallucinated better, 0.5 not at all\n")
+    print(result.table().T.to_string())
+    if few := result.few():
+        print(f"\nfewer than 300 hallucinated answers, so wide intervals: {', '.join(f'{k} ({n})' for k, n in few.items())}")
+    written += [folder / name for name in ("metrics.csv", "roc.png", "scores.png", "intervals.png")]
+    result.to_dataframe().to_csv(written[-4], index=False)
+    result.plot(written[-3])
+    result.plot_scores(written[-2])
+    result.plot_intervals(written[-1])
+    return written
+
+
+def _yes_no(items: Any, result: Any, folder: Path) -> list[Path]:
+    """Accuracy, precision, recall, F1 and yes-rate of the yes/no questions of a benchmark that defines them."""
+    from analyses.benchmarks import YES_NO, yes_no_metrics
+
+    answers = dict(zip(result.claims["key"], result.claims["answer"]))
+    asked = [item for item in items if item.judge == YES_NO]
+    if not asked:
+        return []
+    positive = "no" if asked[0].benchmark == "amber" else "yes"
+    table = yes_no_metrics(asked, [answers[item.id] for item in asked], positive)
+    print(f"\nyes/no answers, positive class {positive}\n\n{table.round(3).to_string(index=False)}")
+    table.to_csv(folder / "yes_no.csv", index=False)
+    return [folder / "yes_no.csv"]
+
+
+def _chair(items: Any, vocabulary: Any, folder: Path) -> list[Path]:
+    """CHAIRs and CHAIRi, where the objects truly there are known."""
+    from analyses.benchmarks import OBJECTS, chair
+
+    if any(item.judge != OBJECTS for item in items):
+        raise ValueError("chair needs to know what is truly there: --objects FILE, or \"objects\" in every row.")
+    found = chair(items, vocabulary)
+    print(found.to_dataframe().round(4).to_string(index=False))
+    folder.mkdir(parents=True, exist_ok=True)
+    found.to_dataframe().to_csv(folder / "chair.csv", index=False)
+    found.mentions.to_csv(folder / "chair_mentions.csv", index=False)
+    return [folder / "chair.csv", folder / "chair_mentions.csv"]
