@@ -1,0 +1,59 @@
+"""Image prefixes computed once an image, however many questions are asked about it.
+
+An image is known by the pixels the tower is given, so two files with the same picture are one image. The tower
+runs on one image at a time: what an image gives then never depends on which others were met before, and a run
+that was stopped and resumed gets the same numbers to the bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+CAPACITY = 1 << 30
+
+
+class Prefixes:
+    """A store of image prefixes that forgets the least recently used beyond its capacity.
+
+    Attributes:
+        model: a HookedQwen2VL; when its tower's weights change, what was held is not used again.
+        capacity: bytes it may hold.
+        computed: how many images the tower has run on.
+    """
+
+    def __init__(self, model: Any, capacity: int = CAPACITY):
+        self.model, self.capacity, self.computed = model, capacity, 0
+        self._held: OrderedDict[tuple, Float[Tensor, "image_token d_model"]] = OrderedDict()
+
+    @torch.no_grad()
+    def __call__(self, inputs: Any) -> Any:
+        """The same batch with its prefix, as `model.encode` gives it."""
+        if not inputs.visuals:
+            return inputs
+        stamp = self.model._encoder_stamp()
+        pixels = inputs.pixels.split([visual.n_patches for visual in inputs.visuals])
+        prefixes = [self._prefix(inputs, visual, part, stamp) for visual, part in zip(inputs.visuals, pixels)]
+        return inputs.with_prefix(torch.cat(prefixes), stamp)
+
+    def _prefix(self, inputs: Any, visual: Any, pixels: Tensor, stamp: tuple) -> Float[Tensor, "image_token d_model"]:
+        key = (stamp, visual.grid, str(pixels.dtype), _hash(pixels))
+        if key not in self._held:
+            # only pixels and grids reach the tower: the tokens of this batch stand by
+            self._held[key] = self.model.encode(replace(inputs, visuals=(visual,), pixels=pixels)).image_embeds
+            self.computed += 1
+        self._held.move_to_end(key)
+        prefix = self._held[key]
+        while len(self._held) > 1 and sum(held.nbytes for held in self._held.values()) > self.capacity:
+            self._held.popitem(last=False)
+        return prefix
+
+
+def _hash(pixels: Tensor) -> bytes:
+    return hashlib.blake2b(pixels.contiguous().view(torch.uint8).cpu().numpy(), digest_size=16).digest()
