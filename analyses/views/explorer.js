@@ -9,7 +9,7 @@ const CIVIDIS = ["#00224e", "#123570", "#3b496c", "#575d6d", "#707173", "#8a8678
 const RED_BLUE = ["#053061", "#2166ac", "#4393c3", "#92c5de", "#d1e5f0", "#f7f7f7", "#fddbc7", "#f4a582", "#d6604d", "#b2182b", "#67001f"];
 const RAMP_SIZE = 256;
 const MOST_CHIPS = 6;
-const state = { mode: "lens", layer: 0, place: 0, image: 0, shade: "top", same: false, opacity: 0.7, held: false, chips: [], log: false };
+const state = { mode: "lens", layer: 0, place: 0, image: 0, shade: "top", same: false, opacity: 0.65, held: false, chips: [], log: false };
 let data, ramps;
 
 // ---- reading the data ---------------------------------------------------------------------------
@@ -65,7 +65,7 @@ function probabilityOf(token, layer, place) {
 
 // ---- the maps -----------------------------------------------------------------------------------
 
-/** The value that the map shows at a place, NaN where it has none; `below` where it is only known to lie below. */
+/** The value that the map shows at a place, NaN where it has none. */
 function valueAt(layer, place) {
   const { attention, contextual, recovery, entropy } = data.arrays;
   if (state.mode === "contextual") return linear(contextual, layer * data.n + place);
@@ -84,7 +84,7 @@ function valueAt(layer, place) {
 
 /** [low, high] of the colours. Only places on images count: text would drown them. */
 function limits() {
-  if (state.mode === "lens" && state.shade !== "entropy") return [0, 1];
+  if (state.mode === "lens" && state.shade === "top") return [0, 1];
   const key = [state.mode, state.shade, state.same ? "all" : state.layer].join();
   if (limits.known.has(key)) return limits.known.get(key);
   let low = Infinity, high = -Infinity;
@@ -297,9 +297,8 @@ function makeTable() {
     head.scope = "row";
     head.dataset.layer = layer;
     const cells = Array.from({ length: data.k }, (_, rank) => {
-      const cell = row.appendChild(element("td"));
-      cell.dataset.layer = layer;
-      cell.dataset.rank = rank;
+      const cell = row.appendChild(element("td")).appendChild(element("div", "cell"));
+      Object.assign(cell.dataset, { layer, rank });
       return { cell, text: cell.appendChild(element("span", "text")), p: cell.appendChild(element("span", "p")) };
     });
     makeTable.rows[layer] = { row, cells };
@@ -315,7 +314,7 @@ function fillTable() {
       const colour = ramps.plain[Math.round(value * (RAMP_SIZE - 1))];
       text.textContent = tokenText(top[start + rank]);
       p.textContent = number(value);
-      cell.style.background = rgb(colour);
+      cell.style.backgroundColor = rgb(colour);
       cell.style.color = inkOn(colour);
     });
   }
@@ -323,7 +322,7 @@ function fillTable() {
 
 function markLayer() {
   makeTable.rows.forEach(({ row }, layer) => row.classList.toggle("now", layer === state.layer));
-  const words = `${state.layer} of ${data.entries - 1}: ${data.layers[state.layer]}`;
+  const words = `${state.layer}/${data.entries - 1} ${data.layers[state.layer]}`;
   $("layer").value = state.layer;
   $("layer-name").textContent = words;
   $("layer").setAttribute("aria-valuetext", words);
@@ -579,7 +578,7 @@ function fillShades() {
   $("shade").parentElement.hidden = !options.length;
   if (!options.some(([value]) => value === state.shade)) state.shade = options[0]?.[0] ?? "";
   $("shade").value = state.shade;
-  const fixed = state.mode === "lens" && state.shade !== "entropy";
+  const fixed = state.mode === "lens" && state.shade === "top";
   $("same-scale").parentElement.hidden = fixed;
 }
 

@@ -53,7 +53,7 @@ def _what(options: argparse.Namespace) -> tuple[list[Any], str, Any]:
             raise ValueError("an image came without a question: add --question, such as 'What is in the image?'.")
         from ..scenes import counterfactual_pairs
 
-        item, partner = counterfactual_pairs(1, seed=23, domain="shapes", category="attribute", grid=(6, 6))[0]
+        item, partner = counterfactual_pairs(1, seed=29, domain="shapes", category="attribute", grid=(6, 6))[0]
         return [item.image], item.question, partner.image
     if not options.image:
         raise ValueError("a question came without an image: add --image.")
