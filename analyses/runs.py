@@ -166,9 +166,10 @@ def run(
     """
     settings = {**(settings or {}), "batch_size": batch_size, "batches_per_part": batches_per_part, "window": window}
     state = prepare(name, examples, out, settings, model, size, seed, shard, prefixes=prefixes)
-    if not dry_run:
-        work_on(state, examples, work, write_rows, progress)
-    return replace(state, done=written_parts(state.out, state.suffix)) if not dry_run else state
+    if dry_run:
+        return state
+    work_on(state, examples, work, write_rows, progress)
+    return settled(state)
 
 
 def read_results(out: str | Path, partial: bool = False) -> pd.DataFrame:
@@ -301,6 +302,11 @@ def work_on(
                     write(state, part, result, file)
         if waiting:
             raise ValueError("the data ended before the plan did: they changed while the run was under way.")
+
+
+def settled(state: Run) -> Run:
+    """The run as its folder has it now."""
+    return replace(state, done=written_parts(state.out, state.suffix))
 
 
 def write_rows(state: Run, number: int, part: Part, file: Path) -> None:

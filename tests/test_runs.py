@@ -181,7 +181,7 @@ def test_an_error_of_the_work_itself_stops_the_run(tmp_path):
         with pytest.raises(TypeError, match="work must give rows"):
             run("broken", questions(2), lambda batch, rows=rows: rows, tmp_path / "c", **SMALL)
     with pytest.raises(TypeError, match="'weird' cannot be written"):
-        run("broken", questions(2), lambda batch: [{"id": "q0", "weird": object()}], tmp_path / "d", **SMALL)
+        run("broken", questions(1), lambda batch: [{"id": "q0", "weird": object()}], tmp_path / "d", **SMALL)
 
 
 @pytest.mark.parametrize(
