@@ -121,6 +121,7 @@ def logit_lens(
     row: int = 0,
     chunk_size: int = 128,
     layers: Sequence[int] | None = None,
+    translator: Any = None,
 ) -> LogitLens:
     """Reads the residual stream of any TransformerLens model through its own final norm and unembedding.
 
@@ -133,6 +134,7 @@ def logit_lens(
         row: which prompt of a batch.
         chunk_size: how many vectors are read at once; their logits take 4 bytes × words each.
         layers: entries to read, 0 (the embedding) … L (after the last block), negative from the end; None reads all.
+        translator: a tuned lens (`analyses.tuned_lens`): what each entry becomes before it is read.
     Raises:
         ValueError: no such part, position or layer, or more top_k than words.
     """
@@ -140,6 +142,8 @@ def logit_lens(
     chosen = _positions(inputs, positions, row, len(tokens))
     read_layers = _layers(layers, model.cfg.n_layers)
     entries = _entries(model, inputs, sorted({*read_layers, model.cfg.n_layers}), chosen, row)
+    if translator is not None:
+        entries = {layer: translator.translate(vectors, layer) for layer, vectors in entries.items()}
     wanted = [] if targets is None else to_token_ids(model, targets)
     shared = torch.tensor(wanted, dtype=torch.long).expand(len(chosen), -1)
     # The last entry is read first: what it puts first is followed through the others.

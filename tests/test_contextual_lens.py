@@ -223,6 +223,10 @@ def test_the_heat_map_by_hand(model, answered, streams):
         ]
         assert torch.allclose(heat.flatten(), torch.tensor(expected).double(), atol=CLOSE)
         assert heat.abs().max() <= 1
+    stack = streams[1].clone()
+    stack[0] = 1.0  # at entry 0 everything is alike, and counts for nothing
+    again = ground(model, answered, 1, stack=stack)
+    assert all(torch.allclose(a, b, atol=CLOSE) for a, b in zip(again.heat, result.heat))
 
 
 def test_the_best_box_is_at_least_the_best_token(model, answered, batches):
