@@ -2,15 +2,32 @@
 
 circuitsvis loads its JavaScript from a network, or inlines 1.3 MB of it a figure; here it is inlined once
 and called for every figure. Tokens are text: what would be markup is escaped, for circuitsvis renders it.
+A prompt's image tokens are too many for it (`attention_patterns` does not finish at 600): `strip` pools them, whole or
+by name, before anything is drawn.
+
+    shown = strip(tokens, inputs.names[0], groups={"circle": inputs.positions(box)})
+    page = Page("Attention")
+    page.attention_heads(cache["pattern", 3][0], shown)
+    page                     # in a notebook, with or without network; page.write("page.html") for a file
 """
 
 from __future__ import annotations
 
 import html
 import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+MOST_TOKENS = 128  # of an attention figure: 300 take circuitsvis a minute and 600 never finish
+MOST_NUMBERS = 2_000_000  # of one figure: more is some 20 MB of page
+_POOLED = ("image[", "video[")
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -31,8 +48,102 @@ h1 {{ font-size: 1.3rem; }} h2 {{ font-size: 1.05rem; margin-top: 2rem; }} p {{ 
 """
 
 
+@dataclass(frozen=True)
+class Strip:
+    """A prompt as a figure shows it: most tokens stand for themselves, an image's for many.
+
+    Attributes:
+        tokens: what is shown, as plain text.
+        members: for each, the positions it stands for.
+    """
+
+    tokens: tuple[str, ...]
+    members: tuple[tuple[int, ...], ...]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def values(self, values: Float[Tensor, "pos ..."], pool: Literal["mean", "max", "sum"] = "mean") -> Float[Tensor, "shown ..."]:
+        """One value for each token shown.
+
+        Raises:
+            ValueError: fewer positions than the strip refers to.
+        """
+        self._check(values.shape[0])
+        reduce = {"mean": torch.mean, "max": torch.amax, "sum": torch.sum}[pool]
+        return torch.stack([reduce(values[list(places)].float(), dim=0) for places in self.members])
+
+    def attention(self, pattern: Float[Tensor, "... pos key_pos"]) -> Float[Tensor, "... shown shown"]:
+        """From shown token to shown token: what all its members get as keys, and their mean as queries.
+
+        Rows still sum to 1 as long as every position that is attended to is shown.
+        """
+        self._check(pattern.shape[-1])
+        keys = torch.stack([pattern[..., list(places)].float().sum(-1) for places in self.members], dim=-1)
+        return torch.stack([keys[..., list(places), :].mean(-2) for places in self.members], dim=-2)
+
+    def _check(self, n: int) -> None:
+        needed = 1 + max(max(places) for places in self.members)
+        if n < needed:
+            raise ValueError(f"expected values of the whole prompt, of {needed} positions at least, got {n}.")
+
+
+def strip(
+    tokens: Sequence[str],
+    names: Sequence[str],
+    groups: Mapping[str, Sequence[int]] | None = None,
+    only: Sequence[str] | None = None,
+    pool: bool = True,
+) -> Strip:
+    """What to show of a prompt.
+
+    Args:
+        tokens: the text of every position; names: the part each belongs to (`inputs.names[row]`). Padding is left out.
+        groups: label -> positions of an image that are pooled by themselves, such as an object's; what remains of the
+            image is pooled as its rest.
+        only: parts to show, by name; None for all.
+        pool: False lets every image token stand for itself.
+    Raises:
+        ValueError: tokens and names that do not match, groups that overlap or leave the image, or nothing to show.
+    """
+    if len(tokens) != len(names):
+        raise ValueError(f"expected a name for each of {len(tokens)} tokens, got {len(names)}.")
+    of = _group_of(groups or {}, names)
+    shown: dict[Any, list[int]] = {}
+    for place, name in enumerate(names):
+        if name == "padding" or (only is not None and name not in only):
+            continue
+        pooled = pool and name.startswith(_POOLED)
+        key = ("group", of[place]) if place in of else ("part", name) if pooled else ("token", place)
+        shown.setdefault(key, []).append(place)
+    if not shown:
+        raise ValueError(f"nothing to show: the parts are {', '.join(dict.fromkeys(names))}.")
+    labels = [_label(kind, what, places, tokens, names, of) for (kind, what), places in shown.items()]
+    return Strip(tuple(labels), tuple(map(tuple, shown.values())))
+
+
+def _group_of(groups: Mapping[str, Sequence[int]], names: Sequence[str]) -> dict[int, str]:
+    of: dict[int, str] = {}
+    for label, places in groups.items():
+        for place in map(int, places):
+            if not 0 <= place < len(names) or not names[place].startswith(_POOLED):
+                raise ValueError(f"the group {label!r} has position {place}, which is no image token.")
+            if place in of:
+                raise ValueError(f"position {place} is in the groups {of[place]!r} and {label!r}.")
+            of[place] = label
+    return of
+
+
+def _label(kind: str, what: Any, places: list[int], tokens: Sequence[str], names: Sequence[str], of: Mapping[int, str]) -> str:
+    if kind == "token":
+        return tokens[what]
+    if kind == "part" and any(names[place] == what for place in of):
+        what = f"rest of {what}"
+    return f"[{what} ×{len(places)}]"
+
+
 class Page:
-    """Headings and circuitsvis figures, written as one file."""
+    """Headings and circuitsvis figures, written as one file or shown in a notebook."""
 
     def __init__(self, title: str):
         self.title, self.body, self.calls = title, [], []
@@ -47,15 +158,167 @@ class Page:
         self.body.append(f'<div class="row"><span>{html.escape(label)}</span>{box}</div>' if label else box)
         self.calls.append(f'CircuitsVis.render("{name}", CircuitsVis.{component}, {as_json(props)});')
 
-    def write(self, path: str | Path) -> None:
+    def attention_patterns(self, pattern: Float[Tensor, "head pos key_pos"], shown: Strip) -> None:
+        """Heads as small maps over a strip of tokens to hover.
+
+        Raises:
+            ValueError: more than MOST_TOKENS tokens.
+        """
+        self.figure("AttentionPatterns", tokens=_texts(shown), attention=_attention(pattern, shown))
+
+    def attention_heads(
+        self, pattern: Float[Tensor, "head pos key_pos"], shown: Strip, names: Sequence[str] | None = None
+    ) -> None:
+        """A map for each head; the one chosen is shown large, long tokens cut. `names` label the heads.
+
+        Raises:
+            ValueError: more than MOST_TOKENS tokens.
+        """
+        labels = [f"head {head}" for head in range(len(pattern))] if names is None else list(names)
+        self.figure(
+            "AttentionHeads",
+            tokens=[_cut(visible(token)) for token in shown.tokens],  # drawn on a canvas: the one figure that escapes nothing
+            attention=_attention(pattern, shown),
+            attentionHeadNames=[html.escape(label) for label in labels],
+            maxValue=1,
+            minValue=0,
+        )
+
+    def colored_tokens(
+        self,
+        values: Float[Tensor, "pos"],
+        shown: Strip,
+        label: str = "",
+        low: float | None = None,
+        high: float | None = None,
+        pool: Literal["mean", "max", "sum"] = "mean",
+    ) -> None:
+        """Tokens coloured by a value each: negative red, positive blue; `low` and `high` end the scale."""
+        reduced = shown.values(values, pool)
+        low, high = float(reduced.min()) if low is None else low, float(reduced.max()) if high is None else high
+        self.figure("ColoredTokens", label, tokens=_texts(shown), values=reduced.tolist(), minValue=low, maxValue=high)
+
+    def topk_tokens(
+        self,
+        activations: Float[Tensor, "pos layer neuron"],
+        shown: Strip,
+        k: int = 10,
+        layers: Sequence[str] | None = None,
+        pool: Literal["mean", "max"] = "max",
+    ) -> None:
+        """For each neuron, the tokens that excite it most and least; layer and neuron to choose.
+
+        Raises:
+            ValueError: more than MOST_NUMBERS numbers.
+        """
+        values = shown.values(activations, pool).movedim(0, 1)  # [layer shown neuron]
+        k = min(k, len(shown))
+        _check_size(values.shape[0] * values.shape[2] * 4 * k)
+        top, bottom = values.topk(k, dim=1), values.topk(k, dim=1, largest=False)
+        self.figure(
+            "TopkTokens",
+            tokens=[_texts(shown)],
+            topkVals=[top.values.tolist()],
+            topkIdxs=[top.indices.tolist()],
+            bottomkVals=[bottom.values.flip(1).tolist()],
+            bottomkIdxs=[bottom.indices.flip(1).tolist()],
+            firstDimensionName="Layer",
+            thirdDimensionName="Neuron",
+            **({} if layers is None else {"firstDimensionLabels": list(layers)}),
+        )
+
+    def neuron_activations(
+        self,
+        activations: Float[Tensor, "pos layer neuron"],
+        shown: Strip,
+        layers: Sequence[str] | None = None,
+        neurons: Sequence[str] | None = None,
+        pool: Literal["mean", "max"] = "max",
+    ) -> None:
+        """Tokens coloured by one neuron's activation; layer and neuron to choose.
+
+        Raises:
+            ValueError: more than MOST_NUMBERS numbers: pass fewer neurons.
+        """
+        values = shown.values(activations, pool)
+        _check_size(values.numel())
+        labels = {"firstDimensionLabels": layers, "secondDimensionLabels": neurons}
+        self.figure(
+            "TextNeuronActivations",
+            tokens=_texts(shown),
+            activations=values.tolist(),
+            firstDimensionName="Layer",
+            secondDimensionName="Neuron",
+            **{key: list(names) for key, names in labels.items() if names is not None},
+        )
+
+    def token_log_probs(
+        self,
+        log_probs: Float[Tensor, "pos d_vocab"],
+        token_ids: Int[Tensor, "pos"],
+        to_string: Callable[[int], str],
+        shown: Strip,
+        top_k: int = 10,
+    ) -> None:
+        """Text tokens coloured by the log-probability the model gave them; hover for what it expected instead.
+
+        Tokens that stand for several, such as a pooled image, are left out: placeholders are never predicted. So is a
+        prompt's first token.
+
+        Args:
+            log_probs: of the next token at each position, nats. token_ids: of the prompt. to_string: the text of one id.
+        Raises:
+            ValueError: no token that was predicted.
+        """
+        places = [members[0] for members in shown.members if len(members) == 1 and members[0] > 0]
+        if not places:
+            raise ValueError("no token to show was predicted: the strip has pooled tokens or a first token only.")
+        before, true = log_probs[[place - 1 for place in places]].float().cpu(), token_ids[places].cpu()
+        top, own = before.topk(top_k, dim=-1), before.gather(-1, true[:, None])
+        self.figure(
+            "TokenLogProbs",
+            prompt=["", *(as_text(to_string(int(token))) for token in true)],  # the component leaves out a first token
+            topKLogProbs=top.values.tolist(),
+            topKTokens=[[as_text(to_string(token)) for token in row] for row in top.indices.tolist()],
+            correctTokenRank=(before > own).sum(-1).tolist(),
+            correctTokenLogProb=own[:, 0].tolist(),
+        )
+
+    def html(self) -> str:
+        """The page, complete."""
         library = files("circuitsvis").joinpath("dist/cdn/iife.js").read_text(encoding="utf-8")
-        page = _PAGE.format(
+        return _PAGE.format(
             title=html.escape(self.title),
             body="\n".join(self.body),
             library=library.replace("</script>", "<\\/script>"),
             calls="\n".join(self.calls),
         )
-        Path(path).write_text(page, encoding="utf-8")
+
+    def write(self, path: str | Path) -> None:
+        Path(path).write_text(self.html(), encoding="utf-8")
+
+    def _repr_html_(self) -> str:
+        """In a notebook: the page in a frame of its own, which grows as figures are drawn; nothing is fetched."""
+        grow = "const f=this,d=f.contentDocument.body;new ResizeObserver(()=>f.style.height=d.scrollHeight+40+'px').observe(d)"
+        return f'<iframe srcdoc="{html.escape(self.html())}" onload="{grow}" style="width:100%;height:400px;border:0"></iframe>'
+
+
+def _attention(pattern: Float[Tensor, "head pos key_pos"], shown: Strip) -> list:
+    if len(shown) > MOST_TOKENS:
+        raise ValueError(
+            f"{len(shown)} tokens are more than circuitsvis draws ({MOST_TOKENS}): pool the image tokens, or pass only= to "
+            f"strip; for attention on the image itself see analyses.views.attention."
+        )
+    return shown.attention(pattern).tolist()
+
+
+def _check_size(n: int) -> None:
+    if n > MOST_NUMBERS:
+        raise ValueError(f"{n:,} numbers are too many for one figure ({MOST_NUMBERS:,}): pass fewer layers or neurons.")
+
+
+def _texts(shown: Strip) -> list[str]:
+    return [as_text(token) for token in shown.tokens]
 
 
 def as_json(value: Any) -> str:
@@ -65,8 +328,16 @@ def as_json(value: Any) -> str:
 
 def as_text(token: str) -> str:
     """A token as circuitsvis should show it: escaped (it renders markup), blanks and controls visible."""
-    shown = "".join("␣" if c == " " else "⏎" if c == "\n" else c if c.isprintable() else "�" for c in token)
-    return html.escape(shown or "∅")
+    return html.escape(visible(token))
+
+
+def visible(token: str) -> str:
+    """A token with its blanks and control characters shown; not escaped."""
+    return "".join("␣" if c == " " else "⏎" if c == "\n" else c if c.isprintable() else "�" for c in token) or "∅"
+
+
+def _cut(token: str, most: int = 16) -> str:
+    return token if len(token) <= most else token[: most - 1] + "…"
 
 
 def lens_page(lens: Any, path: str | Path) -> None:

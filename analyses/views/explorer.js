@@ -450,7 +450,7 @@ function drawPlot() {
   });
   svg.replaceChildren(...drawn);
   $("plot-place").textContent = `at position ${data.positions[state.place]}, ${nameOf(state.place)}`;
-  $("plot-note").hidden = !bounded;
+  $("plot-note").style.visibility = bounded ? "visible" : "hidden";
 }
 
 // ---- the prompt ---------------------------------------------------------------------------------

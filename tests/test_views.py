@@ -1,0 +1,342 @@
+"""Pictures and pages: what they show, and how they behave in a browser without network."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from browser import chromium, why_not
+from conftest import picture
+from explorer_pages import NASTY, large
+
+from analyses.views.attention import attention_on_image, maps_on_image
+from analyses.views.circuits import MOST_TOKENS, Page, as_text, strip, visible
+
+TOKENS = [*NASTY, *["<|image_pad|>"] * 12, "What", " is", "?"]
+NAMES = ["system"] * len(NASTY) + ["image[0]"] * 12 + ["question"] * 3
+FIRST = len(NASTY)
+N = len(TOKENS)
+
+
+def pattern(heads: int = 3, n: int = N) -> torch.Tensor:
+    """A causal pattern whose rows sum to 1."""
+    scores = torch.randn(heads, n, n).masked_fill(torch.ones(n, n).triu(1).bool(), -torch.inf)
+    return scores.softmax(-1)
+
+
+def props(page: Page) -> list[tuple[str, dict]]:
+    """(component, props) of every figure of a page."""
+    return [(name, json.loads(data)) for call in page.calls for name, data in re.findall(r"CircuitsVis\.(\w+), (.*)\);$", call)]
+
+
+# ---- the prompt as circuitsvis sees it ----------------------------------------------------------
+
+
+def test_image_tokens_are_pooled_and_groups_by_name():
+    shown = strip(TOKENS, NAMES, groups={"circle": [FIRST + 2, FIRST + 3]})
+    assert shown.tokens[FIRST : FIRST + 2] == ("[rest of image[0] ×10]", "[circle ×2]")
+    assert sorted(place for places in shown.members for place in places) == list(range(N))
+    assert len(strip(TOKENS, NAMES, pool=False)) == N
+    assert strip(TOKENS, NAMES, only=["question", "image[0]"]).tokens == ("[image[0] ×12]", "What", " is", "?")
+
+
+def test_pooled_attention_by_hand():
+    shown, given = strip(TOKENS, NAMES, groups={"circle": [FIRST + 2, FIRST + 3]}), pattern()
+    pooled = shown.attention(given)
+    for a, queries in enumerate(shown.members):
+        for b, keys in enumerate(shown.members):
+            by_hand = sum(given[:, q, k] for q in queries for k in keys) / len(queries)
+            assert torch.allclose(pooled[:, a, b], by_hand, atol=1e-6)
+    assert torch.allclose(pooled.sum(-1), torch.ones(3, len(shown)), atol=1e-5)
+    values = torch.randn(N)
+    assert torch.allclose(shown.values(values)[FIRST + 1], values[FIRST + 2 : FIRST + 4].mean())
+    assert shown.values(values, "max")[FIRST + 1] == values[FIRST + 2 : FIRST + 4].max()
+
+
+def test_strips_that_make_no_sense():
+    for groups, words in (({"a": [0]}, "no image token"), ({"a": [FIRST], "b": [FIRST]}, "in the groups")):
+        with pytest.raises(ValueError, match=words):
+            strip(TOKENS, NAMES, groups=groups)
+    with pytest.raises(ValueError, match="nothing to show"):
+        strip(TOKENS, NAMES, only=["answer"])
+    with pytest.raises(ValueError, match="a name for each"):
+        strip(TOKENS, NAMES[1:])
+    with pytest.raises(ValueError, match="whole prompt"):
+        strip(TOKENS, NAMES).values(torch.zeros(3))
+
+
+def test_too_many_tokens_for_an_attention_figure_are_refused():
+    n = MOST_TOKENS + 1
+    shown = strip(["a"] * n, ["image[0]"] * n, pool=False)
+    for draw in (Page("").attention_patterns, Page("").attention_heads):
+        with pytest.raises(ValueError, match="pool the image tokens"):
+            draw(pattern(1, n), shown)
+    with pytest.raises(ValueError, match="fewer layers or neurons"):
+        Page("").neuron_activations(torch.zeros(n, 29, 4096), shown)
+
+
+# ---- the same props as circuitsvis's own functions ----------------------------------------------
+
+
+def circuitsvis_props(rendered) -> dict:
+    """What circuitsvis hands its component: the last argument of its call."""
+    return json.loads(re.search(r"CircuitsVis\.\w+,\s+(.*?)\s+\)\s+</script>", rendered.local_src[-300_000:], re.DOTALL)[1])
+
+
+def test_props_are_those_of_circuitsvis():
+    from circuitsvis.activations import text_neuron_activations
+    from circuitsvis.logits import token_log_probs
+    from circuitsvis.topk_tokens import topk_tokens
+
+    words = ["zero", "one", "two", "three", "four"]
+    shown = strip(words, ["question"] * 5)
+    activations, log_probs, ids = torch.randn(5, 2, 3), torch.randn(5, 5).log_softmax(-1), torch.tensor([3, 1, 4, 0, 2])
+    page = Page("")
+    page.neuron_activations(activations, shown)
+    page.topk_tokens(activations, shown, k=3)
+    page.token_log_probs(log_probs, ids, words.__getitem__, shown, top_k=4)
+    ours = [given for _, given in props(page)]
+    theirs = [
+        circuitsvis_props(text_neuron_activations(words, activations)),
+        circuitsvis_props(topk_tokens([words], [activations.movedim(0, 1).numpy()], max_k=3)),
+        circuitsvis_props(token_log_probs(ids, log_probs, words.__getitem__, top_k=4)),
+    ]
+    assert ours[:2] == theirs[:2]
+    theirs[2]["prompt"][0] = ""  # it is not shown
+    assert ours[2] == theirs[2]
+
+
+# ---- matplotlib ---------------------------------------------------------------------------------
+
+
+def test_attention_on_the_image(tmp_path):
+    attention = torch.rand(5, 3, 12) / 12
+    figure = attention_on_image(attention, (3, 4), picture(80, 60), tmp_path / "a.pdf", layers=[0, 4])
+    assert (tmp_path / "a.pdf").stat().st_size > 0
+    panels = np.array(figure.axes).reshape(2, 4)
+    assert panels[0, 0].get_ylabel().startswith("layer 4") and panels[1, 0].get_ylabel().startswith("layer 0")
+    assert [axes.get_xlabel() for axes in panels[1]] == ["mean", "head 0", "head 1", "head 2"]
+    drawn = panels[0, 2].images[1]
+    assert np.allclose(drawn.get_array(), attention[4, 1].reshape(3, 4)) and drawn.get_clim() == (0, float(attention[4, 1].max()))
+    assert f"{100 * attention[4].mean(0).sum():.0f} % to image" in panels[0, 0].get_ylabel()
+    with pytest.raises(ValueError, match="3×5 image tokens"):
+        attention_on_image(attention, (3, 5), picture(80, 60))
+
+
+def test_maps_on_the_image():
+    signed = torch.randn(9, 12)
+    signed[3, 2] = torch.nan
+    figure = maps_on_image({"p": torch.rand(9, 12), "signed": signed}, (3, 4), picture(80, 60), title="costs $5 and $6")
+    panels = [axes for axes in figure.axes if axes.get_title()]
+    assert [axes.get_title() for axes in panels[:5]] == [f"layer {layer}" for layer in (0, 2, 4, 6, 8)]
+    low, high = panels[5].images[1].get_clim()
+    assert low == -high and high == pytest.approx(float(signed[~signed.isnan()].abs().max()))
+    assert panels[0].images[1].get_clim()[0] == 0
+
+
+# ---- in a browser -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser():
+    reason = why_not()
+    if reason:
+        pytest.skip(f"no browser to open pages in: {reason}")
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def explorer(tmp_path_factory):
+    """A small made-up page with every map, and what it was made from."""
+    import dataclasses
+
+    result = large(rows=6, cols=8, layers=7, heads=2, d_vocab=400)
+    recovered = dataclasses.replace(result, recovery=torch.randn(len(result.attention), len(result.parts)))
+    path = tmp_path_factory.mktemp("explorer") / "page.html"
+    recovered.page(path)
+    return recovered, path
+
+
+def shown_tokens(browser, layer: int) -> list[str]:
+    """The row of the table at a layer."""
+    return browser.js("return [...document.querySelectorAll(`#table .cell[data-layer='${arguments[0]}'] .text`)].map(e => e.textContent)", layer)
+
+
+def nothing_wrong(browser) -> None:
+    assert browser.requests_that_left() == []
+    assert browser.errors() == []
+
+
+# What the module of the page says of how its numbers are kept.
+TOLERANCES = {
+    "lens": lambda given: 3e-4 * given,
+    "contextual": lambda given: 1e-5 * np.ptp(given),
+    "attention": lambda given: 0.004 * given.max(-1, keepdims=True),
+    "recovery": lambda given: 1e-6 * np.abs(given),
+}
+READY = "document.documentElement.dataset.ready"
+
+
+def test_the_explorer_driven(browser, explorer):
+    from selenium.webdriver.common.keys import Keys
+
+    result, path = explorer
+    browser.open(path, READY)
+    lens, image = result.lens, result.starts[0]
+
+    def expected(layer, place):
+        return [visible(token).replace("⇥", "\t") for token in lens.top_tokens[layer][place]]
+
+    def table(layer):
+        return [text.replace("⇥", "�") for text in shown_tokens(browser, layer)]  # the page has a sign for tabs
+
+    assert table(6) == expected(6, result.last) and "Position" in browser.text("#place")
+    for row, col in ((0, 0), (5, 7), (2, 3)):  # hover
+        browser.hover("#map", (col + 0.5) / 8, (row + 0.5) / 6)
+        assert f"row {row + 1}, column {col + 1}" in browser.text("#place")
+        for layer in range(7):
+            assert table(layer) == expected(layer, image + 8 * row + col)
+    browser.keys("#stage", Keys.ARROW_DOWN, Keys.ARROW_RIGHT)  # keys
+    assert "row 4, column 5" in browser.text("#place") and table(2) == expected(2, image + 8 * 3 + 4)
+    browser.keys("#stage", Keys.PAGE_DOWN)
+    assert browser.text("#layer-name") == "5/6 5_pre"
+    browser.keys("#layer", Keys.HOME)  # the slider
+    assert browser.text("#layer-name") == "0/6 0_pre"
+    for key, words in (("2", "cosine"), ("3", "attention"), ("4", "recovery"), ("1", "top token")):
+        before = browser.js("return document.querySelector('#map').toDataURL()")
+        browser.keys("#stage", key)
+        assert words in browser.text("#unit") and browser.js("return document.querySelector('#map').toDataURL()") != before
+    nothing_wrong(browser)
+
+
+def test_the_explorers_numbers(browser, explorer):
+    """What the page computes from its data, at every place, is what went in."""
+    result, path = explorer
+    browser.open(path, READY)
+    maps = {
+        "lens": result.lens.top_probs[..., 0], "contextual": result.contextual, "attention": result.attention.mean(1),
+        "recovery": result.recovery,
+    }  # fmt: skip
+    for mode, values in maps.items():
+        browser.js("setMode(arguments[0])", mode)
+        found = browser.js("return [...Array(data.blocks).keys()].map(l => [...Array(data.n).keys()].map(p => valueAt(l, p)))")
+        given = values[: len(found)].numpy()
+        assert (np.abs(np.array(found) - given) <= TOLERANCES[mode](given)).all(), mode
+    browser.js("setMode('attention'); state.shade = '2'")  # the second head
+    found = browser.js("return [...Array(data.n).keys()].map(p => valueAt(3, p))")
+    assert np.abs(np.array(found) - result.attention[3, 1].numpy()).max() <= 0.004 * float(result.attention[3, 1].max())
+    assert np.isnan(float(browser.js("return String(valueAt(data.blocks, 0))")))  # no block reads the last entry
+    ids, kept = result.kept_ids.tolist(), result.kept_probs
+    for token in (ids[30], ids[100]):
+        for layer in (0, 6):
+            found = browser.js("return probabilityOf(data.ids.indexOf(arguments[0]), arguments[1], data.last)", token, layer)
+            top = dict(zip(result.lens.top_ids[layer, result.last].tolist(), result.lens.top_probs[layer, result.last].tolist()))
+            assert found["known"] and found["p"] == pytest.approx(top.get(token, float(kept[layer, ids.index(token)])), rel=1e-3)
+    unknown = browser.js("return probabilityOf(data.ids.length + 5, 2, 0)")
+    assert not unknown["known"] and unknown["p"] == pytest.approx(float(result.lens.top_probs[2, 0, -1]), rel=1e-3)
+
+
+def test_tokens_typed_into_the_explorer(browser, explorer):
+    from selenium.webdriver.common.keys import Keys
+
+    result, path = explorer
+    browser.open(path, READY)
+    browser.js("state.chips = []; drawChips()")
+    for typed in ("</script>", "<b>", f"#{int(result.kept_ids[40])}"):
+        browser.keys("#typed", typed, Keys.ENTER)
+    chips = browser.js("return [...document.querySelectorAll('.chip .text')].map(e => e.textContent)")
+    assert chips == ["</script>", "<b>", visible(result.kept_tokens[40])]
+    assert browser.js("return document.querySelectorAll('#plot circle').length") == 3 * 7
+    browser.keys("#typed", "not-a-token-at-all", Keys.ENTER)
+    assert "is not on this page" in browser.text("#not-found")
+    browser.keys("#stage", Keys.ARROW_LEFT)  # at an image token fewer are known: bounds, and it says so
+    assert browser.js("return document.querySelectorAll('#plot path[d*=h6]').length") > 0
+    assert browser.js("return document.querySelector('#plot-note').style.visibility") == "visible"
+    nothing_wrong(browser)
+
+
+def test_the_prompt_unfolds_and_tokens_are_text(browser, explorer):
+    result, path = explorer
+    browser.open(path, READY)
+    assert browser.js("return document.querySelectorAll('main b, main script').length") == 0
+    strip_text = browser.js("return [...document.querySelectorAll('#strip .token')].map(e => e.textContent)")
+    assert strip_text[2:5] == ["</script>", "<b>", "&amp;"]
+    assert browser.js("return document.querySelectorAll('.tiles span').length") == 0
+    browser.js("document.querySelector('.thumb').click()")
+    browser.frames()
+    assert browser.js("return document.querySelectorAll('.tiles span').length") == 48
+    browser.hover(f".tiles span[data-place='{result.starts[0] + 10}']", 0.5, 0.5)
+    assert "row 2, column 3" in browser.text("#place")
+    nothing_wrong(browser)
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_explorer_on_a_phone(browser, explorer, dark):
+    _, path = explorer
+    browser.open(path, READY, width=360, height=740, dark=dark)
+    assert browser.js("return document.documentElement.scrollWidth") <= 360
+    colour = browser.js("return getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, re.findall(r"\d+", colour)[:3])) < 200) == dark
+    assert browser.js("return document.querySelector('#map').getBoundingClientRect().width") > 280
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_nothing_moves_under_the_pointer(browser, explorer, width):
+    """Whatever is selected, the parts of the page stay where they are."""
+    _, path = explorer
+    browser.open(path, READY, width=width)
+    where = "return [...document.querySelectorAll('section, #table, #plot, #chips')].map(e => e.getBoundingClientRect().top)"
+    places = []
+    for place in (0, 3, 14, 20, 40, 66, 70):
+        browser.js("select(arguments[0])", place)
+        browser.frames()
+        places.append(browser.js(where))
+    assert places.count(places[0]) == len(places)
+
+
+def test_circuitsvis_without_network(browser, tmp_path):
+    """Every figure draws, with tokens as text, from one copy of the library."""
+    shown = strip(TOKENS, NAMES, groups={"circle": [FIRST + 2, FIRST + 3]})
+    page = Page("</script><b>figures</b>")
+    page.attention_patterns(pattern(), shown)
+    page.attention_heads(pattern(), shown)
+    page.colored_tokens(torch.randn(N), shown)
+    page.topk_tokens(torch.randn(N, 2, 4), shown, k=20)
+    page.neuron_activations(torch.randn(N, 2, 4), shown)
+    words = [*TOKENS[:20]]
+    page.token_log_probs(torch.randn(N, 20).log_softmax(-1), torch.arange(N) % 20, words.__getitem__, shown)
+    page.write(tmp_path / "page.html")
+    figures = "[...document.querySelectorAll('[id^=figure-]')]"
+    browser.open(tmp_path / "page.html", f"{figures}.length === 6 && {figures}.every(f => f.textContent.length > 20)")
+    assert browser.js("return document.querySelectorAll('b').length") == 0 and browser.text("h1") == "</script><b>figures</b>"
+    for figure in (0, 2, 3, 4):
+        text = browser.text(f"#figure-{figure}")
+        assert all(visible(token) in text for token in NASTY) and "[circle␣×2]" in text, figure
+    assert props(page)[1][1]["tokens"][:2] == ["</script>", "<b>"]  # on a canvas: nothing to escape
+    assert (tmp_path / "page.html").stat().st_size < 1_500_000  # the library once
+    nothing_wrong(browser)
+
+
+class _Srcdoc(HTMLParser):
+    """What a browser takes the frame's document to be."""
+
+    def handle_starttag(self, tag, attributes):
+        self.srcdoc = dict(attributes)["srcdoc"]
+
+
+def test_a_notebook_shows_the_page_itself(browser, tmp_path):
+    page = Page("In a notebook")
+    page.colored_tokens(torch.randn(N), strip(TOKENS, NAMES))
+    parser = _Srcdoc()
+    parser.feed(page._repr_html_())
+    assert parser.srcdoc == page.html()
+    (tmp_path / "cell.html").write_text(f"<!doctype html><meta charset=utf-8><div>{page._repr_html_()}</div>", encoding="utf-8")
+    inside = "document.querySelector('iframe').contentDocument"
+    browser.open(tmp_path / "cell.html", f"{inside}.querySelector('#figure-0')?.textContent.length > 20")
+    assert as_text("<b>") == "&lt;b&gt;" and "<b>" in browser.js(f"return {inside}.querySelector('#figure-0').textContent")
+    nothing_wrong(browser)
