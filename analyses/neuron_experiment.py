@@ -71,8 +71,8 @@ def prepare(model: Any, data: Iterable[Example], batch_size: int = 32) -> list[B
     """
     rows: dict[str, list[tuple[Any, Example]]] = {}
     for example in data:
-        if not example.domain or not example.answer:
-            raise ValueError(f"example {example.id} needs a domain and an answer to be judged by.")
+        if example.domain in ("", ALL) or not example.answer:
+            raise ValueError(f"example {example.id} needs an answer and a domain (not called {ALL!r}) to be judged by.")
         inputs = model.to_inputs(example.question, images=list(example.images))
         rows.setdefault(example.domain, []).append((inputs, example))
     if not rows:
@@ -370,7 +370,8 @@ class Ablations:
 
     @classmethod
     def load(cls, path: str | Path) -> Ablations:
-        table = pd.read_csv(path, keep_default_na=False)
+        words = ("model", "selection", "module", "target", "id", "image", "domain")
+        table = pd.read_csv(path, keep_default_na=False, dtype=dict.fromkeys(words, str))
         return cls(table.drop(columns="model"), str(table["model"].iloc[0]))
 
     def _base(self) -> pd.DataFrame:

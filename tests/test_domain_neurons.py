@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import picture
 from PIL import Image
 from tiny import tiny_hf, tiny_processor
 
+from analyses import neuron_experiment as experiment
 from analyses.data import Example
 from analyses.domain_neurons import (
     SOURCES,
@@ -24,7 +27,11 @@ from analyses.domain_neurons import (
     mean_activations,
     select_neurons,
 )
+from analyses.logit_lens import logit_lens
+from analyses.neuron_experiment import FIRING, NONE, RANDOM, RANDOM_RATE, Ablations, Condition
+from analyses.neuron_pictures import top_images, written_tokens
 from hooked_qwen2vl import HookedQwen2VL
+from hooked_qwen2vl.cli import main
 
 MODULES = ("decoder", "vision", "projector")
 FLOAT_TOL = 1e-12  # float64 sums in another order
@@ -398,3 +405,238 @@ def test_what_is_not_there_is_refused(model):
                   {"vision": torch.zeros(2, 96)}):  # fmt: skip
         with pytest.raises(ValueError), disable_neurons(model, wrong):
             pass
+
+
+# ---- the experiment ---------------------------------------------------------------------------------
+
+
+def questions(n: int = 6) -> list[Example]:
+    answers = ("blue", "red red", "th")
+    return [
+        Example(f"q{i}", "what?" if i % 2 else "is it red?", answers[i % 3], (picture(56, 56 + 28 * (i % 2), seed=i),), "ab"[i % 2])
+        for i in range(n)
+    ]
+
+
+@pytest.fixture(scope="module")
+def batches_of_questions(model):
+    return experiment.prepare(model, questions(), batch_size=2)
+
+
+def test_effects_are_derivatives():
+    """Scaling one activation by 1 − ε: the loss of log p, by central differences in float64."""
+    model = HookedQwen2VL.from_hf(tiny_hf(dtype=torch.float64), tiny_processor())
+    data = questions(4)
+    effects = experiment.ablation_effects(model, data, ["b", "a"], batch_size=4)
+
+    def log_p(domain: str, name: str, neuron: int, epsilon: float) -> float:
+        def shrink(post, hook):
+            scale = torch.ones(post.shape[-1], dtype=post.dtype)
+            scale[neuron] = 1 - epsilon
+            return post * scale
+
+        total = []
+        for example in data:
+            if example.domain == domain:
+                inputs = model.to_inputs(example.question, images=list(example.images), answers=example.answer)
+                with torch.no_grad():
+                    logits = model.run_with_hooks(inputs, fwd_hooks=[(name, shrink)]).log_softmax(-1)
+                answer = inputs.positions("answer")
+                total.append(logits[0, answer - 1, inputs.tokens[0, answer]].sum().item())
+        return sum(total) / len(total)
+
+    epsilon = 1e-4
+    for module, layer, neuron, name in (("decoder", 1, 5, "blocks.1.mlp"), ("vision", 0, 9, "vision_encoder.blocks.0.mlp"),
+                                        ("projector", 0, 3, "vision_projector")):  # fmt: skip
+        for number, domain in enumerate(["b", "a"]):
+            low, high = (log_p(domain, f"{name}.hook_post", neuron, e) for e in (-epsilon, epsilon))
+            slope = (low - high) / (2 * epsilon)
+            assert abs(float(effects[module][number, layer, neuron]) - slope) < 1e-5 * max(1, abs(slope))
+            assert abs(slope) > 1e-6
+
+
+def test_the_strongest_by_contrast():
+    effects = torch.zeros(3, 2, 4)
+    effects[:, 0, 1] = 5.0  # helps every domain alike
+    effects[0, 1, 2], effects[2, 1, 3] = 1.0, 2.0
+    assert experiment.strongest(effects, 0, 1).nonzero().tolist() == [[1, 2]]
+    assert experiment.strongest(effects, 2, 1).nonzero().tolist() == [[1, 3]]
+
+
+def test_controls_are_what_they_say():
+    rates = torch.rand(3, 200, dtype=torch.float64)
+    mask, barred = torch.zeros(3, 200, dtype=torch.bool), torch.rand(3, 200) < 0.1
+    mask[0, rates[0].argsort()[-6:]] = True  # frequent firers
+    mask[2, :4] = True
+    for matched in (None, rates):
+        drawn = experiment.random_like(mask, barred, np.random.default_rng(0), matched)
+        assert torch.equal(drawn.sum(1), mask.sum(1)) and not (drawn & (mask | barred)).any()
+        gap = abs(rates[0][drawn[0]].mean() - rates[0][mask[0]].mean())
+        assert gap < 0.1 if matched is not None else gap > 0.2
+    with pytest.raises(ValueError, match="other neurons"):
+        experiment.random_like(mask, ~mask, np.random.default_rng(0))
+
+
+def test_every_condition_is_there():
+    fired = torch.randint(0, 400, (2, 3, 2, 100))
+    counts = Firings({"decoder": fired, "vision": fired}, {m: torch.full((2, 3), 500) for m in ("decoder", "vision")},
+                     ("a", "b"), {"model": "m"})  # fmt: skip
+    neurons = counts.select(0.05)
+    found = experiment.conditions(neurons, {m: torch.randn(2, 2, 100) for m in ("decoder", "vision")}, seeds=2)
+    assert len(found) == 2 * 3 * (1 + 2 + 2 + 1 + 2) and len({(c.selection, c.module, c.target, c.seed) for c in found}) == len(found)
+    for condition in found:
+        assert condition.n_neurons == sum(int(m.sum()) for m in neurons.masks(condition.target, list(condition.masks)).values())
+        if condition.selection in (RANDOM, RANDOM_RATE):
+            assert not any((mask & neurons.modules[m].selected).any() for m, mask in condition.masks.items())
+
+
+def test_answers_one_by_one(model, batches_of_questions):
+    """Batched answers and log-probabilities against each question alone; a model with most of its neurons off."""
+    many = {"decoder": torch.rand(3, 72) < 0.6}
+    conditions = [Condition(FIRING, "decoder", "a", 0, many), Condition(RANDOM, "decoder", "a", 0, {"decoder": torch.zeros(3, 72).bool()})]
+    found = experiment.ablate(model, batches_of_questions, conditions, progress=False).outcomes
+    assert len(found) == 6 + 6 + 3  # untouched; own, on both domains; control, on its own
+    for example in questions():
+        inputs = model.to_inputs(example.question, images=list(example.images))
+        first = model.to_tokens(example.answer)[0, 0]
+        for selection, off in ((NONE, []), (FIRING, many)):
+            with disable_neurons(model, off), torch.no_grad():
+                text = model.generate(inputs, max_new_tokens=9, do_sample=False, return_type="str", verbose=False)
+                log_prob = model(inputs)[0, -1].log_softmax(-1)[first].item()
+            (row,) = found.query("selection == @selection and id == @example.id").to_dict("records")
+            assert row["right"] == experiment.same_answer(text, example.answer) and row["domain"] == example.domain
+            assert abs(row["log_prob"] - log_prob) < 1e-4
+    gap = found.query("selection == 'firing'").set_index("id")["log_prob"] - found.query("selection == 'none'").set_index("id")["log_prob"]
+    assert gap.abs().min() > 1e-3
+
+
+def test_right_is_the_whole_answer():
+    assert experiment.same_answer(" Red. ", "red") and experiment.same_answer("2 red", "2 red")
+    assert not experiment.same_answer("red red", "red") and not experiment.same_answer("reddish", "red")
+
+
+def a_table() -> Ablations:
+    """Two domains of four questions on two images each; 'a' loses half when its own are off, nothing under the control."""
+    rows = []
+    for domain in "ab":
+        for i in range(4):
+            about = {"id": f"{domain}{i}", "image": f"{domain}{i // 2}", "domain": domain}
+            rows.append({"selection": NONE, "module": "all", "target": "", "seed": 0, "neurons": 0, **about, "right": i < 3, "log_prob": -1.0})
+            for target in "ab":
+                lost = target == domain == "a" and i < 2
+                rows.append({"selection": FIRING, "module": "decoder", "target": target, "seed": 0, "neurons": 7, **about,
+                             "right": i < 3 and not lost, "log_prob": -2.0 if lost else -1.0})  # fmt: skip
+            for seed in (0, 1):
+                rows.append({"selection": RANDOM, "module": "decoder", "target": domain, "seed": seed, "neurons": 7, **about,
+                             "right": i < 3, "log_prob": -1.0})  # fmt: skip
+    return Ablations(pd.DataFrame(rows), "m")
+
+
+def test_tables_by_hand(tmp_path):
+    a_table().save(tmp_path / "outcomes.csv")
+    table = Ablations.load(tmp_path / "outcomes.csv")
+    assert table.model_name == "m" and table.outcomes.equals(a_table().outcomes)
+    accuracy = table.accuracy().set_index(["selection", "module", "domain"])
+    assert accuracy.loc[(NONE, "all", "a"), "accuracy"] == 0.75 and accuracy.loc[(FIRING, "decoder", "a"), "accuracy"] == 0.25
+    assert accuracy.loc[(FIRING, "decoder", "a"), "change"] == -0.5 and accuracy.loc[(FIRING, "decoder", "b"), "change"] == 0
+    assert accuracy.loc[(FIRING, "decoder", "all"), ["items", "change"]].tolist() == [8, -0.25]
+    excess = table.against_controls().set_index("domain")
+    assert excess.loc["a", ["excess", "excess_log_prob"]].tolist() == [-0.5, -0.5]
+    assert excess.loc["a", ["excess_low", "excess_high"]].tolist() == [-1, 0]  # the two that are lost are of one image
+    assert excess.loc["b", ["excess", "excess_low", "excess_high"]].tolist() == [0, 0, 0]
+    cross = table.cross(FIRING, "decoder")
+    assert cross.loc["a"].tolist() == [-0.5, 0] and cross.loc["b"].tolist() == [0, 0]
+    with pytest.raises(ValueError, match="own domain only"):
+        table.cross(RANDOM, "decoder")
+
+
+def test_intervals():
+    low, high = experiment.wilson(0.8, 10)
+    assert abs(low - 0.4902) < 1e-4 and abs(high - 0.9433) < 1e-4  # (p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n)
+    values = np.random.default_rng(0).normal(size=(400, 1))
+    low, high = experiment.bootstrap(values, [str(i) for i in range(400)])
+    assert abs((high - low) / (2 * 1.96 * values.std() / 20) - 1) < 0.1 and low < values.mean() < high
+    repeated = experiment.bootstrap(np.repeat(values, 4, 0), [str(i // 4) for i in range(1600)])
+    assert abs((repeated[1] - repeated[0]) / (high - low) - 1) < 0.1  # four questions an image tell no more than one
+
+
+def test_streams_by_hand(model, batches_of_questions):
+    own = Condition(FIRING, "decoder", "a", 0, {"decoder": torch.rand(3, 72) < 0.5})
+    table = experiment.stream_by_layer(model, batches_of_questions, [own], progress=False)
+    calm = table[table["selection"] == NONE]
+    assert (calm["deviation"] == 0).all() and set(table["source"]) == {"image", "text", "last"}
+    entropies, moved = [], []
+    for example in questions():
+        if example.domain == "a":
+            inputs = model.to_inputs(example.question, images=list(example.images))
+            entropies.append(logit_lens(model, inputs, "image").entropy)
+            with torch.no_grad():
+                _, before = model.run_with_cache(inputs)
+                with disable_neurons(model, own.masks):
+                    _, after = model.run_with_cache(inputs)
+            difference = after["blocks.2.hook_resid_post"] - before["blocks.2.hook_resid_post"]
+            moved.append(float(difference[0, -1].norm() / before["blocks.2.hook_resid_post"][0, -1].norm()))
+    ours = calm.query("source == 'image' and domain == 'a'").sort_values("layer")["entropy_nats"].to_numpy()
+    assert np.allclose(ours, torch.cat(entropies, 1).mean(1), atol=1e-4)
+    ours = table.query("selection == 'firing' and source == 'last' and layer == 3")["deviation"].item()
+    assert abs(ours - np.mean(moved)) < 1e-4 and ours > 0.01
+
+
+def test_no_image_is_on_both_sides():
+    data = [Example(f"{i}", "what?", "x", (f"{i // 2}.png",), "ab"[i % 4 // 2]) for i in range(12)]
+    chosen, judged = experiment.split_by_image(data)
+    assert len(chosen) + len(judged) == 12 and not {e.images for e in chosen} & {e.images for e in judged}
+    assert {e.domain for e in chosen} == {e.domain for e in judged} == {"a", "b"}
+    with pytest.raises(ValueError, match="one image only"):
+        experiment.split_by_image(data[:2])
+
+
+# ---- pictures ---------------------------------------------------------------------------------------
+
+
+def test_top_images_by_hand(model):
+    data = a_dataset(5)
+    for neuron in (("decoder", 1, 4), ("vision", 0, 9), ("projector", 0, 50)):
+        top = top_images(model, neuron, data, n=3, batch_size=2)
+        highest, grids = {}, {}
+        for example in data:
+            inputs = model.to_inputs(example.question, images=list(example.images))
+            _, cache = model.run_with_cache(inputs, vision=True)
+            module, layer, j = neuron
+            if module == "decoder":
+                pre = cache[f"blocks.{layer}.mlp.hook_pre"][0, inputs.positions("image"), j]
+            else:
+                name = f"vision_encoder.blocks.{layer}.mlp.hook_pre" if module == "vision" else "vision_projector.hook_pre"
+                pre = cache.vision[name][0, :, j]
+            highest[example.id], scale = float(pre.max()), 2 if module == "vision" else 1
+            grids[example.id] = tuple(scale * n for n in inputs.grid())
+        assert [e.id for e in top.examples] == sorted(highest, key=highest.get, reverse=True)[:3]
+        assert all(abs(float(e.activations.max()) - highest[e.id]) < 1e-5 for e in top.examples)
+        assert all(tuple(e.activations.shape) == grids[e.id] for e in top.examples)
+
+
+def test_what_a_neuron_writes(model):
+    table = written_tokens(model, ("decoder", 2, 7), top_k=3)
+    with torch.no_grad():
+        logits = (model.blocks[2].mlp.W_out[7] * model.ln_final.w) @ model.W_U
+    assert table["token_id"].tolist() == [*logits.topk(3).indices.tolist(), *logits.topk(3, largest=False).indices.tolist()]
+    with pytest.raises(ValueError, match="tower"):
+        written_tokens(model, ("vision", 0, 0))
+
+
+def test_the_command(tmp_path, capsys, model, monkeypatch):
+    monkeypatch.setattr("hooked_qwen2vl.commands.neurons.load_model", lambda options: model)
+    for domain in ("cats", "dogs"):
+        (tmp_path / domain).mkdir()
+        lines = []
+        for i in range(4):
+            picture(56, 84, seed=i + 10 * (domain == "cats")).save(tmp_path / domain / f"{i}.png")
+            lines.append(json.dumps({"image": f"{i}.png", "question": "what?", "answer": "red"}))
+        (tmp_path / domain / "questions.jsonl").write_text("\n".join(lines))
+    out = tmp_path / "out"
+    assert main(["neurons", "--data", str(tmp_path), "--seeds", "1", "--generate", "2", "--share", "0.05", "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    for name in ("neurons.csv", "neurons_by_layer.png", "neurons_accuracy.png", "neurons_accuracy.csv", "neurons_controls.png",
+                 "neurons_against_controls.csv", "neurons_streams.png", "neurons_write.csv"):  # fmt: skip
+        assert str(out / name) in said and (out / name).stat().st_size > 0
+    assert Firings.load(out / "firings.safetensors").tokens["decoder"][:, 0].tolist() == [12, 12]  # two images a side
