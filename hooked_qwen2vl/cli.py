@@ -10,9 +10,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .commands import check, compare, explore, ground, hallucination, lens, scenes
+from .commands import check, compare, explore, ground, hallucination, lens, scenes, neurons
 
-COMMANDS = (lens, explore, ground, compare, hallucination, check, scenes)
+COMMANDS = (lens, explore, ground, compare, hallucination, check, scenes, neurons)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
