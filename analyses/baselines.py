@@ -36,9 +36,8 @@ from transformer_lens.tools.analysis import logit_readout
 
 from analyses.contextual_lens import contextual_score, span_positions, yes_no_subject
 from analyses.logit_lens import residual_stack
+from analyses.readout import readout
 from analyses.trajectory import flips, stability, word
-
-_CHUNK = 64
 
 
 @dataclass(frozen=True)
@@ -95,15 +94,21 @@ class Evidence:
         return self._run[1]
 
     @cached_property
-    def log_probs(self) -> Float[Tensor, "layer token d_vocab"]:
-        """The lens where each answer token is predicted; its last entry is the model's own."""
+    def lens(self) -> dict[str, Tensor]:
+        """The lens where each answer token is predicted, [layer token]: `top1` (id), `top1_prob`, `entropy` (nats), and
+        `rank` of the token itself, 0 the top."""
         vectors = self.stack[:, [p - 1 for p in self.answer]]
-        return logit_readout(self.model, vectors, return_type="log_probs", chunk_size=_CHUNK).values.float().cpu()
+        targets = self.answer_ids.repeat(len(vectors))[:, None]
+        read = readout(self.model, vectors.flatten(0, 1), targets, top_k=1)
+        flat = {"top1": read.ids[:, 0], "top1_prob": read.probs[:, 0], "entropy": read.entropy, "rank": read.target_ranks[:, 0]}
+        return {name: values.unflatten(0, vectors.shape[:2]) for name, values in flat.items()}
 
     @cached_property
     def token_log_probs(self) -> Float[Tensor, "token"]:
         """The model's own log-probability of each answer token, nats."""
-        return self.log_probs[-1].gather(-1, self.answer_ids[:, None])[:, 0]
+        vectors = self.stack[-1, [p - 1 for p in self.answer]]
+        log_probs = logit_readout(self.model, vectors, return_type="log_probs").values.float().cpu()
+        return log_probs.gather(-1, self.answer_ids[:, None])[:, 0]
 
     @cached_property
     def _run(self) -> tuple[Tensor, Tensor]:
@@ -178,7 +183,7 @@ def mean_log_prob(evidence: Evidence) -> float:
 @_score
 def neg_entropy(evidence: Evidence) -> float:
     """−mean entropy (nats) of the distributions that the answer's tokens were taken from: high when the model is sure."""
-    return -float(_entropy(evidence.log_probs[-1]).mean())
+    return -float(evidence.lens["entropy"][-1].mean())
 
 
 @_score
@@ -201,10 +206,9 @@ def internal_confidence(evidence: Evidence) -> float:
     With a noun: of the noun's tokens, the sign flipped when the answer is no; then in [-1, 1].
     """
     positions, sign = evidence.subject
-    ids = evidence.item.tokens[0, positions].tolist()
     vectors = evidence.stack[:, evidence.item.positions("image")].flatten(0, 1)
-    probs = logit_readout(evidence.model, vectors, targets=ids, return_type="probs", chunk_size=_CHUNK).values
-    return sign * float(probs.float().max(0).values.mean())
+    targets = evidence.item.tokens[0, positions].cpu().expand(len(vectors), -1)
+    return sign * float(readout(evidence.model, vectors, targets, top_k=1).target_probs.amax(0).mean())
 
 
 @_score
@@ -258,19 +262,14 @@ def neg_doubt(evidence: Evidence) -> float:
     of a top-1 that is another word (other than in case or space). 0 where there is none, 1 where the answer is never
     among the top five.
     """
-    lens = evidence.log_probs[:, 0]
-    answer = int(evidence.answer_ids[0])
-    ranks = (lens > lens[:, answer, None]).sum(-1)
-    born = (ranks < 5).nonzero().flatten().tolist()
-    if not born:
+    first = {name: values[:, 0].tolist() for name, values in evidence.lens.items()}
+    born = next((l for l, rank in enumerate(first["rank"]) if rank < 5), None)
+    if born is None:
         return -1.0
-    top = lens.max(-1)
-    rivals = [
-        float(top.values[l].exp())
-        for l in range(born[0], len(lens) - 1)
-        if word(_decode(evidence.model, int(top.indices[l]))) != word(_decode(evidence.model, answer))
-    ]
-    return -max(rivals, default=0.0)
+    answer = word(_decode(evidence.model, int(evidence.answer_ids[0])))
+    until = len(first["rank"]) - 1
+    held = zip(first["top1"][born:until], first["top1_prob"][born:until])
+    return -max((prob for top, prob in held if word(_decode(evidence.model, top)) != answer), default=0.0)
 
 
 @_score
@@ -282,7 +281,7 @@ def neg_overthinking(evidence: Evidence) -> float:
     that of the authors' code (`compute_overthinking`), which leaves out entry 0.
     """
     n_layers = evidence.model.cfg.n_layers
-    entropy = _entropy(evidence.log_probs[1:]).mean(0)
+    entropy = evidence.lens["entropy"][1:].mean(0)
     hypotheses = [len(set(_top1(evidence, token)[1:])) for token in range(len(evidence.answer))]
     return -float((entropy * torch.tensor(hypotheses)).mean()) / n_layers
 
@@ -333,11 +332,7 @@ def _contextual(evidence: Evidence, item: Any, stack: Tensor | None) -> float:
 
 
 def _top1(evidence: Evidence, token: int) -> list[int]:
-    return evidence.log_probs[:, token].argmax(-1).tolist()
-
-
-def _entropy(log_probs: Float[Tensor, "*axes d_vocab"]) -> Float[Tensor, "*axes"]:
-    return -(log_probs.exp() * log_probs).sum(-1)
+    return evidence.lens["top1"][:, token].tolist()
 
 
 def _decode(model: Any, token: int) -> str:

@@ -1,6 +1,6 @@
 """Does a heat map find what the answer depends on? On the embedded world, where that is known cell by cell.
 
-    python -m analyses.grounding_experiment --n 1000 --out out/grounding
+    python -m analyses.grounding_experiment --n 1000 --report docs/grounding_results.md
 
 1. Take items of a split with a right answer that depends on some of the cells, not all and not none; the others
    ("What is the background?", "no", "0") are counted and left out.
@@ -23,6 +23,7 @@ All choices of boxes, nouns and controls here are ours.
 from __future__ import annotations
 
 import argparse
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,8 +43,8 @@ from analyses.logit_lens import residual_stack
 from analyses.rectangles import Cells, heaviest_rectangle
 
 FIGURES = {"pointing": "pointing game (share of hits)", "ap": "average precision of the heat map", "iou": "IoU of the box"}
-METHODS = ("contextual lens", "logit lens", "attention", "(shuffled image)", "(random)", "(centre)")
 OWN_BOX = "contextual lens, its box"
+METHODS = ("contextual lens", "logit lens", "attention", "(shuffled image)", "(random)", "(centre)")
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class GroundingExperiment:
         groups = [("all", self.table), *self.table.groupby("category")]
         rows = []
         for category, part in groups:
-            for method in (*METHODS, OWN_BOX):
+            for method in (METHODS[0], OWN_BOX, *METHODS[1:]):
                 one = part[part["method"] == method]
                 row: dict[str, Any] = {"category": category, "method": method, "items": len(one)}
                 for name in FIGURES:
@@ -195,7 +196,7 @@ def _heat_maps(
     token = int(inputs.tokens[0, span[0]])
     probs = logit_readout(model, stack[:, image], targets=[token], return_type="probs").values[..., 0]
     places = span_positions(model, inputs, "answer", 0)
-    said = model.unembed(model.ln_final(stack[-1:, [p - 1 for p in places]]))[0].argmax(-1)
+    said = logit_readout(model, stack[-1, [p - 1 for p in places]]).values.argmax(-1)
     right = bool((said.cpu() == inputs.tokens[0, places].cpu()).all())
     heats = {
         "contextual lens": ours.heat[0],
@@ -219,29 +220,32 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", default="scenes")
     parser.add_argument("--n", type=int, default=1000, help="items of the split (default 1000)")
     parser.add_argument("--split", default="test", choices=("train", "validation", "test"))
-    parser.add_argument("--image-layer", type=int, default=None)
-    parser.add_argument("--text-layer", type=int, default=None)
+    parser.add_argument("--image-layer", type=int)
+    parser.add_argument("--text-layer", type=int)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("out/grounding"))
+    parser.add_argument("--out", type=Path, default=Path("out/grounding"), help="folder for tables and plots")
+    parser.add_argument("--report", type=Path, help="also write the table as Markdown to this file")
     options = parser.parse_args(arguments)
     from hooked_qwen2vl import HookedQwen2VL
     from hooked_qwen2vl.scenes import load_split
 
     model = HookedQwen2VL.from_pretrained(options.model)
-    items = load_split(options.split, options.n)
-    result = run_experiment(model, items, options.image_layer, options.text_layer, options.seed)
+    layers = options.image_layer, options.text_layer
+    result = run_experiment(model, load_split(options.split, options.n), *layers, options.seed)
     options.out.mkdir(parents=True, exist_ok=True)
-    summary = result.to_dataframe()
-    summary.to_csv(options.out / "summary.csv", index=False)
+    result.to_dataframe().to_csv(options.out / "summary.csv", index=False)
     result.table.to_csv(options.out / "items.csv", index=False)
     for name in FIGURES:
         result.plot(options.out / f"{name}.png", name)
-    print(as_markdown(summary))
-    print(f"\nitems {result.table['item'].nunique()}, left out: {result.skipped}; wrote {options.out}")
+    report = as_markdown(result, f"the first {options.n} items of the {options.split} split, weights {fingerprint(model)}")
+    if options.report is not None:
+        options.report.write_text(report, encoding="utf-8")
+    print(f"{report}\nwrote {options.out}")
 
 
-def as_markdown(summary: pd.DataFrame) -> str:
-    """The summary as a table: mean and 95 % interval of each figure."""
+def as_markdown(result: GroundingExperiment, measured_on: str) -> str:
+    """What was measured, on what, and the table: mean and 95 % interval of each figure."""
+    summary = result.to_dataframe()
     shown = summary[["category", "items", "method"]].copy()
     for name in FIGURES:
         shown[name] = [
@@ -249,7 +253,30 @@ def as_markdown(summary: pd.DataFrame) -> str:
             for mean, low, high in summary[[name, f"{name}_low", f"{name}_high"]].itertuples(index=False)
         ]
     lines = [shown.columns, ["---"] * len(shown.columns), *shown.itertuples(index=False)]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    left_out = ", ".join(f"{n} {reason}" for reason, n in result.skipped.items()) or "none"
+    once = result.table.drop_duplicates("item")
+    return "\n".join(
+        [
+            "# Grounding on the embedded world: what came out",
+            "",
+            f"Written by `python -m analyses.grounding_experiment`; how it is measured: `analyses/grounding_experiment.py`. "
+            f"Measured on {measured_on}; settings {result.settings}. {len(once)} items; left out: {left_out}. The model "
+            f"answers {once['right'].mean():.1%} of them rightly; all are grounded with the right answer. What the answer "
+            f"depends on covers {once['share'].mean():.1%} of the image on average. Mean and 95 % interval (bootstrap over "
+            f"items); categories with few items have wide intervals.",
+            "",
+            *("| " + " | ".join(map(str, line)) + " |" for line in lines),
+            "",
+        ]
+    )
+
+
+def fingerprint(model: Any) -> str:
+    """The first digits of a hash of all weights: which checkpoint was measured."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(name.encode() + weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 if __name__ == "__main__":

@@ -341,21 +341,22 @@ def test_inner_scores_by_hand(model, answered, streams):
 
 
 def test_doubt(model):
-    """On made lenses: [entry d_vocab], the answer token 0, rivals 1.. of other words."""
+    """On made lenses: the top token and its probability at each entry; the answer, "red", is second where it is not first."""
     ids = [model.to_single_token(w) for w in ("red", "blue", " red")]
-    filler = [i for i in range(20, 60)]
     item = model.to_inputs("what?", images=[picture(56, 56)], answers="red")
 
-    def doubt(tops):  # at each entry, (top token, its probability); the rest is spread evenly, but the answer second
-        lens = torch.zeros(len(tops), 1, model.cfg.d_vocab)
-        for entry, (top, p) in zip(lens, tops):
-            entry[0, filler] = (1 - p) / 100
-            entry[0, ids[0]] = (1 - p) / 2
-            entry[0, top] = p
+    def doubt(tops, rank=1):
         evidence = Evidence(model, item)
-        evidence.__dict__["log_probs"] = lens.log()
+        top1, probs = torch.tensor([top for top, _ in tops]), torch.tensor([p for _, p in tops])
+        ranks = torch.where(top1 == ids[0], 0, rank)
+        evidence.__dict__["lens"] = {
+            name: values[:, None] for name, values in (("top1", top1), ("top1_prob", probs), ("rank", ranks))
+        }
         return -SCORES["neg_doubt"](model, evidence)
 
+    never = [(ids[1], 0.9), (ids[1], 0.8), (ids[1], 0.7)]
+    assert doubt(never, rank=5) == 1.0 and doubt(never, rank=4) == pytest.approx(0.9)
+    assert doubt([(ids[1], 0.9), (ids[0], 0.8), (ids[0], 0.7)], rank=5) == 0.0  # before the answer is born nothing counts
     assert doubt([(ids[0], 0.6), (ids[0], 0.7), (ids[0], 0.9)]) == 0.0
     assert doubt([(ids[0], 0.6), (ids[1], 0.8), (ids[0], 0.9)]) == pytest.approx(0.8)
     assert doubt([(ids[0], 0.6), (ids[2], 0.8), (ids[0], 0.9)]) == 0.0  # only the space differs: the same word
