@@ -1,4 +1,4 @@
-.PHONY: demo test install
+.PHONY: bench demo test install
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export HF_HUB_OFFLINE := 1
 
@@ -16,3 +16,7 @@ demo: install
 
 test: install
 	.venv/bin/python -m pytest
+
+# Threads pinned; about an hour on two cores. The table: tests/benchmarks/benchmarks.md. BENCH="--quick --only cache".
+bench: install
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv/bin/python tests/benchmarks/run_all.py $(BENCH)

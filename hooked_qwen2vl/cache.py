@@ -3,19 +3,31 @@
 `ActivationCache` infers the batch from the leading dimensions of what it holds and slices position axes
 of all of it; the tower's activations are packed over images ([1 patch …]) and have neither. They live in
 `cache.vision`, untouched by batch and position slicing.
+
+On disk a cache is one safetensors file: the activations under their hooks' names, each stored once also where two
+names share one tensor (`hook_resid_post` and the next `hook_resid_pre`), and in its header the order of the names,
+the settings, and the shape of the model, so that it is not read as another model's.
 """
 
 from __future__ import annotations
 
+import json
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.utilities import Slice, SliceInput
 
+from .layers import readable
+
 VISION_PREFIXES = ("vision_encoder.", "vision_projector.")
+FORMAT = "hooked_qwen2vl cache 1"
 
 
 def is_vision(name: str) -> bool:
@@ -59,6 +71,60 @@ class HookedCache(ActivationCache):
         self.vision = {name: value.to(device) for name, value in self.vision.items()}
         return self
 
+    def save(self, path: str | Path) -> Path:
+        """Writes text and vision activations to one safetensors file, every dtype as it is.
+
+        A file that is there is replaced at once when the new one is whole. Activations that are not contiguous
+        are copied for writing, at most the size of the cache.
+
+        Returns:
+            the path.
+        Raises:
+            ValueError: the cache holds nothing.
+        """
+        path, activations = Path(path), {**self.cache_dict, **self.vision}
+        if not activations:
+            raise ValueError("the cache holds no activation: there is nothing to save.")
+        first: dict[tuple, str] = {}
+        stored = {name: first.setdefault(_place(value), name) for name, value in activations.items()}
+        tensors = {name: activations[name].detach().contiguous() for name in first.values()}
+        # Parts of one tensor are written as tensors of their own: safetensors refuses them otherwise.
+        tensors = {name: value if _whole(value) else value.clone() for name, value in tensors.items()}
+        header = {
+            "format": FORMAT,
+            "model_name": str(self.model.cfg.model_name),
+            "model_shape": json.dumps(_model_shape(self.model)),
+            "has_batch_dim": json.dumps(self.has_batch_dim),
+            "stored": json.dumps(stored),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")  # the old file may be mapped into this very cache
+        save_file(tensors, partial, header)
+        os.replace(partial, path)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path, model: Any, device: str | torch.device = "cpu") -> HookedCache:
+        """The cache that `save` wrote, for the same model or one of its shape.
+
+        On the CPU the activations are mapped from the file and read when first used; writing into them does not
+        change it.
+
+        Raises:
+            ValueError: no such file, not a cache's, or of a model of another shape.
+        """
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                header = file.metadata() or {}
+                if header.get("format") != FORMAT:
+                    raise ValueError(f"{path} is not a cache of this package's: expected a file that cache.save wrote.")
+                _require_shape(path, header, model)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, safe_open is no mapping
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path} cannot be read as a cache ({error}): expected a file that cache.save wrote.") from error
+        stored = json.loads(header["stored"])
+        return cls({name: tensors[of] for name, of in stored.items()}, model, json.loads(header["has_batch_dim"]))
+
     def apply_slice_to_batch_dim(self, batch_slice: Slice | SliceInput) -> HookedCache:
         """A cache of the chosen rows; the tower's activations stay packed over all images."""
         sliced = super().apply_slice_to_batch_dim(batch_slice)
@@ -96,9 +162,39 @@ class HookedCache(ActivationCache):
     def _norm_weight(self, layer: int | None, mlp_input: bool) -> Float[Tensor, "d_model"]:
         """The weight of the norm that reads the stream at this layer; the final one at the end."""
         if layer in (None, -1, self.model.cfg.n_layers):
-            return self.model.ln_final.w
+            return readable(self.model.ln_final.w, "the norm's weight")
         block = self.model.blocks[layer]
-        return block.ln2.w if mlp_input else block.ln1.w
+        return readable(block.ln2.w if mlp_input else block.ln1.w, "the norm's weight")
+
+
+def _place(value: Tensor) -> tuple:
+    """The same for two names of one tensor, and for no others; empty tensors have no place, so each is its own."""
+    return (value.data_ptr() or id(value), value.dtype, value.shape, value.stride())
+
+
+def _whole(value: Tensor) -> bool:
+    """Whether the tensor is all of its storage."""
+    return value.untyped_storage().nbytes() == value.nbytes
+
+
+def _model_shape(model: Any) -> dict[str, int]:
+    """The numbers that the shapes of activations depend on, and how many words, which names them."""
+    text, vision = model.cfg.text, model.cfg.vision
+    names = ("n_layers", "n_heads", "d_head", "d_mlp")
+    return {
+        **{name: getattr(text, name) for name in ("d_model", "d_vocab", "n_key_value_heads", *names)},
+        **{f"vision_{name}": getattr(vision, name) for name in ("d_vision", "spatial_merge_size", *names)},
+    }
+
+
+def _require_shape(path: Any, header: dict[str, str], model: Any) -> None:
+    theirs, ours = json.loads(header["model_shape"]), _model_shape(model)
+    differing = [f"{name} {theirs.get(name)} (the model: {ours[name]})" for name in ours if theirs.get(name) != ours[name]]
+    if differing:
+        raise ValueError(
+            f"{path} is a cache of {header['model_name']!r}, whose shape is another: {', '.join(differing)}; "
+            f"load it with the model that made it."
+        )
 
 
 def cache_image(

@@ -29,6 +29,7 @@ from .cache import HookedCache, is_vision
 from .checkpoint import open_checkpoint
 from .config import HookedQwen2VLConfig, convert_config
 from .decoder import decoder_block
+from .devices import beside, dispatch, first_not_finite, not_finite, refuse_far_weights, spread_over
 from .export import export_text_model
 from .generate import Generation
 from .inputs import Inputs
@@ -80,6 +81,8 @@ class HookedQwen2VL(Generation, Tokens, TransformerLensWeights, HookedRootModule
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         device_map: str | dict | None = None,
+        max_memory: dict | None = None,
+        offload_folder: str | Path | None = None,
         revision: str | None = None,
         local_files_only: bool = False,
     ) -> HookedQwen2VL:
@@ -87,15 +90,20 @@ class HookedQwen2VL(Generation, Tokens, TransformerLensWeights, HookedRootModule
 
         Args:
             dtype: of the weights; None keeps the checkpoint's own, and then nothing is copied.
-            device: where to; device_map: how accelerate spreads the model over devices ("auto" or a map).
+            device: where to; device_map: how accelerate spreads the model over GPUs, CPU and disk: "auto",
+                "balanced", "sequential", or a map from modules (blocks whole) to devices.
+            max_memory: for a device_map that is not a map: device -> bytes or "10GiB".
+            offload_folder: an empty or new folder for what the device_map puts on "disk".
             revision, local_files_only: for hub ids, as in transformers.
         Raises:
             ValueError: another architecture, an unsupported configuration, missing, unused or misshapen
-                weights, damaged files, no network, or an unknown dtype.
+                weights, damaged files, no network, an unknown dtype, or a device_map that cannot be had.
         """
         wanted = _as_dtype(dtype)
         if device is not None and device_map is not None:
             raise ValueError("pass device= or device_map=, not both.")
+        if device_map is None and (max_memory is not None or offload_folder is not None):
+            raise ValueError("max_memory= and offload_folder= belong to a device_map=, such as 'auto'.")
         checkpoint = open_checkpoint(name, revision, local_files_only)
         cfg = convert_config(checkpoint.config, checkpoint.name, checkpoint.generation)
         processor = Processor.from_folder(checkpoint.folder) if _has_processor(checkpoint.folder) else None
@@ -103,7 +111,7 @@ class HookedQwen2VL(Generation, Tokens, TransformerLensWeights, HookedRootModule
         if wanted is not None:
             model.to(wanted)
         if device_map is not None:
-            return _dispatch(model, device_map)
+            return dispatch(model, device_map, max_memory, offload_folder)
         return model.to(device) if device is not None else model
 
     @classmethod
@@ -114,9 +122,10 @@ class HookedQwen2VL(Generation, Tokens, TransformerLensWeights, HookedRootModule
             processor: transformers' Qwen2VLProcessor or a `Processor`; without one, pass `Inputs` or tokens.
         Raises:
             ValueError: another architecture, an unsupported configuration, or weights that are not plain
-                floating-point tensors (quantised).
+                floating-point tensors in memory (quantised, or spread over devices by accelerate).
         """
         name = getattr(hf_model.config, "name_or_path", "") or type(hf_model).__name__
+        refuse_far_weights(hf_model, name)
         if processor is not None and not isinstance(processor, Processor):
             processor = Processor.from_hf(processor)
         generation = hf_model.generation_config.to_dict() if hf_model.generation_config is not None else {}
@@ -133,6 +142,7 @@ class HookedQwen2VL(Generation, Tokens, TransformerLensWeights, HookedRootModule
 
     def _apply(self, fn: Callable, recurse: bool = True) -> HookedQwen2VL:
         """Every change of device or dtype comes through here; cfg follows."""
+        self._require_present("moving or casting the model")
         super()._apply(fn, recurse)
         self._follow_weights()
         return self
@@ -141,6 +151,15 @@ class HookedQwen2VL(Generation, Tokens, TransformerLensWeights, HookedRootModule
         self.cfg.dtype = self.embed.weight.dtype
         if not self.embed.weight.is_meta:
             self.cfg.device = str(self.embed.weight.device)
+
+    def _require_present(self, what: str) -> None:
+        """Raises RuntimeError when accelerate keeps weights elsewhere: the change would miss them, silently."""
+        away = [name for name, weight in self.named_parameters() if weight.is_meta]
+        if away:
+            raise RuntimeError(
+                f"{what} needs every weight in memory, but {len(away)} are offloaded, such as {away[0]}: load the model "
+                f"without device_map, or with more memory (and with the dtype that you want)."
+            )
 
     # ---- inputs -------------------------------------------------------------------------------
 
@@ -251,7 +270,7 @@ class HookedQwen2VL(Generation, Tokens, TransformerLensWeights, HookedRootModule
         """Token embeddings with every image's prefix in the place of its placeholders."""
         residual = self.embed(inputs.tokens)
         if inputs.visuals:
-            places = (inputs.token_types > 0).unsqueeze(-1)
+            places = (inputs.token_types > 0).unsqueeze(-1).to(residual.device)
             prefix = self._prefix(inputs)
             residual = residual.masked_scatter(places, prefix.to(residual.device, residual.dtype))
         return self.hook_embed(residual)
@@ -266,7 +285,10 @@ class HookedQwen2VL(Generation, Tokens, TransformerLensWeights, HookedRootModule
 
     def _run_tower(self, inputs: Inputs) -> Float[Tensor, "image_token d_model"]:
         pixels = inputs.pixels.to(self.cfg.device, self.cfg.dtype)
-        return self.vision_projector(self.vision_encoder(pixels, inputs.grids))[0]
+        prefix = self.vision_projector(self.vision_encoder(pixels, inputs.grids))[0]
+        if prefix.dtype == torch.float16 and not bool(prefix.isfinite().all()):
+            raise ValueError(not_finite(first_not_finite(self, pixels, inputs.grids)))
+        return prefix
 
     def _tower_is_listened_to(self) -> bool:
         """Whether anything listens before the prefix: a hook point, or a bare torch hook on a module."""
@@ -291,10 +313,16 @@ class HookedQwen2VL(Generation, Tokens, TransformerLensWeights, HookedRootModule
         """The decoder's blocks over a stretch of positions, the last of those that `attention_mask` covers."""
         text = self.cfg.text
         rotation = text_rotation(position_ids, text.rotary_base, text.d_head, text.mrope_section, residual.dtype)
-        seen = attention_mask.bool()
+        seen = attention_mask.bool().to(residual.device)
+        finite = []
         visible = Causal(residual.shape[1], seen.shape[1], residual.device, None if bool(seen.all()) else seen)
         for layer in layers:
-            residual = self.blocks[layer](residual, rotation, visible, None if past is None else past.entries[layer])
+            entry = None if past is None else beside(past.entries[layer], self.blocks[layer])
+            residual = self.blocks[layer](residual, rotation, visible, entry)
+            if residual.dtype == torch.float16:  # once not finite, the stream stays so: what follows is garbage
+                finite.append((layer, residual.detach().isfinite().all()))
+        if (bad := next((layer for layer, good in finite if not good), None)) is not None:  # asked once, after all ran
+            raise ValueError(not_finite(f"blocks.{bad}"))
         return residual
 
     def _read_out(
@@ -395,6 +423,8 @@ class HookedQwen2VL(Generation, Tokens, TransformerLensWeights, HookedRootModule
         if remove_batch_dim and batch != 1 and not (isinstance(input, Tensor) and input.ndim == 1):
             raise ValueError(f"remove_batch_dim needs one prompt, got a batch of {batch}.")
         self._require_hooks(names_filter)
+        # What is spread over several devices is brought together, so that the cache can stack it.
+        device = self.cfg.device if device is None and spread_over(self) > 1 else device
         result, cache = super().run_with_cache(
             input,
             *args,
@@ -426,10 +456,11 @@ class HookedQwen2VL(Generation, Tokens, TransformerLensWeights, HookedRootModule
         wanted = _as_predicate(self._default_names(None, False) if names_filter is None else names_filter)
 
         def save(tensor: Tensor, hook: HookPoint, suffix: str) -> None:
-            stored = tensor.detach().to(device)
+            stored = tensor.detach()
             if not is_vision(hook.name):
                 stored = positions.apply(stored, dim=_position_axis(hook.name))
                 stored = stored[0] if remove_batch_dim and stored.shape[0] == 1 else stored
+            stored = stored.to(device)
             # A view of a few positions would keep all the others in memory.
             smaller = stored.untyped_storage().nbytes() > stored.nbytes
             cache[hook.name + suffix] = stored.clone() if pos_slice is not None and smaller else stored
@@ -489,10 +520,12 @@ class HookedQwen2VL(Generation, Tokens, TransformerLensWeights, HookedRootModule
         self, fold_ln: bool = True, center_unembed: bool = True, fold_value_biases: bool = True
     ) -> None:
         """The same log-probabilities from weights easier to read; in place, on copies. See `processing`."""
+        self._require_present("processing")
         process_weights(self, fold_ln, center_unembed, fold_value_biases)
 
     def export_text_model(self, folder: str | Path) -> Path:
         """Writes the text decoder as a Qwen2 folder; see `export`."""
+        self._require_present("exporting")
         return export_text_model(self, folder)
 
     # ---- TransformerLens's switches -----------------------------------------------------------
@@ -554,14 +587,3 @@ def _keep_axis(position: int | slice, length: int) -> slice:
         raise ValueError(f"logits_at is {position}, the sequence has {length} positions.")
     position %= length
     return slice(position, position + 1)
-
-
-def _dispatch(model: HookedQwen2VL, device_map: str | dict) -> HookedQwen2VL:
-    """Spreads the model with accelerate; blocks stay whole, because their hooks read children's weights."""
-    from accelerate import dispatch_model, infer_auto_device_map
-
-    if isinstance(device_map, str):
-        if device_map not in ("auto", "balanced", "sequential"):
-            raise ValueError(f"device_map must be 'auto' or a map of module names, got {device_map!r}.")
-        device_map = infer_auto_device_map(model, no_split_module_classes=["Block", "VisionProjector"])
-    return dispatch_model(model, device_map, preload_module_classes=["Block", "VisionProjector"], force_hooks=True)

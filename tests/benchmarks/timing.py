@@ -1,6 +1,8 @@
 """How everything here is measured: pairs side by side in one process, one thread, medians with an interval.
 
-1. The two sides of a pair are called in turn, the order swapped each time, after a warm-up of both.
+1. The two sides of a pair are called in turn, the order swapped each time, after a warm-up of both. On the CPU the
+   clock is the process's own CPU time (one thread), which other processes' turns do not enter; where files are
+   read, and on CUDA, it is the wall's.
 2. Each pair gives one ratio; the figure is the median ratio, its interval the 2.5 and 97.5 percentiles of the
    medians of 2,000 bootstrap samples of the pairs. What slows the machine slows both sides of a pair.
 3. Memory is the process's peak of anonymous pages (or CUDA's allocator's) during a call, less what was held before.
@@ -16,7 +18,7 @@ import platform
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,10 +27,13 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TQDM_DISABLE", "1")
 
 import numpy as np
 import torch
 
+QUICK = "--quick" in sys.argv  # smaller prompts, five pairs
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' random models and prompts
 THREADS = int(os.environ["OMP_NUM_THREADS"])
 torch.set_num_threads(THREADS)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -85,28 +90,31 @@ class Pair:
         return Row(mark, what, size, value, "×", low, high, goal, f"{seconds}{'; ' + note if note else ''}")
 
 
-def interleaved(ours: Callable[[], Any], theirs: Callable[[], Any], n: int = 15, warm: int = 2, budget: float = 60.0) -> Pair:
-    """Times both in turn, n times or until the budget (seconds) is spent, but at least five times."""
+def interleaved(
+    ours: Callable[[], Any], theirs: Callable[[], Any], n: int = 15, warm: int = 1, budget: float = 60.0
+) -> Pair:
+    """Times both in turn, n times or until the budget (seconds on the clock) is spent, but at least five times."""
     for _ in range(warm):
         ours(), theirs()
-    pair, start = Pair(), time.perf_counter()
-    for number in range(n):
+    pair = Pair()
+    for number in range(5 if QUICK else n):
         sides = [(ours, pair.ours), (theirs, pair.theirs)]
         for call, times in sides if number % 2 else sides[::-1]:
             times.append(seconds(call))
-        if number >= 4 and time.perf_counter() - start > budget:
+        if number >= 4 and sum(pair.ours) + sum(pair.theirs) > budget:
             break
     return pair
 
 
 def seconds(call: Callable[[], Any]) -> float:
-    """Wall time of one call, the accelerator's work included."""
+    """Time of one call, the accelerator's work included."""
+    clock = time.perf_counter if DEVICE == "cuda" else time.process_time
     gc.collect()
     synchronise()
-    start = time.perf_counter()
+    start = clock()
     kept = call()
     synchronise()
-    taken = time.perf_counter() - start
+    taken = clock() - start
     del kept
     return taken
 
@@ -186,13 +194,15 @@ def machine() -> dict[str, Any]:
     }
 
 
-def report(name: str, rows: list[Row]) -> None:
-    """Prints the rows, and writes them for `run_all` to join: the folder is $BENCH_OUT, or none."""
+def report(name: str, rows: Iterable[Row]) -> None:
+    """Prints each row as it is made, and writes them for `run_all` to join: to the folder $BENCH_OUT, if it is set."""
+    written = []
     for row in rows:
-        print(line(asdict(row) | {"met": row.met}), flush=True)
-    if "BENCH_OUT" in os.environ:
-        content = {"machine": machine(), "rows": [asdict(row) | {"met": row.met} for row in rows]}
-        (Path(os.environ["BENCH_OUT"]) / f"{name}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False))
+        written.append(asdict(row) | {"met": row.met})
+        print(line(written[-1]), flush=True)
+        if "BENCH_OUT" in os.environ:
+            content = json.dumps({"machine": machine(), "rows": written}, indent=1, ensure_ascii=False)
+            (Path(os.environ["BENCH_OUT"]) / f"{name}.json").write_text(content)
 
 
 def line(row: dict[str, Any]) -> str:
@@ -223,4 +233,3 @@ def _seconds(value: float) -> str:
     return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.1f} ms"
 
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # tiny.py: the tests' random models and prompts

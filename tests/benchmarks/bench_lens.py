@@ -1,0 +1,82 @@
+"""The logit lens over all image tokens and layers, 151,936 words: beside its matrix products alone, and its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import geometries
+import torch
+from timing import DEVICE, MIB, QUICK, Row, extra_memory, interleaved, report
+from transformer_lens.tools.analysis import logit_lens as transformer_lens_logit_lens
+
+from analyses.logit_lens import logit_lens
+from analyses.readout import readout
+
+WORDS = 151936
+CHUNK = 128
+
+
+def rows() -> Iterator[Row]:
+    geometries.SIZES["medium"] = (*geometries.SIZES["medium"][:5], WORDS, *geometries.SIZES["medium"][6:])
+    model, _ = geometries.both("medium")
+    yield widest()
+    yield arithmetic(model)
+    inputs = model.encode(geometries.prompt(model, 80 if QUICK else 300))
+    yield memory(model, inputs)
+    yield some(model, inputs)
+    if not QUICK:
+        yield memory(model, model.encode(geometries.prompt(model, 1500)))
+
+
+def arithmetic(model) -> Row:
+    few = torch.randn(CHUNK if QUICK else 4 * CHUNK, model.cfg.d_model, device=DEVICE)
+    normalized, no_targets = model.ln_final(few[None])[0].detach(), torch.zeros(len(few), 1, dtype=torch.long)
+    pair = interleaved(lambda: readout(model, few, no_targets, 5), lambda: products(model, normalized), n=9)
+    what = "reading vectors (top 5, entropy, one target) / the matrix products alone"
+    size = f"{len(few)} vectors of {model.cfg.d_model}, {WORDS} words"
+    return pair.row(4, what, size, "≤ 1.2", f"products: chunks of {CHUNK} into one buffer")
+
+
+def some(model, inputs) -> Row:
+    """Three layers at sixteen image tokens: only those are read."""
+    tokens, layers = inputs.positions("image")[:16].tolist(), [0, model.cfg.n_layers // 2, model.cfg.n_layers]
+    pair = interleaved(
+        lambda: logit_lens(model, inputs, tokens, layers=layers),
+        lambda: transformer_lens_logit_lens(model, inputs, positions=tokens, layers=layers, top_k=5),
+        n=5,
+    )
+    what = "lens of 3 layers × 16 image tokens, model run included / TransformerLens's own"
+    return pair.row(0, what, geometries.describe("medium", inputs) + f", {WORDS} words")
+
+
+@torch.no_grad()
+def products(model, normalized) -> None:
+    """The arithmetic no lens can do without."""
+    out = torch.empty(CHUNK, model.W_U.shape[1], device=normalized.device)
+    for part in normalized.split(CHUNK):
+        torch.mm(part, model.W_U, out=out[: len(part)])
+
+
+def memory(model, inputs) -> Row:
+    plain = extra_memory(lambda: model(inputs, return_type=None))
+    lens = extra_memory(lambda: logit_lens(model, inputs, "image"))
+    vectors = len(inputs.positions("image")) * (model.cfg.n_layers + 1)
+    stack = vectors * model.cfg.d_model * model.W_U.element_size() / MIB
+    note = (
+        f"of it {stack:.0f} the residual stream asked for; a run without logits alone {plain:.0f}; all logits would be "
+        f"{vectors * WORDS * 4 / MIB:.0f}"
+    )
+    size = f"{geometries.describe('medium', inputs)}, {WORDS} words"
+    return Row(4, "lens, all image tokens × all layers: peak extra memory", size, lens, "MiB", goal="≤ 256", note=note)
+
+
+def widest() -> Row:
+    """What the lens of the 2B model needs over 1,500 image tokens: counted, its forward is minutes on a CPU."""
+    stack, logits = 1500 * 29 * 1536 * 2, (CHUNK + 4) * WORDS * 4
+    widened = 4096 * 1536 * 4
+    return Row(4, "the same, counted from sizes (residual stream + buffers)", "2b, 1500 image tokens",
+               (stack + logits + widened) / MIB, "MiB", goal="≤ 256", note="above the run's own activations")  # fmt: skip
+
+
+if __name__ == "__main__":
+    report("lens", rows())
