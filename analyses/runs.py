@@ -205,14 +205,21 @@ def this_share(text: str | None = None) -> tuple[int, int]:
     """Which share of the parts this process does: "k/n" with k from 0, or what `accelerate launch` says, or all.
 
     Raises:
-        ValueError: not such a text.
+        ValueError: not such a text, or accelerate was set up before for another number of processes.
     """
     if text is None:
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if launched == 1:
             return 0, 1
+        import torch
         from accelerate import PartialState
 
-        state = PartialState()
+        state = PartialState(cpu=not torch.accelerator.is_available())  # on CPUs it must be told, or sees one process
+        if state.num_processes != launched:
+            raise ValueError(
+                f"{launched} processes were launched, but accelerate counts {state.num_processes}: it was set up before. "
+                f"Call this_share() before anything else of accelerate's (device_map, say), or pass shard=(k, n)."
+            )
         return state.process_index, state.num_processes
     found = re.fullmatch(r"(\d+)/(\d+)", text)
     share = (int(found[1]), int(found[2])) if found else (0, 0)

@@ -39,7 +39,8 @@ def readable(weight: Tensor, name: str) -> Tensor:
 
 def no_bias(like: Float[Tensor, "out in"], size: int) -> Float[Tensor, "size"]:
     """Zeros that refuse to be written: the reference has no such bias, so a value put there could not run."""
-    return torch.zeros(1, dtype=like.dtype, device=like.device).expand(size)
+    device = "cpu" if like.is_meta else like.device  # an offloaded weight is a placeholder; these zeros are real
+    return torch.zeros(1, dtype=like.dtype, device=device).expand(size)
 
 
 class RMSNorm(nn.Module):

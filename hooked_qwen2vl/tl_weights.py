@@ -115,7 +115,8 @@ class TransformerLensWeights:
         blocks = list(self.blocks)[: layer + 1 if mlp_input else layer]
         if mlp_input and layer >= self.cfg.n_layers:
             raise ValueError(f"mlp_input needs a block: layer {layer} is past the last of {self.cfg.n_layers}.")
-        return sum((block.attn.b_O.to(self.cfg.device) for block in blocks), torch.zeros_like(self.ln_final.w))
+        zero = torch.zeros(self.cfg.d_model, dtype=self.cfg.dtype, device=self.cfg.device)
+        return sum((block.attn.b_O.to(self.cfg.device) for block in blocks), zero)
 
     def tokens_to_residual_directions(
         self, tokens: str | int | Int[Tensor, ""] | Int[Tensor, "..."]

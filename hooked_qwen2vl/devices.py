@@ -1,0 +1,129 @@
+"""One model over GPUs, CPU and disk, by accelerate: what its dispatch needs to be told, and what it must not do in silence.
+
+- A block stays whole, and is loaded whole before it runs, because its hooks read its children's weights.
+- A weight that is elsewhere is a placeholder on the meta device; a matmul with one gives garbage without an error
+  (torch 2.13), so whatever would read one is refused.
+- In float16 the residual stream can overflow; that is an error which names the layer.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
+
+WHOLE = ["Block", "VisionProjector"]
+_INSIDE = re.compile(r"((vision_encoder\.)?blocks\.\d+|vision_projector)\..+")
+AWAY = ("cpu", "disk")
+
+
+def dispatch(
+    model: Any, device_map: str | dict, max_memory: dict | None = None, offload_folder: str | Path | None = None
+) -> Any:
+    """Spreads a model over devices; blocks stay whole.
+
+    Raises:
+        ValueError: an unknown policy, a map that cuts a block in two or forgets a module, a part on disk without a
+            folder for it, or a folder that is not empty (accelerate would read whatever weights are in it).
+    """
+    from accelerate import dispatch_model, infer_auto_device_map
+    from accelerate.utils import get_balanced_memory
+
+    if isinstance(device_map, str):
+        if device_map not in ("auto", "balanced", "sequential"):
+            raise ValueError(f"device_map must be 'auto', 'balanced', 'sequential' or a map, got {device_map!r}.")
+        if device_map != "sequential":
+            max_memory = get_balanced_memory(model, max_memory, no_split_module_classes=WHOLE)
+        device_map = infer_auto_device_map(model, max_memory, no_split_module_classes=WHOLE)
+    elif max_memory is not None:
+        raise ValueError("max_memory= is for 'auto', 'balanced' and 'sequential'; a map says itself what goes where.")
+    for name in device_map:
+        if found := _INSIDE.fullmatch(name):
+            raise ValueError(f"device_map names {name!r}, a part of {found[1]!r}, which must stay whole: place that.")
+    main = next((device for device in device_map.values() if device not in AWAY), "cpu")
+    model = dispatch_model(
+        model, device_map, main_device=main, offload_dir=_empty_folder(device_map, offload_folder),
+        preload_module_classes=WHOLE, force_hooks=True,
+    )  # fmt: skip
+    model.cfg.device = str(torch.device(main))
+    return model
+
+
+def _empty_folder(device_map: dict, folder: str | Path | None) -> str | None:
+    on_disk = [name for name, device in device_map.items() if device == "disk"]
+    if not on_disk:
+        return None
+    if folder is None:
+        raise ValueError(f"device_map puts {', '.join(on_disk)} on disk: pass offload_folder=, an empty or new folder.")
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty: weights in it would be taken for this model's. Choose a new folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    return str(folder)
+
+
+def spread_over(model: nn.Module) -> int:
+    """Devices that the model runs on; where weights only wait (CPU and disk beside a GPU) does not count."""
+    devices = set(getattr(model, "hf_device_map", {}).values())
+    return len(devices.difference(AWAY)) or 1
+
+
+def beside(entry: TransformerLensKeyValueCacheEntry, block: nn.Module) -> TransformerLensKeyValueCacheEntry:
+    """The block's keys and values on the device it runs on; they are moved once, while they are empty."""
+    device = getattr(getattr(block, "_hf_hook", None), "execution_device", None)
+    if device is not None and entry.past_keys.device != torch.device(device):
+        entry.past_keys, entry.past_values = entry.past_keys.to(device), entry.past_values.to(device)
+    return entry
+
+
+def refuse_far_weights(hf_model: nn.Module, name: str) -> None:
+    """A reference model whose storage cannot be shared: quantised, or spread over devices.
+
+    Raises:
+        ValueError: it is one of these.
+    """
+    settings = getattr(hf_model.config, "quantization_config", None)
+    if settings is not None or getattr(hf_model, "is_quantized", False):
+        method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", "unknown")
+        raise ValueError(
+            f"{name} is quantised ({getattr(method, 'value', method)}): its weights are no plain tensors that hooks and "
+            f"W_Q, W_O, … could be views of. Load it in bfloat16, or dequantise it first (hf_model.dequantize())."
+        )
+    devices = {str(weight.device) for weight in hf_model.parameters()}
+    if len(devices) > 1 or "meta" in devices:
+        raise ValueError(
+            f"{name} is spread over {', '.join(sorted(devices))}: its placeholders would be taken for weights. Use "
+            f"HookedQwen2VL.from_pretrained(folder, device_map='auto')."
+        )
+
+
+def not_finite(where: str) -> str:
+    return (
+        f"{where} gave numbers that are not finite: float16 ends at 65,504. Load the model with dtype='bfloat16' or "
+        f"'float32'."
+    )
+
+
+@torch.no_grad()
+def first_not_finite(model: Any, pixels: Tensor, grids: Tensor) -> str:
+    """The first module of the tower whose output is not finite; runs it once more."""
+    names: list[str] = []
+
+    def look(module: nn.Module, args: Any, output: Tensor, name: str) -> None:
+        if not bool(output.isfinite().all()):
+            names.append(name)
+
+    tower = {f"vision_encoder.blocks.{layer}": block for layer, block in enumerate(model.vision_encoder.blocks)}
+    handles = [
+        module.register_forward_hook(lambda *call, name=name: look(*call, name=name)) for name, module in tower.items()
+    ]
+    try:
+        model.vision_projector(model.vision_encoder(pixels, grids))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return names[0] if names else "vision_projector"
