@@ -26,6 +26,7 @@ from analyses.domain_neurons import (
     masks_of,
     mean_activations,
     select_neurons,
+    token_sources,
 )
 from analyses.logit_lens import logit_lens
 from analyses.neuron_experiment import FIRING, NONE, RANDOM, RANDOM_RATE, Ablations, Condition
@@ -186,6 +187,16 @@ def test_generated_tokens(model):
     assert torch.equal(prompts.tokens["decoder"][:, :source], ours.tokens["decoder"][:, :source])
     assert torch.equal(prompts.fired["vision"], ours.fired["vision"])
     assert (prompts.fired["decoder"][:, :source] - ours.fired["decoder"][:, :source]).abs().sum() <= 20
+
+
+def test_the_end_token_of_an_answer_does_not_count(model):
+    end = model.cfg.special.eos[0]
+    inputs = model.to_inputs(["what?", "red?"], images=[[picture(56, 56)], []], answers=["red", None])
+    inputs = inputs.extend(torch.tensor([end, 5]), torch.tensor([True, True]))
+    sources = token_sources(inputs, model.cfg.special.eos)
+    assert sources[0, -2:].tolist() == [SOURCES.index("generated"), -1] and sources[1, -1] == SOURCES.index("generated")
+    prompt = (inputs.tokens == end) & (sources >= 0)
+    assert prompt.any() and (sources[prompt] == SOURCES.index("text")).all()  # the chat's own ends are text
 
 
 def test_save_load_and_reanalyse(model, tmp_path):
