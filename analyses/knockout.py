@@ -56,6 +56,24 @@ class Knockout:
             for layer in range(self.effects.shape[1])
         )
 
+    @classmethod
+    def join(cls, parts: Sequence[Knockout]) -> Knockout:
+        """The items of several results of the same flows and window.
+
+        Raises:
+            ValueError: none with an item in it.
+        """
+        if not any(part.effects.shape[-1] for part in parts):
+            raise ValueError("no item was answered rightly, so there is no effect to measure.")
+        return cls(
+            torch.cat([part.effects for part in parts], -1),
+            torch.cat([part.baseline for part in parts]),
+            parts[0].flows,
+            parts[0].window,
+            sum(part.skipped for part in parts),
+            parts[0].model_name,
+        )
+
     def plot(self, path: Any = None) -> Any:
         """Mean effect of each flow by layer, with its standard error."""
         from analyses.views.trajectories import knockout_plot

@@ -10,9 +10,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .commands import check, compare, explore, ground, hallucination, lens, scenes, neurons
+from .commands import check, compare, explore, ground, hallucination, lens, scenes, flips, knockout, patch, neurons
 
-COMMANDS = (lens, explore, ground, compare, hallucination, check, scenes, neurons)
+COMMANDS = (lens, explore, ground, compare, hallucination, check, scenes, flips, patch, knockout, neurons)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from analyses.views.lens import visible
+from analyses.views.studies import lines_by_span
 
 _COLOURS = {"straight": "#0072b2", "wavered": "#56b4e9", "held then lost": "#d55e00", "settled early": "#999999",
             "settled late": "#cccccc"}  # fmt: skip
@@ -71,18 +72,11 @@ def trajectories_plot(items: Any, path: str | Path | None = None) -> Figure:
 
 def knockout_plot(result: Any, path: str | Path | None = None) -> Figure:
     """Mean effect on the answer's probability (percent) by the window's centre; bands are one standard error."""
-    table = result.to_dataframe()
-    figure = Figure(figsize=(6, 3.4), layout="constrained")
+    figure = Figure(figsize=(7, 3.4), layout="constrained")
     axes = figure.subplots()
-    for flow in result.flows:
-        rows = table[table["flow"] == flow]
-        (line,) = axes.plot(rows["layer"], rows["effect_percent"], marker="o", markersize=3, label=flow)
-        low, high = (rows["effect_percent"] + sign * rows["standard_error"] for sign in (-1, 1))
-        axes.fill_between(rows["layer"], low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-    axes.axhline(0, color="#999999", linewidth=0.8)
+    lines_by_span(axes, result.to_dataframe(), "flow", "effect_percent")
     axes.set_xlabel(f"centre of the window of {result.window} layers")
     axes.set_ylabel("change of the answer's\nprobability (%)")
-    axes.legend(frameon=False, fontsize=8)
     axes.set_title(f"Attention knockout, {result.effects.shape[-1]} items", fontsize=9)
     if path is not None:
         figure.savefig(path, dpi=200)

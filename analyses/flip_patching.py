@@ -1,0 +1,294 @@
+"""Where an answer flips: which heads and which MLP of the block that made the flip, and whether they cause it.
+
+A flip at lens entry l, from token b to token a, is made by block l−1; the residual stream h_l already contains it.
+With u = W_U[a] − W_U[b], γ the final norm's weight, r = rms(h) and LD_l = z_l(a) − z_l(b):
+
+    LD_l − LD_{l−1} = Σ_c (γ ⊙ c / r_l) · u + LD_{l−1} (r_{l−1} / r_l − 1)          exactly,
+
+over what block l−1 adds: each head's output, the attention's bias, and the MLP's output.
+
+1. Direct attribution: the terms of that sum (`attribute_flip`).
+2. Causal effect on the final logit difference of each component at the answer's position: put in from a
+   counterfactual prompt, or ablated (set to 0) (`component_effects`).
+3. Test of the ranking (`ablate_flip`): ablate the components that the attribution puts first, and as often as many
+   random components of the same kinds from the blocks before the flip. The flip is *removed* if the lens at entry l
+   no longer prefers a to b, and *reversed at the output* if the sign of the final logit difference changes.
+
+Source: METHODS (ours); direct attribution as in TransformerLens; ablation as in Wang et al. 2022 (IOI).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from analyses.patching import patch_sweep
+
+
+class Component(NamedTuple):
+    """A head or (head None) the MLP of a block."""
+
+    layer: int
+    head: int | None
+
+    def __str__(self) -> str:
+        return f"L{self.layer}H{self.head}" if self.head is not None else f"L{self.layer}MLP"
+
+
+@dataclass(frozen=True)
+class FlipAttribution:
+    """The direct attribution of one flip; all in logits of (a − b).
+
+    Attributes:
+        entry: l, the first lens entry that prefers a. gained, lost: tokens a and b, as text; ids beside them.
+        before, after: LD_{l−1} and LD_l.
+        heads: [head] of block l−1. bias: the attention's output bias. mlp. norm: the rescaling of what was there.
+        position: where the lens is read.
+    """
+
+    entry: int
+    gained: str
+    lost: str
+    gained_id: int
+    lost_id: int
+    before: float
+    after: float
+    heads: Float[Tensor, "head"]
+    bias: float
+    mlp: float
+    norm: float
+    position: int
+
+    @property
+    def layer(self) -> int:
+        """The block that made the flip."""
+        return self.entry - 1
+
+    @property
+    def total(self) -> float:
+        """Sum of all parts: `after − before` up to rounding."""
+        return float(self.heads.sum()) + self.bias + self.mlp + self.norm
+
+    def ranked(self) -> list[tuple[Component, float]]:
+        """Heads and MLP by falling contribution."""
+        parts = [(Component(self.layer, head), float(value)) for head, value in enumerate(self.heads)]
+        return sorted([*parts, (Component(self.layer, None), self.mlp)], key=lambda part: -part[1])
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a part, by falling contribution; the last two are the bias and the norm."""
+        rows = [(str(component), value) for component, value in self.ranked()]
+        table = pd.DataFrame([*rows, ("bias", self.bias), ("norm", self.norm)], columns=["component", "attribution"])
+        return table.assign(flip=f"{self.lost} → {self.gained}", entry=self.entry)
+
+
+@dataclass(frozen=True)
+class FlipTest:
+    """What ablating the found components did to a flip, beside random ones.
+
+    Attributes:
+        components: those found. entry_difference, final_difference: LD_l and LD_L of (a − b) as the model is.
+        ablated: (LD_l, LD_L) with the components at 0. random: [draw 2] the same for random components.
+    """
+
+    attribution: FlipAttribution
+    components: tuple[Component, ...]
+    entry_difference: float
+    final_difference: float
+    ablated: tuple[float, float]
+    random: Float[Tensor, "draw 2"]
+
+    @property
+    def removed(self) -> bool:
+        """Without them, the lens at the flip's entry does not prefer a."""
+        return self.ablated[0] <= 0
+
+    @property
+    def reversed(self) -> bool:
+        """Without them, the output prefers the other of the two."""
+        return self.ablated[1] * self.final_difference < 0
+
+    @property
+    def removed_by_random(self) -> float:
+        """Share of random draws that remove it."""
+        return float((self.random[:, 0] <= 0).float().mean())
+
+    @property
+    def reversed_by_random(self) -> float:
+        """Share of random draws that reverse the output."""
+        return float((self.random[:, 1] * self.final_difference < 0).float().mean())
+
+    def summary(self) -> dict[str, Any]:
+        """One row for a table."""
+        flip = self.attribution
+        return {
+            "entry": flip.entry,
+            "lost": flip.lost,
+            "gained": flip.gained,
+            "change": flip.after - flip.before,
+            "attribution_error": abs(flip.total - (flip.after - flip.before)),
+            "components": " ".join(map(str, self.components)),
+            "entry_difference": self.entry_difference,
+            "entry_difference_ablated": self.ablated[0],
+            "final_difference": self.final_difference,
+            "final_difference_ablated": self.ablated[1],
+            "removed": self.removed,
+            "removed_by_random": self.removed_by_random,
+            "reversed": self.reversed,
+            "reversed_by_random": self.reversed_by_random,
+        }
+
+
+@torch.no_grad()
+def attribute_flip(
+    model: Any, inputs: Any, entry: int, gained: int, lost: int, position: int | str = "last", row: int = 0
+) -> FlipAttribution:
+    """The exact direct attribution of the flip at `entry` to the parts of the block before it.
+
+    Args:
+        entry: l in 1..L. gained, lost: token ids a and b.
+        position: where the lens is read.
+    Raises:
+        ValueError: an entry that no block made.
+    """
+    if not 1 <= entry <= model.cfg.n_layers:
+        raise ValueError(f"a flip is made by a block: its entry must be in 1..{model.cfg.n_layers}, got {entry}.")
+    layer, at = entry - 1, _position(inputs, position, row)
+    block = f"blocks.{layer}."
+    names = [block + name for name in ("hook_resid_pre", "attn.hook_z", "hook_mlp_out", "hook_resid_post")]
+    _, cache = model.run_with_cache(inputs, names_filter=names, stop_at_layer=entry)
+    pre, z, mlp, post = (cache[name][row, at].double() for name in names)
+    direction, offset = _direction(model, gained, lost)
+    r_pre, r_post = (_rms(model, h) for h in (pre, post))
+    before, after = (float(h @ direction / r) for h, r in ((pre, r_pre), (post, r_post)))
+    heads = torch.einsum("hd,hdm,m->h", z, model.blocks[layer].attn.W_O.double(), direction) / r_post
+    return FlipAttribution(
+        entry=entry,
+        gained=model.tokenizer.decode([gained]),
+        lost=model.tokenizer.decode([lost]),
+        gained_id=gained,
+        lost_id=lost,
+        before=before + offset,
+        after=after + offset,
+        heads=heads.float().cpu(),
+        bias=float(model.blocks[layer].attn.b_O.double() @ direction / r_post),
+        mlp=float(mlp @ direction / r_post),
+        norm=float(before * (r_pre / r_post - 1)),
+        position=at,
+    )
+
+
+@torch.no_grad()
+def component_effects(model: Any, inputs: Any, flip: FlipAttribution, counterfactual: Any = None) -> pd.DataFrame:
+    """Each component of the flip's block: direct attribution, and causal effect on the final logit difference.
+
+    Args:
+        inputs: one prompt. counterfactual: a prompt of the same shape whose activations are put in; None leaves
+            that column out.
+    Returns:
+        component, attribution, ablated and patched: the change of z_L(a) − z_L(b) when the component at the flip's
+        position is set to 0, and when it is the counterfactual's.
+    """
+    inputs = model.encode(inputs)
+    base = _differences(model, inputs, flip, [])[1]
+    table = pd.DataFrame([(c, value) for c, value in flip.ranked()], columns=["component", "attribution"])
+    table["ablated"] = [_differences(model, inputs, flip, [c])[1] - base for c in table["component"]]
+    if counterfactual is not None:
+        effect = _patched(model, inputs, flip, counterfactual)
+        table["patched"] = [effect[c] - base for c in table["component"]]
+    return table.assign(component=table["component"].map(str))
+
+
+@torch.no_grad()
+def ablate_flip(
+    model: Any, inputs: Any, flip: FlipAttribution, n_components: int = 2, n_random: int = 10, seed: int = 0
+) -> FlipTest:
+    """Ablates the components with the highest attribution, and random ones of the same kinds.
+
+    Args:
+        n_components: at most so many of those whose attribution is positive.
+        n_random: draws of the control.
+    """
+    inputs = model.encode(inputs)
+    found = [component for component, value in flip.ranked() if value > 0][:n_components]
+    rng = Random(f"{seed} {flip.entry} {flip.gained_id} {flip.lost_id}")
+    draws = [_differences(model, inputs, flip, _random_like(model, found, flip.layer, rng)) for _ in range(n_random)]
+    entry, final = _differences(model, inputs, flip, [])
+    return FlipTest(flip, tuple(found), entry, final, _differences(model, inputs, flip, found), torch.tensor(draws))
+
+
+
+
+
+def ablation_hooks(components: Sequence[Component], position: int) -> list[tuple[str, Callable]]:
+    """Hooks that set components to 0 at one position."""
+
+    def of_head(head: int) -> Callable:
+        def zero(z: Float[Tensor, "batch pos head d_head"], hook: Any) -> Tensor:
+            z[:, position, head] = 0.0
+            return z
+
+        return zero
+
+    def of_mlp(out: Float[Tensor, "batch pos d_model"], hook: Any) -> Tensor:
+        out[:, position] = 0.0
+        return out
+
+    return [
+        (f"blocks.{layer}.hook_mlp_out", of_mlp) if head is None else (f"blocks.{layer}.attn.hook_z", of_head(head))
+        for layer, head in components
+    ]
+
+
+def _differences(model: Any, inputs: Any, flip: FlipAttribution, ablated: Sequence[Component]) -> tuple[float, float]:
+    """LD of (a − b) at the flip's entry and at the output, with components set to 0."""
+    stream = {}
+    keep = (f"blocks.{flip.layer}.hook_resid_post", lambda x, hook: stream.update(post=x[:, flip.position : flip.position + 1]))
+    hooks = [*ablation_hooks(ablated, flip.position), keep]
+    logits = model.run_with_hooks(inputs, fwd_hooks=hooks, logits_at=flip.position)
+    entry = model.unembed(model.ln_final(stream["post"]))
+    return tuple(float(z[0, 0, flip.gained_id] - z[0, 0, flip.lost_id]) for z in (entry, logits))
+
+
+def _patched(model: Any, inputs: Any, flip: FlipAttribution, counterfactual: Any) -> dict[Component, float]:
+    """Final logit difference with each component from the counterfactual, by the exact fast sweep."""
+    place = {"layers": [flip.layer], "positions": [flip.position], "metric_position": flip.position, "progress": False}
+
+    def metric(logits: Tensor) -> Tensor:
+        return logits[:, -1, flip.gained_id] - logits[:, -1, flip.lost_id]
+
+    heads, mlp = (patch_sweep(model, counterfactual, inputs, metric, kind, **place) for kind in ("z", "mlp_out"))
+    values = {Component(flip.layer, head): float(value) for head, value in enumerate(heads.values.flatten())}
+    return values | {Component(flip.layer, None): float(mlp.values)}
+
+
+def _random_like(model: Any, found: Sequence[Component], layer: int, rng: Random) -> list[Component]:
+    """As many heads and MLPs, from blocks 0..layer, other than those found."""
+    heads = [Component(l, h) for l in range(layer + 1) for h in range(model.cfg.n_heads)]
+    mlps = [Component(l, None) for l in range(layer + 1)]
+    drawn = []
+    for pool, wanted in ((heads, [c for c in found if c.head is not None]), (mlps, [c for c in found if c.head is None])):
+        others = [component for component in pool if component not in found]
+        drawn += rng.sample(others, min(len(wanted), len(others)))
+    return drawn
+
+
+def _direction(model: Any, gained: int, lost: int) -> tuple[Float[Tensor, "d_model"], float]:
+    """γ ⊙ (W_U[a] − W_U[b]) and b_U[a] − b_U[b], in double precision."""
+    u = (model.W_U[:, gained].double() - model.W_U[:, lost].double()) * model.ln_final.w.double()
+    bias = getattr(model, "b_U", None)
+    return u, 0.0 if bias is None else float(bias[gained].double() - bias[lost].double())
+
+
+def _rms(model: Any, h: Float[Tensor, "d_model"]) -> Tensor:
+    return (h.pow(2).mean() + model.ln_final.eps).sqrt()
+
+
+def _position(inputs: Any, position: int | str, row: int) -> int:
+    return range(inputs.shape[1])[position] if isinstance(position, int) else int(inputs.positions(position, row)[0])

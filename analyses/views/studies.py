@@ -1,0 +1,87 @@
+"""Pictures of the data-set studies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+_COLOURS = ("#d55e00", "#e69f00", "#009e73", "#56b4e9", "#0072b2")  # Okabe and Ito's
+_MARKERS = "osD^v"
+_STYLES = ("-", "--", "-.", ":", "-")
+
+
+def locality_plot(study: Any, path: str | Path | None = None) -> Figure:
+    """Mean recovery (0: corrupted, 1: clean) of each span by layer; bands are one standard error."""
+    table = study.to_dataframe()
+    figure = Figure(figsize=(6.8, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(1, color="#999999", linewidth=0.8, linestyle=":")
+    lines_by_span(axes, table, "span", "recovery")
+    axes.set_xlabel("layer whose residual stream (resid_pre) is patched")
+    axes.set_ylabel("recovery of the logit difference")
+    figures = study.summary()
+    figure.suptitle(
+        f"{figures['pairs']} counterfactual pairs; the best early position lies on the changed object\n"
+        f"in {100 * figures['share']:.1f} % (chance {100 * figures['chance']:.1f} %)",
+        fontsize=9,
+    )
+    if path is not None:
+        figure.savefig(path, dpi=200)
+    return figure
+
+
+def lines_by_span(axes: Any, table: Any, group: str, value: str) -> None:
+    """One line a group by layer, with a band of one standard error; the legend stands beside the plot."""
+    axes.axhline(0, color="#999999", linewidth=0.8)
+    for place, (name, rows) in enumerate(table.groupby(group, sort=False)):
+        colour, marker, style = (choice[place % 5] for choice in (_COLOURS, _MARKERS, _STYLES))
+        axes.plot(rows["layer"], rows[value], color=colour, marker=marker, linestyle=style, markersize=4, linewidth=1.3, label=name)
+        low, high = (rows[value] + sign * rows["standard_error"] for sign in (-1, 1))
+        axes.fill_between(rows["layer"], low, high, color=colour, alpha=0.15, linewidth=0)
+    layers = table["layer"].unique()
+    axes.set_xticks(layers if len(layers) <= 16 else layers[::4])
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
+def flip_study_plot(study: Any, path: str | Path | None = None) -> Figure:
+    """At which lens entry flips happen; the logit difference at the flip's entry, and at the output, as it is and ablated."""
+    table = study.to_dataframe()
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    panels = figure.subplots(1, 3)
+    if not len(table):
+        panels[0].set_title("no eligible flip", fontsize=9)
+        return figure
+    depth = int(table["L"].max())
+    groups = [table.loc[table["right"] == right, "entry"] for right in (True, False)]
+    panels[0].hist(
+        groups, bins=np.arange(0.5, depth + 1.5), stacked=True, color=["#0072b2", "#d55e00"], rwidth=0.9,
+        label=["answered rightly", "answered wrongly"],
+    )  # fmt: skip
+    panels[0].set_xlabel("lens entry of the flip (made by the block before it)")
+    panels[0].set_ylabel("eligible flips")
+    panels[0].set_xticks(range(1, depth + 1) if depth <= 16 else range(0, depth + 1, 4))
+    panels[0].legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    for number, (axes, column, where) in enumerate(
+        zip(panels[1:], ("entry_difference", "final_difference"), ("at the flip's entry", "at the output"))
+    ):
+        control = [float(test.random[:, number].mean()) for test in study.tests]
+        _before_after(axes, table[column], [test.ablated[number] for test in study.tests], control)
+        axes.set_xlabel(f"logit difference {where}")
+        axes.set_ylabel("the same, components ablated")
+    handles, labels = panels[1].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside upper right", ncols=3)
+    if path is not None:
+        figure.savefig(path, dpi=200)
+    return figure
+
+
+def _before_after(axes: Any, before: Any, ablated: list[float], control: list[float]) -> None:
+    axes.axhline(0, color="#999999", linewidth=0.8)
+    axes.axvline(0, color="#999999", linewidth=0.8)
+    axes.scatter(before, control, s=9, color="#888888", marker="s", label="random components (mean of draws)")
+    axes.scatter(before, ablated, s=9, color="#d55e00", label="found components")
+    ends = [min(0, float(before.min())), float(before.max())]
+    axes.plot(ends, ends, color="#444444", linewidth=0.8, linestyle=":", label="no effect")

@@ -1,0 +1,74 @@
+"""Where answers flip between layers, and which heads and MLPs make them: one prompt, or a data set."""
+
+from __future__ import annotations
+
+import argparse
+
+from .shared import add_model, add_out, at_least_one, load_model, out_folder
+
+NAME = "flips"
+HELP = "where the answer flips between layers, and what makes it"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument("--image", action="append", default=[], help="one prompt: an image file; may be repeated")
+    parser.add_argument("--question", help="one prompt: the question")
+    parser.add_argument("--answer", help="one prompt: the right answer")
+    parser.add_argument("--candidates", default="", help="one prompt: possible answers, separated by commas")
+    parser.add_argument("--data", default="scenes", help="a data set: 'scenes', a .jsonl file or a folder (see analyses.data)")
+    parser.add_argument("--limit", type=int, default=200, help="questions of the data set to follow (default 200)")
+    parser.add_argument("--components", type=int, default=2, help="components to ablate for a flip (default 2)")
+    parser.add_argument("--random", type=int, default=10, help="random draws beside them (default 10)")
+    add_out(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    at_least_one(options, "limit", "components", "random")
+    if options.question is None and (options.image or options.answer):
+        raise ValueError("one prompt needs --question, --answer and --image; without them a data set is followed (--data).")
+    (_data_set if options.question is None else _one)(options)
+
+
+def _one(options: argparse.Namespace) -> None:
+    from analyses.flip_patching import attribute_flip, component_effects
+    from analyses.trajectory import answer_trajectory
+
+    if options.answer is None:
+        raise ValueError("--answer is needed: the answer to follow through the layers.")
+    candidates = [candidate.strip() for candidate in options.candidates.split(",") if candidate.strip()]
+    model = load_model(options)
+    inputs = model.encode(model.to_inputs(options.question, images=options.image))
+    item = answer_trajectory(model, inputs, options.answer, candidates, question=options.question)
+    out = out_folder(options)
+    item.to_dataframe().to_csv(out / "trajectory.csv", index=False)
+    item.plot(out / "trajectory.png")
+    print(item.to_dataframe().to_string(index=False, float_format=lambda x: f"{x:.3f}"))
+    print("\n" + "\n".join(f"{name}: {value}" for name, value in item.summary().items()))
+    for entry in item.eligible_flips if candidates else item.content_flips:
+        flip = attribute_flip(model, inputs, entry, int(item.top1[entry]), int(item.top1[entry - 1]))
+        print(f"\nentry {entry}: {flip.lost!r} → {flip.gained!r}, logit difference {flip.before:.3f} → {flip.after:.3f}; block {flip.layer}:")
+        print(component_effects(model, inputs, flip).to_string(index=False, float_format=lambda x: f"{x:+.3f}"))
+    print(f"\nwrote {out / 'trajectory.csv'}\nwrote {out / 'trajectory.png'}")
+
+
+def _data_set(options: argparse.Namespace) -> None:
+    from analyses.data import examples
+    from analyses.studies import flip_study
+
+    model = load_model(options)
+    study = flip_study(model, examples(options.data, options.limit), options.components, options.random)
+    out = out_folder(options)
+    tables = {"flips": study.to_dataframe(), "trajectories": study.trajectories.to_dataframe(), "flip_tests": study.summary(),
+              "outcomes": study.trajectories.by_category().reset_index()}  # fmt: skip
+    for name, table in tables.items():
+        table.to_csv(out / f"{name}.csv", index=False)
+    study.plot(out / "flips.png")
+    study.trajectories.plot(out / "trajectories.png")
+    print(tables["outcomes"].to_string(index=False, float_format=lambda x: f"{x:.2f}"))
+    print(f"\n{study.skipped} questions without candidates left out; {len(study.tests)} eligible flips\n")
+    print(tables["flip_tests"].to_string(index=False, float_format=lambda x: f"{x:.3f}"))
+    print("\nthe last layer's shift, and what norming it twice would show:")
+    print(study.last_shift().to_string(float_format=lambda x: f"{x:.3f}"))
+    names = [*(f"{name}.csv" for name in tables), "flips.png", "trajectories.png"]
+    print("\n" + "\n".join(f"wrote {out / name}" for name in names))

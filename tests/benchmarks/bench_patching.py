@@ -1,0 +1,115 @@
+"""A patching sweep against TransformerLens's plain loop, and the share of what the arithmetic allows.
+
+    OMP_NUM_THREADS=2 python tests/benchmarks/bench_patching.py [rounds] [--words 8000,151936] [--batch-size 16]
+
+12 layers × 768 under a tower of 16 × 640, an image of 280 × 392 pixels (140 tokens): the real ratio of tower to
+decoder. In each round, layer by layer and interleaved: our sweep of every position of the layer, and the loop's time
+for a few cells of it (a cell costs the loop the same wherever it is), once with the image as it comes (the tower runs for
+every cell) and once on encoded inputs. A round gives one ratio of the whole sweep; the figure is the median over rounds.
+
+What the arithmetic allows: multiply-adds of the loop over those of the suffixes (decoder from the patched block and
+position on, unembedding at one position, no tower), counted by `torch.utils.flop_counter`'s rules from the shapes.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import geometries
+import timing
+import torch
+from transformer_lens import patching
+
+from analyses.patching import patch_sweep
+from hooked_qwen2vl import HookedQwen2VL
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("rounds", nargs="?", type=int, default=3)
+    parser.add_argument("--words", default="8000,151936")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=140)
+    options = parser.parse_args()
+    rows = [row for words in options.words.split(",") for row in _measure(int(words), options)]
+    timing.report("patching", rows)
+
+
+@torch.no_grad()
+def _measure(words: int, options: argparse.Namespace) -> list[timing.Row]:
+    layers, *rest = geometries.SIZES["medium"]
+    geometries.SIZES["medium"] = (layers, *rest[:4], words, *rest[5:])
+    model = HookedQwen2VL.from_hf(geometries.reference("medium"), geometries.tiny_processor())
+    clean, corrupted = (geometries.prompt(model, options.tokens) for _ in range(2))
+    noise = torch.randn(corrupted.pixels.shape, generator=torch.Generator().manual_seed(1))
+    corrupted.pixels.copy_(noise)
+    encoded = model.encode(corrupted)
+    _, cache = model.run_with_cache(clean, names_filter=lambda name: name.endswith("resid_pre"))
+    n = clean.shape[1]
+    size = f"12 × 768, tower 16 × 640, {n} tokens ({int((clean.token_types[0] > 0).sum())} image), {words} words"
+
+    def metric(logits):
+        return logits[:, -1, 3] - logits[:, -1, 4]
+
+    def loop(prompt, layer):
+        """Seconds of one cell of TransformerLens's own loop."""
+        where = torch.randint(n, (1,)).item()
+        frame = patching.pd.DataFrame({"layer": [layer], "pos": [where]})
+        return timing.seconds(
+            lambda: patching.generic_activation_patch(
+                model, prompt, cache, lambda z: metric(z)[0], patching.layer_pos_patch_setter, "resid_pre", index_df=frame
+            )
+        )
+
+    def sweep(layer):
+        return timing.seconds(
+            lambda: patch_sweep(
+                model, clean, encoded, metric, layers=[layer], batch_size=options.batch_size, progress=False
+            )
+        )
+
+    sweep(model.cfg.n_layers - 1), loop(corrupted, 0), loop(encoded, 0)  # warm
+    ratios: dict[str, list[float]] = {"with the image": [], "encoded": []}
+    whole = []
+    for _ in range(options.rounds):
+        ours, theirs = 0.0, {"with the image": [], "encoded": []}
+        for layer in range(model.cfg.n_layers):
+            theirs["with the image"].append(loop(corrupted, layer))
+            theirs["encoded"].append(loop(encoded, layer))
+            ours += sweep(layer)
+        whole.append(ours)
+        for name, seconds in theirs.items():
+            ratios[name].append(sum(seconds) / len(seconds) * n * model.cfg.n_layers / ours)
+    ideal = _ideal(model, clean)
+    rows = []
+    for name, goal in (("with the image", 15), ("encoded", 3.8)):
+        value, low, high = timing.median_interval(ratios[name])
+        share = value / ideal[name]
+        note = f"ideal {ideal[name]:.1f} ×, share {share:.2f}; our sweep {sorted(whole)[len(whole) // 2]:.1f} s, {options.rounds} rounds"
+        rows.append(timing.Row(6, f"patching sweep, loop / ours, {name}", size, value, "×", low, high, f"≥ {goal}", note))
+        rows.append(timing.Row(6, f"share of the ideal, {name}", size, share, "×", low / ideal[name], high / ideal[name], "≥ 0.75"))
+    return rows
+
+
+def _ideal(model: HookedQwen2VL, inputs) -> dict[str, float]:
+    """Multiply-adds of the loop over ours, summed over all cells."""
+    cfg, n = model.cfg, inputs.shape[1]
+    per_token = sum(p.numel() for p in model.blocks[0].parameters() if p.ndim > 1)
+    attention = 2 * cfg.n_heads * cfg.d_head  # for each query and key: scores and values
+
+    def decoder(n_layers: int, first: int) -> float:
+        queries = n - first
+        return n_layers * (per_token * queries + attention * (n * (n + 1) - first * (first + 1)) / 2)
+
+    unembed = cfg.d_model * cfg.d_vocab
+    patches = len(inputs.pixels)
+    tower = sum(p.numel() for p in model.vision_encoder.parameters() if p.ndim > 1) * patches
+    tower += cfg.vision.n_layers * 2 * cfg.vision.d_vision * patches**2
+    tower += sum(p.numel() for p in model.vision_projector.parameters() if p.ndim > 1) * patches / 4
+    ours = sum(decoder(cfg.n_layers - layer, place) + unembed for layer in range(cfg.n_layers) for place in range(n))
+    plain = (decoder(cfg.n_layers, 0) + n * unembed) * n * cfg.n_layers
+    return {"with the image": (plain + tower * n * cfg.n_layers) / ours, "encoded": plain / ours}
+
+
+if __name__ == "__main__":
+    main()

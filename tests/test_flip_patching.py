@@ -1,0 +1,107 @@
+"""Flip patching: the attribution is exact, the ablations are what they say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import picture
+from tiny import tiny_hf
+
+from analyses.flip_patching import Component, ablate_flip, ablation_hooks, attribute_flip, component_effects
+from analyses.logit_lens import residual_stack
+from hooked_qwen2vl import HookedQwen2VL
+
+EXACT = 1e-5  # logits; measured 1e-6
+GAINED, LOST = 5, 9
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="module", params=["raw", "processed"])
+def model(request, processor):
+    model = HookedQwen2VL.from_hf(tiny_hf(), processor)
+    if request.param == "processed":
+        model.process_weights()
+    return model
+
+
+@pytest.fixture(scope="module")
+def prompts(model):
+    return [model.encode(model.to_inputs("is it red?", images=[picture(84, 56, seed)])) for seed in (1, 2)]
+
+
+@pytest.mark.parametrize("entry", [1, 2, 3])
+def test_the_attribution_is_exact(model, prompts, entry):
+    inputs = prompts[0]
+    stack, _ = residual_stack(model, inputs)
+    lens = model.unembed(model.ln_final(stack[:, 0]))
+    for position in ("last", 3):
+        flip = attribute_flip(model, inputs, entry, GAINED, LOST, position)
+        differences = lens[:, flip.position, GAINED] - lens[:, flip.position, LOST]
+        assert abs(flip.after - differences[entry]) < EXACT and abs(flip.before - differences[entry - 1]) < EXACT
+        assert abs(flip.total - (flip.after - flip.before)) < EXACT
+        assert abs(flip.total - flip.norm - (flip.after - flip.before)) > 100 * EXACT  # the rescaling matters here
+    assert flip.layer == entry - 1 and len(flip.heads) == model.cfg.n_heads
+
+
+def test_a_head_is_its_own_result(model, prompts):
+    flip = attribute_flip(model, prompts[0], 2, GAINED, LOST)
+    names = ["blocks.1.attn.hook_result", "blocks.1.hook_resid_post"]
+    _, cache = model.run_with_cache(prompts[0], names_filter=names)
+    result, post = (cache[name][0, flip.position] for name in names)
+    scale = (post.pow(2).mean() + model.ln_final.eps).sqrt()
+    direction = model.ln_final.w * (model.W_U[:, GAINED] - model.W_U[:, LOST])
+    assert torch.allclose(flip.heads, result @ direction / scale, atol=EXACT)
+
+
+@pytest.mark.parametrize("component", [Component(1, 2), Component(1, None)])
+def test_ablation_and_patching_are_by_hand_what_they_are(model, prompts, component):
+    clean, other = prompts
+    flip = attribute_flip(model, clean, 2, GAINED, LOST)
+    table = component_effects(model, clean, flip, other).set_index("component")
+    place = flip.position
+    name = "blocks.1.attn.hook_result" if component.head is not None else "blocks.1.hook_mlp_out"
+    source = model.run_with_cache(other, names_filter=name)[1][name]
+
+    def run(value):
+        def put(activation, hook):
+            where = (0, place) if component.head is None else (0, place, component.head)
+            activation[where] = value[where] if value is not None else 0.0
+            return activation
+
+        logits = model.run_with_hooks(clean, fwd_hooks=[(name, put)])
+        return float(logits[0, place, GAINED] - logits[0, place, LOST])
+
+    logits = model(clean)
+    base = float(logits[0, place, GAINED] - logits[0, place, LOST])
+    assert abs(table.loc[str(component), "ablated"] - (run(None) - base)) < 1e-4
+    assert abs(table.loc[str(component), "patched"] - (run(source) - base)) < 1e-4
+    assert abs(run(None) - base) > 1e-3 and abs(run(source) - base) > 1e-3
+
+
+def test_the_ranking_is_tested(model, prompts):
+    inputs = prompts[0]
+    stack, _ = residual_stack(model, inputs)
+    differences = model.unembed(model.ln_final(stack[:, 0]))[:, -1]
+    gained, lost = int((differences[2] - differences[1]).argmax()), int((differences[2] - differences[1]).argmin())
+    flip = attribute_flip(model, inputs, 2, gained, lost)
+    test = ablate_flip(model, inputs, flip, n_components=2, n_random=6)
+    assert test.components == tuple(c for c, value in flip.ranked()[:2] if value > 0)
+    assert abs(test.entry_difference - flip.after) < 1e-4
+    assert test.random.shape == (6, 2) and test.removed == (test.ablated[0] <= 0)
+    again = ablate_flip(model, inputs, flip, n_components=2, n_random=6)
+    assert torch.equal(test.random, again.random)
+    assert test.ablated[0] < test.entry_difference
+    hooks = ablation_hooks([Component(1, None)], flip.position)
+    without = model.run_with_hooks(inputs, fwd_hooks=hooks, stop_at_layer=2)[0, flip.position]
+    by_hand = stack[2, 0, flip.position] - model.run_with_cache(inputs, names_filter="blocks.1.hook_mlp_out")[1]["blocks.1.hook_mlp_out"][0, flip.position]
+    assert torch.allclose(without, by_hand, atol=1e-5)
+
+
+def test_an_entry_no_block_made(model, prompts):
+    with pytest.raises(ValueError, match="made by a block"):
+        attribute_flip(model, prompts[0], 0, GAINED, LOST)

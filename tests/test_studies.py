@@ -1,0 +1,93 @@
+"""The data-set studies on the embedded model, and their commands."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+import torch
+from scipy.stats import norm
+
+from analyses.counterfactuals import check_pairs, scene_candidates
+from analyses.data import examples
+from analyses.knockout import Knockout
+from analyses.studies import SPANS, flip_study, knockout_study, locality_study, wilson
+from hooked_qwen2vl import HookedQwen2VL
+from hooked_qwen2vl.cli import main
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return HookedQwen2VL.from_pretrained("scenes")
+
+
+@pytest.fixture(scope="module")
+def flips(scenes):
+    return flip_study(scenes, examples("scenes", 16), n_random=3, progress=False)
+
+
+def test_flips_of_a_data_set(flips):
+    table = flips.to_dataframe()
+    assert len(flips.trajectories.items) + flips.skipped == 16 and len(table) == len(flips.tests) > 0
+    assert (table["attribution_error"] < 1e-5).all()  # every flip: the parts sum to the change
+    for prompt, test in zip(flips.prompts, flips.tests):
+        item, flip = flips.trajectories.items[prompt], test.attribution
+        assert flip.entry in item.eligible_flips and flip.before <= 1e-5 and flip.after >= -1e-5
+    summary = flips.summary().set_index(["flip is", "by ablating"])
+    assert summary.loc[("removed", "found components"), "share"] == table["removed"].mean()
+    assert summary.loc[("reversed", "random components"), "share"] == pytest.approx(table["reversed_by_random"].mean())
+    assert set(flips.last_shift().columns) == {"as it is", "normed twice"}
+
+
+def test_locality(scenes):
+    pairs = check_pairs(scenes, scene_candidates(6, domain="shapes", category="attribute"), n=2, progress=False)
+    study = locality_study(scenes, pairs, progress=False)
+    assert study.spans.shape == (len(study.hits), scenes.cfg.n_layers, len(SPANS)) and study.early == 3
+    # an identity: at layer 0 only the image differs (all of it, a little: the tower's patches see each other)
+    assert study.spans[:, 0, 2:].abs().max() < 1e-3
+    # and a cell by hand: the changed object's positions at layer 2
+    pair, name = pairs.kept[0], "blocks.2.hook_resid_pre"
+    source = scenes.run_with_cache(pair.clean, names_filter=name)[1][name]
+    places = sorted({*pair.on_boxes.tolist(), *pair.changed.tolist()})
+
+    def put(activation, hook):
+        activation[:, places] = source[:, places]
+        return activation
+
+    patched = float(pair.metric(scenes.run_with_hooks(pair.corrupted, fwd_hooks=[(name, put)])))
+    by_hand = (patched - pair.corrupted_difference) / (pair.clean_difference - pair.corrupted_difference)
+    assert float(study.spans[0, 2, 0]) == pytest.approx(by_hand, abs=1e-4) and abs(by_hand) > 0.1
+    figures = study.summary()
+    assert figures["share"] == sum(study.hits) / len(study.hits) and 0 < figures["chance"] < figures["chance_in_image"] < 1
+
+
+def test_knockout_of_a_data_set(scenes):
+    result = knockout_study(scenes, examples("scenes", 3), progress=False)
+    assert result.effects.shape[:2] == (5, scenes.cfg.n_layers) and result.effects.isfinite().all()
+    with pytest.raises(ValueError, match="rightly"):
+        Knockout.join([])
+
+
+def test_wilson_is_the_formula():
+    z, n, k = norm.ppf(0.975), 50, 47
+    p = k / n
+    centre, half = p + z**2 / (2 * n), z * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
+    assert wilson(k, n) == pytest.approx(((centre - half) / (1 + z**2 / n), (centre + half) / (1 + z**2 / n)))
+
+
+def test_commands(tmp_path, capsys):
+    assert main(["flips", "--limit", "3", "--random", "2", "--out", str(tmp_path)]) == 0
+    assert main(["patch", "--out", str(tmp_path)]) == 0
+    assert main(["knockout", "--limit", "2", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    for name in ("flips.csv", "flips.png", "trajectories.png", "patch.csv", "patch.png", "patch_image.png", "knockout.png"):
+        assert str(tmp_path / name) in said and (tmp_path / name).stat().st_size > 0
+    table = pd.read_csv(tmp_path / "patch.csv")
+    assert {"layer", "pos", "metric", "recovery"} <= set(table.columns) and torch.tensor(table["recovery"]).isfinite().all()
+    for bad in (["patch", "--image", "a.png"], ["flips", "--image", "a.png"], ["flips", "--limit", "0"], ["patch", "--data", "nowhere"]):
+        assert main([*bad, "--out", str(tmp_path)]) == 2
