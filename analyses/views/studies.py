@@ -51,9 +51,16 @@ def flip_study_plot(study: Any, path: str | Path | None = None) -> Figure:
     table = study.to_dataframe()
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     panels = figure.subplots(1, 3)
-    if not len(table):
+    if len(table):
+        _draw_flips(figure, panels, study, table)
+    else:
         panels[0].set_title("no eligible flip", fontsize=9)
-        return figure
+    if path is not None:
+        figure.savefig(path, dpi=200)
+    return figure
+
+
+def _draw_flips(figure: Figure, panels: Any, study: Any, table: Any) -> None:
     depth = int(table["L"].max())
     groups = [table.loc[table["right"] == right, "entry"] for right in (True, False)]
     panels[0].hist(
@@ -73,9 +80,6 @@ def flip_study_plot(study: Any, path: str | Path | None = None) -> Figure:
         axes.set_ylabel("the same, components ablated")
     handles, labels = panels[1].get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside upper right", ncols=3)
-    if path is not None:
-        figure.savefig(path, dpi=200)
-    return figure
 
 
 def _before_after(axes: Any, before: Any, ablated: list[float], control: list[float]) -> None:
