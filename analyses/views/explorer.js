@@ -217,7 +217,7 @@ function drawMap() {
       context.fillStyle = rgb(colour);
       context.fillRect(x, y, w, h);
     } else hatch(context, x, y, w, h);
-    if (labelled) label(context, start + cell, x, y, w, h, colour);
+    if (labelled) label(context, start + cell, x, y, w, h);
   }
   context.globalAlpha = 0.35;
   context.strokeStyle = "#fff";
@@ -238,7 +238,7 @@ function hatch(context, x, y, w, h) {
   context.stroke();
 }
 
-function label(context, place, x, y, w, h, colour) {
+function label(context, place, x, y, w, h) {
   let text = tokenText(data.arrays.top[topAt(state.layer, place)]);
   const size = Math.min(13, h / 2.2, w / 4.2);
   context.font = `${size}px system-ui, "DejaVu Sans", sans-serif`;
@@ -250,12 +250,11 @@ function label(context, place, x, y, w, h, colour) {
   context.globalAlpha = 1;
   context.textAlign = "center";
   context.textBaseline = "middle";
-  const ink = colour && inkOn(colour) === "#111" && state.opacity > 0.45 ? "#111" : "#fff";
-  context.strokeStyle = ink === "#fff" ? "rgba(0,0,0,.75)" : "rgba(255,255,255,.75)";
+  context.strokeStyle = "rgba(0,0,0,.8)"; // an edge: it must read on every colour, over every picture
   context.lineWidth = 2.5;
   context.lineJoin = "round";
   context.strokeText(text, x + w / 2, y + h / 2);
-  context.fillStyle = ink;
+  context.fillStyle = "#fff";
   context.fillText(text, x + w / 2, y + h / 2);
 }
 
