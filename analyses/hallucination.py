@@ -19,10 +19,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ from tqdm.auto import tqdm
 
 from analyses.baselines import SCORES, all_scores
 from analyses.benchmarks import OBJECTS, Question, judge, mentions, parse_yes_no
-from analyses.contextual_lens import word_spans
+from analyses.contextual_lens import LayerSweep, default_layers, sweep_layers, word_spans
 from analyses.detection import detection, within
 from analyses.ledger import Ledger
 
@@ -91,7 +92,7 @@ class Hallucinations:
     Attributes:
         claims: one row a claim: key, id, category, question, gold, answer, correct (None: needs a judge), judge, said,
             noun, error (why scores are missing), a column a method (NaN where there is none), cut and other_tokens.
-        methods: their names. data, model_name: what was run.
+        methods: their names. data, model_name, weights: what was run; `weights` is their fingerprint.
         n_boot, seed, level: of the bootstrap.
     """
 
@@ -102,6 +103,7 @@ class Hallucinations:
     n_boot: int = 1000
     seed: int = 0
     level: float = 0.95
+    weights: str = ""
 
     @cached_property
     def judged(self) -> pd.DataFrame:
@@ -145,6 +147,12 @@ class Hallucinations:
     def few(self) -> dict[str, int]:
         """The categories with fewer than 300 hallucinated answers: their intervals are wide."""
         return {name: wrong for name, (wrong, _) in self.counts().items() if wrong < ENOUGH and name != WITHIN}
+
+    def markdown(self) -> str:
+        """What was run, and a table of methods × categories for each figure."""
+        from analyses.views.hallucination import markdown
+
+        return markdown(self)
 
     def plot(self, path: Any = None, category: str = ALL) -> Any:
         """ROC curves of every method over one category."""
@@ -197,6 +205,8 @@ def detect_hallucinations(
     n_boot: int = 1000,
     seed: int = 0,
     progress: bool = True,
+    image_layer: int | None = None,
+    text_layer: int | None = None,
 ) -> Hallucinations:
     """Answers, judges, scores.
 
@@ -207,6 +217,7 @@ def detect_hallucinations(
         vocabulary: word -> object, for captions (`benchmarks.read_synonyms`).
         judgements: id -> whether right, of a judge outside; they come before the benchmark's own.
         n_boot, seed: of the intervals.
+        image_layer, text_layer: lens entries of the contextual lens (see `choose_layers`); None takes its defaults.
     Raises:
         ValueError: no items, an unknown method, a folder of another run, an item without image, or captions without
             a vocabulary.
@@ -222,12 +233,15 @@ def detect_hallucinations(
     settings = {"data": data, "model": str(model.cfg.model_name), "weights": fingerprint(model)}
     answers = generate_answers(model, items, paths[0], settings, max_new_tokens, progress)
     claims = claims_of(items, [answer.text for answer in answers], vocabulary, judgements)
-    scores = score_claims(model, claims, methods, paths[1], settings, progress)
+    layers = dict(zip(("image_layer", "text_layer"), default_layers(model, image_layer, text_layer)))
+    scores = score_claims(
+        model, claims, methods, paths[1], {**settings, **layers}, progress, partial(all_scores, **layers)
+    )
     table = pd.DataFrame([_row(claim, scores[claim.key], methods) for claim in claims])
     said = {item.id: answer for item, answer in zip(items, answers)}
     for name in ("cut", "other_tokens"):
         table[name] = [getattr(said[id], name) for id in table["id"]]
-    return Hallucinations(table, tuple(methods), data, settings["model"], n_boot, seed)
+    return Hallucinations(table, tuple(methods), data, settings["model"], n_boot, seed, weights=settings["weights"])
 
 
 @torch.no_grad()
@@ -334,6 +348,23 @@ def claim_inputs(model: Any, claim: Claim, images: Sequence[Any] | None = None) 
     word = list(word_spans(model, inputs, [claim.text[start:end]]).values())[-1]
     names = tuple("history" if n == "answer" and at not in word else n for at, n in enumerate(inputs.names[0]))
     return replace(inputs, names=(names,))
+
+
+def choose_layers(
+    model: Any, items: Sequence[Question], max_new_tokens: int = 32, progress: bool = True
+) -> LayerSweep:
+    """The contextual lens's two entries by AUROC over the model's own answers to a validation split.
+
+    Only answers that are judged and that are scored themselves: a yes/no question's noun is another thing.
+
+    Raises:
+        ValueError: no right, or no hallucinated, answer among them.
+    """
+    answers = generate_answers(model, items, None, None, max_new_tokens, progress)
+    claims = claims_of(items, [answer.text for answer in answers])
+    claims = [c for c in claims if c.correct is not None and not c.noun and c.text.strip()]
+    prompts = (model.encode(claim_inputs(model, claim)) for claim in claims)
+    return sweep_layers(model, prompts, [c.correct for c in claims], progress=progress)
 
 
 def fingerprint(model: Any) -> str:
@@ -461,10 +492,17 @@ def _pictures_print(item: Question) -> str:
         if isinstance(image, Image.Image):
             digest.update(f"{image.mode} {image.size}".encode() + image.tobytes())
         elif isinstance(image, (str, Path)):
-            digest.update(Path(image).read_bytes())
+            status = os.stat(image)
+            digest.update(_file_print(str(image), status.st_mtime_ns, status.st_size))
         else:
             digest.update(np.asarray(image).tobytes())
     return digest.hexdigest()
+
+
+@lru_cache(maxsize=100_000)
+def _file_print(path: str, changed: int, size: int) -> bytes:
+    """Of a file's content, read once: benchmarks ask many questions about one picture."""
+    return hashlib.sha256(Path(path).read_bytes()).digest()
 
 
 def _interval_text(row: pd.Series, figure: str) -> str:

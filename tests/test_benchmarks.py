@@ -214,6 +214,7 @@ def test_mentions_say_where():
     found = mentions(caption, VOCABULARY)
     assert [(m.object, caption[m.start : m.end]) for m in found] == [("hot dog", "hot dog"), ("dog", "dog"), ("bus", "bus")]
     assert mentions("a dogma, busy boycott", VOCABULARY) == []
+    assert [m.object for m in mentions("a bus stop", {"bus": "bus", "bus stop": "stop"})] == ["stop"]
     with pytest.raises(ValueError, match="empty"):
         mentions("a dog", {})
 
@@ -259,14 +260,14 @@ def yes_no_items(golds, category="c"):
 
 
 def test_yes_no_metrics_by_hand():
-    items = yes_no_items(["yes", "yes", "yes", "no", "no"])
-    answers = ["Yes", "Yes.", "No", "yes", "There is not"]  # tp 2, fn 1, fp 1, tn 1
+    items = yes_no_items(["yes", "yes", "yes", "yes", "no", "no"])
+    answers = ["Yes", "Yes.", "No", "no", "yes", "There is not"]  # tp 2, fn 2, fp 1, tn 1
     figures = yes_no_metrics(items, answers).set_index("category").loc["all"]
     assert figures.to_dict() == pytest.approx(
-        {"items": 5, "accuracy": 3 / 5, "precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3, "yes_rate": 3 / 5, "neither": 0}
+        {"items": 6, "accuracy": 1 / 2, "precision": 2 / 3, "recall": 1 / 2, "f1": 4 / 7, "yes_rate": 1 / 2, "neither": 0}
     )
     turned = yes_no_metrics(items, answers, positive="no").set_index("category").loc["all"]  # AMBER's class
-    assert (turned["precision"], turned["recall"], turned["f1"]) == pytest.approx((1 / 2, 1 / 2, 1 / 2))
+    assert (turned["precision"], turned["recall"], turned["f1"]) == pytest.approx((1 / 3, 1 / 2, 2 / 5))
     said = [parse_yes_no(answer) for answer in answers]
     golds = [item.answer for item in items]
     for name, score in (("precision", precision_score), ("recall", recall_score), ("f1", f1_score)):

@@ -22,7 +22,8 @@ from analyses.baselines import SCORES, all_scores
 from analyses.benchmarks import EXACT, NEEDS_A_JUDGE, OBJECTS, YES_NO, Question
 from analyses.detection import detection, weighted_figures, within
 from analyses.hallucination import (
-    ALL, CONTROL, WITHIN, Claim, Hallucinations, _other_pictures, claim_inputs, claims_of, detect_hallucinations, fingerprint,
+    ALL, CONTROL, WITHIN, Claim, Hallucinations, _other_pictures, choose_layers, claim_inputs, claims_of,
+    detect_hallucinations, fingerprint,
     generate_answers, read_judgements, score_claims,
 )  # fmt: skip
 from analyses.ledger import Ledger
@@ -435,3 +436,32 @@ def test_the_command_on_captions_alone(tmp_path, capsys):
     assert "CHAIRi" in capsys.readouterr().out
     table = pd.read_csv(tmp_path / "out" / "hallucination_chair_c" / "chair.csv")
     assert table.loc[0, ["CHAIRs", "CHAIRi"]].tolist() == [1.0, 0.5]
+
+
+def test_layers_of_the_contextual_lens(model, items, tmp_path):
+    """The layers reach the score, and a file of other layers is refused."""
+    path = tmp_path / "run"
+    settings = {"methods": ["contextual"], "max_new_tokens": 1, "n_boot": 5, "progress": False}
+    usual = detect_hallucinations(model, items[:2], "mine", path, **settings)
+    other = detect_hallucinations(model, items[:2], "mine", None, image_layer=1, text_layer=3, **settings)
+    claim = claims_of(items[:1], [usual.claims["answer"][0]])[0]
+    expected = all_scores(model, claim_inputs(model, claim), names=["contextual"], image_layer=1, text_layer=3)
+    assert other.claims["contextual"][0] == pytest.approx(expected["contextual"])
+    assert usual.claims["contextual"][0] != pytest.approx(expected["contextual"])
+    with pytest.raises(ValueError, match="image_layer was 2, now 1"):
+        detect_hallucinations(model, items[:2], "mine", path, image_layer=1, **settings)
+
+
+def test_layers_are_chosen_on_answers_alone(model, items):
+    """The same pair as a sweep over every entry by hand; a yes/no question's noun is left out."""
+    said = [answer.text for answer in generate_answers(model, items, max_new_tokens=1, progress=False)]
+    half = [dataclasses.replace(item, answer=text if n % 2 else "wrong") for n, (item, text) in enumerate(zip(items, said))]
+    sweep = choose_layers(model, half, max_new_tokens=1, progress=False)
+    correct = [claim.correct for claim in claims_of(half, said)]
+    assert sweep.n_items == len([text for text in said if text.strip()]) and 0 < sweep.n_correct < sweep.n_items
+    for pair in ((0, 0), (2, 3), (sweep.image_layer, sweep.text_layer)):
+        scores = [
+            all_scores(model, claim_inputs(model, c), names=["contextual"], image_layer=pair[0], text_layer=pair[1])["contextual"]
+            for c in claims_of(half, said)
+        ]
+        assert float(sweep.auroc[pair]) == pytest.approx(roc_auc_score(correct, scores))

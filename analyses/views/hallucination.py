@@ -14,6 +14,11 @@ from sklearn.metrics import roc_curve
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 _LINES = ("-", "--", "-.", ":")
 _PER_PANEL = 4
+_FIGURES = {
+    "auroc": "AUROC (0.5: knows nothing)",
+    "ap_hallucinated": "Average precision for hallucinated (knowing nothing gives their share)",
+    "ap_correct": "Average precision for correct (knowing nothing gives their share)",
+}
 _RIGHT, _WRONG = "#0072b2", "#d55e00"
 
 
@@ -112,6 +117,27 @@ def interval_plot(result: Any, path: str | Path | None = None) -> Figure:
     level = f"{100 * result.level:.0f}%"
     figure.suptitle(f"{result.data}, {result.model_name}; dots and {level} bootstrap intervals{note}", fontsize=9)
     return _saved(figure, path)
+
+
+def markdown(result: Any) -> str:
+    """What was run, and the tables of AUROC and of both average precisions; categories of one class only are named."""
+    counts, metrics = result.counts(), result.to_dataframe()
+    defined = {c for c in counts if metrics.loc[metrics["category"] == c, "auroc"].notna().any()}
+    parts = [
+        f"{result.data}, model {result.model_name} (weights {result.weights}): {len(result.judged)} judged answers, "
+        f"{counts['all'][0]} hallucinated; {100 * result.level:.0f}% intervals from {result.n_boot} resamples."
+    ]
+    for figure, title in _FIGURES.items():
+        table = result.table(figure)
+        kept = [c for c in table.columns if c in defined and table.loc[list(result.methods), c].ne("–").any()]
+        rows = [["", *kept], ["---"] + ["---:"] * len(kept)]
+        rows += [[_name(name), *table.loc[name, kept]] for name in table.index]
+        parts += [f"**{title}**", "\n".join(f"| {' | '.join(row)} |" for row in rows)]
+    if missing := [f"{c} ({counts[c][0]} of {counts[c][1]} hallucinated)" for c in counts if c not in defined]:
+        parts.append(f"Nothing to tell apart in: {', '.join(missing)}.")
+    if few := result.few():
+        parts.append(f"Fewer than 300 hallucinated answers, so wide intervals: {', '.join(f'{c} ({n})' for c, n in few.items())}.")
+    return "\n\n".join(parts) + "\n"
 
 
 def _kinds() -> list[Patch]:

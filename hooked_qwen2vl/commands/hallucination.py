@@ -26,6 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--judgements", type=Path, metavar="FILE", help='a judge\'s JSON lines {"id": …, "correct": true}')
     parser.add_argument("--skip-bad", action="store_true", help="leave bad rows out (they are named) instead of stopping")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="default: every score of analyses.baselines")
+    parser.add_argument("--image-layer", type=int, help="lens entry of the contextual lens's image side (default: half-way)")
+    parser.add_argument("--text-layer", type=int, help="and of its text side (default: three quarters of the way)")
+    parser.add_argument(
+        "--sweep", type=int, default=0, metavar="N", help="scenes: choose both on N items of the validation split instead"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=32)
     parser.add_argument("--n-boot", type=int, default=1000, help="resamples for the intervals (default 1000)")
     add_out(parser)
@@ -44,9 +49,11 @@ def run(options: argparse.Namespace) -> None:
         print(f"left out: {problem}")
     written = _chair(items, vocabulary, folder) if items[0].benchmark == "chair" else []
     if all(item.images for item in items):
+        model = load_model(options)
+        layers = _layers(options, model)
         result = detect_hallucinations(
-            load_model(options), items, name, folder, options.methods, vocabulary, judgements,
-            options.max_new_tokens, options.n_boot,
+            model, items, name, folder, options.methods, vocabulary, judgements, options.max_new_tokens, options.n_boot,
+            image_layer=layers[0], text_layer=layers[1],
         )  # fmt: skip
         written += _report(result, items, folder)
     print("\n" + "\n".join(f"wrote {path}" for path in written))
@@ -66,6 +73,26 @@ def _load(options: argparse.Namespace) -> tuple[Any, str]:
     more = {"objects": options.objects} if kind == "chair" else {}
     items = LOADERS[kind](path, images=options.images, skip_bad=options.skip_bad, **more)
     return items.spread(options.limit), f"{kind}:{Path(path).stem}"
+
+
+def _layers(options: argparse.Namespace, model: Any) -> tuple[int | None, int | None]:
+    """The contextual lens's entries: as given, or chosen on the validation split."""
+    if not options.sweep:
+        return options.image_layer, options.text_layer
+    from analyses.benchmarks import load_scenes
+    from analyses.hallucination import choose_layers
+
+    if not options.data.startswith("scenes") or options.data.endswith("validation"):
+        raise ValueError("--sweep is for the embedded world's test split, whose validation split is apart; give --image-layer.")
+    if options.image_layer is not None or options.text_layer is not None:
+        raise ValueError("--sweep chooses the layers: pass it, or --image-layer and --text-layer, not both.")
+    sweep = choose_layers(model, load_scenes(options.sweep, "validation"), options.max_new_tokens)
+    best = float(sweep.auroc[sweep.image_layer, sweep.text_layer])
+    print(
+        f"layers by {sweep.n_items} validation answers ({sweep.n_items - sweep.n_correct} hallucinated): image entry "
+        f"{sweep.image_layer}, text entry {sweep.text_layer}, AUROC there {best:.3f}"
+    )
+    return sweep.image_layer, sweep.text_layer
 
 
 def _report(result: Any, items: Any, folder: Path) -> list[Path]:
@@ -89,7 +116,8 @@ def _report(result: Any, items: Any, folder: Path) -> list[Path]:
     print(result.table().T.to_string())
     if few := result.few():
         print(f"\nfewer than 300 hallucinated answers, so wide intervals: {', '.join(f'{k} ({n})' for k, n in few.items())}")
-    written += [folder / name for name in ("metrics.csv", "roc.png", "scores.png", "intervals.png")]
+    written += [folder / name for name in ("results.md", "metrics.csv", "roc.png", "scores.png", "intervals.png")]
+    written[-5].write_text(result.markdown(), encoding="utf-8")
     result.to_dataframe().to_csv(written[-4], index=False)
     result.plot(written[-3])
     result.plot_scores(written[-2])
