@@ -28,7 +28,7 @@ def comparison_plot(comparison: Any, path: str | Path | None = None) -> Figure:
     """Six panels over relative depth: lens, trajectory and patching curves, and the best head of each kind by block."""
     models = list(dict.fromkeys(run.model for run in comparison.runs))
     colours = {model: _COLOURS[number % len(_COLOURS)] for number, model in enumerate(models)}
-    widths = {model: max(1.0, 3.4 - 1.2 * number) for number, model in enumerate(models)}  # a line under another shows
+    widths = {model: max(1.0, 2.8 - 1.0 * number) for number, model in enumerate(models)}  # a line under another shows
     figure = Figure(figsize=(10.5, 6.2), layout="constrained")
     panels = figure.subplots(2, 3).flatten()
     for axes, (measure, title) in zip(panels, _PANELS.items()):

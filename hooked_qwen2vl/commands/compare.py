@@ -1,7 +1,7 @@
 """The same questions and summaries for several models, aligned by relative depth: lens, trajectory, patching, heads.
 
-Without --with, the model stands beside its own text decoder, exported as a Qwen2 and run by TransformerLens. With
---tuned, activations of the model are patched into its fine-tuned version, and back.
+Without --with, the model stands beside its "twin": its own text decoder, exported as a Qwen2 and run by TransformerLens.
+With --tuned, activations of the model are patched into its fine-tuned version, and back.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PRINTED = ["model", "condition", "items", "right", "right_of_candidates", "answe
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("--with", dest="others", action="append", default=[], metavar="[NAME=]MODEL",
-                        help="another model: a folder or hub id of a text model or a Qwen2-VL; may be repeated")  # fmt: skip
+                        help="another model: 'twin', or a folder or hub id of a text model or a Qwen2-VL; may be repeated")  # fmt: skip
     parser.add_argument("--tuned", metavar="MODEL", help="a fine-tuned version of --model, LoRA merged")
     parser.add_argument("--data", default="scenes", help="scenes, a .jsonl file or a folder (default: scenes)")
     parser.add_argument("--items", type=int, default=12, metavar="N", help="questions (default 12)")
@@ -42,10 +42,9 @@ def _beside_others(options: argparse.Namespace, model: Any, questions: list) -> 
     from analyses.compare import CONDITIONS, compare_models, text_agreement
 
     name, agreement = str(options.model), None
-    models = {name: model} | dict(_named(spec, options) for spec in options.others)
-    if not options.others:
-        models["text twin"] = _twin(model)
-        agreement = text_agreement(model, models["text twin"], [example.question for example in questions])
+    models = {name: model} | dict(_named(spec, options, model) for spec in options.others or ["twin"])
+    if "twin" in models:
+        agreement = text_agreement(model, models["twin"], [example.question for example in questions])
     shown = {"image": any(e.images for e in questions), "words": any(e.item for e in questions), "neither": True}
     result = compare_models(models, questions, [c for c in CONDITIONS if shown[c]])
     table, heads, out = result.to_dataframe(), result.heads[name], out_folder(options)
@@ -92,8 +91,8 @@ def _tuned(options: argparse.Namespace, model: Any, questions: list) -> int:
     return 0
 
 
-def _named(spec: str, options: argparse.Namespace) -> tuple[str, Any]:
-    """(name, model) of NAME=MODEL or MODEL: a Qwen2-VL as ours, a text model as TransformerLens's bridge.
+def _named(spec: str, options: argparse.Namespace, model: Any) -> tuple[str, Any]:
+    """(name, model) of NAME=MODEL or MODEL: a Qwen2-VL as ours, a text model as TransformerLens's bridge, or the twin.
 
     Raises:
         ValueError: another model with a vision tower.
@@ -102,15 +101,17 @@ def _named(spec: str, options: argparse.Namespace) -> tuple[str, Any]:
 
     from ..model import HookedQwen2VL
 
+    if spec == "twin":
+        return spec, _twin(model)
     label, _, place = spec.rpartition("=")
     config = None if place == "scenes" else AutoConfig.from_pretrained(place)
     if config is None or config.model_type == "qwen2_vl":
-        model = HookedQwen2VL.from_pretrained(place, dtype=options.dtype, device=options.device)
+        other = HookedQwen2VL.from_pretrained(place, dtype=options.dtype, device=options.device)
     elif hasattr(config, "vision_config"):
         raise ValueError(f"{place} is a {config.model_type}: besides Qwen2-VL, only text models can stand beside this one.")
     else:
-        model = _bridge(place, options.device or "cpu", options.dtype or "float32")
-    return label or place, model
+        other = _bridge(place, options.device or "cpu", options.dtype or "float32")
+    return label or place, other
 
 
 def _twin(model: Any) -> Any:
