@@ -83,7 +83,8 @@ class _Logits:
         self.n_words, device = model.W_U.shape[1], model.W_U.device
         width = -(-self.n_words // WORDS) * WORDS
         self.few = 4 if device.type == "cpu" else n_rows
-        self.buffer = torch.full((n_rows, width), float("-inf"), device=device)
+        self.buffer = torch.empty((n_rows, width), device=device)
+        self.buffer[:, self.n_words :] = float("-inf")
         self.scratch = torch.empty((min(self.few, n_rows), width), device=device)
         self.widened: Tensor | None = None
 
@@ -126,7 +127,7 @@ def _summary(
     room = scratch[: len(z), :n_words]
     weights = torch.exp(z, out=room)
     total = weights.sum(-1)
-    entropy = total.log() - (weights[:, None, :] @ z[:, :, None]).flatten() / total
+    entropy = total.log() - torch.stack([torch.dot(w, logits) for w, logits in zip(weights, z)]) / total
     at_targets = z.gather(-1, targets)
     larger = [torch.gt(z, at_targets[:, [j]], out=room).sum(-1) for j in range(targets.shape[1])]
     ranks = torch.stack(larger, -1).long() if larger else torch.zeros_like(targets)
@@ -140,7 +141,15 @@ def _probs(shifted: Float[Tensor, "row n"], total: Float[Tensor, "row"]) -> Floa
 def _top_ids(z: Float[Tensor, "row word"], maxima: Float[Tensor, "row block"], top_k: int) -> Int[Tensor, "row k"]:
     """The k largest of each row. A word of the top k whose block were not among the k first would have k better
     words before it, one in each of those."""
-    blocks = maxima.sort(dim=-1, descending=True, stable=True).indices[:, :top_k].sort(-1).values
+    blocks = _first_blocks(maxima, min(top_k, maxima.shape[1])).sort(-1).values
     ids = (blocks[..., None] * WORDS + torch.arange(WORDS, device=z.device)).flatten(1)
     order = z.gather(-1, ids).sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
     return ids.gather(-1, order)
+
+
+def _first_blocks(maxima: Float[Tensor, "row block"], n: int) -> Int[Tensor, "row n"]:
+    """The n blocks with the largest maxima; of equal ones the first, which only a sort of all can tell."""
+    top = maxima.topk(n, dim=-1)
+    if bool(((maxima >= top.values[:, -1:]).sum(-1) == n).all()):
+        return top.indices
+    return maxima.sort(dim=-1, descending=True, stable=True).indices[:, :n]

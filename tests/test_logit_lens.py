@@ -139,10 +139,11 @@ def test_the_readout_is_the_sorted_softmax(dtype, rows, top_k):
     assert torch.equal(ours.target_ranks, theirs)
 
 
-def test_ties_go_to_the_lowest_id(model):
-    """A vector that every word reads alike."""
-    ours = readout(model, torch.zeros(2, model.cfg.d_model), torch.tensor([[9], [250]]), 70)
-    assert torch.equal(ours.ids, torch.arange(70).expand(2, -1))
+@pytest.mark.parametrize("top_k", [1, 2, 3, 70])
+def test_ties_go_to_the_lowest_id(model, top_k):
+    """A vector that every word reads alike: more blocks tie than there is room for."""
+    ours = readout(model, torch.zeros(2, model.cfg.d_model), torch.tensor([[9], [250]]), top_k)
+    assert torch.equal(ours.ids, torch.arange(top_k).expand(2, -1))
     assert not ours.target_ranks.any()
 
 

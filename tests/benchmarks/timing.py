@@ -33,6 +33,7 @@ import numpy as np
 import torch
 
 QUICK = "--quick" in sys.argv  # smaller prompts, five pairs
+BUDGET = float(os.environ.get("BENCH_BUDGET", "60"))  # seconds a pair
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' random models and prompts
 THREADS = int(os.environ["OMP_NUM_THREADS"])
 torch.set_num_threads(THREADS)
@@ -91,7 +92,7 @@ class Pair:
 
 
 def interleaved(
-    ours: Callable[[], Any], theirs: Callable[[], Any], n: int = 15, warm: int = 1, budget: float = 60.0
+    ours: Callable[[], Any], theirs: Callable[[], Any], n: int = 15, warm: int = 1, budget: float = BUDGET
 ) -> Pair:
     """Times both in turn, n times or until the budget (seconds on the clock) is spent, but at least five times."""
     for _ in range(warm):
