@@ -12,6 +12,7 @@ import torch
 from conftest import picture
 from PIL import Image
 from tiny import tiny_hf, tiny_processor
+from transformer_lens.model_bridge import TransformerBridge
 
 from analyses import neuron_experiment as experiment
 from analyses.data import Example
@@ -117,14 +118,21 @@ def test_few_pass_the_filter():
 # ---- counts -----------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def in_bfloat16():
+    return HookedQwen2VL.from_hf(tiny_hf(dtype=torch.bfloat16), tiny_processor())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["batch", "two images", "image and video"])
-def test_counts_by_hand(model, batches, kind):
-    inputs = batches[kind]
+def test_counts_by_hand(model, in_bfloat16, batches, kind, dtype):
+    model, inputs = model if dtype == "float32" else in_bfloat16, batches[kind]
     domains = [f"d{row % 2}" for row in range(len(inputs))]
     counter = FiringCounter(model)
     counter.add(model, inputs, domains)
     ours = counter.result({"model": "m"})
-    _, cache = model.run_with_cache(inputs, vision=True)
+    # only these: who listens to attention patterns makes them differ by a rounding
+    _, cache = model.run_with_cache(inputs, names_filter=lambda name: name.endswith("hook_pre"))
     for module in MODULES:
         fired, tokens = torch.zeros_like(ours.fired[module]), torch.zeros_like(ours.tokens[module])
         for layer in range(fired.shape[2]):
@@ -150,6 +158,20 @@ def hand_counted(model, inputs, cache, module, layer, domains):
     for visual in inputs.visuals:
         for _ in range(visual.n_patches if module == "vision" else visual.n_tokens):
             yield domains[visual.row], "image", next(rows) > 0
+
+
+def test_on_transformer_lens_own_model(model, tmp_path):
+    """The same text weights in a TransformerLens bridge: the same counts, and the same logits when switched off."""
+    bridge = TransformerBridge.boot_transformers(str(model.export_text_model(tmp_path)), device="cpu", dtype=torch.float32)
+    tokens, found, logits = torch.randint(0, 250, (2, 20)), [], []
+    for one in (model, bridge):
+        counter = FiringCounter(one, ["decoder"])
+        counter.add(one, tokens, ["a", "b"])
+        found.append(counter.result({"model": "m"}))
+        with torch.no_grad(), disable_neurons(one, [("decoder", 1, 3)]):
+            logits.append(one(tokens))
+    assert same(*found) and found[0].tokens["decoder"].tolist() == [[0, 20, 0], [0, 20, 0]]
+    assert (logits[0] - logits[1]).abs().max() < 1e-5 and (logits[0] - model(tokens)).abs().max() > 1e-2
 
 
 def test_counting_changes_nothing_and_leaves_no_hook(model, batches):

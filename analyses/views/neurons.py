@@ -114,7 +114,8 @@ def streams_plot(table: pd.DataFrame, model_name: str, path: str | Path | None =
         mean = some.groupby("layer")["entropy_nats"].mean()
         left.plot(mean.index, mean, color=colour, marker=marker, markersize=4, label=_WORDS[source])
     left.set_ylabel("entropy of the logit lens (nats)", fontsize=9)
-    left.legend(frameon=False, fontsize=8, loc="lower left")
+    left.set_ylim(top=1.18 * calm["entropy_nats"].max())
+    left.legend(frameon=False, fontsize=8, loc="upper center", ncols=3)
     left.set_title("nothing off (thin: one domain, thick: mean)", fontsize=9)
     moved = table[(table["selection"] != "none") & (table["module"] == module)]
     for selection, some in moved.groupby("selection", sort=False):
