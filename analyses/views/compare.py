@@ -116,7 +116,7 @@ def model_patching_plot(result: Any, path: str | Path | None = None) -> Figure:
         axes.plot(x.flatten(), values.flatten(), ".", color=colour, markersize=2.5, alpha=0.35)
     axes.axhline(0, color="#bbbbbb", linewidth=0.7, zorder=0), axes.axhline(1, color="#bbbbbb", linewidth=0.7, zorder=0)
     low = float(np.nanmin(result.explained.nanmean(-1).numpy()))
-    axes.set_ylim(min(-0.6, 1.2 * low), 1.15)
+    axes.set_ylim(min(-0.2, 1.2 * low), 1.15)
     labels = [f"{place.split('.')[1]}" if "resid_post" not in place else "end" for place in result.places]
     axes.set_xticks(places, labels)
     axes.set_xlabel({"resid_pre": "stream before block", "attn_out": "attention of block", "mlp_out": "MLP of block"}[
