@@ -138,6 +138,11 @@ def test_maps_on_the_image():
     assert panels[0].images[1].get_clim()[0] == 0
 
 
+def test_no_layer_is_drawn_twice():
+    figure = maps_on_image({"p": torch.rand(3, 12), "q": torch.rand(2, 12)}, (3, 4), picture(80, 60))
+    assert [axes.get_title() for axes in figure.axes if axes.get_title()] == [f"layer {layer}" for layer in (0, 1, 2, 0, 1)]
+
+
 # ---- in a browser -------------------------------------------------------------------------------
 
 

@@ -68,6 +68,7 @@ def maps_on_image(
     Raises:
         ValueError: a map that does not fill the grid.
     """
+    n_panels = min(n_panels, max(len(tensor) for tensor in maps.values()))
     rows, tall = len(maps), 1.7 * image.height / image.width
     figure = Figure(figsize=(2.2 + 1.75 * n_panels, 0.5 + (tall + 0.35) * rows), layout="constrained")
     panels = figure.subplots(rows, n_panels, squeeze=False)
@@ -75,7 +76,10 @@ def maps_on_image(
         _check_grid(tensor.shape[-1], grid)
         values = tensor.detach().float().numpy()
         low, high, colours = _scale(values)
-        for axes, layer in zip(row, np.linspace(0, len(values) - 1, n_panels).round().astype(int)):
+        layers = np.unique(np.linspace(0, len(values) - 1, n_panels).round().astype(int))  # a short map has fewer
+        for axes in row[len(layers) :]:
+            axes.set_axis_off()
+        for axes, layer in zip(row, layers):
             shown = _draw(axes, values[layer], grid, image, colours, low, high)
             axes.set_title(f"layer {layer}", fontsize=8, pad=3)
         row[0].set_ylabel(name, fontsize=8)
