@@ -33,9 +33,8 @@ def test_the_embedding_lens_by_hand(model, batches, tmp_path):
     stack, _ = residual_stack(model, inputs)
     with torch.no_grad():
         for layer in range(4):
-            table = torch.nn.functional.cosine_similarity(
-                stack[layer, 0, list(found.positions)].double()[:, None], model.W_E.double()[None], dim=-1
-            )
+            h, words = stack[layer, 0, list(found.positions)].double(), model.W_E.double()
+            table = (h @ words.T) / h.norm(dim=-1)[:, None] / words.norm(dim=-1)
             assert torch.allclose(found.similarity[layer].double(), table.topk(3).values, atol=CLOSE)
             assert torch.equal(found.indices[layer], table.topk(3).indices)
     assert len(found.to_dataframe()) == 4 * len(found.positions) * 3
