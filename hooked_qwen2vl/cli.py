@@ -10,9 +10,21 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .commands import check, compare, explore, ground, hallucination, lens, scenes, flips, knockout, patch, neurons
+from .commands import (
+    check,
+    compare,
+    explore,
+    flips,
+    ground,
+    hallucination,
+    knockout,
+    lens,
+    neurons,
+    patch,
+    scenes,
+)
 
-COMMANDS = (lens, explore, ground, compare, hallucination, check, scenes, flips, patch, knockout, neurons)
+COMMANDS = (lens, explore, flips, patch, knockout, ground, hallucination, neurons, compare, check, scenes)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
