@@ -86,7 +86,7 @@ def patch_sweep(
     heads: Sequence[int] | None = None,
     metric_position: int = -1,
     direction: Literal["denoise", "noise"] = "denoise",
-    batch_size: int = 64,
+    batch_size: int = 16,
     checkpoint: str | Path | None = None,
     progress: bool = True,
 ) -> PatchingResult:
@@ -103,7 +103,8 @@ def patch_sweep(
         positions: None for every position (in the tower: every image token); or rows, each a position, a name that
             `Inputs.positions` knows, or a box in original pixels; or a mapping of labels to positions.
         direction: "denoise" puts clean activations into the corrupted run, "noise" the other way round.
-        batch_size: prompts in one forward at most: bounds the memory.
+        batch_size: prompts in one forward at most: bounds the memory. Cells of one forward start at the first one's
+            position, so large batches compute more in vain.
         checkpoint: a file that holds what is done, so that an interrupted sweep goes on; the same call again
             continues, another sweep is refused.
     Returns:

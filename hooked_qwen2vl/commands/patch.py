@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--direction", default="denoise", choices=("denoise", "noise"))
     parser.add_argument("--data", help="many pairs instead: 'scenes', or a table of pairs (see analyses.counterfactuals)")
     parser.add_argument("--n", type=int, default=200, help="pairs to keep, with --data (default 200)")
-    parser.add_argument("--batch-size", type=int, default=64, help="prompts in one forward at most: bounds the memory (default 64)")
+    parser.add_argument("--batch-size", type=int, default=16, help="prompts in one forward at most: bounds the memory (default 16)")
     add_out(parser)
 
 

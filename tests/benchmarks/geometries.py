@@ -101,12 +101,12 @@ def picture(image_tokens: int) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def prompt(model: HookedQwen2VL, image_tokens: int, batch: int = 1) -> Inputs:
+def prompt(model: HookedQwen2VL, image_tokens: int, batch: int = 1, template: bool = True) -> Inputs:
     """One picture and a question; the tiny tokenizer's ids are moved to where this vocabulary has them."""
     processor = tiny_processor(max_pixels=28 * 28 * 16384)
     cfg = convert_config(tiny_config())
     cfg.n_ctx = model.cfg.n_ctx
-    small = processor.to_inputs(cfg, "what is this?", images=[picture(image_tokens)])
+    small = processor.to_inputs(cfg, "what is this?", images=[picture(image_tokens)], template=template)
     tokens = small.tokens.clone()
     for name in ("image", "vision_start", "vision_end"):
         tokens[small.tokens == getattr(cfg.special, name)] = getattr(model.cfg.special, name)
