@@ -2,13 +2,13 @@
 
     OMP_NUM_THREADS=2 python tests/benchmarks/bench_patching.py [rounds] [--words 8000,151936] [--batch-size 16]
 
-12 layers × 768 under a tower of 16 × 640, an image of 280 × 392 pixels (140 tokens). In each round,
-decoder. In each round, layer by layer and interleaved: our sweep of every position of the layer, and the loop's time
+12 layers × 768 under a tower of 16 × 640, an image of 280 × 392 pixels (140 tokens). In each round, layer by layer
+and interleaved: our sweep of every position of the layer, and the loop's time
 for a few cells of it (a cell costs the loop the same wherever it is), once with the image as it comes (the tower runs for
 every cell) and once on encoded inputs. A round gives one ratio of the whole sweep; the figure is the median over rounds.
 
 What the arithmetic allows: multiply-adds of the loop over those of the suffixes (decoder from the patched block and
-position on, unembedding at one position, no tower), counted by `torch.utils.flop_counter`'s rules from the shapes.
+position on, unembedding at one position, no tower), counted from the shapes.
 """
 
 from __future__ import annotations
