@@ -10,8 +10,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -28,33 +29,57 @@ from analyses.data import Example
 from analyses.flip_patching import FlipTest, ablate_flip, attribute_flip
 from analyses.knockout import Knockout, attention_knockout
 from analyses.patching import patch_sweep
-from analyses.trajectory import Trajectories, answer_trajectory
+from analyses.prefixes import Prefixes
+from analyses.run_files import read_manifest
+from analyses.runs import read_failures, read_results
+from analyses.trajectory import answer_trajectory, outcomes_by_category
 
+FLIP = "flip_"  # columns that hold a list, one value a flip
+FLIP_FIGURES = (
+    "entry", "lost", "gained", "change", "attribution_error", "components", "entry_difference", "entry_difference_ablated",
+    "entry_difference_random", "final_difference", "final_difference_ablated", "final_difference_random",
+    "removed", "removed_by_random", "reversed", "reversed_by_random",
+)  # fmt: skip
 SPANS = ("changed object", "rest of the image", "question", "template after it", "last")
 
 
 @dataclass(frozen=True)
 class FlipStudy:
-    """Trajectories of a data set, and a test of every eligible flip.
+    """Trajectories of a data set, and a test of every eligible flip, as tables: what a run keeps is enough to make it.
 
     Attributes:
-        tests: [flip]; prompts: which trajectory each belongs to. skipped: prompts whose answer has no first token of
-            its own among the candidates.
+        prompts: one row a prompt: id, L (the number of layers), and the figures of `Trajectory.summary`.
+        flips: one row a flip: its prompt (a row of `prompts`) and what belongs to that, the figures of
+            `FlipTest.summary`, and `entry_difference_random`, `final_difference_random`, means over the random draws.
+        skipped: questions without candidates, or whose answer has no first token of its own among them.
     """
 
-    trajectories: Trajectories
-    tests: tuple[FlipTest, ...]
-    prompts: tuple[int, ...]
+    prompts: pd.DataFrame
+    flips: pd.DataFrame
     skipped: int
+
+    @classmethod
+    def from_rows(cls, rows: pd.DataFrame, skipped: int = 0) -> FlipStudy:
+        """The study of what `flip_row` gave for each question.
+
+        Raises:
+            ValueError: no question was followed.
+        """
+        if not len(rows):
+            raise ValueError("no question could be followed: each needs candidates, and an answer that differs from them.")
+        nested = [name for name in rows if name.startswith(FLIP)]
+        flips = rows.loc[rows[nested[0]].map(len) > 0, ["id", "question", "category", "right", "L", *nested]]
+        flips = flips.rename(columns=lambda name: name.removeprefix(FLIP)).rename_axis("prompt")
+        flips = flips.explode([name.removeprefix(FLIP) for name in nested]).infer_objects().reset_index()
+        return cls(rows.drop(columns=nested), flips, skipped)
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row a flip."""
-        items = self.trajectories.items
-        return pd.DataFrame(
-            {"prompt": prompt, "question": items[prompt].question, "category": items[prompt].category,
-             "right": items[prompt].right, "L": items[prompt].n_layers, **test.summary()}
-            for prompt, test in zip(self.prompts, self.tests)
-        )  # fmt: skip
+        return self.flips
+
+    def by_category(self) -> pd.DataFrame:
+        """Share of each outcome, and mean depths, by category of question."""
+        return outcomes_by_category(self.prompts)
 
     def summary(self) -> pd.DataFrame:
         """Flips removed (at their entry) and reversed (at the output) by ablating the found components and by random
@@ -65,56 +90,108 @@ class FlipStudy:
         """
         rows = []
         for what in ("removed", "reversed"):
-            found = np.array([getattr(test, what) for test in self.tests], dtype=float)
-            control = np.array([getattr(test, f"{what}_by_random") for test in self.tests])
+            found, control = (self.flips[name].to_numpy(dtype=float) for name in (what, f"{what}_by_random"))
             for name, share, interval in (
                 ("found components", found, wilson(int(found.sum()), len(found))),
                 ("random components", control, _normal(control)),
             ):
-                rows.append((what, name, share.mean() if len(share) else np.nan, *interval, len(found), len(set(self.prompts))))
+                rows.append((what, name, share.mean() if len(share) else np.nan, *interval, len(found), self.flips["prompt"].nunique()))
         return pd.DataFrame(rows, columns=["flip is", "by ablating", "share", "low", "high", "flips", "prompts"])
 
     def last_shift(self) -> pd.DataFrame:
-        """Means over prompts of the last layer's shift (rows), as it is and under the double norm (columns)."""
-        table = self.trajectories.to_dataframe()
+        """The last layer's shift over prompts (rows: its figures), as it is and as the double norm would show it."""
+        table = self.prompts
         names = [name.removeprefix("double_norm_") for name in table.columns if name.startswith("double_norm_")]
         return pd.DataFrame(
-            {"as it is": [table[f"last_{name}"].mean() for name in names],
-             "normed twice": [table[f"double_norm_{name}"].mean() for name in names]},
+            {
+                f"{average}, {label}": [getattr(table[f"{prefix}_{name}"], average)() for name in names]
+                for average in ("median", "mean")
+                for prefix, label in (("last", "as it is"), ("double_norm", "normed twice"))
+            },
             index=names,
-        )  # fmt: skip
+        )
 
     def plot(self, path: Any = None) -> Any:
         """Effect of the ablations, flip by flip, and where flips happen."""
         from analyses.views.studies import flip_study_plot
 
-        return flip_study_plot(self, path)
+        return flip_study_plot(self.flips, path)
+
+    def plot_trajectories(self, path: Any = None) -> Any:
+        """Outcomes, and depths of birth and stability, by category."""
+        from analyses.views.trajectories import trajectories_plot
+
+        return trajectories_plot(self.prompts, self.by_category(), path)
 
 
-@torch.no_grad()
 def flip_study(
     model: Any, examples: Iterable[Example], n_components: int = 2, n_random: int = 10, seed: int = 0, progress: bool = True
 ) -> FlipStudy:
-    """Follows every answer that has candidates; attributes and tests every eligible flip."""
-    items, tests, prompts, skipped = [], [], [], 0
-    for example in tqdm(examples, desc="flips", unit="prompt", disable=not progress, delay=2):
-        if not example.candidates:
-            skipped += 1
-            continue
-        inputs = model.encode(model.to_inputs(example.question, images=list(example.images)))
-        try:
-            item = answer_trajectory(
-                model, inputs, example.answer, example.candidates, category=example.category, question=example.question
-            )
-        except ValueError:  # no first token of its own
-            skipped += 1
-            continue
-        for entry in item.eligible_flips:
-            flip = attribute_flip(model, inputs, entry, int(item.top1[entry]), int(item.top1[entry - 1]))
-            tests.append(ablate_flip(model, inputs, flip, n_components, n_random, seed))
-            prompts.append(len(items))
-        items.append(item)
-    return FlipStudy(Trajectories(tuple(items)), tuple(tests), tuple(prompts), skipped)
+    """Follows every answer that has candidates; attributes and tests every eligible flip.
+
+    Raises:
+        ValueError: no question could be followed.
+    """
+    prefixes = Prefixes(model)
+    stream = tqdm(examples, desc="flips", unit="prompt", disable=not progress, delay=2)
+    rows = [flip_row(model, example, n_components, n_random, seed, prefixes) for example in stream]
+    followed = [row for row in rows if row is not None]
+    return FlipStudy.from_rows(pd.DataFrame(followed), len(rows) - len(followed))
+
+
+def flip_work(model: Any, n_components: int = 2, n_random: int = 10, seed: int = 0) -> Callable[[list[Example]], Iterator[dict]]:
+    """The same as the work of a run over a data set (`runs.run`): a row a question that can be followed."""
+    prefixes = Prefixes(model)
+
+    def work(batch: list[Example]) -> Iterator[dict]:
+        rows = (flip_row(model, example, n_components, n_random, seed, prefixes) for example in batch)
+        return (row for row in rows if row is not None)
+
+    return work
+
+
+def read_flip_study(out: str | Path) -> FlipStudy:
+    """The study that a run with `flip_work` has written.
+
+    Raises:
+        ValueError: no run there, one that is not finished, or no question could be followed.
+    """
+    rows = read_results(out)
+    skipped = read_manifest(out)["data"]["questions"] - len(rows) - len(read_failures(out))
+    return FlipStudy.from_rows(rows.drop(columns="item"), skipped)
+
+
+@torch.no_grad()
+def flip_row(
+    model: Any, example: Example, n_components: int, n_random: int, seed: int, encode: Callable[[Any], Any]
+) -> dict[str, Any] | None:
+    """One question's figures, and those of its eligible flips as lists in columns that begin with "flip_".
+
+    Args:
+        encode: `model.encode`, or a store of prefixes that does the same.
+    Returns:
+        None without candidates, or where the answer has no first token of its own among them.
+    """
+    if not example.candidates:
+        return None
+    inputs = encode(model.to_inputs(example.question, images=list(example.images)))
+    try:
+        item = answer_trajectory(
+            model, inputs, example.answer, example.candidates, category=example.category, question=example.question
+        )
+    except ValueError:  # no first token of its own
+        return None
+    tests = []
+    for entry in item.eligible_flips:
+        flip = attribute_flip(model, inputs, entry, int(item.top1[entry]), int(item.top1[entry - 1]))
+        tests.append(_test_row(ablate_flip(model, inputs, flip, n_components, n_random, seed)))
+    nested = {f"{FLIP}{name}": [test[name] for test in tests] for name in FLIP_FIGURES}
+    return {"id": example.id, "L": item.n_layers, **item.summary(), **nested}
+
+
+def _test_row(test: FlipTest) -> dict[str, Any]:
+    entry, final = test.random.mean(0).tolist()
+    return {**test.summary(), "entry_difference_random": entry, "final_difference_random": final}
 
 
 @dataclass(frozen=True)
@@ -162,7 +239,7 @@ class LocalityStudy:
         return locality_plot(self, path)
 
 
-def locality_study(model: Any, pairs: Iterable[Pair], batch_size: int = 128, progress: bool = True) -> LocalityStudy:
+def locality_study(model: Any, pairs: Iterable[Pair], batch_size: int = 32, progress: bool = True) -> LocalityStudy:
     """Sweeps `resid_pre` for every pair: each position over the early layers, each span over all layers.
 
     Raises:

@@ -222,16 +222,20 @@ class Trajectories:
 
     def by_category(self) -> pd.DataFrame:
         """Share of each outcome, and mean depths as a fraction of L, by category."""
-        table = self.to_dataframe()
-        shares = pd.crosstab(table["category"], table["outcome"], normalize="index").reindex(columns=OUTCOMES).fillna(0.0)
-        depths = table.groupby("category")[["birth_1_depth", "stability_depth"]].mean()
-        return pd.concat([table.groupby("category").size().rename("items"), shares, depths], axis=1)
+        return outcomes_by_category(self.to_dataframe())
 
     def plot(self, path: Any = None) -> Any:
         """Birth and stability by category, and the outcome classes."""
         from analyses.views.trajectories import trajectories_plot
 
-        return trajectories_plot(self, path)
+        return trajectories_plot(self.to_dataframe(), self.by_category(), path)
+
+
+def outcomes_by_category(table: pd.DataFrame) -> pd.DataFrame:
+    """Share of each outcome, and mean depths as a fraction of L, by category; `table` has one row an item (`summary`)."""
+    shares = pd.crosstab(table["category"], table["outcome"], normalize="index").reindex(columns=OUTCOMES).fillna(0.0)
+    depths = table.groupby("category")[["birth_1_depth", "stability_depth"]].mean()
+    return pd.concat([table.groupby("category").size().rename("items"), shares, depths], axis=1)
 
 
 @torch.no_grad()

@@ -9,8 +9,10 @@ from scipy.stats import norm
 
 from analyses.counterfactuals import check_pairs, scene_candidates
 from analyses.data import examples
+from analyses.flip_patching import ablate_flip, attribute_flip
 from analyses.knockout import Knockout
 from analyses.studies import SPANS, flip_study, knockout_study, locality_study, wilson
+from analyses.trajectory import answer_trajectory
 from hooked_qwen2vl import HookedQwen2VL
 from hooked_qwen2vl.cli import main
 
@@ -31,17 +33,30 @@ def flips(scenes):
     return flip_study(scenes, examples("scenes", 16), n_random=3, progress=False)
 
 
-def test_flips_of_a_data_set(flips):
+def test_flips_of_a_data_set(scenes, flips):
     table = flips.to_dataframe()
-    assert len(flips.trajectories.items) + flips.skipped == 16 and len(table) == len(flips.tests) > 0
+    assert len(flips.prompts) + flips.skipped == 16 and len(table) > 0
     assert (table["attribution_error"] < 1e-5).all()  # every flip: the parts sum to the change
-    for prompt, test in zip(flips.prompts, flips.tests):
-        item, flip = flips.trajectories.items[prompt], test.attribution
-        assert flip.entry in item.eligible_flips and flip.before <= 1e-5 and flip.after >= -1e-5
+    items, row = [], 0
+    for example in examples("scenes", 16):
+        inputs = scenes.encode(scenes.to_inputs(example.question, images=list(example.images)))
+        item = answer_trajectory(scenes, inputs, example.answer, example.candidates, category=example.category)
+        for entry in item.eligible_flips:  # the table's rows, made by hand
+            gained, lost = int(item.top1[entry]), int(item.top1[entry - 1])
+            test = ablate_flip(scenes, inputs, attribute_flip(scenes, inputs, entry, gained, lost), n_random=3)
+            assert test.attribution.before <= 1e-5 and test.attribution.after >= -1e-5
+            assert table.loc[row, list(test.summary())].tolist() == list(test.summary().values())
+            assert table.loc[row, "final_difference_random"] == pytest.approx(float(test.random[:, 1].mean()))
+            assert table.loc[row, ["prompt", "id", "right", "L"]].tolist() == [len(items), example.id, item.right, item.n_layers]
+            row += 1
+        items.append(item)
+    assert row == len(table)
     summary = flips.summary().set_index(["flip is", "by ablating"])
     assert summary.loc[("removed", "found components"), "share"] == table["removed"].mean()
     assert summary.loc[("reversed", "random components"), "share"] == pytest.approx(table["reversed_by_random"].mean())
-    assert set(flips.last_shift().columns) == {"as it is", "normed twice"}
+    shift = flips.last_shift()
+    assert shift.loc["tv", "mean, as it is"] == pytest.approx(sum(item.last_shift["tv"] for item in items) / len(items))
+    assert shift.loc["argmax_changed", "mean, as it is"] == 0
 
 
 def test_locality(scenes):

@@ -46,13 +46,16 @@ def lines_by_span(axes: Any, table: Any, group: str, value: str) -> None:
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
-def flip_study_plot(study: Any, path: str | Path | None = None) -> Figure:
-    """At which lens entry flips happen; the logit difference at the flip's entry, and at the output, as it is and ablated."""
-    table = study.to_dataframe()
+def flip_study_plot(table: Any, path: str | Path | None = None) -> Figure:
+    """At which lens entry flips happen; the logit difference at the flip's entry, and at the output, as it is and ablated.
+
+    Args:
+        table: one row a flip.
+    """
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     panels = figure.subplots(1, 3)
     if len(table):
-        _draw_flips(figure, panels, study, table)
+        _draw_flips(figure, panels, table)
     else:
         panels[0].set_title("no eligible flip", fontsize=9)
     if path is not None:
@@ -60,7 +63,7 @@ def flip_study_plot(study: Any, path: str | Path | None = None) -> Figure:
     return figure
 
 
-def _draw_flips(figure: Figure, panels: Any, study: Any, table: Any) -> None:
+def _draw_flips(figure: Figure, panels: Any, table: Any) -> None:
     depth = int(table["L"].max())
     groups = [table.loc[table["right"] == right, "entry"] for right in (True, False)]
     panels[0].hist(
@@ -71,18 +74,15 @@ def _draw_flips(figure: Figure, panels: Any, study: Any, table: Any) -> None:
     panels[0].set_ylabel("eligible flips")
     panels[0].set_xticks(range(1, depth + 1) if depth <= 16 else range(0, depth + 1, 4))
     panels[0].legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
-    for number, (axes, column, where) in enumerate(
-        zip(panels[1:], ("entry_difference", "final_difference"), ("at the flip's entry", "at the output"))
-    ):
-        control = [float(test.random[:, number].mean()) for test in study.tests]
-        _before_after(axes, table[column], [test.ablated[number] for test in study.tests], control)
+    for axes, column, where in zip(panels[1:], ("entry_difference", "final_difference"), ("at the flip's entry", "at the output")):
+        _before_after(axes, table[column], table[f"{column}_ablated"], table[f"{column}_random"])
         axes.set_xlabel(f"logit difference {where}")
         axes.set_ylabel("the same, components ablated")
     handles, labels = panels[1].get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside upper right", ncols=3)
 
 
-def _before_after(axes: Any, before: Any, ablated: list[float], control: list[float]) -> None:
+def _before_after(axes: Any, before: Any, ablated: Any, control: Any) -> None:
     axes.axhline(0, color="#999999", linewidth=0.8)
     axes.axvline(0, color="#999999", linewidth=0.8)
     axes.scatter(before, control, s=9, color="#888888", marker="s", label="random components (mean of draws)")

@@ -40,10 +40,12 @@ def trajectory_plot(item: Any, path: str | Path | None = None) -> Figure:
     return figure
 
 
-def trajectories_plot(items: Any, path: str | Path | None = None) -> Figure:
-    """Left: share of each outcome by category. Right: births and stability as a fraction of depth (medians marked)."""
-    table = items.to_dataframe()
-    shares = items.by_category()
+def trajectories_plot(table: Any, shares: Any, path: str | Path | None = None) -> Figure:
+    """Left: share of each outcome by category. Right: births and stability as a fraction of depth (medians marked).
+
+    Args:
+        table: one row an item, its figures. shares: one row a category, a column an outcome.
+    """
     categories = list(shares.index)
     figure = Figure(figsize=(10, 0.9 + 0.5 * len(categories)), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -61,10 +63,12 @@ def trajectories_plot(items: Any, path: str | Path | None = None) -> Figure:
             height = place + 0.18 * (2 * offset - 1)
             right.plot(values, np.full(len(values), height), "|", color=colour, alpha=0.4)
             if len(values):
-                right.plot(values.median(), height, "o", color=colour, markersize=5)
+                label = ("answer first on top", "top-1 settled")[offset] if place == 0 else None
+                right.plot(values.median(), height, "o", color=colour, markersize=5, label=label)
     right.set_yticks(range(len(categories)), categories)
     right.set_xlim(-0.03, 1.03)
-    right.set_xlabel("depth as a fraction (blue: answer first on top, orange: top-1 settled; dot: median)")
+    right.set_xlabel("depth as a fraction of the layers (dot: median)")
+    right.legend(frameon=False, fontsize=7, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     if path is not None:
         figure.savefig(path, dpi=200)
     return figure

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from .shared import add_model, add_out, at_least_one, load_model, out_folder
 
@@ -20,11 +21,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, default=200, help="questions of the data set to follow (default 200)")
     parser.add_argument("--components", type=int, default=2, help="components to ablate for a flip (default 2)")
     parser.add_argument("--random", type=int, default=10, help="random draws beside them (default 10)")
+    parser.add_argument("--batch-size", type=int, default=8, help="a data set: questions a batch; four are written together (default 8)")
+    parser.add_argument("--shard", metavar="k/n", help="a data set: do the k-th of n shares, from 0 (see docs/data_sets.md)")
+    parser.add_argument("--dry-run", action="store_true", help="a data set: say what would be done, and do nothing")
     add_out(parser)
 
 
 def run(options: argparse.Namespace) -> None:
-    at_least_one(options, "limit", "components", "random")
+    at_least_one(options, "limit", "components", "random", "batch_size")
+    if options.question is not None and (options.shard or options.dry_run):
+        raise ValueError("--shard and --dry-run belong to a data set (--data), not to one prompt (--question).")
     if options.question is None and (options.image or options.answer):
         raise ValueError("one prompt needs --question, --answer and --image; without them a data set is followed (--data).")
     (_data_set if options.question is None else _one)(options)
@@ -54,19 +60,49 @@ def _one(options: argparse.Namespace) -> None:
 
 def _data_set(options: argparse.Namespace) -> None:
     from analyses.data import examples
-    from analyses.studies import flip_study
+    from analyses.prefixes import CAPACITY
+    from analyses.runs import run, this_share
+    from analyses.studies import flip_work
 
+    share = this_share(options.shard)  # before the model: it gives each process its GPU
     model = load_model(options)
-    study = flip_study(model, examples(options.data, options.limit), options.components, options.random)
-    out = out_folder(options)
-    tables = {"flips": study.to_dataframe(), "trajectories": study.trajectories.to_dataframe(), "flip_tests": study.summary(),
-              "outcomes": study.trajectories.by_category().reset_index()}  # fmt: skip
+    rows = options.out / NAME
+    state = run(
+        NAME,
+        lambda: examples(options.data, options.limit),
+        flip_work(model, options.components, options.random),
+        rows,
+        {"components": options.components, "random": options.random},
+        model=model,
+        batch_size=options.batch_size,
+        shard=share,
+        dry_run=options.dry_run,
+        prefixes=CAPACITY,
+    )
+    if options.dry_run:
+        print(state.describe())
+    elif state.complete:
+        _report(rows, options.out)
+    else:
+        print(f"{len(state.done)} of {state.plan['part'].nunique()} parts are in {rows}; whoever writes the last makes the tables.")
+
+
+def _report(rows: Path, out: Path) -> None:
+    """Tables and pictures of a finished run."""
+    from analyses.runs import read_failures
+    from analyses.studies import read_flip_study
+
+    study, failures = read_flip_study(rows), read_failures(rows)
+    tables = {"flips": study.flips, "trajectories": study.prompts, "flip_tests": study.summary(),
+              "outcomes": study.by_category().reset_index(), "failures": failures}  # fmt: skip
     for name, table in tables.items():
         table.to_csv(out / f"{name}.csv", index=False)
     study.plot(out / "flips.png")
-    study.trajectories.plot(out / "trajectories.png")
+    study.plot_trajectories(out / "trajectories.png")
     print(tables["outcomes"].to_string(index=False, float_format=lambda x: f"{x:.2f}"))
-    print(f"\n{study.skipped} questions without candidates left out; {len(study.tests)} eligible flips\n")
+    print(f"\n{study.skipped} questions without candidates left out; {len(study.flips)} eligible flips\n")
+    if len(failures):
+        print(f"{len(failures)} questions failed, the first ({failures['id'][0]}): {failures['error'][0]}\n")
     print(tables["flip_tests"].to_string(index=False, float_format=lambda x: f"{x:.3f}"))
     print("\nthe last layer's shift, and what norming it twice would show:")
     print(study.last_shift().to_string(float_format=lambda x: f"{x:.3f}"))
