@@ -18,6 +18,7 @@ MODEL = "scenes"  # or "Qwen/Qwen2-VL-2B-Instruct"
 OTHERS = {}  # name -> folder or hub id of a text model, such as {"gpt2": "gpt2"}
 ITEMS = 4
 
+# %matplotlib inline
 import tempfile
 
 import torch

@@ -17,6 +17,7 @@
 MODEL = "scenes"  # or "Qwen/Qwen2-VL-2B-Instruct", with DATA a folder per domain
 DATA, TEST = "scenes:train", "scenes:test"
 
+# %matplotlib inline
 import math
 
 import torch

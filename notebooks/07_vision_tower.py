@@ -17,6 +17,7 @@
 # %%
 MODEL = "scenes"  # or "Qwen/Qwen2-VL-2B-Instruct"
 
+# %matplotlib inline
 import torch
 from IPython.display import display
 
