@@ -1,4 +1,4 @@
-.PHONY: bench demo test install
+.PHONY: bench demo figures install notebooks test
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export HF_HUB_OFFLINE := 1
 
@@ -20,3 +20,16 @@ test: install
 # Threads pinned; about an hour on two cores. The table: tests/benchmarks/benchmarks.md. BENCH="--quick --only cache".
 bench: install
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv/bin/python tests/benchmarks/run_all.py $(BENCH)
+
+# Every notebook run on the embedded model and written with its outputs: out/notebooks/*.html.
+notebooks: install
+	.venv/bin/python notebooks/build.py
+
+# The README's pictures, each by the command that users run, in docs/images.
+FIGURES := out/figures
+SAMPLE := hooked_qwen2vl/scenes/samples
+figures: install
+	.venv/bin/hooked-qwen2vl lens --out $(FIGURES)
+	.venv/bin/hooked-qwen2vl patch --out $(FIGURES)
+	.venv/bin/hooked-qwen2vl flips --image $(SAMPLE)/shapes.png --question "What color is the circle?" --answer purple --out $(FIGURES)
+	for name in lens lens_image patch_image trajectory; do cp $(FIGURES)/$$name.png docs/images/; done
