@@ -1,0 +1,109 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Where is the information that decides the answer, layer by layer?
+#
+# Two images that differ in one object, one question, two right answers. The activations of the first image are put into
+# the run on the second, one place at a time. Where the answer comes back, the information was.
+# One constant switches from the embedded model to the real one.
+
+# %%
+MODEL = "scenes"  # or "Qwen/Qwen2-VL-2B-Instruct"
+
+# %matplotlib inline
+import pandas as pd
+import torch
+from IPython.display import display
+from transformer_lens.patching import generic_activation_patch, layer_pos_patch_setter
+
+from analyses.counterfactuals import check_pairs, scene_candidates
+from analyses.patching import patch_sweep, recovery
+from analyses.views.patching import recovery_map, recovery_on_image
+from hooked_qwen2vl import HookedQwen2VL
+
+torch.set_grad_enabled(False)
+model = HookedQwen2VL.from_pretrained(MODEL)
+
+# %% [markdown]
+# A pair is used only if the model answers both of its prompts rightly; what is refused keeps its reason.
+
+# %%
+pairs = check_pairs(model, scene_candidates(20, seed=3, domain="shapes", category="attribute", grid=(6, 6)), n=1)
+(pair,) = pairs
+display(pair.source.clean, pair.source.corrupted)
+print(pair.source.question, "→", pair.source.answer, "/", pair.source.other, "; refused before it:", pairs.reasons or "none")
+print(f"logit difference, clean {pair.clean_difference:+.2f}, corrupted {pair.corrupted_difference:+.2f}")
+
+# %% [markdown]
+# The residual stream before every block, at every position. 1: the clean answer is back. 0: no effect.
+
+# %%
+prompts = (model, pair.clean, pair.corrupted, pair.metric)
+clean_metric = torch.tensor([pair.clean_difference])
+sweep = patch_sweep(*prompts, progress=False)
+shares = recovery(sweep, clean_metric)["mean_of_ratios"]
+layers, image = range(model.cfg.n_layers), pair.clean.positions("image").tolist()
+words = model.to_str_tokens(pair.clean.tokens[0])
+labels = ["▢" if place in image else word for place, word in enumerate(words)]
+recovery_map(shares, layers, labels, f"{pair.source.question} {pair.source.answer} / {pair.source.other}; ▢: image tokens")
+
+# %% [markdown]
+# The same on the image. Fixed before looking: the place that matters most in the early layers should be the object.
+
+# %%
+best = int(shares[: model.cfg.n_layers // 4 + 1].mean(0).argmax())
+print(f"position {best} matters most; the object's: {pair.on_boxes.tolist()}")
+recovery_on_image(shares[:, image].unflatten(-1, pair.clean.grid()), layers, [pair.source.clean, pair.source.corrupted])
+
+# %% [markdown]
+# TransformerLens's own loop runs the whole model for every cell. On a few cells, the same numbers:
+
+# %%
+cells = pd.DataFrame([(layer, place) for layer in (0, len(layers) // 2, len(layers) - 1) for place in (best, len(words) - 1)], columns=["layer", "pos"])
+_, cache = model.run_with_cache(pair.clean)
+cells["TransformerLens"] = generic_activation_patch(
+    model, pair.corrupted, cache, pair.metric, layer_pos_patch_setter, "resid_pre", index_df=cells[["layer", "pos"]], reduce="mean"
+).tolist()
+cells["patch_sweep"] = [float(sweep.values[layer, place]) for layer, place in zip(cells["layer"], cells["pos"])]
+assert (cells["TransformerLens"] - cells["patch_sweep"]).abs().max() < 1e-3
+cells
+
+# %% [markdown]
+# A single position is not the whole of a place: an object covers several. Rows can be named spans, patched whole.
+
+# %%
+own = pair.on_boxes.tolist()
+spans = {
+    "the object": own,
+    "rest of the image": [place for place in image if place not in own],
+    "question": "question",
+    "last position": "last",
+}
+by_span = recovery(patch_sweep(*prompts, positions=spans, progress=False), clean_metric)["mean_of_ratios"]
+display(pd.DataFrame(by_span.T, index=list(spans), columns=[f"layer {layer}" for layer in layers]).style.format(precision=2))
+recovery_map(by_span, layers, list(spans), "spans, patched whole")
+
+# %% [markdown]
+# The vision tower too: its residual stream, image token by image token, before each of its blocks.
+
+# %%
+tower = patch_sweep(*prompts, "vision_encoder.resid_pre", progress=False)
+in_tower = recovery(tower, clean_metric)["mean_of_ratios"]
+recovery_on_image(in_tower.unflatten(-1, pair.clean.grid()), range(len(in_tower)), [pair.source.clean, pair.source.corrupted])
+
+# %% [markdown]
+# **What was learnt.** The first table row says until which layer the answer is read from the object's patches, the last
+# row from which layer on the last position has it; what the question's row adds between them went over its tokens.
+# One pair is an example; `hooked-qwen2vl patch --data scenes` asks many, and docs/flips.md says what it found.
+
+# %%
+arrives = int((by_span[:, -1] > 0.5).float().argmax())
+leaves = int((by_span[:, 0] > 0.5).nonzero().max())
+print(f"the object still gives back more than half at layer {leaves}; the last position does from layer {arrives} on")
