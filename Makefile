@@ -31,5 +31,5 @@ SAMPLE := hooked_qwen2vl/scenes/samples
 figures: install
 	.venv/bin/hooked-qwen2vl lens --out $(FIGURES)
 	.venv/bin/hooked-qwen2vl patch --out $(FIGURES)
-	.venv/bin/hooked-qwen2vl flips --image $(SAMPLE)/shapes.png --question "What color is the circle?" --answer purple --out $(FIGURES)
+	.venv/bin/hooked-qwen2vl flips --image $(SAMPLE)/glyphs.png --question "What digit is red?" --answer 4 --out $(FIGURES)
 	for name in lens lens_image patch_image trajectory; do cp $(FIGURES)/$$name.png docs/images/; done

@@ -87,8 +87,7 @@ spans = {
     "last position": "last",
 }
 by_span = recovery(patch_sweep(*prompts, positions=spans, progress=False), clean_metric)["mean_of_ratios"]
-display(pd.DataFrame(by_span.T, index=list(spans), columns=[f"layer {layer}" for layer in layers]).style.format(precision=2))
-recovery_map(by_span, layers, list(spans), "spans, patched whole")
+pd.DataFrame(by_span.T.tolist(), index=list(spans), columns=[f"layer {layer}" for layer in layers]).round(2)
 
 # %% [markdown]
 # The vision tower too: its residual stream, image token by image token, before each of its blocks.

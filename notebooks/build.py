@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from nbclient import NotebookClient
 from nbconvert import HTMLExporter
 
 FOLDER = Path(__file__).parent
+# A page has no use for progress bars, nor for the advice to install their widgets.
+QUIET = {"TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore:IProgress not found"}
 SOURCES = sorted(FOLDER.glob("[0-9]*.py"))
 
 
@@ -27,7 +30,7 @@ def execute(source: Path, timeout: int = 600) -> Any:
     """
     notebook = jupytext.read(source)
     place = {"metadata": {"path": str(source.parent)}}
-    NotebookClient(notebook, timeout=timeout, kernel_name="python3", resources=place).execute()
+    NotebookClient(notebook, timeout=timeout, kernel_name="python3", resources=place).execute(env=os.environ | QUIET)
     return notebook
 
 
