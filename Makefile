@@ -1,4 +1,4 @@
-.PHONY: bench demo figures install notebooks test
+.PHONY: bench demo figures install notebooks test test-slow
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export HF_HUB_OFFLINE := 1
 
@@ -15,7 +15,11 @@ demo: install
 	.venv/bin/hooked-qwen2vl lens
 
 test: install
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -m "not slow"
+
+# The 2B geometry and every notebook.
+test-slow: install
+	.venv/bin/python -m pytest -m slow
 
 # Threads pinned; about an hour on two cores. The table: tests/benchmarks/benchmarks.md. BENCH="--quick --only cache".
 bench: install

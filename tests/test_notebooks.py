@@ -12,7 +12,7 @@ from nbclient.exceptions import CellExecutionError
 FOLDER = Path(__file__).parents[1] / "notebooks"
 sys.path.insert(0, str(FOLDER))
 
-from build import SOURCES, execute, write_page  # noqa: E402
+from build import SOURCES, execute, write_page
 
 NAMES = [
     "01_logit_lens", "02_where_answers_flip", "03_patching", "04_compare_with_other_models", "05_domain_neurons",
@@ -25,6 +25,7 @@ def test_all_are_here():
     assert not list(FOLDER.glob("*.ipynb"))  # their outputs are not committed: the sources are
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
 def test_it_runs_and_shows_its_pictures(source, tmp_path):
     notebook = execute(source)
