@@ -16,7 +16,7 @@
 
 # %%
 MODEL = "scenes"  # or "Qwen/Qwen2-VL-2B-Instruct"
-ITEMS = 24
+ITEMS = 18
 
 # %matplotlib inline
 import torch
@@ -43,7 +43,7 @@ def follow(example):
     return inputs, answer_trajectory(model, inputs, example.answer, example.candidates, question=example.question)
 
 
-hops = [example for example in examples("scenes", 40) if example.category == "relation"]
+hops = [example for example in examples("scenes", 36) if example.category == "relation"]
 example, (inputs, item) = max(((e, follow(e)) for e in hops), key=lambda found: len(found[1][1].eligible_flips))
 display(example.images[0])
 print(example.question, "→", example.answer, "; the model says", item.top1_tokens[-1])

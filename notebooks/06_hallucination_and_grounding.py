@@ -27,7 +27,7 @@ from hooked_qwen2vl import HookedQwen2VL
 
 torch.set_grad_enabled(False)
 model = HookedQwen2VL.from_pretrained(MODEL)
-items = [item for item in load_scenes(240) if item.category in ("relation", "comparison")]
+items = [item for item in load_scenes(160) if item.category in ("relation", "comparison")]
 print(len(items), "questions, such as", items[0].question, "→", items[0].answer)
 
 # %% [markdown]
@@ -35,7 +35,7 @@ print(len(items), "questions, such as", items[0].question, "→", items[0].answe
 # (`detect_hallucinations(…, folder="out/mine")`) a long run can be stopped and gone on with.
 
 # %%
-result = detect_hallucinations(model, items, "scenes: relation and comparison", n_boot=300, progress=False)
+result = detect_hallucinations(model, items, "scenes: relation and comparison", n_boot=200, progress=False)
 result.claims[["category", "question", "gold", "answer", "correct", "probability", "contextual"]].head(8)
 
 # %% [markdown]
