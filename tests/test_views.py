@@ -345,3 +345,11 @@ def test_a_notebook_shows_the_page_itself(browser, tmp_path):
     browser.open(tmp_path / "cell.html", f"{inside}.querySelector('#figure-0')?.textContent.length > 20")
     assert as_text("<b>") == "&lt;b&gt;" and "<b>" in browser.js(f"return {inside}.querySelector('#figure-0').textContent")
     nothing_wrong(browser)
+
+
+def test_a_notebook_shows_a_figure_without_pyplot():
+    from analyses.views.figure import Figure
+
+    figure = Figure(figsize=(2, 1))
+    figure.subplots().plot([1, 2])
+    assert figure._repr_png_().startswith(b"\x89PNG")

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from matplotlib.figure import Figure
 from torch import Tensor
+
+from analyses.views.figure import Figure
 
 _EMPTY = "#d9d9d9"
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
+from analyses.views.figure import Figure
 from analyses.views.lens import visible
 
 _FOUND, _TRUE = "#d55e00", "#ffffff"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
+from analyses.views.figure import Figure
 
 
 def heat_map(lens: Any, path: str | Path | None = None) -> Figure:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
 from torch import Tensor
+
+from analyses.views.figure import Figure
 
 
 def signed_map(

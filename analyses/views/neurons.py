@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
+from analyses.views.figure import Figure
 from analyses.views.lens import visible
 
 _COLOURS = {"firing": "#0072b2", "effect": "#009e73", "random": "#d55e00", "random, same rate": "#e69f00",

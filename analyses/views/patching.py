@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
+from analyses.views.figure import Figure
 from analyses.views.lens import visible
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
+
+from analyses.views.figure import Figure
 
 _COLOURS = ("#d55e00", "#e69f00", "#009e73", "#56b4e9", "#0072b2")  # Okabe and Ito's
 _MARKERS = "osD^v"

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
+from analyses.views.figure import Figure
 from analyses.views.lens import visible
 from analyses.views.studies import lines_by_span
 
