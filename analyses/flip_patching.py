@@ -87,6 +87,12 @@ class FlipAttribution:
         table = pd.DataFrame([*rows, ("bias", self.bias), ("norm", self.norm)], columns=["component", "attribution"])
         return table.assign(flip=f"{self.lost} → {self.gained}", entry=self.entry)
 
+    def plot(self, path: Any = None) -> Any:
+        """The parts of the change, largest first."""
+        from analyses.views.studies import attribution_plot
+
+        return attribution_plot(self, path)
+
 
 @dataclass(frozen=True)
 class FlipTest:

@@ -46,7 +46,7 @@ def test_bad_input_ends_with_two(folder, tmp_path, capsys):
 def test_the_embedded_model_needs_no_arguments(tmp_path, capsys):
     assert main(["lens", "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    for name in ("lens.csv", "lens.png", "lens.html", "lens_image.png", "lens_image.csv"):
+    for name in ("lens.csv", "lens.png", "lens.html", "lens_image.png", "lens_image.csv", "explorer.html"):
         assert str(tmp_path / name) in said and (tmp_path / name).stat().st_size > 0
     assert main(["scenes", "--n", "2", "--out", str(tmp_path)]) == 0
     assert (tmp_path / "scenes.png").stat().st_size > 0

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from analyses.views.figure import Figure
+from analyses.views.lens import visible
 
 _COLOURS = ("#d55e00", "#e69f00", "#009e73", "#56b4e9", "#0072b2")  # Okabe and Ito's
 _MARKERS = "osD^v"
@@ -90,3 +91,22 @@ def _before_after(axes: Any, before: Any, ablated: Any, control: Any) -> None:
     axes.scatter(before, ablated, s=9, color="#d55e00", label="found components")
     ends = [min(0, float(before.min())), float(before.max())]
     axes.plot(ends, ends, color="#444444", linewidth=0.8, linestyle=":", label="no effect")
+
+
+def attribution_plot(flip: Any, path: str | Path | None = None) -> Figure:
+    """Each part's share of the change of the logit difference (logits); what pushes to the new answer is orange."""
+    table = flip.to_dataframe()[::-1]
+    figure = Figure(figsize=(5, 1.0 + 0.24 * len(table)), layout="constrained")
+    axes = figure.subplots()
+    colours = ["#d55e00" if value > 0 else "#0072b2" for value in table["attribution"]]
+    axes.barh(table["component"], table["attribution"], color=colours)
+    axes.axvline(0, color="#444444", linewidth=0.8)
+    axes.set_xlabel("direct attribution (logits)")
+    axes.tick_params(axis="y", labelsize=7)
+    axes.set_title(
+        f"entry {flip.entry}: {visible(flip.lost)} → {visible(flip.gained)}, {flip.before:+.2f} → {flip.after:+.2f} logits",
+        fontsize=9,
+    )
+    if path is not None:
+        figure.savefig(path, dpi=200)
+    return figure

@@ -33,7 +33,7 @@ def trajectory_plot(item: Any, path: str | Path | None = None) -> Figure:
     right.set_ylabel("entropy (nats)", color="#777777")
     right.set_ylim(bottom=0)
     lines = [*axes.get_lines()[:2], right.get_lines()[0]]
-    axes.legend(lines, [line.get_label() for line in lines], frameon=False, fontsize=8, loc="center left")
+    figure.legend(lines, [line.get_label() for line in lines], frameon=False, fontsize=8, loc="outside lower center", ncols=3)
     figure.suptitle(f"{item.question or item.answer}: {item.outcome}", fontsize=9)
     if path is not None:
         figure.savefig(path, dpi=200)

@@ -28,6 +28,7 @@ def run(options: argparse.Namespace) -> None:
         sample = json.loads((SAMPLES / "samples.json").read_text(encoding="utf-8"))[0]
         images, question = [SAMPLES / sample["image"]], sample["question"]
     at_least_one(options, "top_k")
+    from analyses.explorer import explore
     from analyses.logit_lens import logit_lens
 
     from ..processor import open_image
@@ -43,6 +44,10 @@ def run(options: argparse.Namespace) -> None:
     lens.to_dataframe().to_csv(written[0], index=False)
     lens.plot(written[1])
     lens.page(written[2])
+    if images:
+        pictures = [open_image(image) for image in images]
+        written.append(out / "explorer.html")
+        explore(model, inputs, pictures, options.top_k, question=question).page(written[-1])
     for number, image in enumerate(images):
         suffix = f"_{number}" if len(images) > 1 else ""
         written.append(out / f"lens_image{suffix}.png")
