@@ -28,12 +28,13 @@ from tqdm.auto import tqdm
 
 from analyses.logit_lens import residual_stack
 from analyses.rectangles import Cells, best_rectangle
+from analyses.result import Result
 
 Span = str | slice | Sequence[int] | Tensor
 
 
 @dataclass(frozen=True)
-class ContextualScore:
+class ContextualScore(Result):
     """How close each span's contextual embedding comes to an image token's.
 
     Attributes:
@@ -83,7 +84,7 @@ class ContextualScore:
 
 
 @dataclass(frozen=True)
-class LayerSweep:
+class LayerSweep(Result):
     """AUROC of the score for "correct" at every pair of entries.
 
     Attributes:
@@ -116,7 +117,7 @@ class LayerSweep:
 
 
 @dataclass(frozen=True)
-class Grounding:
+class Grounding(Result):
     """Where in its images an answer is.
 
     Attributes:

@@ -35,6 +35,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from analyses.data import Example, examples
+from analyses.result import Result
 
 SITES = {"decoder": "blocks.{}.mlp", "vision": "vision_encoder.blocks.{}.mlp", "projector": "vision_projector"}
 SOURCES = ("image", "text", "generated")
@@ -56,7 +57,7 @@ def domain_entropy(rates: Float[Tensor, "layer neuron domain"]) -> Float[Tensor,
 
 
 @dataclass(frozen=True)
-class Selection:
+class Selection(Result):
     """The domain-specific neurons of one module.
 
     Attributes:
@@ -105,7 +106,7 @@ def select_neurons(
 
 
 @dataclass(frozen=True)
-class DomainNeurons:
+class DomainNeurons(Result):
     """Which neurons serve which domains.
 
     Attributes:

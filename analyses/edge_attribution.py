@@ -29,11 +29,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from analyses.result import Result
+
 Metric = Callable[[Float[Tensor, "batch pos d_vocab"]], Float[Tensor, ""]]
 
 
 @dataclass(frozen=True)
-class EdgeAttribution:
+class EdgeAttribution(Result):
     """First-order effect of every edge on the metric.
 
     Attributes:

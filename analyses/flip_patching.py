@@ -30,6 +30,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from analyses.patching import patch_sweep
+from analyses.result import Result
 
 
 class Component(NamedTuple):
@@ -43,7 +44,7 @@ class Component(NamedTuple):
 
 
 @dataclass(frozen=True)
-class FlipAttribution:
+class FlipAttribution(Result):
     """The direct attribution of one flip; all in logits of (a − b).
 
     Attributes:

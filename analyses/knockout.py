@@ -19,12 +19,14 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from analyses.result import Result
+
 FLOWS = {"image→question": ("image", "question"), "image→last": ("image", "last"), "question→last": ("question", "last")}
 Span = str | Sequence[int] | Tensor | tuple
 
 
 @dataclass(frozen=True)
-class Knockout:
+class Knockout(Result):
     """Effects of blocking flows.
 
     Attributes:

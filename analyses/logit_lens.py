@@ -22,11 +22,12 @@ from torch import Tensor
 from transformer_lens.tools.analysis._model_state import to_token_ids
 
 from analyses.readout import Readout, readout
+from analyses.result import Result
 from hooked_qwen2vl import HookedQwen2VL
 
 
 @dataclass(frozen=True)
-class LogitLens:
+class LogitLens(Result):
     """What every layer reads at the chosen positions of one prompt.
 
     Attributes:

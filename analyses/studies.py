@@ -30,6 +30,7 @@ from analyses.flip_patching import FlipTest, ablate_flip, attribute_flip
 from analyses.knockout import Knockout, attention_knockout
 from analyses.patching import patch_sweep
 from analyses.prefixes import Prefixes
+from analyses.result import Result
 from analyses.run_files import read_manifest
 from analyses.runs import read_failures, read_results
 from analyses.trajectory import answer_trajectory, outcomes_by_category
@@ -195,7 +196,7 @@ def _test_row(test: FlipTest) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class LocalityStudy:
+class LocalityStudy(Result):
     """Patching sweeps of many counterfactual pairs.
 
     Attributes:

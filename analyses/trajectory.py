@@ -30,6 +30,7 @@ from torch import Tensor
 from transformer_lens.tools.analysis import logit_readout
 
 from analyses.logit_lens import residual_stack
+from analyses.result import Result
 
 SURE = 0.5
 OUTCOMES = ("straight", "wavered", "held then lost", "settled early", "settled late")
@@ -41,7 +42,7 @@ FUNCTION_WORDS = frozenset(
 
 
 @dataclass(frozen=True)
-class Trajectory:
+class Trajectory(Result):
     """One answer token's way through the layers.
 
     Attributes:
@@ -211,7 +212,7 @@ class Trajectory:
 
 
 @dataclass(frozen=True)
-class Trajectories:
+class Trajectories(Result):
     """A data set's trajectories."""
 
     items: tuple[Trajectory, ...]
