@@ -68,7 +68,7 @@ class Neighbours:
 
     def plot(self, path: Any = None) -> Any:
         """Layer × position, the nearest token in each cell, coloured by its cosine."""
-        from analyses.views.grounding import neighbours_plot
+        from analyses.views.lens import neighbours_plot
 
         return neighbours_plot(self, path)
 

@@ -14,7 +14,8 @@ from conftest import picture
 from explorer_pages import NASTY, large
 
 from analyses.views.attention import attention_on_image, maps_on_image
-from analyses.views.circuits import MOST_TOKENS, Page, as_text, strip, visible
+from analyses.views.circuits import MOST_TOKENS, Page, as_text, strip
+from analyses.views.text import readable
 
 TOKENS = [*NASTY, *["<|image_pad|>"] * 12, "What", " is", "?"]
 NAMES = ["system"] * len(NASTY) + ["image[0]"] * 12 + ["question"] * 3
@@ -195,10 +196,10 @@ def test_the_explorer_driven(browser, explorer):
     lens, image = result.lens, result.starts[0]
 
     def expected(layer, place):
-        return [visible(token).replace("⇥", "\t") for token in lens.top_tokens[layer][place]]
+        return [readable(token) for token in lens.top_tokens[layer][place]]
 
     def table(layer):
-        return [text.replace("⇥", "�") for text in shown_tokens(browser, layer)]  # the page has a sign for tabs
+        return shown_tokens(browser, layer)
 
     assert table(6) == expected(6, result.last) and "Position" in browser.text("#place")
     for row, col in ((0, 0), (5, 7), (2, 3)):  # hover
@@ -255,7 +256,7 @@ def test_tokens_typed_into_the_explorer(browser, explorer):
     for typed in ("</script>", "<b>", f"#{int(result.kept_ids[40])}"):
         browser.keys("#typed", typed, Keys.ENTER)
     chips = browser.js("return [...document.querySelectorAll('.chip .text')].map(e => e.textContent)")
-    assert chips == ["</script>", "<b>", visible(result.kept_tokens[40])]
+    assert chips == ["</script>", "<b>", readable(result.kept_tokens[40])]
     assert browser.js("return document.querySelectorAll('#plot circle').length") == 3 * 7
     browser.keys("#typed", "not-a-token-at-all", Keys.ENTER)
     assert "is not on this page" in browser.text("#not-found")
@@ -321,7 +322,7 @@ def test_circuitsvis_without_network(browser, tmp_path):
     assert browser.js("return document.querySelectorAll('b').length") == 0 and browser.text("h1") == "</script><b>figures</b>"
     for figure in (0, 2, 3, 4):
         text = browser.text(f"#figure-{figure}")
-        assert all(visible(token) in text for token in NASTY) and "[circle␣×2]" in text, figure
+        assert all(readable(token) in text for token in NASTY) and "[circle␣×2]" in text, figure
     assert props(page)[1][1]["tokens"][:2] == ["</script>", "<b>"]  # on a canvas: nothing to escape
     assert (tmp_path / "page.html").stat().st_size < 1_500_000  # the library once
     nothing_wrong(browser)

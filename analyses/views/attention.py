@@ -10,9 +10,8 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from analyses.views.figure import Figure
-
-_EMPTY = "#d9d9d9"
+from analyses.views.figure import Figure, colour_bar, largest, on_image, spread_over
+from analyses.views.text import line
 
 
 def attention_on_image(
@@ -48,12 +47,12 @@ def attention_on_image(
     for row, layer in zip(panels, sorted(chosen, reverse=True)):
         maps = [values[layer].mean(0), *(values[layer, head] for head in columns)]
         for axes, shares in zip(row, maps):
-            _draw(axes, shares, grid, image, "cividis", 0.0, float(shares.max()) or 1.0)
+            on_image(axes, shares.reshape(grid), image, "cividis", 0.0, float(shares.max()) or 1.0)
             axes.set_title(f"max {100 * shares.max():.2g} %", fontsize=small, pad=2)
         row[0].set_ylabel(f"layer {layer}\n{100 * maps[0].sum():.0f} % to image", fontsize=small + 1)
     for axes, name in zip(panels[-1], ["mean", *(f"head {head}" for head in columns)]):
         axes.set_xlabel(name, fontsize=small + 1)
-    return _save(figure, path)
+    return figure.saved(path)
 
 
 def maps_on_image(
@@ -77,41 +76,25 @@ def maps_on_image(
         _check_grid(tensor.shape[-1], grid)
         values = tensor.detach().float().numpy()
         low, high, colours = _scale(values)
-        layers = np.unique(np.linspace(0, len(values) - 1, n_panels).round().astype(int))  # a short map has fewer
+        layers = spread_over(len(values), n_panels)  # a short map has fewer
         for axes in row[len(layers) :]:
             axes.set_axis_off()
         for axes, layer in zip(row, layers):
-            shown = _draw(axes, values[layer], grid, image, colours, low, high)
+            drawn = on_image(axes, values[layer].reshape(grid), image, colours, low, high)
             axes.set_title(f"layer {layer}", fontsize=8, pad=3)
         row[0].set_ylabel(name, fontsize=8)
-        figure.colorbar(shown, ax=list(row), shrink=0.85, aspect=12).ax.tick_params(labelsize=7)
-    figure.suptitle(title.replace("$", r"\$"), fontsize=9)
-    return _save(figure, path)
+        colour_bar(figure, drawn, list(row), "", shrink=0.85, aspect=12)
+    figure.suptitle(line(title), fontsize=9)
+    return figure.saved(path)
 
 
 def _scale(values: np.ndarray) -> tuple[float, float, str]:
     """(low, high, colour map): from 0 where nothing is negative, else symmetric."""
-    largest = float(np.nanmax(np.abs(values))) if np.isfinite(values).any() else 1.0
-    largest = largest or 1.0
-    return (-largest, largest, "RdBu_r") if np.nanmin(values) < 0 else (0.0, largest, "cividis")
-
-
-def _draw(axes: Any, values: np.ndarray, grid: tuple[int, int], image: Any, colours: str, low: float, high: float) -> Any:
-    """The image in grey under the map; places without a value stay grey."""
-    extent = (0, image.width, image.height, 0)
-    axes.imshow(image.convert("L"), cmap="gray", extent=extent)
-    axes.set_facecolor(_EMPTY)
-    shown = axes.imshow(values.reshape(grid), cmap=colours, vmin=low, vmax=high, extent=extent, alpha=0.7, interpolation="nearest")
-    axes.set_xticks([]), axes.set_yticks([])
-    return shown
+    most = largest(values)
+    return (-most, most, "RdBu_r") if (values < 0).any() else (0.0, most, "cividis")
 
 
 def _check_grid(n: int, grid: tuple[int, int]) -> None:
     if n != grid[0] * grid[1]:
         raise ValueError(f"expected {grid[0]}×{grid[1]} image tokens, got {n}.")
 
-
-def _save(figure: Figure, path: str | Path | None) -> Figure:
-    if path is not None:
-        figure.savefig(path, dpi=200)
-    return figure

@@ -25,6 +25,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from analyses.views.text import cut, readable
+
 MOST_TOKENS = 128  # of an attention figure: 300 take circuitsvis a minute and 600 never finish
 MOST_NUMBERS = 2_000_000  # of one figure: more is some 20 MB of page
 _POOLED = ("image[", "video[")
@@ -177,7 +179,7 @@ class Page:
         labels = [f"head {head}" for head in range(len(pattern))] if names is None else list(names)
         self.figure(
             "AttentionHeads",
-            tokens=[_cut(visible(token)) for token in shown.tokens],  # drawn on a canvas: the one figure that escapes nothing
+            tokens=[cut(readable(token), 16) for token in shown.tokens],  # drawn on a canvas: the one figure that escapes nothing
             attention=_attention(pattern, shown),
             attentionHeadNames=[html.escape(label) for label in labels],
             maxValue=1,
@@ -328,16 +330,7 @@ def as_json(value: Any) -> str:
 
 def as_text(token: str) -> str:
     """A token as circuitsvis should show it: escaped (it renders markup), blanks and controls visible."""
-    return html.escape(visible(token))
-
-
-def visible(token: str) -> str:
-    """A token with its blanks and control characters shown; not escaped."""
-    return "".join("␣" if c == " " else "⏎" if c == "\n" else c if c.isprintable() else "�" for c in token) or "∅"
-
-
-def _cut(token: str, most: int = 16) -> str:
-    return token if len(token) <= most else token[: most - 1] + "…"
+    return html.escape(readable(token))
 
 
 def lens_page(lens: Any, path: str | Path) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from matplotlib.lines import Line2D
 
-from analyses.views.figure import Figure
+from analyses.views.figure import COLOURS, Figure, colour_bar, label_ticks, rule
+from analyses.views.text import line
 
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _STYLES = {"image": "-", "words": "--", "neither": ":"}
 _MARKERS = {"image": "o", "words": "s", "neither": "^"}
 _NAMES = {"image": "with the image", "words": "scene in words", "neither": "question only"}
@@ -28,7 +28,7 @@ _SYMBOLS = dict(zip(_KINDS, ("o", "D", "*")))
 def comparison_plot(comparison: Any, path: str | Path | None = None) -> Figure:
     """Six panels over relative depth: lens, trajectory and patching curves, and the best head of each kind by block."""
     models = list(dict.fromkeys(run.model for run in comparison.runs))
-    colours = {model: _COLOURS[number % len(_COLOURS)] for number, model in enumerate(models)}
+    colours = {model: COLOURS[number % len(COLOURS)] for number, model in enumerate(models)}
     widths = {model: max(1.0, 2.8 - 1.0 * number) for number, model in enumerate(models)}  # a line under another shows
     figure = Figure(figsize=(10.5, 6.2), layout="constrained")
     panels = figure.subplots(2, 3).flatten()
@@ -47,15 +47,12 @@ def comparison_plot(comparison: Any, path: str | Path | None = None) -> Figure:
     for axes in panels[:3]:
         axes.set_ylim(-0.03, 1.03)
     for axes in panels[3:5]:
-        axes.axhline(0, color="#bbbbbb", linewidth=0.7, zorder=0)
-        axes.axhline(1, color="#bbbbbb", linewidth=0.7, zorder=0)
+        rule(axes, y=0), rule(axes, y=1)
     shown = list(dict.fromkeys(run.condition for run in comparison.runs))
     keys = [Line2D([], [], color=colours[model], linewidth=widths[model], label=model) for model in models]
     keys += [Line2D([], [], color="#444444", linestyle=_STYLES[c], marker=_MARKERS[c], label=_NAMES[c], markersize=4) for c in shown]
     figure.legend(handles=keys, loc="outside lower center", ncols=min(8, len(keys)), frameon=False, fontsize=8)
-    if path is not None:
-        figure.savefig(path, dpi=200)
-    return figure
+    return figure.saved(path)
 
 
 def _draw_heads(axes: Any, heads: Any, colours: dict[str, str], widths: dict[str, float]) -> None:
@@ -86,19 +83,16 @@ def heads_plot(heads: Any, path: str | Path | None = None) -> Figure:
         points = axes.scatter(text.flatten(), image.flatten(), c=depth.flatten(), cmap="viridis", vmin=0, vmax=1, s=16)
         top = 1.08 * max(float(text.max()), float(image.nan_to_num().max()), heads.even_text[kind])
         axes.plot((0, top), (0, top), color="#dddddd", linewidth=0.8, zorder=0)
-        axes.axvline(heads.even_text[kind], color="#999999", linewidth=0.8, linestyle="--", zorder=0)
-        axes.axhline(heads.even_image.get(kind, float("nan")), color="#999999", linewidth=0.8, linestyle="--", zorder=0)
+        rule(axes, x=heads.even_text[kind], line="--")
+        rule(axes, y=heads.even_image.get(kind, float("nan")), line="--")
         axes.set_xlim(-0.03 * top, top), axes.set_ylim(-0.03 * top, top)
         axes.set_title(kind, fontsize=9)
         axes.set_xlabel("share of attention, text", fontsize=8)
         axes.tick_params(labelsize=8)
     panels[0].set_ylabel("share of attention, image tokens", fontsize=8)
-    bar = figure.colorbar(points, ax=list(panels), shrink=0.85)
-    bar.set_label("relative depth of the block", fontsize=8)
-    figure.suptitle(f"Attention heads of {heads.model_name}, on text and among image tokens", fontsize=9)
-    if path is not None:
-        figure.savefig(path, dpi=200)
-    return figure
+    colour_bar(figure, points, list(panels), "relative depth of the block", shrink=0.85)
+    figure.suptitle(f"Attention heads of {line(heads.model_name, 40)}, on text and among image tokens", fontsize=9)
+    return figure.saved(path)
 
 
 def model_patching_plot(result: Any, path: str | Path | None = None) -> Figure:
@@ -110,21 +104,20 @@ def model_patching_plot(result: Any, path: str | Path | None = None) -> Figure:
         values = result.explained[:, number]
         if bool(values.isnan().all()):
             continue
-        colour = _COLOURS[number % len(_COLOURS)]
+        colour = COLOURS[number % len(COLOURS)]
         axes.plot(places, values.nanmean(-1), color=colour, marker="o^sDv*"[number % 6], markersize=5, label=span)
         spread = (number - (len(result.spans) - 1) / 2) * 0.08
         x = (places + spread)[:, None].repeat(values.shape[1], 1)
         axes.plot(x.flatten(), values.flatten(), ".", color=colour, markersize=2.5, alpha=0.35)
-    axes.axhline(0, color="#bbbbbb", linewidth=0.7, zorder=0), axes.axhline(1, color="#bbbbbb", linewidth=0.7, zorder=0)
+    rule(axes, y=0), rule(axes, y=1)
     low = float(np.nanmin(result.explained.nanmean(-1).numpy()))
     axes.set_ylim(min(-0.2, 1.2 * low), 1.15)
     labels = [f"{place.split('.')[1]}" if "resid_post" not in place else "end" for place in result.places]
-    axes.set_xticks(places, labels)
+    label_ticks(axes.xaxis, labels, 5.2)
     axes.set_xlabel({"resid_pre": "stream before block", "attn_out": "attention of block", "mlp_out": "MLP of block"}[
         result.activation])  # fmt: skip
     axes.set_ylabel("explained share of the\ndifference between the models")
     axes.legend(frameon=False, fontsize=8)
-    axes.set_title(f"{result.source_name} patched into {result.target_name}, {result.explained.shape[-1]} prompts", fontsize=9)
-    if path is not None:
-        figure.savefig(path, dpi=200)
-    return figure
+    names = [line(name, 40) for name in (result.source_name, result.target_name)]
+    axes.set_title(f"{names[0]} patched into {names[1]}, {result.explained.shape[-1]} prompts", fontsize=9)
+    return figure.saved(path)

@@ -126,11 +126,19 @@ function colourOf(value, [low, high]) {
 
 // ---- text ---------------------------------------------------------------------------------------
 
+const SIGNS = { " ": "␣", "\n": "⏎", "\t": "⇥", "\r": "\\r" };
+const UNPRINTABLE = /[\p{Cc}\p{Cf}\p{Cs}\p{Co}\p{Cn}\p{Zl}\p{Zp}\p{Zs}]/u;
+
+/** Blanks and characters that draw nothing as signs or escapes, as analyses.views.text has them. */
 function visible(text) {
   let shown = "";
-  for (const c of text)
-    shown += c === " " ? "␣" : c === "\n" ? "⏎" : c === "\t" ? "⇥" : /[\p{Cc}\p{Cf}\p{Cs}\p{Co}\p{Cn}\p{Zl}\p{Zp}]/u.test(c) ? "�" : c;
+  for (const c of text) shown += SIGNS[c] ?? (UNPRINTABLE.test(c) ? escapeOf(c.codePointAt(0)) : c);
   return shown || "∅";
+}
+
+function escapeOf(code) {
+  const [letter, digits] = code < 256 ? ["x", 2] : code < 65536 ? ["u", 4] : ["U", 8];
+  return `\\${letter}${code.toString(16).padStart(digits, "0")}`;
 }
 
 const tokenText = (token) => visible(data.texts[token]);

@@ -1,16 +1,166 @@
-"""The figure that every view draws on."""
+"""The figure that every view draws on, and the shapes that several views share."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from io import BytesIO
+from math import ceil
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 from matplotlib import figure
+from matplotlib.text import Text
+from matplotlib.ticker import FixedLocator
+
+from analyses.views.text import columns, drawable, families
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito's
+BLUE, ORANGE = COLOURS[:2]
+GREY, NO_VALUE = "#999999", "#d9d9d9"
+LONGEST = 22.0  # inches of an axis
+_LINE = 1.3 / 72  # inches of a line of text, a point of its size
+_LETTER = 0.68 / 72
 
 
 class Figure(figure.Figure):
-    """matplotlib's, and a notebook shows it by itself: also one that has not imported pyplot."""
+    """matplotlib's, for text that is not ours.
+
+    A `$` is a dollar: nothing is read as mathematics. A character that no font has is shown as its escape. A notebook
+    shows the figure by itself, also one that has not imported pyplot.
+    """
+
+    def draw(self, renderer: Any) -> None:
+        for axis in (axis for axes in self.axes for axis in (axes.xaxis, axes.yaxis)):
+            if isinstance(axis.get_major_locator(), FixedLocator):  # its labels come from its formatter, at every draw
+                labels = [label.get_text() for label in axis.get_ticklabels()]
+                if (legible := list(map(drawable, labels))) != labels:
+                    axis.set_ticklabels(legible)
+        for text in self.findobj(Text):
+            text.set_parse_math(False)
+            text.set_family(families())
+            text.set_text(drawable(text.get_text()))
+        super().draw(renderer)
+
+    def saved(self, path: str | Path | None) -> Figure:
+        """Itself, written to a file (png, pdf, svg, …) where one is named."""
+        if path is not None:
+            self.savefig(path, dpi=200)
+        return self
 
     def _repr_png_(self) -> bytes:
         buffer = BytesIO()
         self.savefig(buffer, format="png")
         return buffer.getvalue()
+
+
+# ---- axes ---------------------------------------------------------------------------------------
+
+
+def length(n: int, cell: float, least: float = 0.0) -> float:
+    """Inches of an axis of n cells: `cell` each, or as much as there is room for."""
+    return max(least, min(LONGEST, cell * n))
+
+
+def label_ticks(axis: Any, labels: Sequence[Any], inches: float, size: float = 7, rotation: float = 0) -> None:
+    """A label at every k-th cell, k the least with which no two touch; the axis is so long."""
+    labels = list(map(str, labels))
+    across = axis.axis_name == "x" and not rotation
+    room = max(map(columns, labels), default=1) * _LETTER * size + 0.05 if across else _LINE * size
+    step = max(1, ceil(room * len(labels) / inches))
+    slanted = {"rotation": rotation} | ({"ha": "right", "rotation_mode": "anchor"} if 0 < rotation < 90 else {})
+    axis.set_ticks(range(0, len(labels), step), labels[::step], fontsize=size, **slanted)
+
+
+def label_layers(axis: Any, layers: Sequence[int], most: int = 16) -> None:
+    """Ticks at the layers themselves, every few of them where there are many."""
+    axis.set_ticks(list(layers)[:: ceil(len(layers) / most)])
+
+
+def colour_bar(figure: Figure, drawn: Any, axes: Any, label: str, **style: Any) -> None:
+    bar = figure.colorbar(drawn, ax=axes, **style)
+    bar.set_label(label, fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+
+
+def write_cells(axes: Any, texts: Sequence[Sequence[str]], values: np.ndarray, middle: float, size: float) -> None:
+    """A text in every cell, white on what is dark: below `middle`."""
+    for (row, col), value in np.ndenumerate(values):
+        shade = "white" if value < middle else "black"
+        axes.text(col, row, texts[row][col], ha="center", va="center", fontsize=size, color=shade)
+
+
+def no_ticks(*panels: Any) -> None:
+    for axes in panels:
+        axes.set_xticks([]), axes.set_yticks([])
+
+
+def rule(axes: Any, *, x: float | None = None, y: float | None = None, colour: str = GREY, line: str = "-") -> None:
+    """A thin line behind the data, at what a value means nothing, or everything."""
+    draw, at = (axes.axhline, y) if x is None else (axes.axvline, x)
+    draw(at, color=colour, linewidth=0.8, linestyle=line, zorder=0)
+
+
+# ---- shapes -------------------------------------------------------------------------------------
+
+
+def panels_of(n: int, side: tuple[float, float], margin: tuple[float, float], **style: Any) -> tuple[Figure, list[Any]]:
+    """A figure of n panels, at most four a row, each so wide and high (inches); `margin` is for all of them together."""
+    across = min(4, n)
+    down = ceil(n / across)
+    figure = Figure(figsize=(margin[0] + side[0] * across, margin[1] + side[1] * down), layout="constrained")
+    panels = list(figure.subplots(down, across, squeeze=False, **style).flat)
+    for axes in panels[n:]:
+        axes.set_axis_off()
+    for axes in panels[max(0, n - across) : n]:
+        axes.tick_params(labelbottom=True)  # those under which a shared axis has nothing
+    return figure, panels[:n]
+
+
+def intervals(axes: Any, names: Sequence[str], middle: Any, low: Any, high: Any, colours: Any = BLUE, size: float = 7.5) -> None:
+    """A line a name, the first on top: a dot and its interval, which may be NaN."""
+    places = np.arange(len(names))
+    axes.hlines(places, low, high, colors=colours, linewidth=1.5, alpha=0.6)
+    axes.scatter(middle, places, c=colours, s=16, zorder=3)
+    axes.set_yticks(places, names, fontsize=size)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.tick_params(axis="x", labelsize=size)
+    axes.grid(axis="x", color="#e6e6e6")
+    axes.set_axisbelow(True)
+
+
+def bars(axes: Any, names: Sequence[str], values: Any, colours: Any = BLUE, size: float = 8) -> None:
+    """A bar a name, the first on top."""
+    axes.barh(range(len(names)), values, color=colours)
+    axes.set_yticks(range(len(names)), names, fontsize=size)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    rule(axes, x=0)
+
+
+def on_image(
+    axes: Any, values: Any, image: Any, colours: str, low: float, high: float, alpha: float = 0.7
+) -> Any:
+    """A map [row col], stretched over the image in grey (original pixels); places without a value stay as they are."""
+    width, height = image.size
+    extent = (0, width, height, 0)
+    axes.imshow(image.convert("L"), cmap="gray", vmin=0, vmax=255, extent=extent)
+    drawn = axes.imshow(values, cmap=colours, vmin=low, vmax=high, extent=extent, alpha=alpha, interpolation="nearest")
+    no_ticks(axes)
+    return drawn
+
+
+def picture(axes: Any, image: Any, title: str = "", size: float = 9) -> None:
+    """The image itself."""
+    axes.imshow(image, extent=(0, image.width, image.height, 0))
+    axes.set_title(title, fontsize=size)
+    no_ticks(axes)
+
+
+def spread_over(n: int, most: int) -> list[int]:
+    """At most so many of 0..n−1, evenly spaced, the first and the last among them."""
+    return sorted({round((n - 1) * place / max(1, most - 1)) for place in range(most)})
+
+
+def largest(values: Any) -> float:
+    """The largest absolute value, 1 where there is none: for a symmetric scale."""
+    return float(np.nan_to_num(np.abs(np.asarray(values, dtype=float))).max(initial=0.0)) or 1.0

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from matplotlib.patches import Patch, Rectangle
 
-from analyses.views.figure import Figure
-from analyses.views.lens import visible
+from analyses.views.figure import BLUE, GREY, ORANGE, Figure, bars, colour_bar, intervals, label_ticks, panels_of
+from analyses.views.text import line, visible
 
-_FOUND, _TRUE = "#d55e00", "#ffffff"
+_FOUND, _TRUE = ORANGE, "#ffffff"
 
 
 def grounding_plot(
@@ -53,16 +53,12 @@ def grounding_plot(
             panel.set_xticks([0, width]), panel.set_yticks([0, height])
             panel.tick_params(labelsize=7)
     grid[-1, -1].set_xlabel("pixels of the original image", fontsize=8)
-    bar = figure.colorbar(colours, ax=list(grid[:, -1]), shrink=0.85)
-    bar.set_label("max over entries of the cosine\nwith the answer", fontsize=8)
-    bar.ax.tick_params(labelsize=7)
+    colour_bar(figure, colours, list(grid[:, -1]), "max over entries of the cosine\nwith the answer", shrink=0.85)
     known = [Patch(edgecolor="#222222", facecolor="none", linestyle="--", label="what the answer depends on")] if truth else []
     found = Patch(edgecolor=_FOUND, facecolor="none", linewidth=2, label="best box")
     figure.legend(handles=[found, *known], loc="outside lower center", ncols=2, frameon=False, fontsize=8)
-    figure.suptitle(f"Where is “{visible(result.text, 40)}”? {result.model_name}", fontsize=9)
-    if path is not None:
-        figure.savefig(path, dpi=200)
-    return figure
+    figure.suptitle(line(f"Where is “{line(result.text, 40)}”? {result.model_name}"), fontsize=9)
+    return figure.saved(path)
 
 
 def score_plot(result: Any, path: str | Path | None = None) -> Figure:
@@ -70,15 +66,10 @@ def score_plot(result: Any, path: str | Path | None = None) -> Figure:
     names = [f"{name}: {visible(text, 20)}" if name != text.strip() else name for name, text in zip(result.names, result.texts)]
     figure = Figure(figsize=(5.2, 1.0 + 0.3 * len(names)), layout="constrained")
     axes = figure.subplots()
-    axes.barh(range(len(names)), result.scores.numpy(), color="#0072b2")
-    axes.set_yticks(range(len(names)), names, fontsize=8)
-    axes.invert_yaxis()
-    axes.axvline(0, color="#999999", linewidth=0.8)
+    bars(axes, names, result.scores.numpy())
     axes.set_xlabel("cosine with the closest image token (low: hallucinated)", fontsize=8)
     axes.set_title(f"Contextual lens, entries {result.image_layer} and {result.text_layer}, {result.model_name}", fontsize=9)
-    if path is not None:
-        figure.savefig(path, dpi=200)
-    return figure
+    return figure.saved(path)
 
 
 def sweep_plot(result: Any, path: str | Path | None = None) -> Figure:
@@ -86,42 +77,17 @@ def sweep_plot(result: Any, path: str | Path | None = None) -> Figure:
     auroc = result.auroc.numpy()
     n = len(auroc)
     spread = max(float(np.abs(auroc - 0.5).max()), 0.05)
-    figure = Figure(figsize=(2.6 + 0.3 * n, 1.8 + 0.3 * n), layout="constrained")
+    figure = Figure(figsize=(2.2 + 0.25 * n, 1.4 + 0.25 * n), layout="constrained")
     axes = figure.subplots()
     colours = axes.imshow(auroc, origin="lower", cmap="RdBu_r", vmin=0.5 - spread, vmax=0.5 + spread)
     axes.add_patch(Rectangle((result.text_layer - 0.5, result.image_layer - 0.5), 1, 1, fill=False, linewidth=2))
     axes.set_xlabel("lens entry of the answer", fontsize=8)
     axes.set_ylabel("lens entry of the image tokens", fontsize=8)
     axes.set_title(f"AUROC of the contextual score\n{result.n_items} items, {result.n_correct} correct", fontsize=9)
-    figure.colorbar(colours, ax=axes, label="AUROC", shrink=0.85)
-    if path is not None:
-        figure.savefig(path, dpi=200)
-    return figure
-
-
-def neighbours_plot(result: Any, path: str | Path | None = None) -> Figure:
-    """Layer × position, the nearest token in each cell, coloured by its cosine; the last layer on top."""
-    cosines = result.similarity[..., 0].numpy()
-    n_layers, n_positions = cosines.shape
-    figure = Figure(figsize=(1.8 + max(2.2, 0.62 * n_positions), 1.4 + 0.26 * n_layers), layout="constrained")
-    axes = figure.subplots()
-    colours = axes.imshow(cosines, origin="lower", aspect="auto", cmap="cividis")
-    middle = (float(cosines.min()) + float(cosines.max())) / 2
-    for layer in range(n_layers):
-        for index in range(n_positions):
-            text, shade = visible(result.tokens[layer][index][0], 9), "white" if cosines[layer, index] < middle else "black"
-            axes.text(index, layer, text, ha="center", va="center", fontsize=6, color=shade)
-    axes.set_xticks(range(n_positions), result.positions, fontsize=7, rotation=90 if n_positions > 20 else 0)
-    axes.set_yticks(range(n_layers), result.layers, fontsize=7)
-    axes.set_xlabel("position in the prompt", fontsize=8)
-    axes.set_ylabel("lens entry", fontsize=8)
-    axes.set_title(f"Nearest neighbours, {result.model_name}", fontsize=9)
-    bar = figure.colorbar(colours, ax=axes)
-    bar.set_label("cosine with the nearest", fontsize=8)
-    bar.ax.tick_params(labelsize=7)
-    if path is not None:
-        figure.savefig(path, dpi=200)
-    return figure
+    for axis in (axes.xaxis, axes.yaxis):
+        label_ticks(axis, range(n), 0.25 * n)
+    colour_bar(figure, colours, axes, "AUROC", shrink=0.85)
+    return figure.saved(path)
 
 
 def methods_plot(table: Any, value: str, label: str, path: str | Path | None = None) -> Figure:
@@ -131,35 +97,21 @@ def methods_plot(table: Any, value: str, label: str, path: str | Path | None = N
         table: rows with category, method, items, `value`, `value`_low and `value`_high.
     """
     categories, methods = list(dict.fromkeys(table["category"])), list(dict.fromkeys(table["method"]))
-    columns = min(4, len(categories))
-    lines = -(-len(categories) // columns)
-    figure = Figure(figsize=(1.8 + 2.1 * columns, 0.9 + lines * (0.6 + 0.19 * len(methods))), layout="constrained")
-    grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
-    for axes, category in zip(grid, categories):
+    figure, panels = panels_of(len(categories), (2.1, 0.6 + 0.19 * len(methods)), (1.8, 0.9), sharex=True, sharey=True)
+    colours = [GREY if "(" in method else BLUE for method in methods]
+    for axes, category in zip(panels, categories):
         rows = table[table["category"] == category].set_index("method").reindex(methods)
-        middle = rows[value].to_numpy()
-        ends = np.stack((middle - rows[f"{value}_low"], rows[f"{value}_high"] - middle))
-        colours = ["#999999" if "(" in method else "#0072b2" for method in methods]
-        axes.errorbar(middle, range(len(methods)), xerr=ends, fmt="none", ecolor=colours, elinewidth=1.5)
-        axes.scatter(middle, range(len(methods)), c=colours, s=14, zorder=3)
-        axes.set_yticks(range(len(methods)), methods, fontsize=7)
+        intervals(axes, methods, rows[value], rows[f"{value}_low"], rows[f"{value}_high"], colours)
         axes.set_title(f"{category}, {int(rows['items'].max())} items", fontsize=8)
-        axes.tick_params(axis="x", labelsize=7)
         axes.set_xlim(-0.03, 1.03)
-        axes.grid(axis="x", color="#e6e6e6")
-    grid[0].invert_yaxis()
-    for axes in grid[len(categories) :]:
-        axes.set_visible(False)
     figure.supxlabel(label, fontsize=8)
-    if path is not None:
-        figure.savefig(path, dpi=200)
-    return figure
+    return figure.saved(path)
 
 
 def _draw(axes: Any, box: Sequence[float], colour: str, style: str) -> None:
     """A box on a dark rim, so that it shows on any picture."""
     x0, y0, x1, y1 = box
-    for width, edge, line in ((3.4, "#222222", "-"), (1.8, colour, style)):
+    for width, edge, dashes in ((3.4, "#222222", "-"), (1.8, colour, style)):
         axes.add_patch(
-            Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=edge, linewidth=width, linestyle=line, clip_on=False)
+            Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=edge, linewidth=width, linestyle=dashes, clip_on=False)
         )

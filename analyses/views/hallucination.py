@@ -10,9 +10,9 @@ import numpy as np
 from matplotlib.patches import Patch
 from sklearn.metrics import roc_curve
 
-from analyses.views.figure import Figure
+from analyses.views.figure import BLUE, COLOURS, ORANGE, Figure, intervals, panels_of, rule
+from analyses.views.text import line
 
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 _LINES = ("-", "--", "-.", ":")
 _PER_PANEL = 4
 _FIGURES = {
@@ -20,7 +20,7 @@ _FIGURES = {
     "ap_hallucinated": "Average precision for hallucinated (knowing nothing gives their share)",
     "ap_correct": "Average precision for correct (knowing nothing gives their share)",
 }
-_RIGHT, _WRONG = "#0072b2", "#d55e00"
+_RIGHT, _WRONG = BLUE, ORANGE
 
 
 def roc_plot(result: Any, path: str | Path | None = None, category: str = "all") -> Figure:
@@ -41,7 +41,7 @@ def roc_plot(result: Any, path: str | Path | None = None, category: str = "all")
                 continue
             let_through, kept, _ = roc_curve(rows["correct"], rows[method])
             label = f"{_name(method)}: {figures.loc[method, 'auroc']:.2f}"
-            axes.plot(let_through, kept, color=_COLOURS[place], linestyle=_LINES[place], linewidth=1.5, label=label)
+            axes.plot(let_through, kept, color=COLOURS[place], linestyle=_LINES[place], linewidth=1.5, label=label)
         axes.plot((0, 1), (0, 1), color="#999999", linewidth=0.8)
         axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), box_aspect=1)
         axes.set_xlabel("hallucinated answers let through", fontsize=9)
@@ -50,7 +50,7 @@ def roc_plot(result: Any, path: str | Path | None = None, category: str = "all")
             axes.legend(frameon=False, fontsize=7.5, loc="lower right", title="AUROC", title_fontsize=7.5)
     panels[0].set_ylabel("right answers kept", fontsize=9)
     figure.suptitle(_title(result, category, table), fontsize=10)
-    return _saved(figure, path)
+    return figure.saved(path)
 
 
 def score_plot(result: Any, path: str | Path | None = None, category: str = "all") -> Figure:
@@ -60,11 +60,8 @@ def score_plot(result: Any, path: str | Path | None = None, category: str = "all
         ValueError: no such category.
     """
     table, methods = result.of(category), result.methods
-    n_cols = min(4, len(methods))
-    n_rows = ceil(len(methods) / n_cols)
-    figure = Figure(figsize=(0.4 + 2.7 * n_cols, 0.9 + 1.9 * n_rows), layout="constrained")
-    panels = figure.subplots(n_rows, n_cols, squeeze=False)
-    for axes, method in zip(panels.flat, methods):
+    figure, panels = panels_of(len(methods), (2.7, 1.9), (0.4, 0.9))
+    for axes, method in zip(panels, methods):
         rows = table[table[method].notna()]
         if len(rows):
             edges = np.histogram_bin_edges(rows[method], bins=24)
@@ -74,13 +71,11 @@ def score_plot(result: Any, path: str | Path | None = None, category: str = "all
                 axes.hist(values, edges, weights=np.full(len(values), 1 / max(1, len(values))), **style)
         axes.set_xlabel(_name(method), fontsize=8)
         axes.tick_params(labelsize=7)
-    for axes in panels.flat[len(methods) :]:
-        axes.set_axis_off()
-    for axes in panels[:, 0]:
+    for axes in panels[::4]:
         axes.set_ylabel("share of answers", fontsize=8)
     figure.legend(handles=_kinds(), loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     figure.suptitle(_title(result, category, table), fontsize=10)
-    return _saved(figure, path)
+    return figure.saved(path)
 
 
 def interval_plot(result: Any, path: str | Path | None = None) -> Figure:
@@ -89,35 +84,21 @@ def interval_plot(result: Any, path: str | Path | None = None) -> Figure:
     shown = [c for c in counts if table.loc[table["category"] == c, "auroc"].notna().any()]
     if not shown:
         raise ValueError("no category has both right and hallucinated answers: there is nothing to draw.")
-    n_cols = min(4, len(shown))
-    n_rows = ceil(len(shown) / n_cols)
-    figure = Figure(figsize=(1.6 + 2.3 * n_cols, 0.8 + (0.75 + 0.2 * len(result.methods)) * n_rows), layout="constrained")
-    panels = figure.subplots(n_rows, n_cols, sharex=True, sharey=True, squeeze=False)
-    places = np.arange(len(result.methods))
-    for axes, category in zip(panels.flat, shown):
+    methods = [_name(method) for method in result.methods]
+    figure, panels = panels_of(len(shown), (2.3, 0.75 + 0.2 * len(methods)), (1.6, 0.8), sharex=True, sharey=True)
+    for axes, category in zip(panels, shown):
         rows = table[table["category"] == category].set_index("method").loc[list(result.methods)]
-        axes.axvline(0.5, color="#999999", linewidth=0.8)
-        axes.hlines(places, rows["auroc_low"], rows["auroc_high"], color=_RIGHT, linewidth=1.4, alpha=0.6)
-        axes.plot(rows["auroc"], places, "o", color=_RIGHT, markersize=4)
+        rule(axes, x=0.5)
+        intervals(axes, methods, rows["auroc"], rows["auroc_low"], rows["auroc_high"])
         wrong, items = counts[category]
         axes.set_title(f"{category}\n{wrong} of {items} hallucinated", fontsize=8)
         axes.set_xlim(-0.03, 1.03)
-        axes.tick_params(labelsize=7.5)
-        axes.grid(axis="y", color="#eeeeee")
-        axes.set_axisbelow(True)
-    panels[0, 0].set_yticks(places, [_name(method) for method in result.methods])
-    panels[0, 0].invert_yaxis()
-    for axes in panels.flat[len(shown) :]:
-        axes.set_axis_off()
-    for col in range(n_cols):
-        lowest = panels[(len(shown) - 1 - col) // n_cols, col]
-        lowest.set_xlabel("AUROC", fontsize=8)
-        lowest.tick_params(labelbottom=True)
+        axes.set_xlabel("AUROC", fontsize=8)
     left_out = [c for c in counts if c not in shown]
     note = f"\nnothing to tell apart in: {', '.join(left_out)}" if left_out else ""
     level = f"{100 * result.level:.0f}%"
-    figure.suptitle(f"{result.data}, {result.model_name}; dots and {level} bootstrap intervals{note}", fontsize=9)
-    return _saved(figure, path)
+    figure.suptitle(f"{line(result.data, 40)}, {line(result.model_name, 40)}; dots and {level} bootstrap intervals{note}", fontsize=9)
+    return figure.saved(path)
 
 
 def markdown(result: Any) -> str:
@@ -148,15 +129,10 @@ def _kinds() -> list[Patch]:
 
 def _title(result: Any, category: str, table: Any) -> str:
     wrong = int((~table["correct"]).sum())
-    return f"{result.data}, {category}: {len(table)} answers, {wrong} hallucinated ({result.model_name})"
+    return f"{line(result.data, 40)}, {category}: {len(table)} answers, {wrong} hallucinated ({line(result.model_name, 40)})"
 
 
 def _name(method: str) -> str:
     """neg_x is shown as −x: higher is better for all."""
     return method.replace("neg_", "−").replace("_", " ")
 
-
-def _saved(figure: Figure, path: str | Path | None) -> Figure:
-    if path is not None:
-        figure.savefig(path, dpi=200)
-    return figure

@@ -1,43 +1,71 @@
-"""Pictures of a logit lens."""
+"""Pictures of what the residual stream reads as: a logit lens, and nearest neighbours."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from analyses.views.figure import Figure
+import numpy as np
+
+from analyses.views.figure import Figure, colour_bar, label_ticks, length, on_image, picture, spread_over, write_cells
+from analyses.views.text import line, visible
+
+MOST_COLUMNS = 32  # of a map whose cells hold tokens: more would not be readable at any printable width
+_CELL, _NARROW = 0.75, 0.19  # inches
+
+
+def token_map(
+    values: np.ndarray,
+    tokens: Sequence[Sequence[str]],
+    layers: Sequence[Any],
+    columns: Sequence[str],
+    scale: tuple[float, float],
+    words: tuple[str, str, str, str],
+    path: str | Path | None = None,
+) -> Figure:
+    """Layer × position, the last layer on top, coloured by value with the token in each cell; many positions: colours alone.
+
+    Args:
+        values: [layer pos]. tokens: [layer][pos].
+        scale: where the colours begin and end.
+        words: title, label of the positions, of the layers, of the colours.
+    """
+    title, across, up, label = words
+    n_layers, n = values.shape
+    written = n <= MOST_COLUMNS
+    wide, tall = length(n, _CELL if written else _NARROW, 2.4), length(n_layers, 0.26, 0.8)
+    figure = Figure(figsize=(2.2 + wide, 1.6 + tall), layout="constrained")
+    axes = figure.subplots()
+    drawn = axes.imshow(values, origin="lower", aspect="auto", cmap="cividis", vmin=scale[0], vmax=scale[1], interpolation="nearest")
+    if written:
+        cells = [[visible(token, 9) for token in row] for row in tokens]
+        write_cells(axes, cells, values, scale[0] + 0.55 * (scale[1] - scale[0]), 7)
+    label_ticks(axes.xaxis, columns, wide, rotation=45 if written else 90)
+    label_ticks(axes.yaxis, layers, tall)
+    axes.set_xlabel(across, fontsize=8)
+    axes.set_ylabel(up, fontsize=8)
+    axes.set_title(line(title), fontsize=9)
+    colour_bar(figure, drawn, axes, label)
+    return figure.saved(path)
 
 
 def heat_map(lens: Any, path: str | Path | None = None) -> Figure:
     """Layer × position, the top token in each cell, coloured by its probability (0..1); the last layer on top."""
-    probabilities = lens.top_probs[..., 0].numpy()
-    n_layers, n_positions = probabilities.shape
-    figure = Figure(figsize=(1.8 + max(2.2, 0.75 * n_positions), 1.4 + 0.26 * n_layers), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(probabilities, origin="lower", aspect="auto", cmap="cividis", vmin=0, vmax=1)
-    for layer in range(n_layers):
-        for index in range(n_positions):
-            dark = probabilities[layer, index] < 0.55
-            text = visible(lens.top_tokens[layer][index][0])
-            axes.text(index, layer, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
-    axes.set_xticks(range(n_positions), [visible(t) for t in lens.prompt_tokens], rotation=45, ha="right", fontsize=7)
-    axes.set_yticks(range(n_layers), lens.layer_labels, fontsize=7)
-    axes.set_xlabel("position (its own token; the lens reads the next)", fontsize=8)
-    axes.set_ylabel("entry of the residual stream", fontsize=8)
-    axes.set_title(f"Logit lens, {lens.model_name}", fontsize=9)
-    bar = figure.colorbar(image, ax=axes)
-    bar.set_label("probability of the top token", fontsize=8)
-    bar.ax.tick_params(labelsize=7)
-    if path is not None:
-        figure.savefig(path, dpi=200)
-    return figure
+    tokens = [[at[0] for at in layer] for layer in lens.top_tokens]
+    words = (f"Logit lens, {lens.model_name}", "position (its own token; the lens reads the next)", "entry of the residual stream",
+             "probability of the top token")  # fmt: skip
+    columns = [visible(token) for token in lens.prompt_tokens]
+    return token_map(lens.top_probs[..., 0].numpy(), tokens, lens.layer_labels, columns, (0, 1), words, path)
 
 
-def visible(token: str, width: int = 12) -> str:
-    """A token as a reader can see it: spaces and control characters shown, long ones cut."""
-    shown = "".join("·" if c == " " else "⏎" if c == "\n" else c if c.isprintable() else "�" for c in token) or "∅"
-    shown = shown.replace("$", r"\$")
-    return shown if len(shown) <= width else shown[: width - 1] + "…"
+def neighbours_plot(result: Any, path: str | Path | None = None) -> Figure:
+    """Layer × position, the nearest token in each cell, coloured by its cosine; the last layer on top."""
+    cosines = result.similarity[..., 0].numpy()
+    tokens = [[at[0] for at in layer] for layer in result.tokens]
+    words = (f"Nearest neighbours, {result.model_name}", "position in the prompt", "lens entry", "cosine with the nearest")
+    scale = (float(cosines.min()), float(cosines.max()))
+    return token_map(cosines, tokens, result.layers, list(map(str, result.positions)), scale, words, path)
 
 
 def image_overlay(lens: Any, image: Any, path: str | Path | None = None, n_panels: int = 4) -> Figure:
@@ -51,32 +79,26 @@ def image_overlay(lens: Any, image: Any, path: str | Path | None = None, n_panel
     if lens.grid is None:
         raise ValueError("the overlay needs a lens read at one whole image: logit_lens(model, inputs, 'image[0]').")
     rows, cols = lens.grid
-    width, height = image.size
-    last = len(lens.layer_labels) - 1
-    layers = sorted({round(last * n / (n_panels - 1)) for n in range(n_panels)})
+    layers = spread_over(len(lens.layer_labels), n_panels)
     side = 3.6
-    figure = Figure(figsize=(side * (len(layers) + 1) + 0.6, side * height / width + 0.7), layout="constrained")
+    figure = Figure(figsize=(side * (len(layers) + 1) + 0.6, side * image.height / image.width + 0.7), layout="constrained")
     panels = figure.subplots(1, len(layers) + 1, squeeze=False)[0]
-    panels[0].imshow(image, extent=(0, width, height, 0))
-    panels[0].set_title("image", fontsize=9)
-    panels[0].set_xticks([]), panels[0].set_yticks([])
-    colours = None
+    picture(panels[0], image, "image")
     for axes, layer in zip(panels[1:], layers):
-        axes.imshow(image.convert("L"), cmap="gray", extent=(0, width, height, 0), alpha=0.9)
         values = lens.top_probs[layer, :, 0].reshape(rows, cols)
-        colours = axes.imshow(values, extent=(0, width, height, 0), cmap="cividis", vmin=0, vmax=1, alpha=0.6)
+        drawn = on_image(axes, values, image, "cividis", 0, 1, alpha=0.6)
         if rows * cols <= 150:
-            size = min(7.0, 0.9 * 72 * side / cols / 5)
-            for token in range(rows * cols):
-                row, col = divmod(token, cols)
-                text = visible(lens.top_tokens[layer][token][0], 6)
-                shade = "white" if values[row, col] < 0.55 else "black"
-                centre = ((col + 0.5) * width / cols, (row + 0.5) * height / rows)
-                axes.text(*centre, text, ha="center", va="center", fontsize=size, color=shade)
-        axes.set_xticks([]), axes.set_yticks([])
+            _write_tokens(axes, [at[0] for at in lens.top_tokens[layer]], values, image, min(7.0, 0.9 * 72 * side / cols / 5))
         axes.set_title(lens.layer_labels[layer], fontsize=9)
-    figure.suptitle(f"What the image tokens read as, {lens.model_name}", fontsize=10)
-    figure.colorbar(colours, ax=list(panels), label="probability of the top token", shrink=0.8)
-    if path is not None:
-        figure.savefig(path, dpi=200)
-    return figure
+    figure.suptitle(line(f"What the image tokens read as, {lens.model_name}"), fontsize=10)
+    colour_bar(figure, drawn, list(panels), "probability of the top token", shrink=0.8)
+    return figure.saved(path)
+
+
+def _write_tokens(axes: Any, tokens: Sequence[str], values: Any, image: Any, size: float) -> None:
+    rows, cols = values.shape
+    for token, text in enumerate(tokens):
+        row, col = divmod(token, cols)
+        centre = ((col + 0.5) * image.width / cols, (row + 0.5) * image.height / rows)
+        shade = "white" if values[row, col] < 0.55 else "black"
+        axes.text(*centre, visible(text, 6), ha="center", va="center", fontsize=size, color=shade)

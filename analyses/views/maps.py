@@ -4,26 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor
+import numpy as np
 
-from analyses.views.figure import Figure
+from analyses.views.figure import NO_VALUE, Figure, colour_bar, label_ticks, largest, length
+from analyses.views.text import line, visible
 
 
 def signed_map(
-    values: Tensor, rows: Sequence[str], columns: Sequence[str], title: str, path: str | Path | None = None
+    values: Any,
+    rows: Sequence[Any],
+    columns: Sequence[Any],
+    title: str,
+    path: str | Path | None = None,
+    label: str = "effect on the metric",
+    ylabel: str = "",
+    upward: bool = False,
 ) -> Figure:
-    """[row column] with 0 white, blue below and red above; cells that are NaN stay grey."""
-    data = values.detach().float().numpy()
-    limit = float(abs(data[data == data]).max()) or 1.0
-    figure = Figure(figsize=(2 + 0.17 * len(columns), 1.5 + 0.17 * len(rows)), layout="constrained")
+    """[row column] with 0 white, blue below and red above; cells that are NaN stay grey.
+
+    Args:
+        rows, columns: their names, as text; special characters are shown, long ones cut, and where there are many, only
+            every k-th is written.
+        upward: the first row at the bottom.
+    """
+    data = np.asarray(values, dtype=float)
+    limit = largest(data)
+    wide, tall = length(len(columns), 0.19, 1.6), length(len(rows), 0.19, 0.8)
+    figure = Figure(figsize=(2.4 + wide, 1.8 + tall), layout="constrained")
     axes = figure.subplots()
-    axes.set_facecolor("#e6e6e6")
-    image = axes.imshow(data, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
-    axes.set_xticks(range(len(columns)), columns, rotation=90, fontsize=6)
-    axes.set_yticks(range(len(rows)), rows, fontsize=6)
-    axes.set_title(title, fontsize=9)
-    figure.colorbar(image, ax=axes, label="effect on the metric")
-    if path is not None:
-        figure.savefig(path, dpi=200)
-    return figure
+    axes.set_facecolor(NO_VALUE)
+    drawn = axes.imshow(
+        data, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", origin="lower" if upward else "upper", interpolation="nearest"
+    )
+    label_ticks(axes.xaxis, [visible(str(name)) for name in columns], wide, size=6, rotation=90)
+    label_ticks(axes.yaxis, [visible(str(name)) for name in rows], tall, size=6.5)
+    axes.set_ylabel(ylabel, fontsize=8)
+    axes.set_title(line(title), fontsize=9)
+    colour_bar(figure, drawn, axes, label)
+    return figure.saved(path)

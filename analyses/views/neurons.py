@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analyses.views.figure import Figure
-from analyses.views.lens import visible
+from analyses.views.figure import Figure, colour_bar, label_ticks, length, on_image, picture, write_cells
+from analyses.views.text import line, visible
 
 _COLOURS = {"firing": "#0072b2", "effect": "#009e73", "random": "#d55e00", "random, same rate": "#e69f00",
             "random for effect": "#cc79a7", "none": "#555555"}  # fmt: skip
@@ -24,21 +24,22 @@ def layers_plot(table: pd.DataFrame, model_name: str, path: str | Path | None = 
     modules = list(dict.fromkeys(table["module"]))
     grids = {m: table[table["module"] == m].pivot_table(index="layer", columns="domain", values="neurons", sort=False) for m in modules}
     n_domains = len(dict.fromkeys(table["domain"]))
-    height = 1.9 + 0.3 * max(len(grid) for grid in grids.values())
+    height = 1.9 + length(max(len(grid) for grid in grids.values()), 0.24)
     figure = Figure(figsize=(1.2 + len(modules) * (0.9 + 0.5 * n_domains), height), layout="constrained")
     top = max(1, int(table["neurons"].max()))
     image = None
     for axes, (module, grid) in zip(figure.subplots(1, len(modules), squeeze=False)[0], grids.items()):
         image = axes.imshow(grid, origin="lower", aspect="auto", cmap="cividis", vmin=0, vmax=top)
         if len(grid) <= 40:
-            _label_cells(axes, grid.to_numpy(), top, "{:.0f}")
+            cells = [[f"{value:.0f}" for value in row] for row in grid.to_numpy()]
+            write_cells(axes, cells, grid.to_numpy(), 0.55 * top, 7)
         axes.set_xticks(range(grid.shape[1]), grid.columns, rotation=45, ha="right", fontsize=8)
-        axes.set_yticks(range(len(grid)), grid.index, fontsize=8)
+        label_ticks(axes.yaxis, grid.index, height - 1.9, size=8)
         axes.set_title(f"{module} ({int(grid.to_numpy().sum())})", fontsize=9)
         axes.set_ylabel("layer", fontsize=8)
-    figure.colorbar(image, ax=figure.axes, label="neurons that serve the domain")
+    colour_bar(figure, image, list(figure.axes), "neurons that serve the domain")
     figure.suptitle(f"Domain-specific neurons, {model_name}", fontsize=10)
-    return _saved(figure, path)
+    return figure.saved(path)
 
 
 def accuracy_plot(table: pd.DataFrame, model_name: str, path: str | Path | None = None) -> Figure:
@@ -67,10 +68,8 @@ def accuracy_plot(table: pd.DataFrame, model_name: str, path: str | Path | None 
         if rows[y][0] != rows[y - 1][0] or rows[y - 1][1] == "none":
             axes.axhline(y - 0.5, color="white", linewidth=3)
     axes.set_title(f"Accuracy on a domain with its own neurons, or a control, off; {model_name}", fontsize=9)
-    bar = figure.colorbar(image, ax=axes, shrink=0.5)
-    bar.set_label("accuracy (small: 95 % interval)", fontsize=8)
-    bar.ax.tick_params(labelsize=8)
-    return _saved(figure, path)
+    colour_bar(figure, image, axes, "accuracy (small: 95 % interval)", shrink=0.5)
+    return figure.saved(path)
 
 
 def controls_plot(table: pd.DataFrame, model_name: str, path: str | Path | None = None) -> Figure:
@@ -99,7 +98,7 @@ def controls_plot(table: pd.DataFrame, model_name: str, path: str | Path | None 
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(pairs), frameon=False, fontsize=8)
     figure.suptitle(f"Below 0: the domain needs its own neurons more than the control's (95 % bootstrap), {model_name}", fontsize=9)
-    return _saved(figure, path)
+    return figure.saved(path)
 
 
 def streams_plot(table: pd.DataFrame, model_name: str, path: str | Path | None = None, module: str = "all") -> Figure:
@@ -133,7 +132,7 @@ def streams_plot(table: pd.DataFrame, model_name: str, path: str | Path | None =
         axes.set_ylim(bottom=0)
         axes.tick_params(labelsize=8)
     figure.suptitle(model_name, fontsize=9)
-    return _saved(figure, path)
+    return figure.saved(path)
 
 
 def top_images_plot(top: Any, path: str | Path | None = None) -> Figure:
@@ -145,21 +144,14 @@ def top_images_plot(top: Any, path: str | Path | None = None) -> Figure:
     highest = max(float(example.activations.max()) for example in top.examples)
     colours = None
     for (above, below), example in zip(panels.T, top.examples):
-        width, height = example.image.size
         values = np.where(example.activations.numpy() > 0, example.activations.numpy(), np.nan)
-        above.imshow(example.image.convert("RGB"), extent=(0, width, height, 0))
-        below.imshow(example.image.convert("L"), cmap="gray", vmin=0, vmax=255, extent=(0, width, height, 0))
-        colours = below.imshow(values, extent=(0, width, height, 0), cmap="viridis", vmin=0, vmax=max(highest, 1e-9), alpha=0.75)
-        above.set_title("\n".join(wrap(f"{example.domain}: {example.question}", 30)), fontsize=7)
-        for axes in (above, below):
-            axes.set_xticks([]), axes.set_yticks([])
-    bar = figure.colorbar(colours, ax=list(panels.flat), shrink=0.6)
-    bar.set_label("activation before its function\n(no colour: does not fire)", fontsize=8)
-    bar.ax.tick_params(labelsize=8)
+        picture(above, example.image.convert("RGB"), "\n".join(wrap(line(f"{example.domain}: {example.question}"), 30)), 7)
+        colours = on_image(below, values, example.image, "viridis", 0, max(highest, 1e-9), alpha=0.75)
+    colour_bar(figure, colours, list(panels.flat), "activation before its function\n(no colour: does not fire)", shrink=0.6)
     module, layer, neuron = top.neuron
     writes = f"; writes {', '.join(visible(t) for t in top.writes[:6])}" if top.writes else ""
     figure.suptitle(f"{module}, layer {layer}, neuron {neuron}{writes}", fontsize=9)
-    return _saved(figure, path)
+    return figure.saved(path)
 
 
 def _module(name: str) -> str:
@@ -168,14 +160,3 @@ def _module(name: str) -> str:
 
 def _domain(name: str) -> str:
     return "all domains" if name == "all" else name
-
-
-def _label_cells(axes: Any, values: np.ndarray, top: float, form: str) -> None:
-    for (y, x), value in np.ndenumerate(values):
-        axes.text(x, y, form.format(value), ha="center", va="center", fontsize=7, color="white" if value < 0.55 * top else "black")
-
-
-def _saved(figure: Figure, path: str | Path | None) -> Figure:
-    if path is not None:
-        figure.savefig(path, dpi=200)
-    return figure

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from analyses.views.figure import Figure
-from analyses.views.lens import visible
+from analyses.views.figure import BLUE, ORANGE, Figure, bars, label_layers, rule
+from analyses.views.text import visible
 
-_COLOURS = ("#d55e00", "#e69f00", "#009e73", "#56b4e9", "#0072b2")  # Okabe and Ito's
+_COLOURS = ("#d55e00", "#e69f00", "#009e73", "#56b4e9", "#0072b2")  # Okabe and Ito's, from early to late
 _MARKERS = "osD^v"
 _STYLES = ("-", "--", "-.", ":", "-")
 
@@ -20,7 +20,7 @@ def locality_plot(study: Any, path: str | Path | None = None) -> Figure:
     table = study.to_dataframe()
     figure = Figure(figsize=(6.8, 3.6), layout="constrained")
     axes = figure.subplots()
-    axes.axhline(1, color="#999999", linewidth=0.8, linestyle=":")
+    rule(axes, y=1, line=":")
     lines_by_span(axes, table, "span", "recovery")
     axes.set_xlabel("layer whose residual stream (resid_pre) is patched")
     axes.set_ylabel("recovery of the logit difference")
@@ -30,21 +30,18 @@ def locality_plot(study: Any, path: str | Path | None = None) -> Figure:
         f"in {100 * figures['share']:.1f} % (chance {100 * figures['chance']:.1f} %)",
         fontsize=9,
     )
-    if path is not None:
-        figure.savefig(path, dpi=200)
-    return figure
+    return figure.saved(path)
 
 
 def lines_by_span(axes: Any, table: Any, group: str, value: str) -> None:
     """One line a group by layer, with a band of one standard error; the legend stands beside the plot."""
-    axes.axhline(0, color="#999999", linewidth=0.8)
+    rule(axes, y=0)
     for place, (name, rows) in enumerate(table.groupby(group, sort=False)):
         colour, marker, style = (choice[place % 5] for choice in (_COLOURS, _MARKERS, _STYLES))
         axes.plot(rows["layer"], rows[value], color=colour, marker=marker, linestyle=style, markersize=4, linewidth=1.3, label=name)
         low, high = (rows[value] + sign * rows["standard_error"] for sign in (-1, 1))
         axes.fill_between(rows["layer"], low, high, color=colour, alpha=0.15, linewidth=0)
-    layers = table["layer"].unique()
-    axes.set_xticks(layers if len(layers) <= 16 else layers[::4])
+    label_layers(axes.xaxis, table["layer"].unique())
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
@@ -60,21 +57,19 @@ def flip_study_plot(table: Any, path: str | Path | None = None) -> Figure:
         _draw_flips(figure, panels, table)
     else:
         panels[0].set_title("no eligible flip", fontsize=9)
-    if path is not None:
-        figure.savefig(path, dpi=200)
-    return figure
+    return figure.saved(path)
 
 
 def _draw_flips(figure: Figure, panels: Any, table: Any) -> None:
     depth = int(table["L"].max())
     groups = [table.loc[table["right"] == right, "entry"] for right in (True, False)]
     panels[0].hist(
-        groups, bins=np.arange(0.5, depth + 1.5), stacked=True, color=["#0072b2", "#d55e00"], rwidth=0.9,
+        groups, bins=np.arange(0.5, depth + 1.5), stacked=True, color=[BLUE, ORANGE], rwidth=0.9,
         label=["answered rightly", "answered wrongly"],
     )  # fmt: skip
     panels[0].set_xlabel("lens entry of the flip (made by the block before it)")
     panels[0].set_ylabel("eligible flips")
-    panels[0].set_xticks(range(1, depth + 1) if depth <= 16 else range(0, depth + 1, 4))
+    label_layers(panels[0].xaxis, range(1, depth + 1))
     panels[0].legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     for axes, column, where in zip(panels[1:], ("entry_difference", "final_difference"), ("at the flip's entry", "at the output")):
         _before_after(axes, table[column], table[f"{column}_ablated"], table[f"{column}_random"])
@@ -85,28 +80,23 @@ def _draw_flips(figure: Figure, panels: Any, table: Any) -> None:
 
 
 def _before_after(axes: Any, before: Any, ablated: Any, control: Any) -> None:
-    axes.axhline(0, color="#999999", linewidth=0.8)
-    axes.axvline(0, color="#999999", linewidth=0.8)
+    rule(axes, x=0), rule(axes, y=0)
     axes.scatter(before, control, s=9, color="#888888", marker="s", label="random components (mean of draws)")
-    axes.scatter(before, ablated, s=9, color="#d55e00", label="found components")
+    axes.scatter(before, ablated, s=9, color=ORANGE, label="found components")
     ends = [min(0, float(before.min())), float(before.max())]
     axes.plot(ends, ends, color="#444444", linewidth=0.8, linestyle=":", label="no effect")
 
 
 def attribution_plot(flip: Any, path: str | Path | None = None) -> Figure:
     """Each part's share of the change of the logit difference (logits); what pushes to the new answer is orange."""
-    table = flip.to_dataframe()[::-1]
+    table = flip.to_dataframe()
     figure = Figure(figsize=(5, 1.0 + 0.24 * len(table)), layout="constrained")
     axes = figure.subplots()
-    colours = ["#d55e00" if value > 0 else "#0072b2" for value in table["attribution"]]
-    axes.barh(table["component"], table["attribution"], color=colours)
-    axes.axvline(0, color="#444444", linewidth=0.8)
+    colours = [ORANGE if value > 0 else BLUE for value in table["attribution"]]
+    bars(axes, table["component"], table["attribution"], colours, size=7)
     axes.set_xlabel("direct attribution (logits)")
-    axes.tick_params(axis="y", labelsize=7)
     axes.set_title(
         f"entry {flip.entry}: {visible(flip.lost)} → {visible(flip.gained)}, {flip.before:+.2f} → {flip.after:+.2f} logits",
         fontsize=9,
     )
-    if path is not None:
-        figure.savefig(path, dpi=200)
-    return figure
+    return figure.saved(path)

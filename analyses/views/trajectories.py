@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from analyses.views.figure import Figure
-from analyses.views.lens import visible
+from analyses.views.figure import BLUE, ORANGE, Figure
 from analyses.views.studies import lines_by_span
+from analyses.views.text import line, visible
 
-_COLOURS = {"straight": "#0072b2", "wavered": "#56b4e9", "held then lost": "#d55e00", "settled early": "#999999",
+_OUTCOMES = {"straight": "#0072b2", "wavered": "#56b4e9", "held then lost": "#d55e00", "settled early": "#999999",
             "settled late": "#cccccc"}  # fmt: skip
 
 
@@ -20,8 +20,8 @@ def trajectory_plot(item: Any, path: str | Path | None = None) -> Figure:
     layers = range(item.n_layers + 1)
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.subplots()
-    axes.plot(layers, item.answer_prob, color="#0072b2", marker="o", markersize=3, label=f"answer {visible(item.answer)}")
-    axes.plot(layers, item.rival_prob, color="#d55e00", marker="s", markersize=3, label=f"rival {visible(item.rival)}")
+    axes.plot(layers, item.answer_prob, color=BLUE, marker="o", markersize=3, label=f"answer {visible(item.answer)}")
+    axes.plot(layers, item.rival_prob, color=ORANGE, marker="s", markersize=3, label=f"rival {visible(item.rival)}")
     for layer in item.flips:
         axes.axvline(layer, color="#444444", linewidth=0.8, linestyle=":" if layer in item.content_flips else (0, (1, 4)))
         axes.text(layer, 1.02, visible(item.top1_tokens[layer], 8), rotation=45, fontsize=6, ha="left", va="bottom")
@@ -34,10 +34,8 @@ def trajectory_plot(item: Any, path: str | Path | None = None) -> Figure:
     right.set_ylim(bottom=0)
     lines = [*axes.get_lines()[:2], right.get_lines()[0]]
     figure.legend(lines, [line.get_label() for line in lines], frameon=False, fontsize=8, loc="outside lower center", ncols=3)
-    figure.suptitle(f"{item.question or item.answer}: {item.outcome}", fontsize=9)
-    if path is not None:
-        figure.savefig(path, dpi=200)
-    return figure
+    figure.suptitle(line(f"{line(item.question, 60) or visible(item.answer)}: {item.outcome}"), fontsize=9)
+    return figure.saved(path)
 
 
 def trajectories_plot(table: Any, shares: Any, path: str | Path | None = None) -> Figure:
@@ -50,7 +48,7 @@ def trajectories_plot(table: Any, shares: Any, path: str | Path | None = None) -
     figure = Figure(figsize=(10, 0.9 + 0.5 * len(categories)), layout="constrained")
     left, right = figure.subplots(1, 2)
     start = np.zeros(len(categories))
-    for name, colour in _COLOURS.items():
+    for name, colour in _OUTCOMES.items():
         left.barh(categories, shares[name], left=start, color=colour, label=name)
         start += shares[name].to_numpy()
     left.set_xlim(0, 1)
@@ -58,7 +56,7 @@ def trajectories_plot(table: Any, shares: Any, path: str | Path | None = None) -
     left.legend(frameon=False, fontsize=7, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     for place, category in enumerate(categories):
         rows = table[table["category"] == category]
-        for offset, (column, colour) in enumerate((("birth_1_depth", "#0072b2"), ("stability_depth", "#d55e00"))):
+        for offset, (column, colour) in enumerate((("birth_1_depth", BLUE), ("stability_depth", ORANGE))):
             values = rows[column].dropna().astype(float)
             height = place + 0.18 * (2 * offset - 1)
             right.plot(values, np.full(len(values), height), "|", color=colour, alpha=0.4)
@@ -69,9 +67,7 @@ def trajectories_plot(table: Any, shares: Any, path: str | Path | None = None) -
     right.set_xlim(-0.03, 1.03)
     right.set_xlabel("depth as a fraction of the layers (dot: median)")
     right.legend(frameon=False, fontsize=7, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    if path is not None:
-        figure.savefig(path, dpi=200)
-    return figure
+    return figure.saved(path)
 
 
 def knockout_plot(result: Any, path: str | Path | None = None) -> Figure:
@@ -82,6 +78,4 @@ def knockout_plot(result: Any, path: str | Path | None = None) -> Figure:
     axes.set_xlabel(f"centre of the window of {result.window} layers")
     axes.set_ylabel("change of the answer's\nprobability (%)")
     axes.set_title(f"Attention knockout, {result.effects.shape[-1]} items", fontsize=9)
-    if path is not None:
-        figure.savefig(path, dpi=200)
-    return figure
+    return figure.saved(path)
