@@ -16,9 +16,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
-from transformer_lens.hook_points import HookPoint
 
-from .layers import listened, readable
+from .layers import HookPoint, listened, readable
 from .rope import Rotation, rotate
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
-from transformer_lens.hook_points import HookPoint
 
 from .attention import Attention, Visibility
-from .layers import MLP, GatedMLP, LayerNorm, RMSNorm, listened
+from .layers import MLP, GatedMLP, HookPoint, LayerNorm, RMSNorm, listened
 from .rope import Rotation
 
 

@@ -11,15 +11,22 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformer_lens.hook_points import HookPoint
+from transformer_lens import hook_points
+
+
+class HookPoint(hook_points.HookPoint):
+    """TransformerLens's hook point, passed over while nothing listens: an idle one is not worth a module's call."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return super().__call__(x) if listened(self) else x
 
 
 def listened(*hooks: HookPoint) -> bool:
     """Whether anything, a TransformerLens hook or a bare torch one, listens to any of these hook points."""
-    return any(
-        hook._forward_hooks or hook._forward_pre_hooks or hook._backward_hooks or hook._backward_pre_hooks
-        for hook in hooks
-    )
+    for hook in hooks:  # a loop, because this is asked hundreds of times a token
+        if hook._forward_hooks or hook._forward_pre_hooks or hook._backward_hooks or hook._backward_pre_hooks:
+            return True
+    return False
 
 
 def readable(weight: Tensor, name: str) -> Tensor:

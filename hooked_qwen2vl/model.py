@@ -21,7 +21,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens import HookedRootModule
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
-from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities import Slice, SliceInput
 
 from .attention import Causal
@@ -33,7 +32,7 @@ from .devices import beside, dispatch, first_not_finite, not_finite, refuse_far_
 from .export import export_text_model
 from .generate import Generation
 from .inputs import Inputs
-from .layers import RMSNorm, listened
+from .layers import HookPoint, RMSNorm, listened
 from .processing import process_weights
 from .processor import Processor
 from .rope import text_rotation

@@ -14,12 +14,11 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformer_lens.hook_points import HookPoint
 
 from .attention import Attention, Segments
 from .block import Block
 from .config import VisionConfig
-from .layers import MLP, LayerNorm, readable
+from .layers import MLP, HookPoint, LayerNorm, readable
 from .positions import attention_segments, patch_coordinates
 from .rope import vision_rotation
 
