@@ -15,10 +15,8 @@ positions in the decoder, 14-pixel patches in the tower, image tokens in the pro
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -29,13 +27,14 @@ from typing import Any
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from analyses.data import Example, examples
+from analyses.prefixes import Prefixes
 from analyses.result import Result
+from analyses.run_files import read_manifest
+from analyses.run_sums import add_up, read_sums
 
 SITES = {"decoder": "blocks.{}.mlp", "vision": "vision_encoder.blocks.{}.mlp", "projector": "vision_projector"}
 SOURCES = ("image", "text", "generated")
@@ -182,22 +181,45 @@ class DomainNeurons(Result):
 
 
 @dataclass(frozen=True)
-class Firings:
+class Firings(Result):
     """Counts of firings: all that the selection needs, without the model.
 
     Attributes:
         fired: module -> [domain source layer neuron] tokens at which the neuron fired.
         tokens: module -> [domain source] tokens seen.
         domains: names, in the order of the domain axis; sources are `SOURCES`.
-        settings: model name, fingerprint of the weights, tokens generated an example.
-        parts: what was counted: for each process its shard (number, of how many), examples, and their digest.
+        model_name: of the model.
     """
 
     fired: dict[str, Int[Tensor, "domain source layer neuron"]]
     tokens: dict[str, Int[Tensor, "domain source"]]
     domains: tuple[str, ...]
-    settings: dict[str, Any]
-    parts: tuple[dict[str, Any], ...] = ()
+    model_name: str
+
+    @classmethod
+    def from_sums(cls, sums: Mapping[tuple, tuple[int, Any]], model_name: str) -> Firings:
+        """The counts of a run's sums (`run_sums`); domains in alphabetical order.
+
+        Raises:
+            ValueError: nothing was counted.
+        """
+        if not sums:
+            raise ValueError("nothing was counted: each example needs a domain, and an image that can be read.")
+        domains = tuple(sorted({domain for domain, *_ in sums}))
+        fired: dict[str, Tensor] = {}
+        tokens: dict[str, Tensor] = {}
+        for module in SITES:
+            own = {key: value for key, value in sums.items() if key[2] == module}
+            if not own:
+                continue  # without any image there is nothing to say of the tower
+            n_layers, n_neurons = 1 + max(layer for *_, layer in own), len(next(iter(own.values()))[1])
+            fired[module] = torch.zeros(len(domains), len(SOURCES), n_layers, n_neurons, dtype=torch.long)
+            tokens[module] = torch.zeros(len(domains), len(SOURCES), dtype=torch.long)
+            for (domain, source, _, layer), (n, values) in own.items():
+                place = domains.index(domain), SOURCES.index(source)
+                fired[module][*place, layer] = torch.as_tensor(values)
+                tokens[module][place] = int(n)
+        return cls(fired, tokens, domains, model_name)
 
     def rates(self, module: str, sources: Sequence[str] = SOURCES) -> Float[Tensor, "layer neuron domain"]:
         """p = M / N in float64, over the tokens of the named sources together.
@@ -233,62 +255,7 @@ class Firings:
             heard = sources if module == "decoder" else [source for source in sources if source == "image"]
             if heard:
                 chosen[module] = select_neurons(self.rates(module, heard), share, quantile)
-        return DomainNeurons(chosen, self.domains, tuple(sources), self.settings["model"])
-
-    def save(self, path: str | Path) -> None:
-        """Counts as safetensors, settings in its header; written whole or not at all."""
-        path = Path(path)
-        tensors = {f"{kind}.{m}": t.contiguous() for kind in ("fired", "tokens") for m, t in getattr(self, kind).items()}
-        about = {"domains": self.domains, "settings": self.settings, "parts": self.parts, "sources": SOURCES}
-        partial_file = path.with_suffix(path.suffix + ".partial")
-        save_file(tensors, partial_file, {"firings": json.dumps(about)})
-        partial_file.replace(path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> Firings:
-        """What `save` wrote.
-
-        Raises:
-            ValueError: another kind of file.
-        """
-        with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {}).get("firings", "null"))
-            if about is None or tuple(about["sources"]) != SOURCES:
-                raise ValueError(f"{path} holds no counts of firings: expected a file that Firings.save wrote.")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        kinds = {
-            kind: {n.partition(".")[2]: t for n, t in tensors.items() if n.startswith(kind + ".")}
-            for kind in ("fired", "tokens")
-        }
-        return cls(**kinds, domains=tuple(about["domains"]), settings=about["settings"], parts=tuple(about["parts"]))
-
-    @classmethod
-    def merge(cls, several: Sequence[Firings]) -> Firings:
-        """The sum of counts made by several processes; domains in alphabetical order.
-
-        Raises:
-            ValueError: nothing to merge, counts of another model or with other settings, or one part twice.
-        """
-        if not several:
-            raise ValueError("there are no counts to merge.")
-        first = several[0]
-        for other in several[1:]:
-            if other.settings != first.settings or other.fired.keys() != first.fired.keys():
-                raise ValueError(f"these counts do not belong together: {first.settings} and {other.settings}.")
-        parts = tuple(part for one in several for part in one.parts)
-        digests = [part["digest"] for part in parts if part["examples"]]
-        if len(set(digests)) < len(digests):
-            raise ValueError("the same examples were counted twice: merge each shard once.")
-        domains = tuple(sorted({domain for one in several for domain in one.domains}))
-        totals: dict[str, dict[str, Tensor]] = {}
-        for kind in ("fired", "tokens"):
-            totals[kind] = {}
-            for module, like in getattr(first, kind).items():
-                total = torch.zeros(len(domains), *like.shape[1:], dtype=torch.long)
-                for one in several:
-                    total.index_add_(0, torch.tensor([domains.index(d) for d in one.domains]), getattr(one, kind)[module])
-                totals[kind][module] = total
-        return cls(**totals, domains=domains, settings=first.settings, parts=parts)
+        return DomainNeurons(chosen, self.domains, tuple(sources), self.model_name)
 
 
 class FiringCounter:
@@ -363,24 +330,18 @@ class FiringCounter:
         self._fired[site] = total = _grown(total, self._n_groups)
         total[present] += sums.long()
 
-    def result(self, settings: dict[str, Any], parts: Sequence[dict[str, Any]] = ()) -> Firings:
-        """The counts so far."""
-        by_domain = (len(self.domains), len(SOURCES))
-        fired = {
-            module: torch.stack([self._counted(self._fired[site]).cpu() for site in sites], 1).unflatten(0, by_domain)
-            for module in self._tokens
-            if (sites := sorted(site for site in self._fired if site[0] == module))
-        }  # without any image there is nothing to say of the tower
-        tokens = {module: self._counted(self._tokens[module]).unflatten(0, by_domain) for module in fired}
-        return Firings(fired, tokens, tuple(self.domains), settings, tuple(parts))
+    def terms(self) -> Iterator[dict[str, Any]]:
+        """The counts so far as terms of a sum (see `run_sums`, without ids): the firings of a domain, source and layer."""
+        for (module, layer), fired in self._fired.items():
+            counts, tokens = self._counted(fired).cpu().numpy(), self._counted(self._tokens[module]).tolist()
+            for group, n in enumerate(tokens):
+                if n:
+                    domain, source = self.domains[group // len(SOURCES)], SOURCES[group % len(SOURCES)]
+                    yield {"domain": domain, "source": source, "module": module, "layer": layer, "n": n, "values": counts[group]}
 
-    def resume(self, firings: Firings) -> None:
-        """Goes on from counts made before."""
-        self.domains = list(firings.domains)
-        for module, counts in firings.fired.items():
-            padded = torch.nn.functional.pad(counts.flatten(0, 1), (0, 0, 0, 0, 1, 0))
-            self._fired |= {(module, layer): one.clone() for layer, one in enumerate(padded.unbind(1))}
-            self._tokens[module] = torch.nn.functional.pad(firings.tokens[module].flatten(), (1, 0))
+    def result(self, model_name: str) -> Firings:
+        """The counts so far."""
+        return Firings.from_sums(add_up(self.terms()), model_name)
 
     @property
     def _n_groups(self) -> int:
@@ -391,6 +352,65 @@ class FiringCounter:
         return _grown(counts, self._n_groups)[1:]
 
 
+def firing_work(
+    model: Any, generate: int = 0, modules: Sequence[str] | None = None
+) -> Callable[[Sequence[Example]], Iterator[dict[str, Any]]]:
+    """What a run over a data set does with a batch (`runs.run` with `run_sums.write_sums`): its firings, as terms of a sum.
+
+    The tower runs once an image, however many questions are asked about it; each question counts its tokens.
+
+    Args:
+        generate, modules: see `count_firings`.
+    Raises:
+        ValueError: a module that the model does not have; (when called) an example without a domain.
+    """
+    present = {module for module, _ in hook_sites(model, "hook_pre", modules).values()}
+    tower = [module for module in ("vision", "projector") if module in present]
+    prefixes = Prefixes(model, watch=partial(_tower_firings, model, tower))
+
+    @torch.no_grad()
+    def work(batch: Sequence[Example]) -> Iterator[dict[str, Any]]:
+        if nameless := [example.id for example in batch if not example.domain]:
+            raise ValueError(f"example {nameless[0]} has no domain: name one in its line, or put it in a folder of that name.")
+        inputs, seen = prefixes.watched(model.to_inputs([e.question for e in batch], images=[list(e.images) for e in batch]))
+        terms = list(_decoder_terms(model, inputs, [e.domain for e in batch], generate)) if "decoder" in present else []
+        for visual, counts in zip(inputs.visuals, seen):
+            sizes = {"vision": visual.n_patches, "projector": visual.n_tokens}
+            about = {"domain": batch[visual.row].domain, "source": "image"}
+            terms += [
+                {**about, "module": module, "layer": layer, "n": sizes[module], "values": values}
+                for module, layers in zip(tower, counts)
+                for layer, values in enumerate(layers.numpy())
+            ]
+        first = {example.domain: example.id for example in reversed(batch)}
+        return ({"id": first[term["domain"]], **term} for term in terms)
+
+    return work
+
+
+def _decoder_terms(model: Any, inputs: Any, domains: Sequence[str], generate: int) -> Iterator[dict[str, Any]]:
+    """The prompt, with an answer first generated if asked for, is counted in one forward."""
+    if generate:
+        inputs = model.generate(inputs, max_new_tokens=generate, do_sample=False, return_type="inputs", verbose=False)
+    counter = FiringCounter(model, ["decoder"])
+    counter.add(model, inputs, domains)
+    return counter.terms()
+
+
+@contextmanager
+def _tower_firings(model: Any, modules: Sequence[str], inputs: Any) -> Iterator[list[Int[Tensor, "layer neuron"]]]:
+    """Of each module, while its one image is encoded."""
+    found: list[Tensor] = []
+    if not modules:
+        yield found
+        return
+    counter = FiringCounter(model, modules)
+    with counter.counting(model, inputs, ["-"] * len(inputs)):
+        yield found
+    counts = counter.result("").fired
+    found += [counts[module][0, SOURCES.index("image")] for module in modules]
+
+
 def count_firings(
     model: Any,
     data: str | Path | Iterable[Example] = "scenes:train",
@@ -398,48 +418,35 @@ def count_firings(
     modules: Sequence[str] | None = None,
     batch_size: int = 8,
     generate: int = 0,
-    shard: tuple[int, int] = (0, 1),
-    path: str | Path | None = None,
-    save_every: int = 50,
     progress: bool = True,
 ) -> Firings:
     """Streams a data set through the model and counts firings by domain.
 
+    For thousands of examples, in a folder that can be gone on with: `hooked-qwen2vl neurons --only-select`, or a run with
+    `firing_work`, read with `read_firings`.
+
     Args:
         data: see `analyses.data.examples`, or examples themselves.
-        limit: examples in all (before sharding).
+        limit: examples in all.
         modules: of "decoder", "vision", "projector"; None for all that the model has.
         generate: tokens the model answers greedily, at most; the prompt with its answer is then counted in one
             forward, the answer (without its end token) under "generated". 0 counts the prompt only.
-        shard: (number, of how many): this process counts every n-th example; `Firings.merge` adds them up.
-        path: where counts are kept, every `save_every` batches; the same call again goes on from there.
     Raises:
-        ValueError: an example without a domain, a shard that is not there, or a file of other counts.
+        ValueError: no example, one without a domain, or a module that the model does not have.
     """
-    number, n_shards = shard
-    if not 0 <= number < n_shards:
-        raise ValueError(f"shard must be (number, of how many) with 0 ≤ number < how many, got {shard}.")
     stream = examples(data, limit, "train") if isinstance(data, (str, Path)) else islice(data, limit)
-    stream = islice(stream, number, None, n_shards)
-    settings = {"model": str(model.cfg.model_name), "weights": fingerprint(model), "generate": generate}
-    counter, record = FiringCounter(model, modules), _Record(path, settings, shard)
-    stream = record.resume(counter, stream)
-    bar = tqdm(initial=record.n_examples, desc="counting", unit="example", disable=not progress, delay=2)
-    for n_batches, batch in enumerate(in_batches(stream, batch_size), 1):
-        nameless = [example.id for example in batch if not example.domain]
-        if nameless:
-            raise ValueError(f"example {nameless[0]} has no domain: name one in its line, or put it in a folder of that name.")
-        _count_batch(model, counter, batch, generate)
-        record.note(batch)
-        bar.update(len(batch))
-        if path is not None and n_batches % save_every == 0:
-            record.save(counter)
-    bar.close()
-    if not record.n_examples:
-        raise ValueError("there is no example to count.")
-    if path is not None:
-        record.save(counter)
-    return counter.result(settings, [record.part()])
+    bar = tqdm(stream, desc="counting", unit="example", disable=not progress, delay=2)
+    work = firing_work(model, generate, modules)
+    return Firings.from_sums(add_up(term for batch in in_batches(bar, batch_size) for term in work(batch)), str(model.cfg.model_name))
+
+
+def read_firings(out: str | Path) -> Firings:
+    """The counts that a run with `firing_work` has written.
+
+    Raises:
+        ValueError: no run there, one that is not finished, or nothing was counted.
+    """
+    return Firings.from_sums(read_sums(out), read_manifest(out)["model"]["name"])
 
 
 def find_domain_neurons(
@@ -458,56 +465,6 @@ def find_domain_neurons(
         share, quantile, sources: see `Firings.select`.
     """
     return count_firings(model, data, limit, **counting).select(share, quantile, sources)
-
-
-def _count_batch(model: Any, counter: FiringCounter, batch: Sequence[Example], generate: int) -> None:
-    """The tower runs once: in the one forward, or, with an answer to generate, before it."""
-    inputs = model.to_inputs([e.question for e in batch], images=[list(e.images) for e in batch])
-    domains = [example.domain for example in batch]
-    if not generate:
-        counter.add(model, inputs, domains)
-        return
-    with torch.no_grad(), counter.counting(model, inputs, domains, ("vision", "projector")):
-        inputs = model.encode(inputs)
-    inputs = model.generate(inputs, max_new_tokens=generate, do_sample=False, return_type="inputs", verbose=False)
-    with torch.no_grad(), counter.counting(model, inputs, domains, ("decoder",)):
-        model(inputs, return_type=None)
-
-
-class _Record:
-    """Which examples are counted, and the file that says so."""
-
-    def __init__(self, path: str | Path | None, settings: dict[str, Any], shard: tuple[int, int]):
-        self.path, self.settings, self.shard = None if path is None else Path(path), settings, shard
-        self.n_examples, self.digest = 0, hashlib.sha256()
-
-    def note(self, batch: Iterable[Example]) -> None:
-        for example in batch:
-            self.n_examples += 1
-            self.digest.update(json.dumps([example.id, example.question, example.domain]).encode())
-
-    def part(self) -> dict[str, Any]:
-        return {"shard": list(self.shard), "examples": self.n_examples, "digest": self.digest.hexdigest()}
-
-    def save(self, counter: FiringCounter) -> None:
-        counter.result(self.settings, [self.part()]).save(self.path)
-
-    def resume(self, counter: FiringCounter, stream: Iterator[Example]) -> Iterator[Example]:
-        """Takes up the file's counts and passes over the examples they hold.
-
-        Raises:
-            ValueError: the file holds other counts.
-        """
-        if self.path is None or not self.path.exists():
-            return stream
-        stored = Firings.load(self.path)
-        (part,) = stored.parts if len(stored.parts) == 1 else ({"examples": 0, "digest": None},)
-        self.note(islice(stream, part["examples"]))
-        modules = {module for module, _ in counter.sites.values()}
-        if self.part() != part or stored.settings != self.settings or not set(stored.fired) <= modules:
-            raise ValueError(f"{self.path} holds counts of another model, data set or settings: choose another file or delete it.")
-        counter.resume(stored)
-        return stream
 
 
 # ---- switching off ----------------------------------------------------------------------------------
@@ -666,17 +623,6 @@ def in_batches(stream: Iterable[Any], size: int) -> Iterator[tuple[Any, ...]]:
     stream = iter(stream)
     while batch := tuple(islice(stream, size)):
         yield batch
-
-
-def fingerprint(model: Any) -> str:
-    """A digest of some numbers of every weight: tells checkpoints apart that share a name."""
-    digest = hashlib.sha256()
-    for name, weight in model.named_parameters():
-        digest.update(f"{name} {tuple(weight.shape)}".encode())
-        if not weight.is_meta:
-            flat = weight.detach().flatten()
-            digest.update(flat[:: max(1, len(flat) // 64)].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _grown(counts: Int[Tensor, "group *rest"], n_groups: int) -> Int[Tensor, "group *rest"]:

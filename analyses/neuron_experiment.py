@@ -15,7 +15,8 @@ Source: MMNeuron (Huo et al., EMNLP 2024); the controls, intervals and step 5 ar
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,13 @@ from tqdm.auto import tqdm
 from transformer_lens.tools.analysis import logit_readout
 
 from analyses.data import Example
-from analyses.domain_neurons import DomainNeurons, disable_neurons, hook_sites, in_batches, token_sources
+from analyses.domain_neurons import SITES, DomainNeurons, disable_neurons, hook_sites, in_batches, token_sources
 from analyses.logit_lens import residual_stack
+from analyses.prefixes import Prefixes
+from analyses.result import Result
+from analyses.run_files import read_manifest
+from analyses.run_sums import add_up, read_sums
+from analyses.runs import read_results
 
 ALL = "all"
 NONE = "none"
@@ -69,29 +75,26 @@ def prepare(model: Any, data: Iterable[Example], batch_size: int = 32) -> list[B
     Raises:
         ValueError: a question without a domain or an answer, or no question.
     """
-    rows: dict[str, list[tuple[Any, Example]]] = {}
+    by_domain: dict[str, list[Example]] = {}
     for example in data:
+        by_domain.setdefault(example.domain, []).append(example)
+    if not by_domain:
+        raise ValueError("there is no test question.")
+    batches = []
+    for some in by_domain.values():
+        for batch in in_batches(sorted(some, key=lambda example: len(example.question)), batch_size):
+            batches.append(_encoded(model, batch, model.encode))
+    return batches
+
+
+def _encoded(model: Any, some: Sequence[Example], encode: Callable[[Any], Any]) -> Batch:
+    """Questions of one domain as a batch."""
+    for example in some:
         if example.domain in ("", ALL) or not example.answer:
             raise ValueError(f"example {example.id} needs an answer and a domain (not called {ALL!r}) to be judged by.")
-        inputs = model.to_inputs(example.question, images=list(example.images))
-        rows.setdefault(example.domain, []).append((inputs, example))
-    if not rows:
-        raise ValueError("there is no test question.")
-    pad = model.tokenizer.pad_token_id
-    batches = []
-    for domain, some in rows.items():
-        for batch in in_batches(sorted(some, key=lambda row: row[0].shape[1]), batch_size):
-            stacked = type(batch[0][0]).stack([inputs for inputs, _ in batch], model.cfg, pad)
-            batches.append(
-                Batch(
-                    model.encode(stacked),
-                    tuple(example.id for _, example in batch),
-                    tuple(example.answer for _, example in batch),
-                    tuple(_image_key(example) for _, example in batch),
-                    domain,
-                )
-            )
-    return batches
+    inputs = model.to_inputs([e.question for e in some], images=[list(e.images) for e in some])
+    ids, answers = tuple(example.id for example in some), tuple(example.answer for example in some)
+    return Batch(encode(inputs), ids, answers, tuple(map(image_key, some)), some[0].domain)
 
 
 def answer(model: Any, batch: Batch) -> tuple[list[str], Float[np.ndarray, "row"]]:
@@ -211,6 +214,38 @@ def random_like(
     return drawn
 
 
+def effect_work(
+    model: Any, modules: Sequence[str] | None = None
+) -> Callable[[Sequence[Example]], Iterator[dict[str, Any]]]:
+    """What a run over a data set does with a batch (`runs.run` with `run_sums.write_sums`): its effects, as terms of a sum.
+
+    Args:
+        modules: as `ablation_effects` takes them.
+    Raises:
+        ValueError: (when called) an example without a domain or an answer.
+    """
+    sites = hook_sites(model, "hook_post", modules)
+
+    def work(batch: Sequence[Example]) -> Iterator[dict[str, Any]]:
+        if lacking := [example.id for example in batch if not example.domain or not example.answer]:
+            raise ValueError(f"example {lacking[0]} needs a domain and an answer.")
+        inputs = model.to_inputs(
+            [e.question for e in batch], images=[list(e.images) for e in batch], answers=[e.answer for e in batch]
+        )
+        first = {example.domain: example.id for example in reversed(batch)}
+        domains = list(first)
+        of_row = torch.tensor([domains.index(example.domain) for example in batch])
+        counts = of_row.bincount(minlength=len(domains)).tolist()
+        for (module, layer), effect in _first_order(model, inputs, sites).items():
+            of_token = of_row.repeat_interleave(inputs.shape[1]) if module == "decoder" else _of_tower(inputs, of_row, module)
+            total = torch.zeros(len(domains), effect.shape[-1], dtype=torch.float64)
+            total.index_add_(0, of_token, effect.double().cpu())
+            for domain, n, values in zip(domains, counts, total.numpy()):
+                yield {"id": first[domain], "domain": domain, "source": "", "module": module, "layer": layer, "n": n, "values": values}
+
+    return work
+
+
 def ablation_effects(
     model: Any, data: Iterable[Example], domains: Sequence[str], modules: Sequence[str] | None = None, batch_size: int = 16
 ) -> dict[str, Float[Tensor, "domain layer neuron"]]:
@@ -221,28 +256,30 @@ def ablation_effects(
     Raises:
         ValueError: an item of another domain, without an answer, or a domain without items.
     """
-    sites = hook_sites(model, "hook_post", modules)
-    sums: dict[tuple[str, int], Tensor] = {}
-    counts = torch.zeros(len(domains), dtype=torch.long)
-    for batch in in_batches(data, batch_size):
-        strange = [example for example in batch if example.domain not in domains or not example.answer]
-        if strange:
-            raise ValueError(f"example {strange[0].id} needs an answer and one of the domains {', '.join(domains)}.")
-        inputs = model.to_inputs(
-            [e.question for e in batch], images=[list(e.images) for e in batch], answers=[e.answer for e in batch]
-        )
-        of_row = torch.tensor([domains.index(example.domain) for example in batch])
-        counts += of_row.bincount(minlength=len(domains))
-        for site, effect in _first_order(model, inputs, sites).items():
-            of_token = of_row.repeat_interleave(inputs.shape[1]) if site[0] == "decoder" else _of_tower(inputs, of_row, site[0])
-            total = sums.setdefault(site, torch.zeros(len(domains), effect.shape[-1], dtype=torch.float64))
-            total.index_add_(0, of_token, effect.double().cpu())
-    if not bool(counts.all()):
-        raise ValueError(f"no item of {', '.join(d for d, n in zip(domains, counts.tolist()) if not n)} to attribute.")
-    by_module: dict[str, list[Tensor]] = {}
-    for site in sorted(sums):
-        by_module.setdefault(site[0], []).append(sums[site] / counts[:, None])
-    return {module: torch.stack(layers, 1) for module, layers in by_module.items()}
+    work = effect_work(model, modules)
+    return _effects(add_up(term for batch in in_batches(data, batch_size) for term in work(batch)), domains)
+
+
+def read_effects(out: str | Path, domains: Sequence[str]) -> dict[str, Float[Tensor, "domain layer neuron"]]:
+    """The effects that a run with `effect_work` has summed, as `ablation_effects` gives them.
+
+    Raises:
+        ValueError: no run there, one that is not finished, or as `ablation_effects`.
+    """
+    return _effects(read_sums(out), domains)
+
+
+def _effects(sums: Mapping[tuple, tuple[int, Any]], domains: Sequence[str]) -> dict[str, Tensor]:
+    seen = {domain for domain, *_ in sums}
+    if seen != set(domains):
+        raise ValueError(f"the items to attribute are of the domains {', '.join(sorted(seen))}, expected {', '.join(domains)}.")
+    shapes: dict[str, tuple[int, int, int]] = {}
+    for (*_, module, layer), (_, values) in sums.items():
+        shapes[module] = len(domains), max(layer + 1, shapes.get(module, (0, 0))[1]), len(values)
+    effects = {module: torch.zeros(shapes[module], dtype=torch.float64) for module in SITES if module in shapes}
+    for (domain, _, module, layer), (n, values) in sums.items():
+        effects[module][domains.index(domain), layer] = torch.as_tensor(values) / int(n)
+    return effects
 
 
 def _first_order(model: Any, inputs: Any, sites: Mapping[str, tuple[str, int]]) -> dict[tuple[str, int], Tensor]:
@@ -279,7 +316,7 @@ def strongest(effects: Float[Tensor, "domain layer neuron"], domain: int, n: int
 
 
 @dataclass(frozen=True)
-class Ablations:
+class Ablations(Result):
     """What every question was answered under every condition.
 
     Attributes:
@@ -364,16 +401,6 @@ class Ablations:
     def to_dataframe(self) -> pd.DataFrame:
         return self.outcomes
 
-    def save(self, path: str | Path) -> None:
-        """The outcomes as CSV; the model's name is its first column."""
-        self.outcomes.assign(model=self.model_name)[["model", *self.outcomes.columns]].to_csv(path, index=False)
-
-    @classmethod
-    def load(cls, path: str | Path) -> Ablations:
-        words = ("model", "selection", "module", "target", "id", "image", "domain")
-        table = pd.read_csv(path, keep_default_na=False, dtype=dict.fromkeys(words, str))
-        return cls(table.drop(columns="model"), str(table["model"].iloc[0]))
-
     def _base(self) -> pd.DataFrame:
         return self.outcomes[self.outcomes["selection"] == NONE]
 
@@ -392,24 +419,53 @@ def ablate(
     Args:
         crossed: selections judged on the other domains too, where all modules are off together.
     """
-    widest = ALL if any(condition.module == ALL for condition in wanted) else None
-    rows: list[dict] = []
-    base = {index: _outcomes(model, batch) for index, batch in enumerate(batches)}
-    for index, batch in enumerate(batches):
-        rows += _rows(Condition(NONE, ALL, "", 0, {}), batch, base[index])
-    runs = [
-        (condition, index)
-        for condition in wanted
-        for index, batch in enumerate(batches)
-        if batch.domain == condition.target or (condition.selection in crossed and widest in (None, condition.module))
-    ]
-    for condition, index in tqdm(runs, desc="ablating", unit="batch", disable=not progress, delay=2):
-        if condition.n_neurons == 0:
-            rows += _rows(condition, batches[index], base[index])  # nothing is off
-            continue
-        with disable_neurons(model, condition.masks):
-            rows += _rows(condition, batches[index], _outcomes(model, batches[index]))
+    bar = tqdm(batches, desc="ablating", unit="batch", disable=not progress, delay=2)
+    rows = [row for batch in bar for row in _under_all(model, batch, wanted, crossed)]
     return Ablations(pd.DataFrame(rows), str(model.cfg.model_name))
+
+
+def ablation_work(
+    model: Any, wanted: Sequence[Condition], crossed: Sequence[str] = (FIRING,)
+) -> Callable[[Sequence[Example]], Iterator[dict[str, Any]]]:
+    """The same as the work of a run over a data set (`runs.run`): a row a question and condition.
+
+    Batches of one domain (`size_by_model(model, by_domain=True)`) take the fewest forwards.
+    """
+    prefixes = Prefixes(model)
+
+    @torch.no_grad()
+    def work(batch: Sequence[Example]) -> list[dict[str, Any]]:
+        by_domain = [[e for e in batch if e.domain == domain] for domain in dict.fromkeys(e.domain for e in batch)]
+        return [row for some in by_domain for row in _under_all(model, _encoded(model, some, prefixes), wanted, crossed)]
+
+    return work
+
+
+def read_ablations(out: str | Path) -> Ablations:
+    """The outcomes that a run with `ablation_work` has written.
+
+    Raises:
+        ValueError: no run there, one that is not finished, or one in which nothing could be answered.
+    """
+    outcomes = read_results(out)
+    if outcomes.empty:
+        raise ValueError(f"no test question of the run in {out} could be answered.")
+    return Ablations(outcomes.drop(columns="item"), read_manifest(out)["model"]["name"])
+
+
+def _under_all(model: Any, batch: Batch, wanted: Sequence[Condition], crossed: Sequence[str]) -> list[dict]:
+    """One batch's rows under no condition, and under each that concerns its domain."""
+    widest = ALL if any(condition.module == ALL for condition in wanted) else None
+    untouched = _outcomes(model, batch)
+    rows = _rows(Condition(NONE, ALL, "", 0, {}), batch, untouched)
+    for condition in wanted:
+        if batch.domain == condition.target or (condition.selection in crossed and widest in (None, condition.module)):
+            if condition.n_neurons:
+                with disable_neurons(model, condition.masks):
+                    rows += _rows(condition, batch, _outcomes(model, batch))
+            else:
+                rows += _rows(condition, batch, untouched)  # nothing is off
+    return rows
 
 
 def _outcomes(model: Any, batch: Batch) -> list[tuple[bool, float]]:
@@ -516,10 +572,15 @@ def _stream_sources(inputs: Any) -> dict[str, Bool[Tensor, "batch pos"]]:
     return {name: here for name, here in found.items() if here.any()}
 
 
-def _image_key(example: Example) -> str:
-    """What tells images apart: their files, or, for pictures in memory, the example."""
-    files = [str(image) for image in example.images if isinstance(image, (str, Path))]
-    return " ".join(files) if files else example.id
+def image_key(example: Example) -> str:
+    """What tells images apart: their files, or the pixels of pictures in memory; without any, the example."""
+    return " ".join(map(_picture_key, example.images)) or example.id
+
+
+def _picture_key(image: Any) -> str:
+    if isinstance(image, (str, Path)):
+        return str(image)
+    return hashlib.blake2b(np.asarray(image).tobytes(), digest_size=8).hexdigest()
 
 
 def split_by_image(data: Iterable[Example]) -> tuple[list[Example], list[Example]]:
@@ -532,7 +593,7 @@ def split_by_image(data: Iterable[Example]) -> tuple[list[Example], list[Example
     side: dict[str, int] = {}
     n_images: dict[str, int] = {}
     for example in data:
-        key = _image_key(example)
+        key = image_key(example)
         if key not in side:
             side[key] = n_images.get(example.domain, 0) % 2
             n_images[example.domain] = n_images.get(example.domain, 0) + 1

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -25,34 +27,50 @@ class Prefixes:
     Attributes:
         model: a HookedQwen2VL; when its tower's weights change, what was held is not used again.
         capacity: bytes it may hold.
+        watch: entered while the tower runs on one image (its inputs are given); the tensors that it gives are kept with
+            the prefix.
         computed: how many images the tower has run on.
     """
 
-    def __init__(self, model: Any, capacity: int = CAPACITY):
-        self.model, self.capacity, self.computed = model, capacity, 0
-        self._held: OrderedDict[tuple, Float[Tensor, "image_token d_model"]] = OrderedDict()
+    def __init__(
+        self, model: Any, capacity: int = CAPACITY, watch: Callable[[Any], AbstractContextManager] = lambda inputs: nullcontext(())
+    ):
+        self.model, self.capacity, self.watch, self.computed = model, capacity, watch, 0
+        self._held: OrderedDict[tuple, tuple[Float[Tensor, "image_token d_model"], Sequence[Tensor]]] = OrderedDict()
 
-    @torch.no_grad()
     def __call__(self, inputs: Any) -> Any:
         """The same batch with its prefix, as `model.encode` gives it."""
+        return self.watched(inputs)[0]
+
+    @torch.no_grad()
+    def watched(self, inputs: Any) -> tuple[Any, list[Sequence[Tensor]]]:
+        """The batch with its prefix, and for each of `inputs.visuals` what `watch` gave."""
         if not inputs.visuals:
-            return inputs
+            return inputs, []
         stamp = self.model._encoder_stamp()
         pixels = inputs.pixels.split([visual.n_patches for visual in inputs.visuals])
-        prefixes = [self._prefix(inputs, visual, part, stamp) for visual, part in zip(inputs.visuals, pixels)]
-        return inputs.with_prefix(torch.cat(prefixes), stamp)
+        held = [self._prefix(inputs, visual, part, stamp) for visual, part in zip(inputs.visuals, pixels)]
+        return inputs.with_prefix(torch.cat([prefix for prefix, _ in held]), stamp), [seen for _, seen in held]
 
-    def _prefix(self, inputs: Any, visual: Any, pixels: Tensor, stamp: tuple) -> Float[Tensor, "image_token d_model"]:
+    def _prefix(
+        self, inputs: Any, visual: Any, pixels: Tensor, stamp: tuple
+    ) -> tuple[Float[Tensor, "image_token d_model"], Sequence[Tensor]]:
         key = (stamp, visual.grid, str(pixels.dtype), _hash(pixels))
         if key not in self._held:
             # only pixels and grids reach the tower: the tokens of this batch stand by
-            self._held[key] = self.model.encode(replace(inputs, visuals=(visual,), pixels=pixels)).image_embeds
+            one = replace(inputs, visuals=(visual,), pixels=pixels)
+            with self.watch(one) as seen:
+                self._held[key] = self.model.encode(one).image_embeds, seen
             self.computed += 1
         self._held.move_to_end(key)
-        prefix = self._held[key]
-        while len(self._held) > 1 and sum(held.nbytes for held in self._held.values()) > self.capacity:
+        held = self._held[key]
+        while len(self._held) > 1 and sum(map(_nbytes, self._held.values())) > self.capacity:
             self._held.popitem(last=False)
-        return prefix
+        return held
+
+
+def _nbytes(held: tuple[Tensor, Sequence[Tensor]]) -> int:
+    return held[0].nbytes + sum(tensor.nbytes for tensor in held[1])
 
 
 def _hash(pixels: Tensor) -> bytes:

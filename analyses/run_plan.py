@@ -14,7 +14,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 LENGTH_BUCKET = 8  # question tokens; a batch is padded by fewer than this
 TEMPLATE_TOKENS = 32  # what the chat template adds, at most, for the estimate of memory
 ROTATED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+PLACES = ("source", "mask")  # fields of a question that say where something lies
 COLUMNS = ("item", "id", "part", "batch", "size", "digest", "domain", "category", "answer")
 
 
@@ -38,24 +39,29 @@ class Size:
     Attributes:
         grids: (h, w) in patches of each image.
         text: tokens of the question, rounded up to its bucket.
+        domain: where batches are to be of one domain.
     """
 
     grids: tuple[tuple[int, int], ...]
     text: int
+    domain: str = ""
 
     def __str__(self) -> str:
         images = " and ".join(f"{h}×{w} patches" for h, w in self.grids) or "no image"
-        return f"{images}, question up to {self.text} tokens"
+        return f"{images}, question up to {self.text} tokens{f', {self.domain}' if self.domain else ''}"
 
 
 UNREADABLE = "image unreadable"
 Sizer = Callable[["Example"], Any]
 
 
-def size_by_model(model: Any, min_pixels: int | None = None, max_pixels: int | None = None) -> Sizer:
+def size_by_model(
+    model: Any, min_pixels: int | None = None, max_pixels: int | None = None, by_domain: bool = False
+) -> Sizer:
     """The size of a question as this model's processor makes it; only headers of images are read.
 
     Args:
+        by_domain: whether a batch is to hold questions of one domain only.
         min_pixels, max_pixels: as given to `model.to_inputs`; None takes the processor's.
     Raises:
         ValueError: (when called) an image that is not there or not an image, or an extreme one.
@@ -71,7 +77,8 @@ def size_by_model(model: Any, min_pixels: int | None = None, max_pixels: int | N
             resized = smart_resize(height, width, vision.patch_size * vision.spatial_merge_size, low, high)
             grids.append(tuple(edge // vision.patch_size for edge in resized))
         n_tokens = len(model.tokenizer(example.question, add_special_tokens=False).input_ids)
-        return Size(tuple(grids), math.ceil(n_tokens / LENGTH_BUCKET) * LENGTH_BUCKET)
+        bucket = math.ceil(n_tokens / LENGTH_BUCKET) * LENGTH_BUCKET
+        return Size(tuple(grids), bucket, example.domain if by_domain else "")
 
     return size
 
@@ -150,8 +157,11 @@ def _size_of(example: Example, size: Sizer) -> str:
 
 
 def digest(example: Example) -> str:
-    """Changes with anything a question is made of; of an image file, its length stands for its content."""
-    words = [example.question, example.answer, example.domain, example.category, *example.candidates]
+    """Changes with anything a question is made of; of an image file, its length stands for its content.
+
+    Where the data lie does not count: the same folder elsewhere is the same data.
+    """
+    words = [(field.name, getattr(example, field.name)) for field in fields(example) if field.repr and field.name not in PLACES]
     hashed = hashlib.blake2b(repr(words).encode(), digest_size=12)
     for image in example.images:
         if isinstance(image, (str, os.PathLike)):
@@ -177,6 +187,7 @@ class Memory:
         logits: of every position of the largest batch (with `logits_at`, a small part of it).
         tower: activations of the largest image in one block of the tower; images run one at a time.
         prefixes: what the store of image prefixes may hold.
+        gradients: whether the activations of every block, and of the tower's images together, are kept for gradients.
     """
 
     weights: int
@@ -184,22 +195,25 @@ class Memory:
     logits: int
     tower: int
     prefixes: int
+    gradients: bool = False
 
     @property
     def total(self) -> int:
-        """Tower and decoder do not run at the same time."""
-        return self.weights + max(self.decoder + self.logits, self.tower) + self.prefixes
+        """Tower and decoder do not run at the same time, but gradients need what both have left."""
+        decoder = self.decoder + self.logits
+        return self.weights + (decoder + self.tower if self.gradients else max(decoder, self.tower)) + self.prefixes
 
     def __str__(self) -> str:
         parts = {name: getattr(self, name) for name in ("weights", "decoder", "logits", "tower", "prefixes")}
         return f"{_bytes(self.total)} ({', '.join(f'{name} {_bytes(value)}' for name, value in parts.items())})"
 
 
-def memory_for(model: Any, sizes: Iterable[tuple[Size, int]], prefixes: int = 0) -> Memory:
+def memory_for(model: Any, sizes: Iterable[tuple[Size, int]], prefixes: int = 0, gradients: bool = False) -> Memory:
     """The memory of the model's forward over batches of these (size, rows).
 
     Args:
         prefixes: capacity in bytes of the store of image prefixes.
+        gradients: whether activations of all blocks are kept, for a backward.
     """
     text, vision = model.cfg.text, model.cfg.vision
     wide = max(model.cfg.dtype.itemsize, 4)  # norms, rotation and softmax are computed in float32
@@ -213,8 +227,10 @@ def memory_for(model: Any, sizes: Iterable[tuple[Size, int]], prefixes: int = 0)
         decoder = max(decoder, n_positions * (own * (4 * text.d_model + heads + 3 * text.d_mlp) + wide * 2 * text.d_model))
         logits = max(logits, n_positions * own * text.d_vocab)
         each = own * (9 * vision.d_vision + 2 * vision.d_mlp + vision.d_patch) + wide * 2 * vision.d_vision
-        tower = max([tower, *(n * each for n in patches)])
-    return Memory(sum(weights.values()), decoder, logits, tower, prefixes)
+        tower = max([tower, rows * sum(patches) * each] if gradients else [tower, *(n * each for n in patches)])
+    if gradients:
+        decoder, tower = decoder * text.n_layers, tower * vision.n_layers
+    return Memory(sum(weights.values()), decoder, logits, tower, prefixes, gradients)
 
 
 def _bytes(n: int) -> str:

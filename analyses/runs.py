@@ -20,6 +20,7 @@ import json
 import os
 import random
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -29,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .run_files import finished_parts, part_path, refuse_another, settle, sweep, whole_file, written_parts
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from .data import Example
 
 PACKAGES = ("hooked-qwen2vl", "torch", "transformers", "transformer_lens")
+SHOWN = 8  # sizes that a description lists
 RESERVED = ("item", "batch", "error")
 
 Row = Mapping[str, Any]
@@ -69,6 +72,9 @@ class Part:
     results: list[tuple[int, str, int, Row]]
     failures: list[Failure]
     composition: list[list[int]]
+
+
+Writer = Callable[["Run", int, Part, Path], None]
 
 
 @dataclass(frozen=True)
@@ -114,8 +120,11 @@ class Run:
             f"written already: {len(plan[plan['part'].isin(self.done)])} questions",
             f"to do here{f' (share {k}/{n})' if n > 1 else ''}: {len(ours)} questions in {ours['batch'].nunique()} batches",
         ]
-        for size, group in plan.groupby("size", sort=False):
-            lines.append(f"  {len(group)} × {size}, batches of up to {group.groupby('batch').size().max()}")
+        sizes = sorted((group for _, group in plan.groupby("size", sort=False)), key=len, reverse=True)
+        for group in sizes[:SHOWN]:
+            lines.append(f"  {len(group)} × {group['size'].iloc[0]}, batches of up to {group.groupby('batch').size().max()}")
+        if rest := sizes[SHOWN:]:
+            lines.append(f"  {sum(map(len, rest))} of {len(rest)} other sizes")
         if self.memory is not None:
             lines.append(f"memory of the forward, beside what the analysis itself keeps: about {self.memory}")
         return "\n".join(lines)
@@ -138,6 +147,8 @@ def run(
     batches_per_part: int = 4,
     window: int = 1024,
     prefixes: int = 0,
+    gradients: bool = False,
+    write: Writer | None = None,
 ) -> Run:
     """Does `work` on every question that has no result in the folder yet.
 
@@ -157,6 +168,8 @@ def run(
         batches_per_part: batches that are written together, and lost together when the process is killed.
         window: questions among which those of the same size are brought together.
         prefixes: bytes that `work` keeps of image prefixes (`Prefixes.capacity`), for the estimate of memory.
+        gradients: whether `work` takes gradients, for the same.
+        write: how a part's rows are written; None keeps them as they are (`write_rows`).
     Returns:
         the run as it stands: `Run.complete` says whether other processes have finished too.
     Raises:
@@ -165,10 +178,10 @@ def run(
             question of the first part.
     """
     settings = {**(settings or {}), "batch_size": batch_size, "batches_per_part": batches_per_part, "window": window}
-    state = prepare(name, examples, out, settings, model, size, seed, shard, prefixes=prefixes)
+    state = prepare(name, examples, out, settings, model, size, seed, shard, prefixes=prefixes, gradients=gradients)
     if dry_run:
         return state
-    work_on(state, examples, work, write_rows, progress)
+    work_on(state, examples, work, write or write_rows, progress)
     return settled(state)
 
 
@@ -180,15 +193,12 @@ def read_results(out: str | Path, partial: bool = False) -> pd.DataFrame:
     Raises:
         ValueError: no run there, or one that is not finished.
     """
-    table = _read(Path(out), partial)
-    rows = table[table["error"].isna()].drop(columns=["error", "batch"])
-    return rows.reset_index(drop=True)
+    return _read(Path(out), partial, failed=False).drop(columns=["error", "batch"])
 
 
 def read_failures(out: str | Path, partial: bool = False) -> pd.DataFrame:
     """Questions without a result: item, id, batch, and the reason in `error`."""
-    table = _read(Path(out), partial)
-    return table.loc[table["error"].notna(), ["item", "id", "batch", "error"]].reset_index(drop=True)
+    return _read(Path(out), partial, failed=True)[["item", "id", "batch", "error"]]
 
 
 def read_composition(out: str | Path, partial: bool = False) -> pd.DataFrame:
@@ -241,12 +251,13 @@ def prepare(
     shard: tuple[int, int] | None = None,
     suffix: str = ".parquet",
     prefixes: int = 0,
+    gradients: bool = False,
 ) -> Run:
     """Plans a run, and refuses a folder that another run lives in; writes nothing.
 
     Args:
         settings: with batch_size, batches_per_part and window.
-        suffix: of the parts' files. prefixes: bytes that the store of image prefixes may hold.
+        suffix: of the parts' files. prefixes, gradients: as `run` takes them.
     """
     share = this_share() if shard is None else shard
     _check_share(share, str(share))
@@ -266,12 +277,14 @@ def prepare(
     out = Path(out)
     refuse_another(out, manifest)
     rows = plan.groupby(["size", "batch"]).size().groupby("size").max()
-    memory = memory_for(model, [(s, int(rows[str(s)])) for s in sizes], prefixes) if sizes and _sees(model) else None
+    memory = None
+    if sizes and _sees(model):
+        memory = memory_for(model, [(s, int(rows[str(s)])) for s in sizes], prefixes, gradients)
     return Run(out, manifest, plan, share, written_parts(out, suffix), memory, suffix)
 
 
 def work_on(
-    state: Run, examples: Data, work: Callable, write: Callable[[Run, int, Part, Path], None], progress: bool = True
+    state: Run, examples: Data, work: Callable, write: Writer, progress: bool = True
 ) -> None:
     """Does the parts of this share that are not written yet.
 
@@ -309,6 +322,12 @@ def work_on(
                     write(state, part, result, file)
         if waiting:
             raise ValueError("the data ended before the plan did: they changed while the run was under way.")
+
+
+def wait_for_all(state: Run, every: float = 0.5) -> None:
+    """Returns when every part is written, by this process and those launched with it."""
+    while not settled(state).complete:
+        time.sleep(every)
 
 
 def settled(state: Run) -> Run:
@@ -413,8 +432,15 @@ def seeded(seed: int, *items: int) -> Iterator[None]:
             np.random.set_state(states[1])
 
 
-def _read(out: Path, partial: bool) -> pd.DataFrame:
-    tables = [pq.read_table(part_path(out, part, ".parquet")) for part in finished_parts(out, ".parquet", partial)]
+def read_part(out: Path, part: int, failed: bool = False) -> pa.Table:
+    """A part's rows, or its questions without a result; taken apart before pandas would make a whole number of a column
+    with gaps a float."""
+    table = pq.read_table(part_path(out, part, ".parquet"))
+    return table.filter(pc.is_valid(table["error"]) if failed else pc.is_null(table["error"]))
+
+
+def _read(out: Path, partial: bool, failed: bool) -> pd.DataFrame:
+    tables = [read_part(out, part, failed) for part in finished_parts(out, ".parquet", partial)]
     if not tables:
         return pd.DataFrame({"item": [], "id": [], "batch": [], "error": []})
     table = pa.concat_tables(tables, promote_options="permissive").to_pandas()

@@ -24,14 +24,19 @@ from analyses.domain_neurons import (
     disable_neurons,
     domain_entropy,
     find_domain_neurons,
+    firing_work,
     masks_of,
     mean_activations,
+    read_firings,
     select_neurons,
     token_sources,
 )
 from analyses.logit_lens import logit_lens
 from analyses.neuron_experiment import FIRING, NONE, RANDOM, RANDOM_RATE, Ablations, Condition
 from analyses.neuron_pictures import top_images, written_tokens
+from analyses.run_plan import size_by_model
+from analyses.run_sums import write_sums
+from analyses.runs import run
 from hooked_qwen2vl import HookedQwen2VL
 from hooked_qwen2vl.cli import main
 
@@ -104,7 +109,7 @@ def test_dape_identities():
 def test_scaling_the_counts_changes_nothing():
     fired, tokens = torch.randint(0, 50, (3, 3, 2, 60)), torch.full((3, 3), 50)
     one, other = (
-        Firings({"decoder": n * fired}, {"decoder": n * tokens}, ("a", "b", "c"), {"model": "m"}).select() for n in (1, 7)
+        Firings({"decoder": n * fired}, {"decoder": n * tokens}, ("a", "b", "c"), "m").select() for n in (1, 7)
     )
     assert torch.equal(one.modules["decoder"].belongs, other.modules["decoder"].belongs)
 
@@ -130,7 +135,7 @@ def test_counts_by_hand(model, in_bfloat16, batches, kind, dtype):
     domains = [f"d{row % 2}" for row in range(len(inputs))]
     counter = FiringCounter(model)
     counter.add(model, inputs, domains)
-    ours = counter.result({"model": "m"})
+    ours = counter.result("m")
     # only these: who listens to attention patterns makes them differ by a rounding
     _, cache = model.run_with_cache(inputs, names_filter=lambda name: name.endswith("hook_pre"))
     for module in MODULES:
@@ -167,7 +172,7 @@ def test_on_transformer_lens_own_model(model, tmp_path):
     for one in (model, bridge):
         counter = FiringCounter(one, ["decoder"])
         counter.add(one, tokens, ["a", "b"])
-        found.append(counter.result({"model": "m"}))
+        found.append(counter.result("m"))
         with torch.no_grad(), disable_neurons(one, [("decoder", 1, 3)]):
             logits.append(one(tokens))
     assert same(*found) and found[0].tokens["decoder"].tolist() == [[0, 20, 0], [0, 20, 0]]
@@ -221,13 +226,6 @@ def test_the_end_token_of_an_answer_does_not_count(model):
     assert prompt.any() and (sources[prompt] == SOURCES.index("text")).all()  # the chat's own ends are text
 
 
-def test_save_load_and_reanalyse(model, tmp_path):
-    ours = count_firings(model, a_dataset(), batch_size=2, path=tmp_path / "counts.safetensors", progress=False)
-    loaded = Firings.load(tmp_path / "counts.safetensors")
-    assert same(ours, loaded) and loaded.settings == ours.settings and loaded.parts == ours.parts
-    assert loaded.select().to_dataframe().equals(find_domain_neurons(model, a_dataset(), batch_size=2, progress=False).to_dataframe())
-
-
 def same(one: Firings, other: Firings) -> bool:
     order = [other.domains.index(domain) for domain in one.domains]
     return sorted(one.domains) == sorted(other.domains) and all(
@@ -235,32 +233,84 @@ def same(one: Firings, other: Firings) -> bool:
     )
 
 
-def test_several_processes(model):
-    whole = count_firings(model, a_dataset(7), batch_size=1, progress=False)
-    shards = [count_firings(model, a_dataset(7), batch_size=1, shard=(i, 3), progress=False) for i in range(3)]
-    assert same(Firings.merge(shards), whole) and sum(part["examples"] for part in Firings.merge(shards).parts) == 7
-    with pytest.raises(ValueError, match="twice"):
-        Firings.merge([shards[0], shards[1], shards[0]])
-    other = Firings(shards[0].fired, shards[0].tokens, shards[0].domains, {"model": "another"})
-    with pytest.raises(ValueError, match="do not belong together"):
-        Firings.merge([shards[1], other])
+def counting_run(model, data, out, generate=2, **more):
+    """A run in small parts, of batches of one domain."""
+    size = size_by_model(model, by_domain=True)
+    small = {"batch_size": 2, "batches_per_part": 2, "progress": False}
+    return run("firings", data, firing_work(model, generate), out, {"generate": generate}, model=model, size=size,
+               write=write_sums, **small, **more)  # fmt: skip
 
 
-def test_an_interrupted_count_goes_on(model, tmp_path):
-    path, data = tmp_path / "counts.safetensors", a_dataset(6)
+def test_a_run_gives_what_memory_gives(model, tmp_path):
+    """The same batches one after another, in memory: the same counts, exactly; then the same neurons without the model."""
+    data = a_dataset(12)
+    state = counting_run(model, data, tmp_path)
+    assert state.plan.groupby("batch")["domain"].nunique().max() == 1
+    stream = [data[item] for item in state.plan.sort_values(["batch", "item"])["item"]]
+    sizes = state.plan.groupby("batch").size()
+    assert sizes.nunique() == 1  # so that memory's batches are these
+    whole = count_firings(model, stream, batch_size=int(sizes.iloc[0]), generate=2, progress=False)
+    assert same(read_firings(tmp_path), whole) and whole.tokens["decoder"].sum() > 0
+    assert read_firings(tmp_path).select().to_dataframe().equals(whole.select().to_dataframe())
+    tower = sum(visual.n_patches for e in data for visual in model.to_inputs(e.question, images=list(e.images)).visuals)
+    assert whole.tokens["vision"].sum() == tower
+
+
+def test_shares_and_interruptions_change_no_count(model, tmp_path):
+    data = a_dataset(12)
+    counting_run(model, data, tmp_path / "one")
+    for k in (1, 0):
+        with pytest.raises(ValueError, match="not finished|holds no run"):
+            read_firings(tmp_path / "two")
+        counting_run(model, data, tmp_path / "two", shard=(k, 2))
+    assert same(read_firings(tmp_path / "one"), read_firings(tmp_path / "two"))
 
     def breaking():
-        yield from data[:5]
+        yield from data[:8]
         raise KeyboardInterrupt
 
+    turns = iter([data, breaking()])
     with pytest.raises(KeyboardInterrupt):
-        count_firings(model, breaking(), batch_size=2, path=path, save_every=1, progress=False)
-    assert Firings.load(path).parts[0]["examples"] == 4
-    resumed = count_firings(model, data, batch_size=2, path=path, progress=False)
-    assert same(resumed, count_firings(model, data, batch_size=2, progress=False)) and resumed.parts[0]["examples"] == 6
-    for other in ({"data": data[::-1]}, {"data": data, "generate": 2}, {"data": data, "modules": ["vision"]}):
-        with pytest.raises(ValueError, match="other|another"):
-            count_firings(model, **other, path=path, progress=False)
+        counting_run(model, lambda: next(turns), tmp_path / "cut", window=4)
+    assert 0 < len(list((tmp_path / "cut").glob("part-*")))
+    counting_run(model, data, tmp_path / "cut", window=4)
+    counting_run(model, data, tmp_path / "windows", window=4)
+    assert same(read_firings(tmp_path / "cut"), read_firings(tmp_path / "windows"))
+    with pytest.raises(ValueError, match="settings.generate: 2 there, 0 now"):
+        counting_run(model, data, tmp_path / "one", generate=0)
+
+
+def test_the_tower_runs_once_an_image(model, monkeypatch):
+    """Two questions about one image: its patches count for both, to the number, with one run of the tower."""
+    one, other = (picture(84, 56, seed) for seed in (1, 2))
+    data = [Example(f"{i}", text, "", (image,), "ab"[i % 2]) for i, (text, image) in
+            enumerate([("what?", one), ("red?", one), ("what?", other)])]  # fmt: skip
+    calls, run_tower = [], type(model)._run_tower
+    monkeypatch.setattr(type(model), "_run_tower", lambda self, i: calls.append(1) or run_tower(self, i))
+    counts = count_firings(model, data, batch_size=2, progress=False)
+    assert len(calls) == 2 and counts.tokens["vision"][:, 0].tolist() == [2 * 24, 24]
+    alone = count_firings(model, data[1:2], progress=False)
+    for module in ("vision", "projector"):
+        assert torch.equal(counts.fired[module][1], alone.fired[module][0]) and alone.fired[module].any()
+
+
+def test_sums_of_floats_do_not_depend_on_who_wrote_them(model, tmp_path):
+    data = questions(8)
+
+    def effects(out, **more):
+        return run("effects", data, experiment.effect_work(model), out, model=model, batch_size=2, batches_per_part=1,
+                   progress=False, write=write_sums, **more)  # fmt: skip
+
+    effects(tmp_path / "one")
+    for k in (1, 0):
+        effects(tmp_path / "two", shard=(k, 2))
+    one, two = (experiment.read_effects(tmp_path / name, ["a", "b"]) for name in ("one", "two"))
+    whole = experiment.ablation_effects(model, data, ["a", "b"], batch_size=8)
+    for module in MODULES:
+        assert torch.equal(one[module], two[module])
+        assert torch.allclose(one[module], whole[module], rtol=1e-4, atol=1e-6) and one[module].abs().max() > 1e-3
+    with pytest.raises(ValueError, match="expected a, b, c"):
+        experiment.read_effects(tmp_path / "one", ["a", "b", "c"])
 
 
 def test_rates_are_refused_where_nothing_was_seen(model):
@@ -303,7 +353,7 @@ def test_planted_in_the_decoder():
     for domain in (2, 0, 1, 1, 0, 2):
         tokens = torch.randint(30 * (domain + 1), 30 * (domain + 2), (4, 60))
         counter.add(model, tokens, [f"domain {domain}"] * 4)
-    counts = counter.result({"model": "m"})
+    counts = counter.result("m")
     assert set(counts.fired) == {"decoder"}  # no image was seen
     found = counts.select(share=len(planted) / (3 * 72)).modules["decoder"]
     ours = {
@@ -513,7 +563,7 @@ def test_controls_are_what_they_say():
 def test_every_condition_is_there():
     fired = torch.randint(0, 400, (2, 3, 2, 100))
     counts = Firings({"decoder": fired, "vision": fired}, {m: torch.full((2, 3), 500) for m in ("decoder", "vision")},
-                     ("a", "b"), {"model": "m"})  # fmt: skip
+                     ("a", "b"), "m")  # fmt: skip
     neurons = counts.select(0.05)
     found = experiment.conditions(neurons, {m: torch.randn(2, 2, 100) for m in ("decoder", "vision")}, seeds=2)
     assert len(found) == 2 * 3 * (1 + 2 + 2 + 1 + 2) and len({(c.selection, c.module, c.target, c.seed) for c in found}) == len(found)
@@ -566,8 +616,8 @@ def a_table() -> Ablations:
 
 
 def test_tables_by_hand(tmp_path):
-    a_table().save(tmp_path / "outcomes.csv")
-    table = Ablations.load(tmp_path / "outcomes.csv")
+    a_table().save(tmp_path / "outcomes.safetensors")
+    table = Ablations.load(tmp_path / "outcomes.safetensors")
     assert table.model_name == "m" and table.outcomes.equals(a_table().outcomes)
     accuracy = table.accuracy().set_index(["selection", "module", "domain"])
     assert accuracy.loc[(NONE, "all", "a"), "accuracy"] == 0.75 and accuracy.loc[(FIRING, "decoder", "a"), "accuracy"] == 0.25
@@ -657,19 +707,70 @@ def test_what_a_neuron_writes(model):
         written_tokens(model, ("vision", 0, 0))
 
 
-def test_the_command(tmp_path, capsys, model, monkeypatch):
-    monkeypatch.setattr("hooked_qwen2vl.commands.neurons.load_model", lambda options: model)
+def animals(tmp_path, n):
+    """A folder of two domains, n images each."""
     for domain in ("cats", "dogs"):
         (tmp_path / domain).mkdir()
         lines = []
-        for i in range(4):
-            picture(56, 84, seed=i + 10 * (domain == "cats")).save(tmp_path / domain / f"{i}.png")
+        for i in range(n):
+            picture(56, 84, seed=i + n * (domain == "cats")).save(tmp_path / domain / f"{i}.png")
             lines.append(json.dumps({"image": f"{i}.png", "question": "what?", "answer": "red"}))
         (tmp_path / domain / "questions.jsonl").write_text("\n".join(lines))
+
+
+COMMAND = ["neurons", "--seeds", "1", "--generate", "2", "--share", "0.05"]
+
+
+def test_the_command(tmp_path, capsys, model, monkeypatch):
+    animals(tmp_path, 4)
+    monkeypatch.setattr("hooked_qwen2vl.commands.neurons.load_model", lambda options: model)
     out = tmp_path / "out"
-    assert main(["neurons", "--data", str(tmp_path), "--seeds", "1", "--generate", "2", "--share", "0.05", "--out", str(out)]) == 0
+    command = [*COMMAND, "--data", str(tmp_path), "--out", str(out)]
+    assert main([*command, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"neurons: {stage}: 4 questions" in said for stage in ("firings", "effects", "ablations")) and "memory" in said
+    assert not out.exists()
+    assert main(command) == 0
     said = capsys.readouterr().out
     for name in ("neurons.csv", "neurons_by_layer.png", "neurons_accuracy.png", "neurons_accuracy.csv", "neurons_controls.png",
                  "neurons_against_controls.csv", "neurons_streams.png", "neurons_write.csv"):  # fmt: skip
         assert str(out / name) in said and (out / name).stat().st_size > 0
-    assert Firings.load(out / "firings.safetensors").tokens["decoder"][:, 0].tolist() == [12, 12]  # two images a side
+    assert read_firings(out / "neurons" / "firings").tokens["decoder"][:, 0].tolist() == [12, 12]  # two images a side
+    assert main([*command, "--dry-run"]) == 0 and "under up to" in capsys.readouterr().out
+    assert main([*command, "--seeds", "2"]) == 2 and "settings.conditions" in capsys.readouterr().err
+    assert main([*command, "--generate", "1"]) == 2 and "settings.generate: 2 there, 1 now" in capsys.readouterr().err
+
+
+def test_the_command_in_shares_with_a_bad_image(tmp_path, capsys, model, monkeypatch):
+    """Each stage waits for all of the one before; the tables are those of one process."""
+    animals(tmp_path, 12)
+    monkeypatch.setattr("hooked_qwen2vl.commands.neurons.load_model", lambda options: model)
+    (tmp_path / "dogs" / "0.png").write_bytes(b"no image")
+    command = [*COMMAND, "--data", str(tmp_path), "--batch-size", "1"]
+    assert main([*command, "--out", str(tmp_path / "one")]) == 0
+    assert "2 questions failed, the first (dogs-1)" in capsys.readouterr().out  # in firings, and in effects
+    shared = [*command, "--out", str(tmp_path / "two")]
+    for shard in ("1/2", "0/2", "1/2"):
+        assert not (tmp_path / "two" / "neurons_accuracy.csv").exists()
+        assert main([*shared, "--shard", shard]) == 0
+    for name in ("neurons", "neurons_outcomes", "neurons_accuracy", "neurons_failures", "neurons_streams"):
+        one, two = (pd.read_csv(tmp_path / run / f"{name}.csv") for run in ("one", "two"))
+        pd.testing.assert_frame_equal(one, two, check_exact=True)
+        assert len(one)
+
+
+def test_an_ablation_run_gives_what_memory_gives(model, tmp_path):
+    """With several questions an image: they are one image in the intervals, as they are for files."""
+    shots = [picture(56, 56, seed=i // 2) for i in range(4)]
+    data = [Example(f"q{i}", "what?", "blue", (shots[i],), "ab"[i // 2]) for i in range(4)]
+    for i, example in enumerate(data):
+        shots[i].save(tmp_path / f"{i // 2}.png")
+    files = [Example(e.id, e.question, e.answer, (tmp_path / f"{i // 2}.png",), e.domain) for i, e in enumerate(data)]
+    own = Condition(FIRING, "decoder", "a", 0, {"decoder": torch.rand(3, 72) < 0.6})
+    whole = experiment.ablate(model, experiment.prepare(model, data, batch_size=2), [own], progress=False)
+    run("ablations", files, experiment.ablation_work(model, [own]), tmp_path / "out", model=model, batch_size=2,
+        size=size_by_model(model, by_domain=True), progress=False)  # fmt: skip
+    ours, theirs = (table.outcomes.sort_values(["id", "selection"], ignore_index=True) for table in
+                    (experiment.read_ablations(tmp_path / "out"), whole))  # fmt: skip
+    pd.testing.assert_frame_equal(ours[theirs.columns], theirs, check_exact=False, rtol=0, atol=1e-5)
+    assert ours["image"].nunique() == 2 and len(ours) == 4 + 4

@@ -101,7 +101,7 @@ def test_shares_of_a_folder_with_a_bad_image(expected, tmp_path, capsys):
     study = read_flip_study(tmp_path / "out" / "flips")
     whole = expected.prompts.set_index("id").loc[["test-0-0", "test-0-3", "test-0-4", "test-0-5"]].reset_index()
     figures = ["id", "outcome", "final", "birth_1", "stability", "final_prob", "last_tv"]
-    pd.testing.assert_frame_equal(study.prompts[figures], whole[figures], check_exact=True, check_dtype=False)
+    pd.testing.assert_frame_equal(study.prompts[figures], whole[figures], check_exact=True)
     assert study.skipped == 1
     own = expected.flips[expected.flips["id"].isin(study.prompts["id"])]
     assert study.flips["final_difference_ablated"].tolist() == own["final_difference_ablated"].tolist()

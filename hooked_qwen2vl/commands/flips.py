@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .shared import add_model, add_out, at_least_one, load_model, out_folder
+from .shared import add_model, add_out, add_run, at_least_one, finished, load_model, out_folder, reports
 
 NAME = "flips"
 HELP = "where the answer flips between layers, and what makes it"
@@ -21,9 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, default=200, help="questions of the data set to follow (default 200)")
     parser.add_argument("--components", type=int, default=2, help="components to ablate for a flip (default 2)")
     parser.add_argument("--random", type=int, default=10, help="random draws beside them (default 10)")
-    parser.add_argument("--batch-size", type=int, default=8, help="a data set: questions a batch; four are written together (default 8)")
-    parser.add_argument("--shard", metavar="k/n", help="a data set: do the k-th of n shares, from 0 (see docs/data_sets.md)")
-    parser.add_argument("--dry-run", action="store_true", help="a data set: say what would be done, and do nothing")
+    add_run(parser, 8)
     add_out(parser)
 
 
@@ -81,10 +79,8 @@ def _data_set(options: argparse.Namespace) -> None:
     )
     if options.dry_run:
         print(state.describe())
-    elif state.complete:
+    elif finished(options, state) and reports(options, state):
         _report(rows, options.out)
-    else:
-        print(f"{len(state.done)} of {state.plan['part'].nunique()} parts are in {rows}; whoever writes the last makes the tables.")
 
 
 def _report(rows: Path, out: Path) -> None:

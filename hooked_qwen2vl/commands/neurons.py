@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+from typing import Any
 
-from .shared import add_model, add_out, at_least_one, load_model, out_folder
+from .shared import add_model, add_out, add_run, at_least_one, finished, load_model, out_folder, reports
 
 NAME = "neurons"
 HELP = "domain-specific neurons, and what switching them off costs"
@@ -22,68 +22,152 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quantile", type=float, default=0.95, help="of all firing rates, to be exceeded (default 0.95)")
     parser.add_argument("--sources", default="image,text,generated", help="whose tokens count (default image,text,generated)")
     parser.add_argument("--seeds", type=int, default=3, help="draws of each control (default 3)")
-    parser.add_argument("--batch", type=int, default=16, help="prompts in one forward (default 16)")
-    parser.add_argument("--counts", type=Path, help="file of counts to make or go on with (default: OUT/firings.safetensors, made anew)")
     parser.add_argument("--only-select", action="store_true", help="count and select; switch nothing off")
+    add_run(parser, 16)
     add_out(parser)
 
 
 def run(options: argparse.Namespace) -> None:
-    at_least_one(options, "test_limit", "seeds", "batch")
-    from analyses.domain_neurons import count_firings
+    at_least_one(options, "test_limit", "seeds", "batch_size")
+    from analyses.runs import this_share
 
+    share = this_share(options.shard)  # before the model: it gives each process its GPU
     model = load_model(options)
     chosen, judged = _data(options)
-    out, written = out_folder(options), []
-    counts = count_firings(model, chosen, batch_size=options.batch, generate=options.generate, path=options.counts)
-    counts.save(out / "firings.safetensors")
+    stages = ["firings"] if options.only_select else ["firings", "effects"]
+    states = [_stage(options, model, share, stage, chosen) for stage in stages]
+    if options.dry_run:
+        _describe(options, model, share, states, judged)
+        return
+    if not all(finished(options, state) for state in states):
+        return
+    neurons, wanted = _select(options)
+    if not options.only_select:
+        states.append(_stage(options, model, share, "ablations", judged, wanted))
+        if not finished(options, states[-1]):
+            return
+    if reports(options, states[0]):
+        _report(options, model, neurons, wanted, judged)
+
+
+def _stage(options, model, share, stage: str, data: Any, wanted: Any = None) -> Any:
+    """One of the runs that this is made of: OUT/neurons/firings, effects and ablations."""
+    from analyses.domain_neurons import firing_work
+    from analyses.neuron_experiment import ablation_work, effect_work
+    from analyses.prefixes import CAPACITY
+    from analyses.run_plan import size_by_model
+    from analyses.run_sums import write_sums
+    from analyses.runs import run
+
+    name, out = f"{NAME}: {stage}", options.out / NAME / stage
+    common = {"model": model, "size": size_by_model(model, by_domain=True), "batch_size": options.batch_size,
+              "shard": share, "dry_run": options.dry_run}  # fmt: skip
+    if stage == "firings":
+        counting = firing_work(model, options.generate)
+        return run(name, data, counting, out, {"generate": options.generate}, prefixes=CAPACITY, write=write_sums, **common)
+    if stage == "effects":
+        return run(name, data, effect_work(model), out, gradients=True, write=write_sums, **common)
+    # a question is answered under every condition, so a single batch is a part
+    settings = {"conditions": _digest(wanted)}
+    return run(name, data, ablation_work(model, wanted or ()), out, settings, prefixes=CAPACITY, batches_per_part=1, **common)
+
+
+def _describe(options, model, share, states, judged) -> None:
+    """What would be done; the conditions are known once firings and effects are there."""
+    print("\n".join(state.describe() for state in states))
+    if options.only_select:
+        return
+    wanted = _select(options)[1] if all(state.complete for state in states) else None
+    print(_stage(options, model, share, "ablations", judged, wanted).describe())
+    if wanted is None:
+        print("each answered untouched and under conditions that follow from the firings and effects")
+    else:
+        print(f"each answered untouched and under up to {len(wanted)} conditions")
+
+
+def _select(options: argparse.Namespace) -> tuple[Any, Any]:
+    """(the neurons that the firings select, every condition to answer under)."""
+    from analyses.domain_neurons import read_firings
+    from analyses.neuron_experiment import conditions, read_effects
+
+    folder = options.out / NAME
     sources = [source for source in options.sources.split(",") if options.generate or source != "generated"]
-    neurons = counts.select(options.share, options.quantile, sources)
+    neurons = read_firings(folder / "firings").select(options.share, options.quantile, sources)
+    if options.only_select:
+        return neurons, None
+    return neurons, conditions(neurons, read_effects(folder / "effects", neurons.domains), options.seeds)
+
+
+def _digest(wanted: Any) -> str | None:
+    """Changes with any neuron that is switched off."""
+    from hashlib import sha256
+
+    if wanted is None:
+        return None
+    hashed = sha256()
+    for condition in wanted:
+        hashed.update(f"{condition.selection} {condition.module} {condition.target} {condition.seed}".encode())
+        for module, mask in condition.masks.items():
+            hashed.update(module.encode() + mask.numpy().tobytes())
+    return hashed.hexdigest()[:16]
+
+
+def _data(options: argparse.Namespace) -> tuple[Any, Any]:
+    """(questions to select on, questions to judge on), on different images, each gone through as often as needed."""
+    from analyses.data import examples
+    from analyses.neuron_experiment import split_by_image
+
+    if options.data == "scenes":
+        return (lambda: examples("scenes:train", options.limit or 500),
+                lambda: examples(options.test or "scenes:test", options.test_limit))  # fmt: skip
+    if options.test:
+        return lambda: examples(options.data, options.limit), lambda: examples(options.test, options.test_limit)
+    chosen, judged = split_by_image(examples(options.data))  # paths, not pictures
+    return chosen[: options.limit], judged[: options.test_limit]
+def _report(options, model, neurons, wanted, judged) -> None:
+    """Tables and pictures of the finished runs."""
+    import pandas as pd
+
+    from analyses.runs import read_failures
+
+    out, written = out_folder(options), ["neurons_by_layer.png"]
     tables = {"neurons": neurons.to_dataframe(), "neurons_by_layer": neurons.by_layer(), "neurons_overlaps": neurons.overlaps()}
     neurons.plot(out / "neurons_by_layer.png")
-    written += ["firings.safetensors", "neurons_by_layer.png"]
     print(_selection(neurons))
-    if not options.only_select:
-        tables |= _experiment(options, model, neurons, chosen, judged, out, written)
+    if wanted is not None:
+        tables |= _experiment(options, model, neurons, wanted, judged, written)
+    stages = [folder for folder in sorted((out / NAME).iterdir()) if wanted is not None or folder.name == "firings"]
+    tables["neurons_failures"] = pd.concat([read_failures(folder).assign(run=folder.name) for folder in stages])
+    if len(failures := tables["neurons_failures"]):
+        print(f"\n{len(failures)} questions failed, the first ({failures['id'].iloc[0]}): {failures['error'].iloc[0]}")
     for name, table in tables.items():
         table.to_csv(out / f"{name}.csv", index=False)
     print("\n" + "\n".join(f"wrote {out / name}" for name in [*written, *(f"{name}.csv" for name in tables)]))
 
 
-def _data(options: argparse.Namespace) -> tuple[list, list]:
-    """(questions to select on, questions to judge on), on different images."""
-    from analyses.data import examples
-    from analyses.neuron_experiment import split_by_image
-
-    if options.data == "scenes":
-        return list(examples("scenes:train", options.limit or 500)), list(examples(options.test or "scenes:test", options.test_limit))
-    if options.test:
-        return list(examples(options.data, options.limit)), list(examples(options.test, options.test_limit))
-    chosen, judged = split_by_image(examples(options.data))
-    return chosen[: options.limit], judged[: options.test_limit]
-
-
-def _experiment(options, model, neurons, chosen, judged, out, written) -> dict:
-    """Switches off, answers, draws; returns the tables."""
-    from analyses.neuron_experiment import ablate, ablation_effects, conditions, prepare, stream_by_layer
+def _experiment(options, model, neurons, wanted, judged, written) -> dict:
+    """What switching off did: prints, draws, returns the tables."""
+    from analyses.neuron_experiment import prepare, read_ablations, stream_by_layer
     from analyses.neuron_pictures import top_images, written_tokens
     from analyses.views.neurons import streams_plot
 
-    effects = ablation_effects(model, chosen, neurons.domains, list(neurons.modules), options.batch)
-    batches, wanted = prepare(model, judged, 2 * options.batch), conditions(neurons, effects, options.seeds)
-    ablations = ablate(model, batches, wanted)
+    out, ablations = options.out, read_ablations(options.out / NAME / "ablations")
+    answered = set(ablations.outcomes["id"])
+    questions = [example for example in (judged() if callable(judged) else judged) if example.id in answered]
     whole = "all" if len(neurons.modules) > 1 else next(iter(neurons.modules))
-    first = {batch.domain: batch for batch in reversed(batches)}.values()  # enough for means by layer
-    streams = stream_by_layer(model, list(first), [c for c in wanted if c.module == whole and c.seed == 0])
-    ablations.save(out / "neurons_outcomes.csv")
+    first = [example for domain in neurons.domains for example in _some(questions, domain, 2 * options.batch_size)]
+    off = [c for c in wanted if c.module == whole and c.seed == 0]
+    streams = stream_by_layer(model, prepare(model, first, 2 * options.batch_size), off)
+    ablations.save(out / "neurons_outcomes.safetensors")
+    ablations.to_dataframe().assign(model=ablations.model_name).to_csv(out / "neurons_outcomes.csv", index=False)
     ablations.plot(out / "neurons_accuracy.png")
     ablations.plot_controls(out / "neurons_controls.png")
     streams_plot(streams, ablations.model_name, out / "neurons_streams.png", whole)
-    written += ["neurons_outcomes.csv", "neurons_accuracy.png", "neurons_controls.png", "neurons_streams.png"]
+    written += ["neurons_outcomes.safetensors", "neurons_outcomes.csv", "neurons_accuracy.png", "neurons_controls.png", "neurons_streams.png"]
     tokens = []
     for module, layer, neuron in _purest(neurons):
         name = f"neuron_{module}_{layer}_{neuron}.png"
-        top_images(model, (module, layer, neuron), judged).plot(out / name)
+        top_images(model, (module, layer, neuron), questions).plot(out / name)
         written.append(name)
         if module != "vision":
             tokens.append(written_tokens(model, (module, layer, neuron)).assign(module=module, layer=layer, neuron=neuron))
@@ -95,6 +179,10 @@ def _experiment(options, model, neurons, chosen, judged, out, written) -> dict:
 
     return {"neurons_accuracy": accuracy, "neurons_against_controls": excess, "neurons_cross": cross.reset_index(),
             "neurons_streams": streams} | ({"neurons_write": pd.concat(tokens)} if tokens else {})  # fmt: skip
+
+
+def _some(questions: list, domain: str, n: int) -> list:
+    return [example for example in questions if example.domain == domain][:n]
 
 
 def _purest(neurons) -> list[tuple[str, int, int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..model import HookedQwen2VL
@@ -22,6 +22,35 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def add_out(parser: argparse.ArgumentParser) -> None:
     """--out, a folder that may not exist yet."""
     parser.add_argument("--out", type=_folder, default=Path("out"), help="folder for what is written (default: out)")
+
+
+def add_run(parser: argparse.ArgumentParser, batch_size: int) -> None:
+    """--batch-size, --shard, --dry-run, of what is a run over a data set."""
+    parser.add_argument("--batch-size", type=int, default=batch_size, help=f"a data set: questions in a batch (default {batch_size})")
+    parser.add_argument("--shard", metavar="k/n", help="a data set: do the k-th of n shares, from 0 (see docs/data_sets.md)")
+    parser.add_argument("--dry-run", action="store_true", help="a data set: say what would be done, and do nothing")
+
+
+def finished(options: argparse.Namespace, state: Any) -> bool:
+    """Whether a run is complete: processes launched together wait until it is, a share of --shard says what is missing."""
+    if _launched(options, state):
+        from analyses.runs import wait_for_all
+
+        wait_for_all(state)
+        return True
+    if not state.complete:
+        total = state.plan["part"].nunique()
+        print(f"{len(state.done)} of {total} parts are in {state.out}: once all are there, the same command goes on.")
+    return state.complete
+
+
+def reports(options: argparse.Namespace, state: Any) -> bool:
+    """Whether this process makes the tables of a finished run: the first of those launched together."""
+    return not _launched(options, state) or state.share[0] == 0
+
+
+def _launched(options: argparse.Namespace, state: Any) -> bool:
+    return state.share[1] > 1 and options.shard is None
 
 
 def _folder(text: str) -> Path:
