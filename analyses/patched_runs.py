@@ -185,13 +185,18 @@ def _past(model: Any, inputs: Any, cache: Any, layer: int, start: int, n: int) -
         return None
     entries = [
         TransformerLensKeyValueCacheEntry(
-            *(cache[name][:, :start].repeat(n, 1, 1, 1) for name in _key_value_names([l])), frozen=True
+            *(_repeated(cache[name][:, :start], n) for name in _key_value_names([l])), frozen=True
         )
         if l >= layer
         else None
         for l in range(model.cfg.n_layers)
     ]
     return TransformerLensKeyValueCache(entries, inputs.attention_mask[:, :start], frozen=True)
+
+
+def _repeated(x: Float[Tensor, "batch *rest"], n: int) -> Float[Tensor, "cell_batch *rest"]:
+    """x n times over; for a single example a view: each block copies its own when it appends."""
+    return x[None].expand(n, *x.shape).flatten(0, 1)
 
 
 def _key_value_names(layers: Sequence[int]) -> list[str]:
