@@ -11,19 +11,18 @@
 Flipping the sign sets a noun's "yes" and "no" answers apart before anything is compared. So these are also reported
 apart ("existence: said no"), and "all, within categories" compares only answers of one category that said the same.
 
-With a folder, answers and scores are written one by one and a run goes on where it was stopped; a folder of another
-model, other data or other settings is refused.
+In memory: `detect_hallucinations`. Over thousands of questions, in a folder that can be gone on with: a run
+(`analyses.runs.run`) with `hallucination_work`, read with `read_hallucinations`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache, partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,18 +32,33 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from analyses.baselines import SCORES, all_scores
+from analyses.baselines import SCORES, Evidence
 from analyses.benchmarks import OBJECTS, Question, judge, mentions, parse_yes_no
 from analyses.contextual_lens import LayerSweep, default_layers, sweep_layers, word_spans
 from analyses.detection import detection, within
-from analyses.ledger import Ledger
+from analyses.domain_neurons import in_batches
+from analyses.prefixes import Prefixes
+from analyses.result import Result
+from analyses.run_files import PLAN, read_manifest
+from analyses.runs import describe_model, read_results
 
 CONTROL = "contextual_control"
 NOUN_METHODS = ("internal_confidence", "contextual", CONTROL)
 ALL, WITHIN = "all", "all, within categories"
 ENOUGH = 300  # hallucinated answers below which an interval is wide
+_COLUMNS = ("key", "id", "category", "question", "gold", "answer", "correct", "judge", "said", "noun")
 _SAYS = re.compile(r"\s*(yes|no)\b", re.IGNORECASE)
-Scorer = Callable[..., Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Asked(Question):
+    """A question, and what its control sees.
+
+    Attributes:
+        other: the images of another question (see `with_controls`); none where all pictures are the same.
+    """
+
+    other: tuple[Any, ...] = field(repr=False, default=())
 
 
 class Answer(NamedTuple):
@@ -86,13 +100,13 @@ class Claim:
 
 
 @dataclass(frozen=True)
-class Hallucinations:
+class Hallucinations(Result):
     """Every claim with every method's score.
 
     Attributes:
         claims: one row a claim: key, id, category, question, gold, answer, correct (None: needs a judge), judge, said,
             noun, error (why scores are missing), a column a method (NaN where there is none), cut and other_tokens.
-        methods: their names. data, model_name, weights: what was run; `weights` is their fingerprint.
+        methods: their names. data, model_name, weights: what was run; `weights` is their hash.
         n_boot, seed, level: of the bootstrap.
     """
 
@@ -197,7 +211,6 @@ def detect_hallucinations(
     model: Any,
     items: Sequence[Question],
     data: str,
-    folder: str | Path | None = None,
     methods: Sequence[str] | None = None,
     vocabulary: Mapping[str, str] | None = None,
     judgements: Mapping[str, bool] | None = None,
@@ -207,128 +220,206 @@ def detect_hallucinations(
     progress: bool = True,
     image_layer: int | None = None,
     text_layer: int | None = None,
+    batch_size: int = 8,
 ) -> Hallucinations:
     """Answers, judges, scores.
 
     Args:
-        data: the data set's name; a folder takes answers to one only.
-        folder: for answers.jsonl and scores.jsonl; None keeps nothing.
-        methods: of `baselines.SCORES`; None takes all.
-        vocabulary: word -> object, for captions (`benchmarks.read_synonyms`).
+        data: the data set's name.
+        methods, vocabulary, max_new_tokens, image_layer, text_layer: see `hallucination_work`.
         judgements: id -> whether right, of a judge outside; they come before the benchmark's own.
         n_boot, seed: of the intervals.
+    Raises:
+        ValueError: no items, an item without an image that can be read, judgements of unknown ids, or as
+            `hallucination_work`.
+    """
+    work = hallucination_work(model, methods, vocabulary, max_new_tokens, image_layer, text_layer)
+    bar = tqdm(with_controls(items), total=len(items), desc="scoring", unit="question", disable=not progress, delay=2)
+    rows = pd.DataFrame([row for batch in in_batches(bar, batch_size) for row in work(batch)])
+    claims = _as_claims(rows, {item.id for item in items}, judgements)
+    about = describe_model(model)
+    return Hallucinations(claims, _methods(methods), data, about["name"], n_boot, seed, weights=about["weights"])
+
+
+def hallucination_work(
+    model: Any,
+    methods: Sequence[str] | None = None,
+    vocabulary: Mapping[str, str] | None = None,
+    max_new_tokens: int = 32,
+    image_layer: int | None = None,
+    text_layer: int | None = None,
+) -> Callable[[Sequence[Asked]], Iterator[dict[str, Any]]]:
+    """What a run does with a batch of `with_controls`' questions: a row a claim, with what it says and its scores.
+
+    Args:
+        methods: of `baselines.SCORES`; None takes all.
+        vocabulary: word -> object, for captions (`benchmarks.read_synonyms`).
         image_layer, text_layer: lens entries of the contextual lens (see `choose_layers`); None takes its defaults.
     Raises:
-        ValueError: no items, an unknown method, a folder of another run, an item without image, or captions without
-            a vocabulary.
+        ValueError: an unknown method or layer; (when called) a question without image, or captions without a vocabulary.
     """
-    if not items:
-        raise ValueError("expected questions, got none.")
-    methods = list(SCORES) if methods is None else list(methods)
-    if unknown := [name for name in methods if name not in SCORES]:
-        raise ValueError(f"unknown methods {', '.join(unknown)}; there are {', '.join(SCORES)}.")
-    if without := [item.source or item.id for item in items if not item.images]:
-        raise ValueError(f"{len(without)} questions have no image (the first: {without[0]}): pass images=.")
-    paths = [None, None] if folder is None else [Path(folder) / name for name in ("answers.jsonl", "scores.jsonl")]
-    settings = {"data": data, "model": str(model.cfg.model_name), "weights": fingerprint(model)}
-    answers = generate_answers(model, items, paths[0], settings, max_new_tokens, progress)
-    claims = claims_of(items, [answer.text for answer in answers], vocabulary, judgements)
+    methods = _methods(methods)
+    layers = default_layers(model, image_layer, text_layer)
+    encode = Prefixes(model)
+
+    @torch.no_grad()
+    def work(batch: Sequence[Asked]) -> Iterator[dict[str, Any]]:
+        if blind := [item.source or item.id for item in batch if not item.images]:
+            raise ValueError(f"{blind[0]} has no image: pass images=.")
+        for item, answer in zip(batch, generate_answers(model, batch, max_new_tokens, encode)):
+            for claim in claims_of([item], [answer.text], vocabulary):
+                scores = score_claim(model, claim, methods, item.other, *layers, encode)
+                yield {**_about(claim), **scores, "cut": answer.cut, "other_tokens": answer.other_tokens}
+
+    return work
+
+
+def run_settings(
+    model: Any,
+    methods: Sequence[str] | None = None,
+    vocabulary: Mapping[str, str] | None = None,
+    max_new_tokens: int = 32,
+    image_layer: int | None = None,
+    text_layer: int | None = None,
+) -> dict[str, Any]:
+    """What decides the rows of `hallucination_work`, with the same arguments, as `runs.run` takes settings.
+
+    Raises:
+        ValueError: an unknown method or layer.
+    """
+    words = None if vocabulary is None else hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()[:16]
     layers = dict(zip(("image_layer", "text_layer"), default_layers(model, image_layer, text_layer)))
-    scores = score_claims(
-        model, claims, methods, paths[1], {**settings, **layers}, progress, partial(all_scores, **layers)
-    )
-    table = pd.DataFrame([_row(claim, scores[claim.key], methods) for claim in claims])
-    said = {item.id: answer for item, answer in zip(items, answers)}
-    for name in ("cut", "other_tokens"):
-        table[name] = [getattr(said[id], name) for id in table["id"]]
-    return Hallucinations(table, tuple(methods), data, settings["model"], n_boot, seed, weights=settings["weights"])
+    return {"methods": list(_methods(methods)), "vocabulary": words, "max_new_tokens": max_new_tokens, **layers}
+
+
+def read_hallucinations(
+    out: str | Path, data: str, judgements: Mapping[str, bool] | None = None, n_boot: int = 1000, seed: int = 0
+) -> Hallucinations:
+    """The result of a run with `hallucination_work`, the parts of all its processes together.
+
+    Args:
+        data, judgements, n_boot, seed: as `detect_hallucinations` takes them.
+    Raises:
+        ValueError: no run there, one that is not finished, nothing to score, or judgements of unknown ids.
+    """
+    manifest = read_manifest(out)
+    ids = set(pd.read_parquet(Path(out) / PLAN, columns=["id"])["id"])
+    claims = _as_claims(read_results(out).drop(columns="item"), ids, judgements)
+    methods, about = tuple(manifest["settings"]["methods"]), manifest["model"]
+    return Hallucinations(claims, methods, data, about["name"], n_boot, seed, weights=about["weights"])
+
+
+def with_controls(items: Iterable[Question]) -> Iterator[Asked]:
+    """The questions, each with the pictures of the nearest one before it whose pictures differ, else after it.
+
+    Looking back first keeps them the same when a run is made longer; only the first picture's questions are held back.
+    """
+    waiting: list[Question] = []  # as long as all pictures are the same
+    last: tuple[str, tuple[Any, ...]] = ("", ())
+    other: tuple[Any, ...] = ()
+    for item in items:
+        key = _pictures_key(item)
+        if waiting and key != last[0]:
+            yield from (_asked(one, item.images) for one in waiting)
+            waiting, other = [], last[1]
+        elif not other:
+            waiting.append(item)
+        elif key != last[0]:
+            other = last[1]
+        last = key, item.images
+        if not waiting:
+            yield _asked(item, other)
+    yield from (_asked(one, ()) for one in waiting)
 
 
 @torch.no_grad()
 def generate_answers(
-    model: Any,
-    items: Sequence[Question],
-    path: str | Path | None = None,
-    settings: Mapping[str, Any] | None = None,
-    max_new_tokens: int = 32,
-    progress: bool = True,
+    model: Any, items: Sequence[Question], max_new_tokens: int = 32, encode: Callable[[Any], Any] | None = None
 ) -> list[Answer]:
-    """The model's greedy answer to every question; captions that came with the data are not generated.
+    """The model's greedy answers to one batch of questions; captions that came with the data are not generated.
 
     Args:
-        path: answers are read from and added to this file.
-        settings: what else the file must have been written with.
-    Raises:
-        ValueError: the file is another run's, or a question or picture of it has changed.
+        encode: a store of prefixes; None is `model.encode`.
     """
-    ledger = Ledger(path, {"what": "answers", **(settings or {}), "max_new_tokens": max_new_tokens})
-    answers = []
-    for item in tqdm(items, desc="answering", unit="question", disable=not progress, delay=2):
-        if item.given and item.judge == OBJECTS:
-            answers.append(Answer(item.given))
-            continue
-        stamp = _stamp(item)
-        known = ledger.rows.get(item.id)
-        if known is None:
-            inputs = model.to_inputs(item.question, images=list(item.images))
-            known = {"stamp": stamp, "question": item.question, **_answer(model, inputs, max_new_tokens)}
-            ledger.add(item.id, known)
-        elif known["stamp"] != stamp:
-            raise ValueError(f"{path}: question or picture of {item.id} changed since it was answered; choose another folder.")
-        answers.append(Answer(known["answer"], known["cut"], known["other_tokens"]))
-    return answers
+    asked = [item for item in items if not (item.given and item.judge == OBJECTS)]
+    said: Iterator[Answer] = iter(())
+    if asked:
+        inputs = model.to_inputs([item.question for item in asked], images=[list(item.images) for item in asked])
+        inputs = (encode or model.encode)(inputs)
+        done = model.generate(inputs, max_new_tokens=max_new_tokens, do_sample=False, return_type="inputs", verbose=False)
+        said = (_answer(model, row) for row in done.tokens[:, inputs.shape[1] :].tolist())
+    return [Answer(item.given) if item.given and item.judge == OBJECTS else next(said) for item in items]
 
 
 def claims_of(
     items: Sequence[Question],
     answers: Sequence[str],
     vocabulary: Mapping[str, str] | None = None,
-    judgements: Mapping[str, bool] | None = None,
 ) -> list[Claim]:
-    """What is to be scored, and whether it is right, where that is known.
+    """What is to be scored, and whether it is right, where the benchmark says so.
 
     Raises:
-        ValueError: captions without a vocabulary, or judgements of unknown ids.
+        ValueError: captions without a vocabulary.
     """
-    judgements = dict(judgements or {})
-    if unknown := set(judgements) - {item.id for item in items}:
-        raise ValueError(f"{len(unknown)} judgements have an id that no item has, such as {min(unknown)!r}.")
     claims = []
     for item, answer in zip(items, answers, strict=True):
         if item.judge == OBJECTS:
             claims += _mention_claims(item, answer, vocabulary)
             continue
-        correct = judgements.get(item.id, judge(item, answer))
         noun = item.noun if _begins_as_read(answer) else ""
-        claims.append(Claim(item.id, item, answer, correct, noun=noun))
+        claims.append(Claim(item.id, item, answer, judge(item, answer), noun=noun))
     return claims
 
 
-def score_claims(
+def score_claim(
     model: Any,
-    claims: Sequence[Claim],
+    claim: Claim,
     methods: Sequence[str],
-    path: str | Path | None = None,
-    settings: Mapping[str, Any] | None = None,
-    progress: bool = True,
-    scorer: Scorer = all_scores,
-) -> dict[str, dict[str, Any]]:
-    """key -> {method: score, …, "error": ""}; a claim that a method refuses has no scores, and the error says why.
+    other: Sequence[Any] = (),
+    image_layer: int | None = None,
+    text_layer: int | None = None,
+    encode: Callable[[Any], Any] | None = None,
+) -> dict[str, Any]:
+    """{method: score, …, "refused": ""}; a claim that cannot be scored has no scores, and `refused` says why.
 
     Args:
-        path, settings: as `generate_answers`.
-        scorer: (model, inputs, names=, noun=, other=) -> scores; `baselines.all_scores`.
+        methods: of `baselines.SCORES`.
+        other: the pictures that the control sees; without them it has no score.
+        image_layer, text_layer: of the contextual lens.
+        encode: a store of prefixes; None is `model.encode`.
     """
-    ledger = Ledger(path, {"what": "scores", **(settings or {}), "methods": list(methods)})
-    stamps = [_stamp(claim.item, claim.text, claim.noun, claim.mention) for claim in claims]
-    others = _other_pictures([claim.item for claim in claims]) if CONTROL in methods else [None] * len(claims)
-    for claim, stamp, other in zip(tqdm(claims, desc="scoring", disable=not progress, delay=2), stamps, others):
-        known = ledger.rows.get(claim.key)
-        if known is None:
-            ledger.add(claim.key, {"stamp": stamp, **_scores(model, claim, methods, other, scorer)})
-        elif known["stamp"] != stamp:
-            raise ValueError(f"{path}: {claim.key} was scored with another answer or picture; choose another folder.")
-    return {claim.key: ledger.rows[claim.key] for claim in claims}
+    nothing: dict[str, Any] = dict.fromkeys(methods)
+    if not claim.text.strip():
+        return {**nothing, "refused": "the answer is empty"}
+    encode = encode or model.encode
+    control = _control(model, claim, other, encode) if other and CONTROL in methods else None
+    try:
+        evidence = _Encoded(
+            model, claim_inputs(model, claim), 0, claim.noun or None, control, image_layer, text_layer, encode
+        )
+        names = [name for name in methods if name != CONTROL or control is not None]
+        return {**nothing, **{name: SCORES[name](model, evidence) for name in names}, "refused": ""}
+    except ValueError as error:
+        return {**nothing, "refused": str(error)}
+
+
+def _control(model: Any, claim: Claim, other: Sequence[Any], encode: Callable[[Any], Any]) -> Any:
+    """The claim beside the other pictures; None where one cannot be read, which its own question says."""
+    try:
+        return encode(claim_inputs(model, claim, other))
+    except ValueError:
+        return None
+
+
+@dataclass(frozen=True)
+class _Encoded(Evidence):
+    """Evidence that takes its prefix from a store."""
+
+    encode: Callable[[Any], Any] | None = None
+
+    @cached_property
+    def item(self) -> Any:
+        return self.encode(self.inputs[self.row])
 
 
 def claim_inputs(model: Any, claim: Claim, images: Sequence[Any] | None = None) -> Any:
@@ -360,23 +451,12 @@ def choose_layers(
     Raises:
         ValueError: no right, or no hallucinated, answer among them.
     """
-    answers = generate_answers(model, items, None, None, max_new_tokens, progress)
-    claims = claims_of(items, [answer.text for answer in answers])
+    bar = tqdm(items, desc="answering", unit="question", disable=not progress, delay=2)
+    answers = [answer.text for batch in in_batches(bar, 8) for answer in generate_answers(model, batch, max_new_tokens)]
+    claims = claims_of(items, answers)
     claims = [c for c in claims if c.correct is not None and not c.noun and c.text.strip()]
     prompts = (model.encode(claim_inputs(model, claim)) for claim in claims)
     return sweep_layers(model, prompts, [c.correct for c in claims], progress=progress)
-
-
-def fingerprint(model: Any) -> str:
-    """Tells weights apart: names, shapes and dtypes, and of each its sum and some of its entries (offloaded ones aside)."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(model.named_parameters()):
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        if not weight.is_meta:
-            flat = weight.detach().flatten()
-            some = flat[:: max(1, len(flat) // 64)].double().cpu().numpy()
-            digest.update(flat.sum(dtype=torch.float64).cpu().numpy().tobytes() + some.tobytes())
-    return digest.hexdigest()[:16]
 
 
 def read_judgements(file: str | Path) -> dict[str, bool]:
@@ -412,16 +492,15 @@ def _begins_as_read(answer: str) -> bool:
     return said is not None and said[1].lower() == parse_yes_no(answer.replace("NO", "No"))
 
 
-def _answer(model: Any, inputs: Any, max_new_tokens: int) -> dict[str, Any]:
-    """The answer's text; whether it was cut at the limit, and whether its text has other tokens than were generated."""
-    done = model.generate(inputs, max_new_tokens=max_new_tokens, do_sample=False, return_type="inputs", verbose=False)
-    ids = done.tokens[0, inputs.shape[1] :].tolist()
+def _answer(model: Any, ids: Sequence[int]) -> Answer:
+    """The answer up to its end token (padding follows): its text; whether it was cut at the limit, and whether its text
+    has other tokens than were generated."""
     ends = set(model.cfg.special.eos)
-    ended = bool(ids) and ids[-1] in ends
-    ids = [i for i in ids if i not in ends]
-    text = model.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    same = model.tokenizer(text.strip(), add_special_tokens=False)["input_ids"] == ids
-    return {"answer": text, "cut": not ended, "other_tokens": not same}
+    length = next((at for at, token in enumerate(ids) if token in ends), None)
+    kept = list(ids[:length])
+    text = model.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    same = model.tokenizer(text.strip(), add_special_tokens=False)["input_ids"] == kept
+    return Answer(text, length is None, not same)
 
 
 def _mention_claims(item: Question, caption: str, vocabulary: Mapping[str, str] | None) -> list[Claim]:
@@ -434,20 +513,14 @@ def _mention_claims(item: Question, caption: str, vocabulary: Mapping[str, str] 
     ]
 
 
-def _scores(model: Any, claim: Claim, methods: Sequence[str], other: Any, scorer: Scorer) -> dict[str, Any]:
-    if not claim.text.strip():
-        return {"error": "the answer is empty"}
-    names = [name for name in methods if name != CONTROL or other is not None]
-    try:
-        inputs = claim_inputs(model, claim)
-        control = claim_inputs(model, claim, other) if other is not None else None
-        found = scorer(model, inputs, names=names, noun=claim.noun or None, other=control)
-    except ValueError as error:
-        return {"error": str(error)}
-    return {**found, "error": ""}
+def _methods(methods: Sequence[str] | None) -> tuple[str, ...]:
+    found = tuple(SCORES if methods is None else methods)
+    if unknown := [name for name in found if name not in SCORES]:
+        raise ValueError(f"unknown methods {', '.join(unknown)}; there are {', '.join(SCORES)}.")
+    return found
 
 
-def _row(claim: Claim, scores: Mapping[str, Any], methods: Sequence[str]) -> dict[str, Any]:
+def _about(claim: Claim) -> dict[str, Any]:
     return {
         "key": claim.key,
         "id": claim.item.id,
@@ -459,50 +532,39 @@ def _row(claim: Claim, scores: Mapping[str, Any], methods: Sequence[str]) -> dic
         "judge": claim.item.judge,
         "said": claim.said,
         "noun": claim.noun,
-        "error": scores["error"],
-        **{name: float("nan") if scores.get(name) is None else float(scores[name]) for name in methods},
     }
 
 
-def _other_pictures(items: Sequence[Question]) -> list[tuple[Any, ...] | None]:
-    """For each item the pictures of the nearest item before it whose pictures differ, else after it; None without any.
-
-    Looking back first keeps them the same when a run is made longer.
-    """
-    prints = [_pictures_print(item) for item in items]
-    later: list[int | None] = [None] * len(items)
-    for at in range(len(items) - 2, -1, -1):
-        later[at] = at + 1 if prints[at + 1] != prints[at] else later[at + 1]
-    earlier: list[int | None] = []
-    for at in range(len(items)):
-        last = at - 1
-        earlier.append(None if last < 0 else last if prints[last] != prints[at] else earlier[last])
-    chosen = [back if back is not None else ahead for back, ahead in zip(earlier, later)]
-    return [None if at is None else items[at].images for at in chosen]
+def _as_claims(rows: pd.DataFrame, ids: set[str], judgements: Mapping[str, bool] | None) -> pd.DataFrame:
+    """The rows of `hallucination_work` as `Hallucinations.claims`; a judge outside comes before the benchmark."""
+    if rows.empty:
+        raise ValueError("there is nothing to score: no question whose image can be read, or captions that name nothing.")
+    judgements = dict(judgements or {})
+    if unknown := set(judgements) - ids:
+        raise ValueError(f"{len(unknown)} judgements have an id that no item has, such as {min(unknown)!r}.")
+    methods = [name for name in rows if name in SCORES]
+    table = rows.rename(columns={"refused": "error"})[[*_COLUMNS, "error", *methods, "cut", "other_tokens"]]
+    outside = [judgements.get(id) if kind != OBJECTS else None for id, kind in zip(table["id"], table["judge"])]
+    correct = [own if said is None else said for said, own in zip(outside, table["correct"])]
+    known = [None if pd.isna(value) else bool(value) for value in correct]
+    return table.assign(correct=pd.Series(known, table.index, dtype=object)).astype(dict.fromkeys(methods, float))
 
 
-def _stamp(item: Question, *more: Any) -> str:
-    """Says whether a question, its pictures or more is what it was."""
-    return hashlib.sha256(repr((item.question, _pictures_print(item), more)).encode()).hexdigest()[:16]
+def _asked(item: Question, other: tuple[Any, ...]) -> Asked:
+    return Asked(**{f.name: getattr(item, f.name) for f in fields(item)}, other=other)
 
 
-def _pictures_print(item: Question) -> str:
-    digest = hashlib.sha256()
+def _pictures_key(item: Question) -> str:
+    """Tells pictures apart: files by their path, pictures in memory by their pixels."""
+    hashed = hashlib.sha256()
     for image in item.images:
-        if isinstance(image, Image.Image):
-            digest.update(f"{image.mode} {image.size}".encode() + image.tobytes())
-        elif isinstance(image, (str, Path)):
-            status = os.stat(image)
-            digest.update(_file_print(str(image), status.st_mtime_ns, status.st_size))
+        if isinstance(image, (str, Path)):
+            hashed.update(f"{image}\n".encode())
+        elif isinstance(image, Image.Image):
+            hashed.update(f"{image.mode} {image.size}".encode() + image.tobytes())
         else:
-            digest.update(np.asarray(image).tobytes())
-    return digest.hexdigest()
-
-
-@lru_cache(maxsize=100_000)
-def _file_print(path: str, changed: int, size: int) -> bytes:
-    """Of a file's content, read once: benchmarks ask many questions about one picture."""
-    return hashlib.sha256(Path(path).read_bytes()).digest()
+            hashed.update(np.asarray(image).tobytes())
+    return hashed.hexdigest()
 
 
 def _interval_text(row: pd.Series, figure: str) -> str:

@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pandas as pd
@@ -16,18 +11,15 @@ import pytest
 import torch
 from conftest import picture
 from sklearn.metrics import average_precision_score, roc_auc_score
-from tiny import tiny_hf
 
 from analyses.baselines import SCORES, all_scores
 from analyses.benchmarks import EXACT, NEEDS_A_JUDGE, OBJECTS, YES_NO, Question
 from analyses.detection import detection, weighted_figures, within
 from analyses.hallucination import (
-    ALL, CONTROL, WITHIN, Claim, Hallucinations, _other_pictures, choose_layers, claim_inputs, claims_of,
-    detect_hallucinations, fingerprint,
-    generate_answers, read_judgements, score_claims,
+    ALL, CONTROL, WITHIN, Claim, _answer, Hallucinations, choose_layers, claim_inputs, claims_of, detect_hallucinations,
+    generate_answers, hallucination_work, read_hallucinations, read_judgements, run_settings, score_claim, with_controls,
 )  # fmt: skip
-from analyses.ledger import Ledger
-from hooked_qwen2vl import HookedQwen2VL
+from analyses.runs import describe_model, read_failures, run
 from hooked_qwen2vl.cli import main
 
 FAST = ["probability", "contextual", CONTROL]
@@ -138,13 +130,11 @@ def test_yes_and_no_score_the_noun_with_opposite_signs(model):
     item = question(1, "Is there a red thing?", "yes", judge=YES_NO, noun="red thing")
     claims = claims_of([item] * 2, ["yes", "no"])
     assert [(c.correct, c.said, c.noun) for c in claims] == [(True, "yes", "red thing"), (False, "no", "red thing")]
-    claims[1] = dataclasses.replace(claims[1], key="other")
-    scores = score_claims(model, claims, list(SCORES), progress=False)
-    yes, no = scores["q1"], scores["other"]
+    yes, no = (score_claim(model, claim, [name for name in SCORES if name != CONTROL]) for claim in claims)
     for name in ("contextual", "internal_confidence"):
         assert yes[name] == pytest.approx(-no[name]) and yes[name] != 0
     assert yes["probability"] > 0 and no["probability"] > 0 and yes["probability"] != no["probability"]
-    plain = score_claims(model, [Claim("plain", item, "yes", True)], ["contextual"], progress=False)["plain"]
+    plain = score_claim(model, Claim("plain", item, "yes", True), ["contextual"])
     assert plain["contextual"] != pytest.approx(yes["contextual"])  # the word "yes" itself is another score
 
 
@@ -157,15 +147,13 @@ def test_when_a_noun_is_scored(answer, said):
 
 
 def test_orientation_the_model_believes_its_own_answer(model, items):
-    answers = [answer.text for answer in generate_answers(model, items, max_new_tokens=1, progress=False)]
+    answers = [answer.text for answer in generate_answers(model, items, max_new_tokens=1)]
     with torch.no_grad():
         logits = model(model.to_inputs(items[0].question, images=list(items[0].images)))[0, -1]
     least = model.tokenizer.decode([int(logits[:256].argmin())])
-    own, other = claims_of(items[:1] * 2, [answers[0], least])
-    other = dataclasses.replace(other, key="other")
-    scores = score_claims(model, [own, other], ["probability", "mean_log_prob"], progress=False)
-    assert scores["q0"]["probability"] > scores["other"]["probability"]
-    assert scores["q0"]["mean_log_prob"] > scores["other"]["mean_log_prob"]
+    claims = claims_of(items[:1] * 2, [answers[0], least])
+    own, other = (score_claim(model, claim, ["probability", "mean_log_prob"]) for claim in claims)
+    assert own["probability"] > other["probability"] and own["mean_log_prob"] > other["mean_log_prob"]
 
 
 def caption_item(**more) -> Question:
@@ -175,7 +163,7 @@ def caption_item(**more) -> Question:
 
 def test_every_object_of_a_caption_is_a_claim(model):
     item = caption_item()
-    (answer,) = generate_answers(model, [item], progress=False)
+    (answer,) = generate_answers(model, [item])
     claims = claims_of([item], [answer.text], {"dog": "dog", "bus": "bus"})
     assert [(item.given[slice(*c.mention)], c.correct) for c in claims] == [("dog", True), ("bus", False), ("dogs", True)]
     for claim in claims:
@@ -187,7 +175,7 @@ def test_every_object_of_a_caption_is_a_claim(model):
         with torch.no_grad():
             log_probs = model(inputs).log_softmax(-1)[0]
         by_hand = log_probs[[p - 1 for p in at], inputs.tokens[0, at]].mean()
-        ours = score_claims(model, [claim], ["mean_log_prob"], progress=False)[claim.key]
+        ours = score_claim(model, claim, ["mean_log_prob"])
         assert ours["mean_log_prob"] == pytest.approx(float(by_hand), abs=1e-4)
     with pytest.raises(ValueError, match="vocabulary"):
         claims_of([item], [item.given])
@@ -195,135 +183,140 @@ def test_every_object_of_a_caption_is_a_claim(model):
 
 def test_the_control_sees_the_nearest_other_picture():
     shots = [(picture(28, 28, seed),) for seed in (0, 0, 1, 1, 0)]
-    found = _other_pictures([question(n, images=shot) for n, shot in enumerate(shots)])
-    assert found == [shots[2], shots[2], shots[1], shots[1], shots[3]]
-    assert _other_pictures([question(n, images=shots[0]) for n in range(2)]) == [None, None]
+    items = [question(n, images=shot) for n, shot in enumerate(shots)]
+    found = list(with_controls(items))
+    assert [item.other for item in found] == [shots[2], shots[2], shots[1], shots[1], shots[3]]
+    assert [item.id for item in found] == [item.id for item in items] and found[3].images == shots[3]
+    assert [item.other for item in with_controls(items[:2])] == [(), ()]
+    assert [item.other for item in with_controls(items[:3])] == [shots[2], shots[2], shots[1]]  # a longer run: the same
 
 
 def test_the_control_is_the_score_with_the_other_picture(model, items):
-    claims = claims_of(items[:2], ["red", "red"])
-    scores = score_claims(model, claims, ["contextual", CONTROL], progress=False)
-    swapped = dataclasses.replace(items[1], images=items[0].images)
-    expected = score_claims(model, claims_of([swapped], ["red"]), ["contextual"], progress=False)["q1"]["contextual"]
-    assert scores["q1"][CONTROL] == pytest.approx(expected) and scores["q1"]["contextual"] != pytest.approx(expected)
+    (claim,) = claims_of(items[1:2], ["red"])
+    scores = score_claim(model, claim, ["contextual", CONTROL], items[0].images)
+    (swapped,) = claims_of([dataclasses.replace(items[1], images=items[0].images)], ["red"])
+    expected = score_claim(model, swapped, ["contextual"])["contextual"]
+    assert scores[CONTROL] == pytest.approx(expected) and scores["contextual"] != pytest.approx(expected)
 
 
-def test_what_cannot_be_scored_is_said(model, items):
-    claims = claims_of(items[:2], ["", "red"])
-
-    def refuse(*args, **more):
-        raise ValueError("not this one")
-
-    scores = score_claims(model, claims, FAST, progress=False, scorer=refuse)
-    assert [scores[key]["error"] for key in ("q0", "q1")] == ["the answer is empty", "not this one"]
-    assert not set(FAST) & {name for row in scores.values() for name in row}
+def test_what_cannot_be_scored_is_said(model, items, tmp_path):
+    empty, red = claims_of(items[:2], ["", "red"])
+    assert score_claim(model, empty, FAST) == {**dict.fromkeys(FAST), "refused": "the answer is empty"}
+    without = score_claim(model, red, FAST, (tmp_path / "not there.png",))
+    assert without[CONTROL] is None and without["contextual"] is not None and without["refused"] == ""
+    blind = dataclasses.replace(red, item=dataclasses.replace(items[1], images=()))
+    assert "image" in score_claim(model, blind, FAST)["refused"]
 
 
-# ---- runs that are cut short ------------------------------------------------------------------------
+# ---- answers ----------------------------------------------------------------------------------------
 
 
-class Cut(Exception):
-    pass
+def test_answers_of_a_batch_are_those_of_each_alone(model, items):
+    """Rows end at different steps: what follows an end token is no part of an answer."""
+    limits = []
+    for limit in (1, 6):
+        batch = generate_answers(model, items, limit)
+        for item, answer in zip(items, batch):
+            inputs = model.to_inputs(item.question, images=list(item.images))
+            tokens = model.generate(inputs, max_new_tokens=limit, do_sample=False, return_type="tokens", verbose=False)
+            ids = tokens[0, inputs.shape[1] :].tolist()
+            ends = [at for at, token in enumerate(ids) if token in model.cfg.special.eos]
+            assert answer.cut == (not ends)
+            assert answer.text == model.tokenizer.decode(ids[: ends[0]] if ends else ids, skip_special_tokens=True)
+        limits.append({answer.cut for answer in batch})
+    assert limits[0] == {True}
+    end = model.cfg.special.eos[0]
+    for ids, cut, text in (([65, end, 70, 70], False, [65]), ([65, 70], True, [65, 70]), ([end, 65], False, [])):
+        answer = _answer(model, ids)
+        assert answer.cut == cut and answer.text == model.tokenizer.decode(text)
 
 
-def cut_after(n: int, function):
-    """The function, which gives up at its call n + 1; `calls` counts."""
+# ---- runs -------------------------------------------------------------------------------------------
+
+SETTINGS = (FAST, None, LIMIT)  # methods, vocabulary, tokens
+
+
+def scored(model, items, out, **more):
+    small = {"batch_size": 2, "batches_per_part": 1, "progress": False}
+    return run("hallucination", lambda: with_controls(items), hallucination_work(model, *SETTINGS), out,
+               run_settings(model, *SETTINGS), model=model, **small, **more)  # fmt: skip
+
+
+def test_a_run_gives_what_memory_gives(model, items, tmp_path):
+    scored(model, items, tmp_path / "one")
+    for k in (1, 0):
+        scored(model, items, tmp_path / "two", shard=(k, 2))
+    whole = detect_hallucinations(model, items, "mine", FAST, max_new_tokens=LIMIT, progress=False, batch_size=2)
+    one, two = (read_hallucinations(tmp_path / name, "mine") for name in ("one", "two"))
+    pd.testing.assert_frame_equal(one.claims, whole.claims, check_exact=True)
+    pd.testing.assert_frame_equal(two.claims, whole.claims, check_exact=True)
+    assert one.weights == whole.weights == describe_model(model)["weights"] and one.methods == tuple(FAST)
+    assert whole.claims["answer"].nunique() > 1 and whole.claims[CONTROL].notna().all()
+
+
+def test_an_interrupted_run_goes_on(model, items, tmp_path, monkeypatch):
+    scored(model, items, tmp_path / "whole")
+    generate, calls = model.generate, []
 
     def limited(*args, **more):
-        limited.calls += 1
-        if limited.calls > n:
-            raise Cut
-        return function(*args, **more)
+        calls.append(1)
+        if len(calls) > 2:
+            raise KeyboardInterrupt
+        return generate(*args, **more)
 
-    limited.calls = 0
-    return limited
-
-
-def test_answers_are_gone_on_with(model, items, tmp_path, monkeypatch):
-    whole = generate_answers(model, items, tmp_path / "whole.jsonl", max_new_tokens=LIMIT, progress=False)
-    generate = model.generate
-    monkeypatch.setattr(model, "generate", cut_after(3, generate), raising=False)
-    with pytest.raises(Cut):
-        generate_answers(model, items, tmp_path / "cut.jsonl", max_new_tokens=LIMIT, progress=False)
-    rest = cut_after(99, generate)
-    monkeypatch.setattr(model, "generate", rest, raising=False)
-    assert generate_answers(model, items, tmp_path / "cut.jsonl", max_new_tokens=LIMIT, progress=False) == whole
-    assert rest.calls == 2
-    assert (tmp_path / "cut.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    assert len({answer.text for answer in whole}) > 1
+    monkeypatch.setattr(model, "generate", limited, raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        scored(model, items, tmp_path / "cut")
+    with pytest.raises(ValueError, match="not finished"):
+        read_hallucinations(tmp_path / "cut", "mine")
+    calls.clear()
+    scored(model, items, tmp_path / "cut")
+    assert len(calls) == 1  # the third of three parts
+    whole, cut = (read_hallucinations(tmp_path / name, "mine").claims for name in ("whole", "cut"))
+    pd.testing.assert_frame_equal(whole, cut, check_exact=True)
 
 
-def test_scores_are_gone_on_with(model, items, tmp_path):
-    claims = claims_of(items, ["red", "blue", "red", "blue", "red"])
-    whole = score_claims(model, claims, FAST, tmp_path / "whole.jsonl", progress=False)
-    with pytest.raises(Cut):
-        score_claims(model, claims, FAST, tmp_path / "cut.jsonl", progress=False, scorer=cut_after(2, all_scores))
-    rest = cut_after(99, all_scores)
-    assert score_claims(model, claims, FAST, tmp_path / "cut.jsonl", progress=False, scorer=rest) == whole
-    assert rest.calls == 3
-    assert (tmp_path / "cut.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+def test_one_bad_picture_spoils_nothing_else(model, items, tmp_path):
+    for n, item in enumerate(items):
+        item.images[0].save(tmp_path / f"{n}.png")
+    (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:200])
+    files = [dataclasses.replace(item, images=(tmp_path / f"{n}.png",)) for n, item in enumerate(items)]
+    scored(model, files, tmp_path / "out")
+    failures = read_failures(tmp_path / "out")
+    assert failures["id"].tolist() == ["q1"] and "1.png" in failures["error"][0]
+    claims = read_hallucinations(tmp_path / "out", "mine").claims.set_index("id")
+    assert list(claims.index) == ["q0", "q2", "q3", "q4"] and claims["contextual"].notna().all()
+    assert np.isnan(claims[CONTROL]).tolist() == [True, True, False, False]  # q0 and q2 would have seen it
 
 
-def test_other_settings_pictures_and_weights_are_refused(model, items, tmp_path):
-    path, settings = tmp_path / "a.jsonl", {"weights": fingerprint(model)}
-    generate_answers(model, items[:1], path, settings, LIMIT, progress=False)
-    with pytest.raises(ValueError, match="max_new_tokens was 3, now 4"):
-        generate_answers(model, items[:1], path, settings, LIMIT + 1, progress=False)
-    with pytest.raises(ValueError, match="picture of q0 changed"):
-        changed = dataclasses.replace(items[0], images=items[1].images)
-        generate_answers(model, [changed], path, settings, LIMIT, progress=False)
-    other = HookedQwen2VL.from_hf(tiny_hf(seed=1))
-    with pytest.raises(ValueError, match="other settings .weights"):
-        generate_answers(model, items[:1], path, {"weights": fingerprint(other)}, LIMIT, progress=False)
-    scores = tmp_path / "s.jsonl"
-    score_claims(model, claims_of(items[:1], ["red"]), ["probability"], scores, progress=False)
-    with pytest.raises(ValueError, match="q0 was scored with another answer"):
-        score_claims(model, claims_of(items[:1], ["blue"]), ["probability"], scores, progress=False)
+def test_other_settings_pictures_and_captions_are_refused(model, items, tmp_path):
+    scored(model, items, tmp_path)
+    for change, named in (
+        ({"answer": "blue"}, "data.digest"), ({"noun": "thing"}, "data.digest"), ({"given": "a caption"}, "data.digest"),
+        ({"images": items[0].images}, "data.digest"),
+    ):  # fmt: skip
+        changed = [*items[:4], dataclasses.replace(items[4], **change)]
+        with pytest.raises(ValueError, match=named):
+            scored(model, changed, tmp_path)
+    elsewhere = [dataclasses.replace(item, source="another file, line 3") for item in items]
+    assert scored(model, elsewhere, tmp_path).complete
+    for settings, named in (((FAST, None, 9), "max_new_tokens: 3 there, 9 now"), ((FAST[:1], None, LIMIT), "settings.methods"),
+                            ((FAST, None, LIMIT, 1), "image_layer: 2 there, 1 now"), ((FAST, {"a": "b"}, LIMIT), "vocabulary")):  # fmt: skip
+        with pytest.raises(ValueError, match=named):
+            run("hallucination", lambda: with_controls(items), hallucination_work(model, *settings), tmp_path,
+                run_settings(model, *settings), model=model, batch_size=2, batches_per_part=1, progress=False)  # fmt: skip
 
 
-def test_one_changed_weight_is_another_model():
-    one = HookedQwen2VL.from_hf(tiny_hf())
-    before = fingerprint(one)
-    assert before == fingerprint(HookedQwen2VL.from_hf(tiny_hf()))
-    with torch.no_grad():
-        one.blocks[1].mlp.W_in[3, 5] += 1e-3
-    assert fingerprint(one) != before
-
-
-def test_a_file_cut_anywhere_keeps_its_whole_rows(tmp_path):
-    path, settings = tmp_path / "l.jsonl", {"a": 1}
-    ledger = Ledger(path, settings)
-    for n in range(3):
-        ledger.add(f"k{n}", {"text": "é\n" * n, "nan": float("nan")})
-    data = path.read_bytes()
-    ends = [n + 1 for n, byte in enumerate(data) if byte == 10]
-    for length in range(len(data) + 1):
-        path.write_bytes(data[:length])
-        again = Ledger(path, settings)
-        assert list(again.rows) == [f"k{n}" for n in range(3)][: max(0, sum(end <= length for end in ends) - 1)]
-        again.add("new", {"text": ""})
-        assert list(Ledger(path, settings).rows)[-1] == "new"
-    path.write_bytes(data[: ends[0]] + b"{broken}\n" + data[ends[0] :])
-    with pytest.raises(ValueError, match="line 2: not JSON"):
-        Ledger(path, settings)
-
-
-def test_a_killed_writer(tmp_path):
-    """SIGKILL in the middle of writing: what is there is whole, in order, and gone on with."""
-    path = tmp_path / "l.jsonl"
-    code = (
-        "import sys; from analyses.ledger import Ledger; ledger = Ledger(sys.argv[1], {})\n"
-        "for n in range(10**9): ledger.add(str(n), {'text': 'x' * 5000})"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code, str(path)])
-    deadline = time.monotonic() + 30
-    while (not path.is_file() or path.stat().st_size < 200_000) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    rows = Ledger(path, {}).rows
-    assert list(rows) == [str(n) for n in range(len(rows))] and len(rows) > 20
-    assert all(row == {"text": "x" * 5000} for row in rows.values())
+def test_an_image_is_encoded_once(model, items, monkeypatch):
+    """Two questions about each of two pictures, with the control and the blank picture: three runs of the tower."""
+    pair = [dataclasses.replace(item, id=f"{item.id}{n}", images=items[k].images) for k in range(2) for n, item in enumerate(items[:2])]
+    calls, run_tower = [], type(model)._run_tower
+    monkeypatch.setattr(type(model), "_run_tower", lambda self, i: calls.append(1) or run_tower(self, i))
+    result = detect_hallucinations(model, pair, "mine", [*FAST, "blind_difference"], max_new_tokens=1, progress=False)
+    assert len(calls) == 3 and result.claims[[*FAST, "blind_difference"]].notna().all(axis=None)
+    (claim,) = claims_of(pair[2:3], result.claims["answer"].tolist()[2:3])
+    expected = all_scores(model, claim_inputs(model, claim), names=["contextual", "blind_difference"])
+    assert {name: result.claims[name][2] for name in expected} == pytest.approx(expected, abs=1e-5)
 
 
 # ---- the whole --------------------------------------------------------------------------------------
@@ -378,21 +371,21 @@ def test_the_pictures(tmp_path):
 def test_from_questions_to_table_and_again(model, items, tmp_path):
     verdicts = {item.id: n % 2 == 0 for n, item in enumerate(items)}
     items = [dataclasses.replace(item, judge=NEEDS_A_JUDGE) for item in items]
-    run = lambda **more: detect_hallucinations(  # noqa: E731
-        model, items, "mine", tmp_path, methods=FAST, max_new_tokens=LIMIT, n_boot=20, progress=False, **more
-    )
-    open_ = run()
+    scored(model, items, tmp_path)
+    open_ = read_hallucinations(tmp_path, "mine", n_boot=20)
     assert open_.claims["correct"].isna().all() and len(open_.judged) == 0 and open_.claims["contextual"].notna().all()
-    judged = run(judgements=verdicts)  # from the files
+    judged = read_hallucinations(tmp_path, "mine", verdicts, n_boot=20)
     assert judged.claims["correct"].tolist() == list(verdicts.values())
     pd.testing.assert_frame_equal(judged.claims[FAST], open_.claims[FAST])
     assert judged.to_dataframe().query("category == 'all'")["hallucinated"].tolist() == [2, 2, 2]
+    with pytest.raises(ValueError, match="1 judgements have an id that no item has"):
+        read_hallucinations(tmp_path, "mine", {"nobody": True})
     with pytest.raises(ValueError, match="unknown methods magic"):
         detect_hallucinations(model, items, "mine", methods=["magic"])
-    with pytest.raises(ValueError, match="1 judgements have an id that no item has"):
-        run(judgements={"nobody": True})
-    with pytest.raises(ValueError, match="have no image"):
+    with pytest.raises(ValueError, match="q9 has no image"):
         detect_hallucinations(model, [question(9, images=())], "mine", methods=FAST)
+    captions = detect_hallucinations(model, [caption_item()], "mine", FAST, {"dog": "dog", "bus": "bus"}, {"q0": False}, progress=False)
+    assert captions.claims["correct"].tolist() == [True, False, True]  # what a caption names is judged by its objects
 
 
 def test_judgements_are_read(tmp_path):
@@ -423,7 +416,13 @@ def test_the_command(tmp_path, capsys):
     folder = tmp_path / "out" / "hallucination_pope_coco_pope_random"
     claims = pd.read_csv(folder / "claims.csv")
     assert claims["gold"].tolist() == ["yes", "yes", "no", "no"] and claims["probability"].between(0, 1).all()
-    assert len((folder / "answers.jsonl").read_text().splitlines()) == 5
+    written = claims.to_csv()
+    assert main([*arguments, "--skip-bad"]) == 0 and pd.read_csv(folder / "claims.csv").to_csv() == written
+    assert main([*arguments, "--skip-bad", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "hallucination: 4 questions" in said and "to do here: 0 questions" in said and "memory" in said
+    assert main([*arguments, "--skip-bad", "--batch-size", "3"]) == 2 and "batch_size: 8 there, 3 now" in capsys.readouterr().err
+    assert main([*arguments, "--skip-bad", "--dry-run", "--sweep", "5"]) == 2 and "--sweep" in capsys.readouterr().err
     assert main(["hallucination", "--data", "coco:x"]) == 2 and "pope:PATH" in capsys.readouterr().err
 
 
@@ -438,23 +437,20 @@ def test_the_command_on_captions_alone(tmp_path, capsys):
     assert table.loc[0, ["CHAIRs", "CHAIRi"]].tolist() == [1.0, 0.5]
 
 
-def test_layers_of_the_contextual_lens(model, items, tmp_path):
-    """The layers reach the score, and a file of other layers is refused."""
-    path = tmp_path / "run"
+def test_layers_of_the_contextual_lens(model, items):
+    """The layers reach the score."""
     settings = {"methods": ["contextual"], "max_new_tokens": 1, "n_boot": 5, "progress": False}
-    usual = detect_hallucinations(model, items[:2], "mine", path, **settings)
-    other = detect_hallucinations(model, items[:2], "mine", None, image_layer=1, text_layer=3, **settings)
+    usual = detect_hallucinations(model, items[:2], "mine", **settings)
+    other = detect_hallucinations(model, items[:2], "mine", image_layer=1, text_layer=3, **settings)
     claim = claims_of(items[:1], [usual.claims["answer"][0]])[0]
     expected = all_scores(model, claim_inputs(model, claim), names=["contextual"], image_layer=1, text_layer=3)
     assert other.claims["contextual"][0] == pytest.approx(expected["contextual"])
     assert usual.claims["contextual"][0] != pytest.approx(expected["contextual"])
-    with pytest.raises(ValueError, match="image_layer was 2, now 1"):
-        detect_hallucinations(model, items[:2], "mine", path, image_layer=1, **settings)
 
 
 def test_layers_are_chosen_on_answers_alone(model, items):
     """The same pair as a sweep over every entry by hand; a yes/no question's noun is left out."""
-    said = [answer.text for answer in generate_answers(model, items, max_new_tokens=1, progress=False)]
+    said = [answer.text for answer in generate_answers(model, items, max_new_tokens=1)]
     half = [dataclasses.replace(item, answer=text if n % 2 else "wrong") for n, (item, text) in enumerate(zip(items, said))]
     sweep = choose_layers(model, half, max_new_tokens=1, progress=False)
     correct = [claim.correct for claim in claims_of(half, said)]

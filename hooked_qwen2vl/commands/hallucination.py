@@ -6,10 +6,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .shared import add_model, add_out, at_least_one, load_model, out_folder
+from .shared import add_model, add_out, add_run, at_least_one, finished, load_model, reports
 
 NAME = "hallucination"
 HELP = "scores of the model's answers against the truth, by category"
+ROWS = "rows"  # the run's folder, beside the tables made from it
 KINDS = ("scenes", "pope", "hqh", "amber", "chair", "mmhal")
 
 
@@ -33,30 +34,58 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-new-tokens", type=int, default=32)
     parser.add_argument("--n-boot", type=int, default=1000, help="resamples for the intervals (default 1000)")
+    add_run(parser, 8)
     add_out(parser)
 
 
 def run(options: argparse.Namespace) -> None:
-    at_least_one(options, "limit", "max_new_tokens", "n_boot")
+    at_least_one(options, "limit", "max_new_tokens", "n_boot", "batch_size")
+    if options.sweep and options.dry_run:
+        raise ValueError("--sweep runs the model to choose what --dry-run would describe: pass one of them.")
     from analyses.benchmarks import read_synonyms
-    from analyses.hallucination import detect_hallucinations, read_judgements
+    from analyses.hallucination import read_judgements
+    from analyses.runs import this_share
 
+    share = this_share(options.shard)  # before the model: it gives each process its GPU
     items, name = _load(options)
     vocabulary = read_synonyms(options.synonyms) if options.synonyms else None
     judgements = read_judgements(options.judgements) if options.judgements else None
-    folder = out_folder(options) / f"hallucination_{name.replace(':', '_')}"
+    folder = options.out / f"hallucination_{name.replace(':', '_')}"
     for problem in items.problems:
         print(f"left out: {problem}")
+    if all(item.images for item in items):
+        state = _run(options, items, folder / ROWS, vocabulary, share)
+        if options.dry_run:
+            print(state.describe())
+            return
+        if not (finished(options, state) and reports(options, state)):
+            return
     written = _chair(items, vocabulary, folder) if items[0].benchmark == "chair" else []
     if all(item.images for item in items):
-        model = load_model(options)
-        layers = _layers(options, model)
-        result = detect_hallucinations(
-            model, items, name, folder, options.methods, vocabulary, judgements, options.max_new_tokens, options.n_boot,
-            image_layer=layers[0], text_layer=layers[1],
-        )  # fmt: skip
-        written += _report(result, items, folder)
+        written += _report(options, items, name, judgements, folder)
     print("\n" + "\n".join(f"wrote {path}" for path in written))
+
+
+def _run(options: argparse.Namespace, items: Any, rows: Path, vocabulary: Any, share: tuple[int, int]) -> Any:
+    """Answers and scores what is not there yet."""
+    from analyses.hallucination import hallucination_work, run_settings, with_controls
+    from analyses.prefixes import CAPACITY
+    from analyses.runs import run
+
+    model = load_model(options)
+    settings = (options.methods, vocabulary, options.max_new_tokens, *_layers(options, model))
+    return run(
+        NAME,
+        lambda: with_controls(items),
+        hallucination_work(model, *settings),
+        rows,
+        run_settings(model, *settings),
+        model=model,
+        batch_size=options.batch_size,
+        shard=share,
+        dry_run=options.dry_run,
+        prefixes=CAPACITY,
+    )
 
 
 def _load(options: argparse.Namespace) -> tuple[Any, str]:
@@ -95,9 +124,16 @@ def _layers(options: argparse.Namespace, model: Any) -> tuple[int | None, int | 
     return sweep.image_layer, sweep.text_layer
 
 
-def _report(result: Any, items: Any, folder: Path) -> list[Path]:
+def _report(options: argparse.Namespace, items: Any, name: str, judgements: Any, folder: Path) -> list[Path]:
     """Prints the table of methods × categories; writes claims, metrics and pictures."""
-    written = [folder / "answers.jsonl", folder / "scores.jsonl", folder / "claims.csv"]
+    from analyses.hallucination import read_hallucinations
+    from analyses.runs import read_failures
+
+    result, failures = read_hallucinations(folder / ROWS, name, judgements, options.n_boot), read_failures(folder / ROWS)
+    written = [folder / "failures.csv", folder / "claims.csv"]
+    failures.to_csv(written[0], index=False)
+    if len(failures):
+        print(f"{len(failures)} questions have no answer, the first ({failures['id'][0]}): {failures['error'][0]}")
     claims = result.claims.assign(correct=result.claims["correct"].astype(object).where(result.claims["correct"].notna()))
     claims.assign(correct=claims["correct"].fillna("needs a judge")).to_csv(written[-1], index=False)
     written += _yes_no(items, result, folder)
@@ -130,7 +166,7 @@ def _yes_no(items: Any, result: Any, folder: Path) -> list[Path]:
     from analyses.benchmarks import YES_NO, yes_no_metrics
 
     answers = dict(zip(result.claims["key"], result.claims["answer"]))
-    asked = [item for item in items if item.judge == YES_NO]
+    asked = [item for item in items if item.judge == YES_NO and item.id in answers]
     if not asked:
         return []
     positive = "no" if asked[0].benchmark == "amber" else "yes"
