@@ -34,6 +34,8 @@ from transformer_lens.head_detector import (
     get_previous_token_head_detection_pattern,
 )
 
+from analyses.result import Result
+
 KINDS = {
     "previous token": get_previous_token_head_detection_pattern,
     "duplicate token": get_duplicate_token_head_detection_pattern,
@@ -43,7 +45,7 @@ PASSAGE = "the tall red bird sat near a blue door while seven old boats went pas
 
 
 @dataclass(frozen=True)
-class AttentionHeads:
+class AttentionHeads(Result):
     """Scores of every head, 0..1.
 
     Attributes:

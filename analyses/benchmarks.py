@@ -29,6 +29,7 @@ import pandas as pd
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
 from analyses.data import Example, examples
+from analyses.result import Result
 
 YES_NO, EXACT, OBJECTS, NEEDS_A_JUDGE = "yes/no", "exact", "objects", "needs a judge"
 HQH_TYPES = ("ocr", "action", "attribute", "comparison", "count", "environment", "existence", "relation")
@@ -378,7 +379,7 @@ class Mention(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Chair:
+class Chair(Result):
     """CHAIR over captions.
 
     Attributes:
@@ -414,6 +415,12 @@ class Chair:
                 }
             ]
         )
+
+    def plot(self, path: Any = None) -> Any:
+        """Both figures with what they are shares of, and the objects that are made up most often."""
+        from analyses.views.hallucination import chair_plot
+
+        return chair_plot(self, path)
 
 
 def chair(items: Sequence[Question], vocabulary: Mapping[str, str]) -> Chair:

@@ -33,6 +33,7 @@ from tqdm.auto import tqdm
 from analyses.attention_heads import PASSAGE, AttentionHeads, detect_heads, text_tokens
 from analyses.data import Example
 from analyses.logit_lens import logit_lens, residual_stack
+from analyses.result import Result
 from analyses.trajectory import Trajectories, answer_ids, answer_trajectory
 
 CONDITIONS = ("image", "words", "neither")
@@ -41,7 +42,7 @@ _EPSILON = 1e-3  # logits: pairs whose clean and corrupted metrics are closer th
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Result):
     """One model under one condition.
 
     Attributes:
@@ -103,7 +104,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Result):
     """Several models on the same questions.
 
     Attributes:

@@ -23,6 +23,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from analyses.result import Result
 from analyses.trajectory import word
 from hooked_qwen2vl.processor import open_image
 from hooked_qwen2vl.scenes import counterfactual_pairs
@@ -31,7 +32,7 @@ Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Candidate(Result):
     """A pair that has not been checked.
 
     Attributes:
@@ -54,7 +55,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Pair:
+class Pair(Result):
     """A pair that a model answers rightly on both sides.
 
     Attributes:
@@ -80,7 +81,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Pairs:
+class Pairs(Result):
     """The pairs kept, and why the others were not."""
 
     kept: tuple[Pair, ...]
@@ -106,6 +107,12 @@ class Pairs:
             for pair in self.kept
         ]  # fmt: skip
         return pd.DataFrame(kept + [{**_row(candidate), "refused": reason} for candidate, reason in self.refused])
+
+    def plot(self, path: Any = None) -> Any:
+        """The logit differences of the pairs kept, clean against corrupted, and why the others were not."""
+        from analyses.views.studies import pairs_plot
+
+        return pairs_plot(self, path)
 
 
 @torch.no_grad()

@@ -25,12 +25,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from analyses.logit_lens import _positions, residual_stack
+from analyses.result import Result
 
 _CHUNK = 1024
 
 
 @dataclass(frozen=True)
-class Neighbours:
+class Neighbours(Result):
     """The nearest neighbours of vectors of one prompt.
 
     Attributes:

@@ -27,10 +27,11 @@ from transformer_lens.tools.analysis import logit_readout
 
 from analyses.logit_lens import LogitLens, logit_lens, residual_stack
 from analyses.patching import recovery
+from analyses.result import Result
 
 
 @dataclass(frozen=True)
-class Explorer:
+class Explorer(Result):
     """One prompt, opened. Its positions are the prompt's without padding; entries run from 0 to L, blocks to L−1.
 
     Attributes:

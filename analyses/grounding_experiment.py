@@ -41,6 +41,7 @@ from transformer_lens.tools.analysis import logit_readout
 from analyses.contextual_lens import ground, span_positions, word_spans
 from analyses.logit_lens import residual_stack
 from analyses.rectangles import Cells, heaviest_rectangle
+from analyses.result import Result
 
 FIGURES = {"pointing": "pointing game (share of hits)", "ap": "average precision of the heat map", "iou": "IoU of the box"}
 OWN_BOX = "contextual lens, its box"
@@ -48,7 +49,7 @@ METHODS = ("contextual lens", "logit lens", "attention", "(shuffled image)", "(r
 
 
 @dataclass(frozen=True)
-class GroundingExperiment:
+class GroundingExperiment(Result):
     """How well each method points at what the answers depend on.
 
     Attributes:

@@ -22,11 +22,12 @@ from torch import Tensor
 
 from analyses.data import Example, examples
 from analyses.domain_neurons import SITES, in_batches, masks_of, write_weights
+from analyses.result import Result
 from hooked_qwen2vl.processor import open_image
 
 
 @dataclass(frozen=True)
-class Fired:
+class Fired(Result):
     """One image and where it fires the neuron.
 
     Attributes:
@@ -42,7 +43,7 @@ class Fired:
 
 
 @dataclass(frozen=True)
-class TopImages:
+class TopImages(Result):
     """The images that fire a neuron the most, by their highest activation.
 
     Attributes:

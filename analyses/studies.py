@@ -45,7 +45,7 @@ SPANS = ("changed object", "rest of the image", "question", "template after it",
 
 
 @dataclass(frozen=True)
-class FlipStudy:
+class FlipStudy(Result):
     """Trajectories of a data set, and a test of every eligible flip, as tables: what a run keeps is enough to make it.
 
     Attributes:

@@ -9,7 +9,6 @@ import numpy as np
 from matplotlib.lines import Line2D
 
 from analyses.views.figure import COLOURS, Figure, colour_bar, label_ticks, rule
-from analyses.views.text import line
 
 _STYLES = {"image": "-", "words": "--", "neither": ":"}
 _MARKERS = {"image": "o", "words": "s", "neither": "^"}
@@ -91,7 +90,7 @@ def heads_plot(heads: Any, path: str | Path | None = None) -> Figure:
         axes.tick_params(labelsize=8)
     panels[0].set_ylabel("share of attention, image tokens", fontsize=8)
     colour_bar(figure, points, list(panels), "relative depth of the block", shrink=0.85)
-    figure.suptitle(f"Attention heads of {line(heads.model_name, 40)}, on text and among image tokens", fontsize=9)
+    figure.titled(f"Attention heads of {heads.model_name}, on text and among image tokens")
     return figure.saved(path)
 
 
@@ -118,6 +117,5 @@ def model_patching_plot(result: Any, path: str | Path | None = None) -> Figure:
         result.activation])  # fmt: skip
     axes.set_ylabel("explained share of the\ndifference between the models")
     axes.legend(frameon=False, fontsize=8)
-    names = [line(name, 40) for name in (result.source_name, result.target_name)]
-    axes.set_title(f"{names[0]} patched into {names[1]}, {result.explained.shape[-1]} prompts", fontsize=9)
+    figure.titled(f"{result.source_name} patched into {result.target_name}, {result.explained.shape[-1]} prompts")
     return figure.saved(path)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from io import BytesIO
 from math import ceil
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,15 @@ from matplotlib import figure
 from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator
 
-from analyses.views.text import columns, drawable, families
+from analyses.views.text import columns, drawable, families, line
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito's
 BLUE, ORANGE = COLOURS[:2]
 GREY, NO_VALUE = "#999999", "#d9d9d9"
 LONGEST = 22.0  # inches of an axis
+_LONGEST_BAR = 5.0
 _LINE = 1.3 / 72  # inches of a line of text, a point of its size
-_LETTER = 0.68 / 72
+_DIGIT = 0.64 / 72
 
 
 class Figure(figure.Figure):
@@ -41,6 +43,11 @@ class Figure(figure.Figure):
             text.set_family(families())
             text.set_text(drawable(text.get_text()))
         super().draw(renderer)
+
+    def titled(self, text: str, fontsize: float = 9) -> None:
+        """A title over the whole figure, in as many lines as its width needs."""
+        width = int(self.get_figwidth() / (_DIGIT * fontsize))
+        self.suptitle("\n".join(part for given in text.split("\n") for part in wrap(line(given, None), width)), fontsize=fontsize)
 
     def saved(self, path: str | Path | None) -> Figure:
         """Itself, written to a file (png, pdf, svg, …) where one is named."""
@@ -66,7 +73,7 @@ def label_ticks(axis: Any, labels: Sequence[Any], inches: float, size: float = 7
     """A label at every k-th cell, k the least with which no two touch; the axis is so long."""
     labels = list(map(str, labels))
     across = axis.axis_name == "x" and not rotation
-    room = max(map(columns, labels), default=1) * _LETTER * size + 0.05 if across else _LINE * size
+    room = max(map(columns, labels), default=1) * _DIGIT * size + 0.05 if across else _LINE * size
     step = max(1, ceil(room * len(labels) / inches))
     slanted = {"rotation": rotation} | ({"ha": "right", "rotation_mode": "anchor"} if 0 < rotation < 90 else {})
     axis.set_ticks(range(0, len(labels), step), labels[::step], fontsize=size, **slanted)
@@ -77,8 +84,10 @@ def label_layers(axis: Any, layers: Sequence[int], most: int = 16) -> None:
     axis.set_ticks(list(layers)[:: ceil(len(layers) / most)])
 
 
-def colour_bar(figure: Figure, drawn: Any, axes: Any, label: str, **style: Any) -> None:
-    bar = figure.colorbar(drawn, ax=axes, **style)
+def colour_bar(figure: Figure, drawn: Any, axes: Any, label: str, shrink: float = 1.0, aspect: float = 20) -> None:
+    """A colour bar, no longer than it need be beside a tall map."""
+    shrink = min(shrink, _LONGEST_BAR / figure.get_figheight())
+    bar = figure.colorbar(drawn, ax=axes, shrink=shrink, aspect=aspect)
     bar.set_label(label, fontsize=8)
     bar.ax.tick_params(labelsize=7)
 
@@ -144,7 +153,7 @@ def on_image(
     width, height = image.size
     extent = (0, width, height, 0)
     axes.imshow(image.convert("L"), cmap="gray", vmin=0, vmax=255, extent=extent)
-    drawn = axes.imshow(values, cmap=colours, vmin=low, vmax=high, extent=extent, alpha=alpha, interpolation="nearest")
+    drawn = axes.imshow(np.asarray(values), cmap=colours, vmin=low, vmax=high, extent=extent, alpha=alpha, interpolation="nearest")
     no_ticks(axes)
     return drawn
 

@@ -57,7 +57,7 @@ def grounding_plot(
     known = [Patch(edgecolor="#222222", facecolor="none", linestyle="--", label="what the answer depends on")] if truth else []
     found = Patch(edgecolor=_FOUND, facecolor="none", linewidth=2, label="best box")
     figure.legend(handles=[found, *known], loc="outside lower center", ncols=2, frameon=False, fontsize=8)
-    figure.suptitle(line(f"Where is “{line(result.text, 40)}”? {result.model_name}"), fontsize=9)
+    figure.titled(f"Where is “{line(result.text, 40)}”? {result.model_name}")
     return figure.saved(path)
 
 
@@ -68,7 +68,7 @@ def score_plot(result: Any, path: str | Path | None = None) -> Figure:
     axes = figure.subplots()
     bars(axes, names, result.scores.numpy())
     axes.set_xlabel("cosine with the closest image token (low: hallucinated)", fontsize=8)
-    axes.set_title(f"Contextual lens, entries {result.image_layer} and {result.text_layer}, {result.model_name}", fontsize=9)
+    figure.titled(f"Contextual lens, entries {result.image_layer} and {result.text_layer}, {result.model_name}")
     return figure.saved(path)
 
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import roc_curve
 
-from analyses.views.figure import BLUE, COLOURS, ORANGE, Figure, intervals, panels_of, rule
-from analyses.views.text import line
+from analyses.views.figure import BLUE, COLOURS, ORANGE, Figure, bars, intervals, panels_of, rule
+from analyses.views.text import EMPTY, line
 
 _LINES = ("-", "--", "-.", ":")
 _PER_PANEL = 4
@@ -49,7 +50,7 @@ def roc_plot(result: Any, path: str | Path | None = None, category: str = "all")
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=7.5, loc="lower right", title="AUROC", title_fontsize=7.5)
     panels[0].set_ylabel("right answers kept", fontsize=9)
-    figure.suptitle(_title(result, category, table), fontsize=10)
+    figure.titled(_title(result, category, table), 10)
     return figure.saved(path)
 
 
@@ -74,7 +75,7 @@ def score_plot(result: Any, path: str | Path | None = None, category: str = "all
     for axes in panels[::4]:
         axes.set_ylabel("share of answers", fontsize=8)
     figure.legend(handles=_kinds(), loc="outside lower center", ncols=2, frameon=False, fontsize=8)
-    figure.suptitle(_title(result, category, table), fontsize=10)
+    figure.titled(_title(result, category, table), 10)
     return figure.saved(path)
 
 
@@ -93,11 +94,31 @@ def interval_plot(result: Any, path: str | Path | None = None) -> Figure:
         wrong, items = counts[category]
         axes.set_title(f"{category}\n{wrong} of {items} hallucinated", fontsize=8)
         axes.set_xlim(-0.03, 1.03)
+    for axes in panels[-4:]:
         axes.set_xlabel("AUROC", fontsize=8)
     left_out = [c for c in counts if c not in shown]
     note = f"\nnothing to tell apart in: {', '.join(left_out)}" if left_out else ""
     level = f"{100 * result.level:.0f}%"
-    figure.suptitle(f"{line(result.data, 40)}, {line(result.model_name, 40)}; dots and {level} bootstrap intervals{note}", fontsize=9)
+    figure.titled(f"{result.data}, {result.model_name}; dots and {level} bootstrap intervals{note}")
+    return figure.saved(path)
+
+
+def chair_plot(result: Any, path: str | Path | None = None, most: int = 15) -> Figure:
+    """Left: CHAIRs and CHAIRi (0..1). Right: the objects most often made up, as counts of mentions."""
+    figures = result.to_dataframe().iloc[0]
+    made_up = result.mentions.loc[result.mentions["hallucinated"], "object"].value_counts().head(most)
+    figure = Figure(figsize=(8.6, max(2.6, 1.2 + 0.24 * len(made_up))), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    parts = {"CHAIRs": ("captions", "hallucinated_captions"), "CHAIRi": ("mentions", "hallucinated_mentions")}
+    names = [f"{name}\n{figures[wrong]:.0f} of {figures[of]:.0f} {of}" for name, (of, wrong) in parts.items()]
+    bars(left, names, [figures[name] for name in parts], [BLUE, ORANGE])
+    left.set_xlim(0, 1)
+    left.set_xlabel("share that is hallucinated", fontsize=8)
+    bars(right, [line(name, 24) or EMPTY for name in made_up.index], made_up.to_numpy(), ORANGE)
+    right.set_xlabel("hallucinated mentions", fontsize=8)
+    right.set_title("objects most often made up" if len(made_up) else "no object is made up", fontsize=9)
+    right.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.titled("CHAIR")
     return figure.saved(path)
 
 
@@ -129,7 +150,7 @@ def _kinds() -> list[Patch]:
 
 def _title(result: Any, category: str, table: Any) -> str:
     wrong = int((~table["correct"]).sum())
-    return f"{line(result.data, 40)}, {category}: {len(table)} answers, {wrong} hallucinated ({line(result.model_name, 40)})"
+    return f"{result.data}, {category}: {len(table)} answers, {wrong} hallucinated ({result.model_name})"
 
 
 def _name(method: str) -> str:

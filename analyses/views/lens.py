@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from analyses.views.figure import Figure, colour_bar, label_ticks, length, on_image, picture, spread_over, write_cells
-from analyses.views.text import line, visible
+from analyses.views.text import visible
 
 MOST_COLUMNS = 32  # of a map whose cells hold tokens: more would not be readable at any printable width
+MOST_LABELS = 150  # of an image
 _CELL, _NARROW = 0.75, 0.19  # inches
 
 
@@ -45,7 +46,7 @@ def token_map(
     label_ticks(axes.yaxis, layers, tall)
     axes.set_xlabel(across, fontsize=8)
     axes.set_ylabel(up, fontsize=8)
-    axes.set_title(line(title), fontsize=9)
+    figure.titled(title)
     colour_bar(figure, drawn, axes, label)
     return figure.saved(path)
 
@@ -53,9 +54,10 @@ def token_map(
 def heat_map(lens: Any, path: str | Path | None = None) -> Figure:
     """Layer × position, the top token in each cell, coloured by its probability (0..1); the last layer on top."""
     tokens = [[at[0] for at in layer] for layer in lens.top_tokens]
-    words = (f"Logit lens, {lens.model_name}", "position (its own token; the lens reads the next)", "entry of the residual stream",
-             "probability of the top token")  # fmt: skip
-    columns = [visible(token) for token in lens.prompt_tokens]
+    many = len(lens.positions) > MOST_COLUMNS  # an image's placeholders are all alike
+    columns = list(map(str, lens.positions)) if many else [visible(token) for token in lens.prompt_tokens]
+    across = "position in the prompt" if many else "position (its own token; the lens reads the next)"
+    words = (f"Logit lens, {lens.model_name}", across, "entry of the residual stream", "probability of the top token")
     return token_map(lens.top_probs[..., 0].numpy(), tokens, lens.layer_labels, columns, (0, 1), words, path)
 
 
@@ -80,17 +82,18 @@ def image_overlay(lens: Any, image: Any, path: str | Path | None = None, n_panel
         raise ValueError("the overlay needs a lens read at one whole image: logit_lens(model, inputs, 'image[0]').")
     rows, cols = lens.grid
     layers = spread_over(len(lens.layer_labels), n_panels)
-    side = 3.6
+    written = rows * cols <= MOST_LABELS
+    side = max(3.6, 0.4 * cols) if written else 3.6
     figure = Figure(figsize=(side * (len(layers) + 1) + 0.6, side * image.height / image.width + 0.7), layout="constrained")
     panels = figure.subplots(1, len(layers) + 1, squeeze=False)[0]
     picture(panels[0], image, "image")
     for axes, layer in zip(panels[1:], layers):
         values = lens.top_probs[layer, :, 0].reshape(rows, cols)
         drawn = on_image(axes, values, image, "cividis", 0, 1, alpha=0.6)
-        if rows * cols <= 150:
-            _write_tokens(axes, [at[0] for at in lens.top_tokens[layer]], values, image, min(7.0, 0.9 * 72 * side / cols / 5))
+        if written:
+            _write_tokens(axes, [at[0] for at in lens.top_tokens[layer]], values, image, min(7.0, 12.5 * side / cols))
         axes.set_title(lens.layer_labels[layer], fontsize=9)
-    figure.suptitle(line(f"What the image tokens read as, {lens.model_name}"), fontsize=10)
+    figure.titled(f"What the image tokens read as, {lens.model_name}", 10)
     colour_bar(figure, drawn, list(panels), "probability of the top token", shrink=0.8)
     return figure.saved(path)
 
@@ -101,4 +104,4 @@ def _write_tokens(axes: Any, tokens: Sequence[str], values: Any, image: Any, siz
         row, col = divmod(token, cols)
         centre = ((col + 0.5) * image.width / cols, (row + 0.5) * image.height / rows)
         shade = "white" if values[row, col] < 0.55 else "black"
-        axes.text(*centre, visible(text, 6), ha="center", va="center", fontsize=size, color=shade)
+        axes.text(*centre, visible(text, 8), ha="center", va="center", fontsize=size, color=shade)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from analyses.views.figure import NO_VALUE, Figure, colour_bar, label_ticks, largest, length
-from analyses.views.text import line, visible
+from analyses.views.text import visible
 
 
 def signed_map(
@@ -41,6 +41,6 @@ def signed_map(
     label_ticks(axes.xaxis, [visible(str(name)) for name in columns], wide, size=6, rotation=90)
     label_ticks(axes.yaxis, [visible(str(name)) for name in rows], tall, size=6.5)
     axes.set_ylabel(ylabel, fontsize=8)
-    axes.set_title(line(title), fontsize=9)
+    figure.titled(title)
     colour_bar(figure, drawn, axes, label)
     return figure.saved(path)

@@ -38,7 +38,7 @@ def layers_plot(table: pd.DataFrame, model_name: str, path: str | Path | None = 
         axes.set_title(f"{module} ({int(grid.to_numpy().sum())})", fontsize=9)
         axes.set_ylabel("layer", fontsize=8)
     colour_bar(figure, image, list(figure.axes), "neurons that serve the domain")
-    figure.suptitle(f"Domain-specific neurons, {model_name}", fontsize=10)
+    figure.titled(f"Domain-specific neurons, {model_name}", 10)
     return figure.saved(path)
 
 
@@ -67,7 +67,7 @@ def accuracy_plot(table: pd.DataFrame, model_name: str, path: str | Path | None 
     for y in range(1, len(rows)):
         if rows[y][0] != rows[y - 1][0] or rows[y - 1][1] == "none":
             axes.axhline(y - 0.5, color="white", linewidth=3)
-    axes.set_title(f"Accuracy on a domain with its own neurons, or a control, off; {model_name}", fontsize=9)
+    figure.titled(f"Accuracy on a domain with its own neurons, or a control, off; {model_name}")
     colour_bar(figure, image, axes, "accuracy (small: 95 % interval)", shrink=0.5)
     return figure.saved(path)
 
@@ -97,7 +97,7 @@ def controls_plot(table: pd.DataFrame, model_name: str, path: str | Path | None 
     panels[1, 0].set_ylabel("log p(answer), nats:\nown off − control off", fontsize=8)
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(pairs), frameon=False, fontsize=8)
-    figure.suptitle(f"Below 0: the domain needs its own neurons more than the control's (95 % bootstrap), {model_name}", fontsize=9)
+    figure.titled(f"Below 0: the domain needs its own neurons more than the control's (95 % bootstrap), {model_name}")
     return figure.saved(path)
 
 
@@ -131,7 +131,7 @@ def streams_plot(table: pd.DataFrame, model_name: str, path: str | Path | None =
         axes.set_xlabel("lens entry (0: embeddings, last: the output)", fontsize=9)
         axes.set_ylim(bottom=0)
         axes.tick_params(labelsize=8)
-    figure.suptitle(model_name, fontsize=9)
+    figure.titled(model_name)
     return figure.saved(path)
 
 
@@ -150,7 +150,7 @@ def top_images_plot(top: Any, path: str | Path | None = None) -> Figure:
     colour_bar(figure, colours, list(panels.flat), "activation before its function\n(no colour: does not fire)", shrink=0.6)
     module, layer, neuron = top.neuron
     writes = f"; writes {', '.join(visible(t) for t in top.writes[:6])}" if top.writes else ""
-    figure.suptitle(f"{module}, layer {layer}, neuron {neuron}{writes}", fontsize=9)
+    figure.titled(f"{module}, layer {layer}, neuron {neuron}{writes}")
     return figure.saved(path)
 
 

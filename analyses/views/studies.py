@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
 from analyses.views.figure import BLUE, ORANGE, Figure, bars, label_layers, rule
-from analyses.views.text import visible
+from analyses.views.text import line, visible
 
 _COLOURS = ("#d55e00", "#e69f00", "#009e73", "#56b4e9", "#0072b2")  # Okabe and Ito's, from early to late
 _MARKERS = "osD^v"
@@ -25,10 +26,9 @@ def locality_plot(study: Any, path: str | Path | None = None) -> Figure:
     axes.set_xlabel("layer whose residual stream (resid_pre) is patched")
     axes.set_ylabel("recovery of the logit difference")
     figures = study.summary()
-    figure.suptitle(
+    figure.titled(
         f"{figures['pairs']} counterfactual pairs; the best early position lies on the changed object\n"
-        f"in {100 * figures['share']:.1f} % (chance {100 * figures['chance']:.1f} %)",
-        fontsize=9,
+        f"in {100 * figures['share']:.1f} % (chance {100 * figures['chance']:.1f} %)"
     )
     return figure.saved(path)
 
@@ -95,8 +95,28 @@ def attribution_plot(flip: Any, path: str | Path | None = None) -> Figure:
     colours = [ORANGE if value > 0 else BLUE for value in table["attribution"]]
     bars(axes, table["component"], table["attribution"], colours, size=7)
     axes.set_xlabel("direct attribution (logits)")
-    axes.set_title(
-        f"entry {flip.entry}: {visible(flip.lost)} → {visible(flip.gained)}, {flip.before:+.2f} → {flip.after:+.2f} logits",
-        fontsize=9,
+    figure.titled(
+        f"entry {flip.entry}: {visible(flip.lost)} → {visible(flip.gained)}, {flip.before:+.2f} → {flip.after:+.2f} logits"
     )
+    return figure.saved(path)
+
+
+def pairs_plot(pairs: Any, path: str | Path | None = None) -> Figure:
+    """Left: a dot a pair, its logit difference clean and corrupted. Right: how many were kept, and refused for which reason."""
+    table = pairs.to_dataframe()
+    counts = {"kept": len(pairs), **pairs.reasons}
+    figure = Figure(figsize=(8.6, max(3.2, 1.2 + 0.3 * len(counts))), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    rule(left, x=0), rule(left, y=0)
+    if len(pairs):
+        kept = table[table["refused"] == ""]
+        left.scatter(kept["clean_difference"], kept["corrupted_difference"], s=14, color=BLUE)
+    left.set_xlabel("clean: answer − other (logits)", fontsize=8)
+    left.set_ylabel("corrupted: answer − other (logits)", fontsize=8)
+    left.set_title(f"{len(pairs)} pairs kept", fontsize=9)
+    bars(right, [line(reason, 40) for reason in counts], list(counts.values()), [BLUE, *[ORANGE] * (len(counts) - 1)])
+    right.set_xlabel("candidates", fontsize=8)
+    right.set_title("kept, and refused", fontsize=9)
+    right.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.titled(pairs.model_name)
     return figure.saved(path)

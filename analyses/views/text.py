@@ -3,7 +3,8 @@
 1. Every blank, and every character that draws nothing or moves others, becomes a sign or its escape: ␣, ⏎, ⇥, `\\x00`, `\\u202e`.
 2. matplotlib draws with its own font, then with the installed fonts of FALLBACKS. A character that none of them has becomes
    its escape (`\\u4e2d`), for a box says nothing.
-3. What is too wide is cut, with an ellipsis; an escape is kept whole or left out. A letter is a column wide, a Chinese one two.
+3. What is too wide is cut, with an ellipsis; an escape is kept whole or left out. Widths are the fonts' own, in columns: a
+   digit is one wide, most letters a little less, a W or a Chinese character one and a half.
 
 Nothing here is markup: matplotlib's figures read no mathematics in it (see `figure`), pages escape it.
 """
@@ -12,9 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from unicodedata import east_asian_width
 
 from matplotlib import font_manager, rcParams
+from matplotlib.ft2font import LoadFlags
 
 FALLBACKS = (
     "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei",
@@ -24,6 +25,7 @@ FALLBACKS = (
 EMPTY, ELLIPSIS = "∅", "…"
 _SIGNS = {" ": "␣", "\n": "⏎", "\t": "⇥"}
 WIDTH = 12
+_POINTS = 100
 
 
 def readable(token: str) -> str:
@@ -62,9 +64,21 @@ def cut(pieces: Sequence[str], width: int | None) -> str:
     return "".join(kept) + ELLIPSIS
 
 
-def columns(text: str) -> int:
-    """How wide a text is, in letters."""
-    return sum(2 if east_asian_width(c) in "WF" else 1 for c in text)
+def columns(text: str) -> float:
+    """How wide a text is: in digits."""
+    names = families()
+    return sum(_width(c, names) for c in text) / _width("0", names)
+
+
+@lru_cache(maxsize=8192)
+def _width(c: str, names: tuple[str, ...]) -> float:
+    """Of the first font that has it, in em; one em where none has."""
+    for font in _fonts(names):
+        if font.get_char_index(ord(c)):
+            font.set_size(_POINTS, 72)
+            return font.load_char(ord(c), LoadFlags.NO_HINTING).linearHoriAdvance / 65536 / _POINTS  # 16.16 fixed point
+    return 1.0
+
 
 
 def families() -> tuple[str, ...]:

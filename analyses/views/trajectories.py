@@ -34,7 +34,7 @@ def trajectory_plot(item: Any, path: str | Path | None = None) -> Figure:
     right.set_ylim(bottom=0)
     lines = [*axes.get_lines()[:2], right.get_lines()[0]]
     figure.legend(lines, [line.get_label() for line in lines], frameon=False, fontsize=8, loc="outside lower center", ncols=3)
-    figure.suptitle(line(f"{line(item.question, 60) or visible(item.answer)}: {item.outcome}"), fontsize=9)
+    figure.titled(f"{line(item.question) or visible(item.answer)}: {item.outcome}")
     return figure.saved(path)
 
 
@@ -46,11 +46,12 @@ def trajectories_plot(table: Any, shares: Any, path: str | Path | None = None) -
     """
     categories = list(shares.index)
     figure = Figure(figsize=(10, 0.9 + 0.5 * len(categories)), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    left, right = figure.subplots(1, 2, sharey=True)
     start = np.zeros(len(categories))
     for name, colour in _OUTCOMES.items():
-        left.barh(categories, shares[name], left=start, color=colour, label=name)
+        left.barh(range(len(categories)), shares[name], left=start, color=colour, label=name)
         start += shares[name].to_numpy()
+    left.set_yticks(range(len(categories)), [line(str(name), 24) for name in categories])
     left.set_xlim(0, 1)
     left.set_xlabel("share of items")
     left.legend(frameon=False, fontsize=7, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
@@ -63,7 +64,7 @@ def trajectories_plot(table: Any, shares: Any, path: str | Path | None = None) -
             if len(values):
                 label = ("answer first on top", "top-1 settled")[offset] if place == 0 else None
                 right.plot(values.median(), height, "o", color=colour, markersize=5, label=label)
-    right.set_yticks(range(len(categories)), categories)
+    right.tick_params(axis="y", length=0)
     right.set_xlim(-0.03, 1.03)
     right.set_xlabel("depth as a fraction of the layers (dot: median)")
     right.legend(frameon=False, fontsize=7, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))

@@ -1,0 +1,370 @@
+"""Every result class has a picture, and at its worst size each is legible: by properties of what is drawn, not by pixels."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from every_result import COLS, DOMAINS, HARD, HEADS, LAYERS, POSITIONS, QUESTION, RESULTS, ROWS, flip_study, hallucinations, image, lens
+from every_result import ablations as every_ablation
+from matplotlib import font_manager
+from matplotlib.text import Text
+
+import analyses
+from analyses.result import Result
+from analyses.views import text as views_text
+from analyses.views.attention import attention_on_image
+from analyses.views.figure import LONGEST, Figure
+from analyses.views.patching import recovery_map, recovery_on_image
+from analyses.views.text import columns, drawable, families, line, readable, visible
+
+# Public dataclasses that are no results, and why.
+NO_RESULTS = {
+    "Asked": "an encoded question, on the way to Hallucinations",
+    "Answer": "what a model said, before it is judged",
+    "Batch": "encoded questions, on the way to a result",
+    "Candidate": "a pair that is not checked yet; part of Pairs",
+    "Cell": "a place to patch",
+    "Claim": "a row of Hallucinations",
+    "Condition": "what to switch off; a row of Ablations",
+    "Evidence": "a forward's activations, kept for the scores",
+    "Example": "a question",
+    "Failure": "a question without a result; a row of a run's failures",
+    "Fired": "an example of TopImages",
+    "Firings": "counts, with a store of their own; DomainNeurons is their result",
+    "FlipTest": "a row of FlipStudy",
+    "Memory": "an estimate, part of a run's plan",
+    "Pair": "part of Pairs",
+    "Part": "of a run, before it is written",
+    "Question": "an Example of a benchmark",
+    "Readout": "tensors of one readout; LogitLens is their result",
+    "Run": "of compare: part of Comparison; of runs: a plan, and how far it is",
+    "Selection": "one module's part of DomainNeurons",
+    "Size": "of a question, part of a run's plan",
+    "Strip": "a prompt as circuitsvis shows it",
+    "TextBank": "embeddings to compare with; Neighbours is the result",
+}  # fmt: skip
+
+
+def dataclasses_of_analyses() -> set[type]:
+    found = set()
+    for info in pkgutil.walk_packages(analyses.__path__, "analyses."):
+        module = importlib.import_module(info.name)
+        found |= {
+            kind for name, kind in vars(module).items()
+            if isinstance(kind, type) and dataclasses.is_dataclass(kind) and kind.__module__.startswith("analyses.") and not name.startswith("_")
+        }  # fmt: skip
+    return found
+
+
+def test_every_result_class_has_a_picture_and_comes_back_from_disk():
+    found = dataclasses_of_analyses()
+    results = {kind for kind in found if hasattr(kind, "to_dataframe")}
+    assert results == set(RESULTS) == set(DRAWN)
+    assert all(hasattr(kind, "plot") and issubclass(kind, Result) for kind in results)
+    unknown = {kind.__name__ for kind in found - results} - set(NO_RESULTS)
+    assert not unknown, f"{unknown}: a result needs to_dataframe, plot and an entry in every_result; else say here why it is none"
+
+
+# ---- what each picture shows --------------------------------------------------------------------
+
+
+def maps(figure) -> list:
+    """Images that are coloured by a value, colour bars left out."""
+    return [drawn for axes in figure.axes for drawn in axes.images if drawn.get_array().ndim == 2 and drawn.get_cmap().name != "gray"]
+
+
+def shows(drawn, values, low, high) -> bool:
+    shown = np.ma.filled(drawn.get_array().astype(float), np.nan)
+    return np.allclose(shown, np.asarray(values, dtype=float), equal_nan=True) and np.allclose(drawn.get_clim(), (low, high))
+
+
+def labels(axis) -> list[str]:
+    return [label.get_text() for label in axis.get_ticklabels() if label.get_text()]
+
+
+def heads(figure, result):
+    for axes, kind in zip(figure.axes, result.text):
+        assert np.allclose(axes.collections[0].get_offsets(), torch.stack((result.text[kind].flatten(), result.image[kind].flatten()), -1))
+        assert axes.get_title() == kind and "text" in axes.get_xlabel()
+
+
+def ablations(figure, result):
+    table = result.accuracy()
+    (drawn,) = maps(figure)
+    assert drawn.get_array().shape == (len(labels(figure.axes[0].yaxis)), len(DOMAINS) + 1) and drawn.get_clim()[1] == 1
+    assert np.isclose(sorted(drawn.get_array().flatten()), sorted(table["accuracy"])).all()
+
+
+def chair(figure, result):
+    left, right = figure.axes
+    assert [bar.get_width() for bar in left.patches] == [result.chair_s, result.chair_i] and left.get_xlim() == (0, 1)
+    assert sum(bar.get_width() for bar in right.patches) == result.mentions["hallucinated"].sum()
+    assert [text.split("\n")[0] for text in labels(left.yaxis)] == ["CHAIRs", "CHAIRi"]
+
+
+def comparison(figure, result):
+    assert len(figure.axes) == 6 and all("relative depth" in axes.get_xlabel() for axes in figure.axes)
+    for axes, measure in zip(figure.axes, ("answer_prob", "entropy_share", "final_prob", "recovery_scene", "recovery_last")):
+        for drawn, run in zip(axes.lines, result.runs):
+            assert np.allclose(drawn.get_xydata().T, run.curve(measure))
+    assert all(axes.get_ylim() == (-0.03, 1.03) for axes in figure.axes[:3])
+
+
+def contextual_score(figure, result):
+    (axes,) = figure.axes
+    assert np.allclose([bar.get_width() for bar in axes.patches], result.scores) and len(labels(axes.yaxis)) == 24
+    assert "cosine" in axes.get_xlabel()
+
+
+def domain_neurons(figure, result):
+    drawn = maps(figure)
+    top = max(1, max(int(s.belongs.sum(1).max()) for s in result.modules.values()))
+    assert all(shows(d, s.belongs.sum(1), 0, top) for d, s in zip(drawn, result.modules.values())) and len(drawn) == 3
+    assert len(labels(figure.axes[0].xaxis)) == len(DOMAINS)
+
+
+def edges(figure, result):
+    limit = float(result.scores.abs().max())
+    (drawn,) = maps(figure)
+    assert shows(drawn, result.scores.masked_fill(~result.edges, torch.nan), -limit, limit)
+    assert labels(figure.axes[0].yaxis)[0] == "embed" and max(figure.get_size_inches()) < LONGEST + 4
+
+
+def explorer(figure, result):
+    drawn = maps(figure)
+    here = slice(result.starts[0], result.starts[0] + ROWS * COLS)
+    probs, limit = result.lens.top_probs[:, here, 0], float(result.contextual[:, here].abs().max())
+    assert shows(drawn[0], probs[0].reshape(ROWS, COLS), 0, float(probs.max())) and drawn[5].get_clim() == (-limit, limit)
+    assert len(drawn) == 15
+
+
+def flip_attribution(figure, result):
+    (axes,) = figure.axes
+    assert np.allclose([bar.get_width() for bar in axes.patches], result.to_dataframe()["attribution"])
+    assert labels(axes.yaxis)[-2:] == ["bias", "norm"] and "logits" in axes.get_xlabel()
+
+
+def flips(figure, result):
+    histogram, entry, final = figure.axes
+    assert sum(bar.get_height() for bar in histogram.patches) == len(result.flips)
+    for axes, where in ((entry, "entry"), (final, "final")):
+        found = axes.collections[1].get_offsets()
+        assert np.allclose(found, result.flips[[f"{where}_difference", f"{where}_difference_ablated"]])
+
+
+def grounding(figure, result):
+    drawn = maps(figure)
+    low, high = min(float(h.min()) for h in result.heat), max(float(h.max()) for h in result.heat)
+    assert all(shows(d, heat, low, high) for d, heat in zip(drawn, result.heat)) and len(drawn) == 2
+    assert [tuple(p.get_bbox().extents) for p in figure.axes[1].patches] == [tuple(result.boxes[1].tolist())] * 2
+
+
+def grounding_experiment(figure, result):
+    table = result.to_dataframe().dropna(subset=["pointing"])
+    for axes in (axes for axes in figure.axes if axes.get_title()):
+        rows = table[table["category"] == axes.get_title().split(",")[0]]
+        if len(rows):  # a name that is not escaped
+            assert np.allclose(axes.collections[1].get_offsets()[:, 0], rows["pointing"])
+            assert np.allclose([s[:, 0] for s in axes.collections[0].get_segments()], rows[["pointing_low", "pointing_high"]])
+        assert axes.get_xlim() == (-0.03, 1.03)
+
+
+def roc(figure, result):
+    assert len(figure.axes) == 3 and sum(len(axes.lines) - 1 for axes in figure.axes) == len(result.methods)
+    auroc = result.to_dataframe().query("category == 'all'").set_index("method")["auroc"]
+    for drawn, method in zip(figure.axes[0].lines, result.methods[:4]):
+        assert np.trapezoid(drawn.get_ydata(), drawn.get_xdata()) == pytest.approx(auroc[method])
+
+
+def knockout(figure, result):
+    (axes,) = figure.axes
+    drawn = [d for d in axes.lines if len(d.get_xdata()) == LAYERS]
+    assert np.allclose([d.get_ydata() for d in drawn], result.effects.mean(-1)) and "5 layers" in axes.get_xlabel()
+    assert "%" in axes.get_ylabel()
+
+
+def sweep(figure, result):
+    spread = float((result.auroc - 0.5).abs().max())
+    (drawn,) = maps(figure)
+    assert shows(drawn, result.auroc, 0.5 - spread, 0.5 + spread)
+    (frame,) = figure.axes[0].patches
+    assert frame.get_xy() == (result.text_layer - 0.5, result.image_layer - 0.5)
+
+
+def locality(figure, result):
+    drawn = [d for d in figure.axes[0].lines if len(d.get_xdata()) == LAYERS]
+    assert np.allclose([d.get_ydata() for d in drawn], result.spans.mean(0).T) and "recovery" in figure.axes[0].get_ylabel()
+
+
+def logit_lens(figure, result):
+    (drawn,) = maps(figure)
+    assert shows(drawn, result.top_probs[..., 0], 0, 1)
+    cells = [text.get_text() for text in figure.axes[0].texts]
+    assert cells == [visible(at[0], 9) for layer in result.top_tokens for at in layer]
+    assert labels(figure.axes[0].yaxis) == list(result.layer_labels) and len(labels(figure.axes[0].xaxis)) == POSITIONS
+
+
+def model_patching(figure, result):
+    (axes,) = figure.axes
+    drawn = [d for d in axes.lines if d.get_label() in result.spans]
+    assert np.allclose([d.get_ydata() for d in drawn], result.explained.nanmean(-1).T) and len(drawn) == len(result.spans)
+
+
+def neighbours(figure, result):
+    (drawn,) = maps(figure)
+    values = result.similarity[..., 0]
+    assert shows(drawn, values, float(values.min()), float(values.max())) and len(figure.axes[0].texts) == values.numel()
+
+
+def pairs(figure, result):
+    left, right = figure.axes
+    assert np.allclose(left.collections[0].get_offsets(), [(p.clean_difference, p.corrupted_difference) for p in result.kept])
+    assert [bar.get_width() for bar in right.patches] == [len(result), *result.reasons.values()]
+    assert "logits" in left.get_xlabel() and "logits" in left.get_ylabel()
+
+
+def top_images(figure, result):
+    drawn, highest = maps(figure), max(float(e.activations.max()) for e in result.examples)
+    for d, example in zip(drawn, result.examples):
+        assert shows(d, example.activations.where(example.activations > 0, torch.nan), 0, highest)
+    assert len(drawn) == len(result.examples)
+
+
+def trajectories(figure, result):
+    left, right = figure.axes
+    assert sum(bar.get_width() for bar in left.patches) == pytest.approx(len(DOMAINS)) and left.get_xlim() == (0, 1)
+    assert len(labels(left.yaxis)) == len(DOMAINS) and right.get_xlim() == (-0.03, 1.03)
+
+
+def trajectory(figure, result):
+    left, right = figure.axes
+    for drawn, values in ((left.lines[0], result.answer_prob), (left.lines[1], result.rival_prob), (right.lines[0], result.entropy)):
+        assert np.allclose(drawn.get_ydata(), values)
+    assert left.get_ylim() == (-0.02, 1.02) and "nats" in right.get_ylabel() and len(left.texts) == len(result.flips)
+
+
+DRAWN = dict(zip(sorted(RESULTS, key=lambda kind: kind.__name__), (
+    ablations, heads, chair, comparison, contextual_score, domain_neurons, edges, explorer, flip_attribution, flips, grounding,
+    grounding_experiment, roc, knockout, sweep, locality, logit_lens, model_patching, neighbours, pairs, top_images, trajectories,
+    trajectory,
+)))  # fmt: skip
+VIEWS = {
+    "controls": lambda: every_ablation().plot_controls(),
+    "intervals": lambda: hallucinations().plot_intervals(),
+    "scores": lambda: hallucinations().plot_scores(),
+    "trajectories of flips": lambda: flip_study().plot_trajectories(),
+    "a lens at 1,200 image tokens": lambda: lens(ROWS * COLS).plot(),
+    "on the image": lambda: lens(ROWS * COLS, (ROWS, COLS)).plot_image(image()),
+    "on a small image": lambda: lens(108, (9, 12)).plot_image(image()),
+    "recovery": lambda: recovery_map(torch.randn(LAYERS, POSITIONS), range(LAYERS), (HARD * 2)[:POSITIONS], QUESTION),
+    "recovery at 1,240 positions": lambda: recovery_map(torch.randn(LAYERS, 1240), range(LAYERS), (HARD * 99)[:1240], QUESTION),
+    "recovery on the image": lambda: recovery_on_image(torch.randn(LAYERS, ROWS, COLS), range(LAYERS), [image()] * 2),
+    "28 heads": lambda: attention_on_image(torch.rand(LAYERS, HEADS, ROWS * COLS), (ROWS, COLS), image(), layers=[0, 27]),
+    "12 heads": lambda: attention_on_image(torch.rand(LAYERS, 12, ROWS * COLS), (ROWS, COLS), image(), layers=[0, 27]),
+    "28 layers": lambda: attention_on_image(torch.rand(LAYERS, HEADS, ROWS * COLS), (ROWS, COLS), image(), heads=[3]),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def figures():
+    """Each is made, laid out and drawn once."""
+    made = {}
+
+    def get(key):
+        if key not in made:
+            torch.manual_seed(0), np.random.seed(0)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                result = VIEWS[key] if key in VIEWS else RESULTS[key]()
+                figure = result() if key in VIEWS else result.plot()
+                figure.draw_without_rendering()
+            made[key] = result, figure
+        return made[key]
+
+    return get
+
+
+@pytest.mark.parametrize("kind", DRAWN, ids=lambda kind: kind.__name__)
+def test_a_picture_shows_its_result(figures, kind):
+    result, figure = figures(kind)
+    DRAWN[kind](figure, result)
+
+
+@pytest.mark.parametrize("key", [*DRAWN, *VIEWS], ids=lambda key: getattr(key, "__name__", key))
+def test_a_picture_is_legible_at_its_worst(figures, key):
+    _, figure = figures(key)
+    renderer, whole = figure._get_renderer(), figure.bbox
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            boxes = [text.get_window_extent(renderer) for text in axis.get_ticklabels() if text.get_visible() and text.get_text()]
+            if axis.get_ticklabels() and axis.get_ticklabels()[0].get_rotation() in (0, 90):  # a slanted text's box is mostly empty
+                touching = [(a, b) for a, b in zip(boxes, boxes[1:]) if min(a.width, b.width, a.height, b.height) > 0 and a.overlaps(b)]
+                assert not touching, (axis, touching[:1])
+    for text in figure.findobj(Text):
+        if not text.get_text().strip() or not text.get_visible():
+            continue
+        assert drawable(text.get_text()) == text.get_text() and not ("$" in text.get_text() and text.get_parse_math())
+        assert text.get_fontsize() >= 4.5, text
+        box = text.get_window_extent(renderer)
+        inside = whole.x0 - 2 <= box.x0 and box.x1 <= whole.x1 + 2 and whole.y0 - 2 <= box.y0 and box.y1 <= whole.y1 + 2
+        assert inside or text in _offscreen(figure), text
+    for drawn in maps(figure):
+        low, high = drawn.get_clim()
+        assert np.isfinite((low, high)).all() and low < high
+        assert drawn.get_cmap().name in ("cividis", "viridis", "RdBu_r")
+    assert max(figure.get_size_inches()) < 2 * LONGEST
+
+
+def _offscreen(figure) -> list:
+    """Ticks beyond their axis's limits, which are not drawn."""
+    found = []
+    for axes in figure.axes:
+        for axis, (low, high) in ((axes.xaxis, sorted(axes.get_xlim())), (axes.yaxis, sorted(axes.get_ylim()))):
+            found += [
+                text for tick in axis.get_major_ticks() if not low - 1e-9 <= tick.get_loc() <= high + 1e-9 for text in (tick.label1, tick.label2)
+            ]
+            found.append(axis.get_offset_text())
+        found += [] if axes.axison else axes.findobj(Text)
+    return found
+
+
+# ---- text ---------------------------------------------------------------------------------------
+
+
+def test_tokens_as_signs_and_escapes():
+    assert visible(" red\n\t", 12) == "␣red⏎⇥" and visible("") == "∅"
+    assert visible("\x00\r\u202e", None) == "\\x00\\r\\u202e" and visible("\ufffd") == "\ufffd"
+    assert visible("a\u00a0b") == "a\\xa0b" and visible("\ud800") == "\\ud800"
+    assert visible("$x_1$", None) == "$x_1$" and visible("<b>") == "<b>"
+    assert readable("中\n<b>\u200b") == "中⏎<b>\\u200b"
+    assert line("is it\n  $5?\x00") == "is it $5?\\x00"
+
+
+@pytest.mark.parametrize("width", [6, 9, 12, 20])
+def test_wide_tokens_are_cut_at_a_width(width):
+    for token in (*HARD, "W" * 50, "i" * 99, "中" * 30, "\u202e" * 9):
+        shown = visible(token, width)
+        assert columns(shown) <= width and (shown.endswith("…") or shown == visible(token, None))
+        assert "\\u4e" not in shown or "\\u4e2d" in shown  # an escape is whole, or not there
+    assert columns(visible("i" * 99, width)) > width - 1  # as much as fits
+
+
+def test_fonts_that_have_chinese_draw_it(monkeypatch):
+    """Where one is installed, no escape; where none is, no box."""
+    assert drawable("中") == ("中" if views_text._installed() else "\\u4e2d")
+    monkeypatch.setattr(views_text, "_installed", lambda: ("STIXGeneral",))  # stands for such a font: it has what DejaVu lacks
+    only = next(chr(code) for code in font_manager.get_font(font_manager.findfont("STIXGeneral")).get_charmap()
+                if not font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_char_index(code) and chr(code).isprintable())  # fmt: skip
+    assert families()[-1] == "STIXGeneral" and visible(only) == only
+    figure = Figure(figsize=(2, 1))
+    text = figure.text(0.5, 0.5, only)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure.draw_without_rendering()
+    assert text.get_text() == only and "STIXGeneral" in text.get_family()
