@@ -81,18 +81,11 @@ def beside(entry: TransformerLensKeyValueCacheEntry, block: nn.Module) -> Transf
 
 
 def refuse_far_weights(hf_model: nn.Module, name: str) -> None:
-    """A reference model whose storage cannot be shared: quantised, or spread over devices.
+    """A reference model whose storage cannot be shared, because it is spread over devices.
 
     Raises:
-        ValueError: it is one of these.
+        ValueError: it is.
     """
-    settings = getattr(hf_model.config, "quantization_config", None)
-    if settings is not None or getattr(hf_model, "is_quantized", False):
-        method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", "unknown")
-        raise ValueError(
-            f"{name} is quantised ({getattr(method, 'value', method)}): its weights are no plain tensors that hooks and "
-            f"W_Q, W_O, … could be views of. Load it in bfloat16, or dequantise it first (hf_model.dequantize())."
-        )
     devices = {str(weight.device) for weight in hf_model.parameters()}
     if len(devices) > 1 or "meta" in devices:
         raise ValueError(

@@ -39,7 +39,7 @@ from .rope import text_rotation
 from .tl_weights import TransformerLensWeights, Unembed
 from .tokens import Tokens
 from .vision import VisionEncoder, VisionProjector
-from .weights import load_weights
+from .weights import load_weights, refuse_quantised
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 ReturnType = Literal["logits", "loss", "both"] | None
@@ -95,7 +95,7 @@ class HookedQwen2VL(Generation, Tokens, TransformerLensWeights, HookedRootModule
             offload_folder: an empty or new folder for what the device_map puts on "disk".
             revision, local_files_only: for hub ids, as in transformers.
         Raises:
-            ValueError: another architecture, an unsupported configuration, missing, unused or misshapen
+            ValueError: another architecture, an unsupported configuration, missing, unused, misshapen or quantised
                 weights, damaged files, no network, an unknown dtype, or a device_map that cannot be had.
         """
         wanted = _as_dtype(dtype)
@@ -104,6 +104,7 @@ class HookedQwen2VL(Generation, Tokens, TransformerLensWeights, HookedRootModule
         if device_map is None and (max_memory is not None or offload_folder is not None):
             raise ValueError("max_memory= and offload_folder= belong to a device_map=, such as 'auto'.")
         checkpoint = open_checkpoint(name, revision, local_files_only)
+        refuse_quantised(checkpoint.config, checkpoint.name)
         cfg = convert_config(checkpoint.config, checkpoint.name, checkpoint.generation)
         processor = Processor.from_folder(checkpoint.folder) if _has_processor(checkpoint.folder) else None
         model = cls._from_weights(cfg, checkpoint, processor, str(checkpoint.folder))
@@ -124,6 +125,7 @@ class HookedQwen2VL(Generation, Tokens, TransformerLensWeights, HookedRootModule
                 floating-point tensors in memory (quantised, or spread over devices by accelerate).
         """
         name = getattr(hf_model.config, "name_or_path", "") or type(hf_model).__name__
+        refuse_quantised(hf_model.config.to_dict(), name)
         refuse_far_weights(hf_model, name)
         if processor is not None and not isinstance(processor, Processor):
             processor = Processor.from_hf(processor)

@@ -7,7 +7,7 @@ q, k, v) a slice of its rows.
 from __future__ import annotations
 
 import re
-from typing import Iterable, Mapping
+from typing import Any, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,12 @@ VISION_TABLE = {
 }
 LM_HEAD, EMBEDDING = "lm_head.weight", "language_model.embed_tokens.weight"
 # The reference's output projection has no bias; ours has one, zero until value biases are folded into it.
+# What quantisers keep beside or instead of a weight: GPTQ and AWQ, bitsandbytes, compressed-tensors and FP8.
+_PACKED = re.compile(
+    r"\.(qweight|qzeros|scales|g_idx|SCB|weight_format|absmax|quant_map|nested_absmax|nested_quant_map|weight_packed|"
+    r"(weight|input)_(scale|scale_inv|zero_point)|weight\.(absmax|quant_map|nested_\w+|quant_state\..+))$"
+)
+_PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 OUR_ZEROS = re.compile(r"^blocks\.\d+\.attn\.o_proj\.bias$")
 
 
@@ -80,6 +86,45 @@ def _unroll(table: Mapping[str, tuple[str, ...]], n_layers: int) -> dict[str, tu
     }
 
 
+def refuse_quantised(config: Mapping[str, Any], where: str) -> None:
+    """Refuses a configuration that says its weights are quantised.
+
+    Args:
+        config: the parsed `config.json`, or `hf_model.config.to_dict()`.
+        where: what to call the model in the error.
+    Raises:
+        ValueError: it has a `quantization_config`, of its own or of one of its halves.
+    """
+    halves = [config, *(config.get(half) or {} for half in ("text_config", "vision_config"))]
+    settings = next((half["quantization_config"] for half in halves if half.get("quantization_config")), None)
+    if settings is None:
+        return
+    settings = settings if isinstance(settings, Mapping) else settings.to_dict()
+    bits = next((n for n in (8, 4) if settings.get(f"load_in_{n}bit")), settings.get("bits"))
+    method = str(getattr(method := settings.get("quant_method", "unknown method"), "value", method))
+    raise ValueError(_quantised(where, f"quantization_config: {method}" + (f", {bits} bits" if bits else "")))
+
+
+def _packed(tensors: Mapping[str, Tensor], table: Mapping[str, Any]) -> list[str]:
+    """Tensors that are no plain weights, each with what it is."""
+    names = [f"{name} (packed)" for name in tensors if name not in table and _PACKED.search(name)]
+    for name in table:
+        if (tensor := tensors.get(name)) is not None:
+            if tensor.dtype not in _PLAIN:
+                names.append(f"{name} is {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}")
+            elif type(tensor) not in (Tensor, nn.Parameter):
+                names.append(f"{name} is a {type(tensor).__name__}")
+    return names
+
+
+def _quantised(where: str, what: str) -> str:
+    return (
+        f"{where} is quantised ({what}): its weights are no plain tensors that hooks and W_Q, W_O, … could be views of, so "
+        f"nothing was loaded. Load the checkpoint it was made from, in bfloat16; or dequantise it with transformers and "
+        f"hook that: HookedQwen2VL.from_hf(hf_model.dequantize())."
+    )
+
+
 def load_weights(model: nn.Module, source: Mapping[str, Tensor], where: str) -> None:
     """Gives every parameter of the model the tensor the source holds for it, or changes nothing.
 
@@ -88,11 +133,14 @@ def load_weights(model: nn.Module, source: Mapping[str, Tensor], where: str) -> 
         source: HF name (either layout) -> tensor; the model's parameters share its storage.
         where: what to call the source in errors.
     Raises:
-        ValueError: keys are missing, unused or misshapen; all of them are listed. A stored
+        ValueError: the weights are quantised; or keys are missing, unused or misshapen; all of them are listed. A stored
             `lm_head.weight` under tied embeddings is accepted only when it equals the embedding.
     """
     tensors = {canonical(name): tensor for name, tensor in source.items()}
     table = conversion_table(model.cfg)
+    if packed := _packed(tensors, table):
+        more = f", and {len(packed) - 3} more" if len(packed) > 3 else ""
+        raise ValueError(_quantised(where, ", ".join(packed[:3]) + more))
     problems = [f"missing: {name}" for name in table if name not in tensors]
     problems += [f"unused: {name}" for name in tensors if name not in table and name != LM_HEAD]
     problems += _check_head(model.cfg, tensors)
@@ -129,9 +177,7 @@ def _check_head(cfg: HookedQwen2VLConfig, tensors: Mapping[str, Tensor]) -> Iter
 def _assign(
     model: nn.Module, theirs: str, tensor: Tensor, ours: tuple[str, ...], assigned: dict[str, Tensor]
 ) -> list[str]:
-    """Cuts one tensor of the source into our parameters; returns what is wrong with its shape or dtype."""
-    if not tensor.is_floating_point():
-        return [f"unreadable: {theirs} is {tensor.dtype}, expected a floating-point type (quantised? use from_hf)"]
+    """Cuts one tensor of the source into our parameters; returns what is wrong with its shape."""
     shapes = [tuple(model.get_parameter(name).shape) for name in ours]
     expected = (sum(shape[0] for shape in shapes), *shapes[0][1:])
     if theirs == "visual.patch_embed.proj.weight":  # a Conv3d whose stride is its kernel is a matmul

@@ -1,4 +1,4 @@
-"""What the runs' tests run in processes of its own: real work of a tiny model, with random numbers in it."""
+"""What the runs' tests run in processes of its own: real work of a tiny model, with random numbers in it; or a command."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import torch
 from conftest import picture
 from tiny import tiny_hf, tiny_processor
 
+from analyses import hallucination, neuron_experiment, neuron_pictures, studies  # noqa: F401, so that commands start at once
 from analyses.data import Example
 from analyses.prefixes import Prefixes
 from analyses.runs import run
 from hooked_qwen2vl import HookedQwen2VL
+from hooked_qwen2vl.cli import main
 
 torch.set_num_threads(1)
 MODEL = HookedQwen2VL.from_hf(tiny_hf(), tiny_processor())
@@ -43,6 +45,11 @@ def answer_with(model: HookedQwen2VL, pause: float = 0.0):
                 }  # fmt: skip
 
     return work
+
+
+def command(*arguments: str) -> None:
+    """A command of `hooked-qwen2vl`; its imports are done before the fork."""
+    raise SystemExit(main(arguments))
 
 
 def full_run(out: str, n: int, pause: float = 0.0, **settings) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValue
 from analyses.prefixes import Prefixes
 from analyses.runs import describe_model, read_results, this_share
 from hooked_qwen2vl import HookedQwen2VL
+from hooked_qwen2vl.cli import main
 from hooked_qwen2vl.devices import beside, spread_over
 
 WHOLE = ["Block", "VisionProjector"]
@@ -199,10 +203,6 @@ def test_reference_models_whose_weights_are_elsewhere_are_refused(tmp_path):
     dispatch_model(hf, {"model": "disk", "lm_head": "cpu"}, offload_dir=tmp_path)
     with pytest.raises(ValueError, match="spread over cpu, meta"):
         HookedQwen2VL.from_hf(hf)
-    quantised = tiny_hf()
-    quantised.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
-    with pytest.raises(ValueError, match=r"quantised \(bitsandbytes\)"):
-        HookedQwen2VL.from_hf(quantised)
 
 
 def test_several_devices_bring_their_parts_together():
@@ -246,6 +246,50 @@ def _share_of_the_run(out: str) -> None:
     assert share[1] == 2
     full_run(out, 24)
     Path(out, f"share-{share[0]}").touch()
+
+
+FLIPS = ["flips", "--limit", "5", "--random", "1", "--batch-size", "1"]
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+
+
+def launched(launcher, arguments) -> str:
+    """What two processes print; each with one thread."""
+    command = [sys.executable, *launcher, "-m", "hooked_qwen2vl.cli", *arguments]
+    return subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True, text=True).stdout
+
+
+def same_tables(one, two):
+    runs = sorted(file.parent.relative_to(one) for file in one.rglob("run.json"))
+    for run in runs:
+        pd.testing.assert_frame_equal(read_results(one / run), read_results(two / run), check_exact=True)
+    tables = sorted(file.relative_to(one) for file in one.rglob("*.csv"))
+    assert runs and tables and all((one / table).read_bytes() == (two / table).read_bytes() for table in tables)
+
+
+def test_torchrun_gives_the_table_of_one_process(tmp_path):
+    """The command itself, on the embedded model: both do a share, one makes the tables, row for row those of one process."""
+    said = launched(TORCHRUN, [*FLIPS, "--out", str(tmp_path / "two")])
+    assert said.count("wrote ") == 7
+    assert main([*FLIPS, "--out", str(tmp_path / "one")]) == 0
+    same_tables(tmp_path / "one", tmp_path / "two")
+    assert len(list((tmp_path / "two" / "flips").glob("part-*"))) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher, arguments",
+    [
+        (ACCELERATE, FLIPS),
+        (TORCHRUN, ["neurons", "--limit", "24", "--test-limit", "8", "--seeds", "1", "--batch-size", "1"]),
+        (TORCHRUN, ["hallucination", "--limit", "24", "--batch-size", "2", "--n-boot", "10"]),
+    ],
+    ids=["accelerate", "neurons", "hallucination"],
+)
+def test_launched_commands_give_the_tables_of_one_process(launcher, arguments, tmp_path):
+    launched(launcher, [*arguments, "--out", str(tmp_path / "two")])
+    assert main([*arguments, "--out", str(tmp_path / "one")]) == 0
+    same_tables(tmp_path / "one", tmp_path / "two")
 
 
 def test_two_launched_processes_give_the_table_of_one(tmp_path):

@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import picture
-from run_child import full_run, questions
+from run_child import command, full_run, questions
 from tiny import tiny_hf
 
 from analyses.data import Example
@@ -103,6 +103,56 @@ def test_killed_twenty_times_it_ends_as_if_never_stopped(processes, tmp_path):
     assert len(expected) == 2 * n and len(expected.drop_duplicates(["id", "place"])) == 2 * n
     assert read_composition(killed).equals(read_composition(tmp_path / "whole"))
     assert not list(killed.glob(".writing-*"))  # what kills left behind is swept away
+
+
+COMMANDS = {
+    "flips": ["--limit", "120", "--random", "2", "--batch-size", "1"],
+    "hallucination": ["--limit", "120", "--batch-size", "1", "--n-boot", "10"],
+    "neurons": ["--limit", "64", "--test-limit", "16", "--seeds", "1", "--batch-size", "1"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_killed_twenty_times_ends_as_if_never_stopped(name, processes, tmp_path):
+    """The command itself, on the embedded model, killed at random moments: each of its runs, and every table."""
+    moments, killed = random.Random(name), tmp_path / "killed"
+
+    def start(out):
+        process = processes.Process(target=command, args=(name, *COMMANDS[name], "--out", str(out)))
+        process.start()
+        return process
+
+    def parts():
+        return len(list(killed.rglob("part-*")))
+
+    whole = start(tmp_path / "whole")
+    counts = [0]
+    whole.join()
+    assert whole.exitcode == 0
+    for _ in range(20):
+        process = start(killed)
+        goal = counts[-1] + moments.randint(0, 2)
+        while parts() < goal and process.is_alive():
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0.0, 1.0))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        counts.append(parts())
+    assert counts == sorted(counts) and 10 < counts[-1]
+    last = start(killed)
+    last.join()
+    assert last.exitcode == 0
+    runs = sorted(file.parent.relative_to(killed) for file in killed.rglob("run.json"))
+    assert len(runs) == (3 if name == "neurons" else 1)
+    for run_folder in runs:
+        ours, theirs = (read_results(out / run_folder) for out in (killed, tmp_path / "whole"))
+        pd.testing.assert_frame_equal(ours, theirs, check_exact=True)
+        assert read_composition(killed / run_folder).equals(read_composition(tmp_path / "whole" / run_folder))
+        assert len(ours) and not list((killed / run_folder).glob(".writing-*"))
+    tables = sorted(file.relative_to(killed) for file in killed.rglob("*.csv"))
+    assert tables and all((killed / table).read_bytes() == (tmp_path / "whole" / table).read_bytes() for table in tables)
 
 
 def test_shares_give_the_same_table_as_one(tmp_path):

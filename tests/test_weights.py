@@ -10,6 +10,7 @@ import torch
 from conftest import picture
 from safetensors.torch import load_file, save_file
 from tiny import reference_logits, tiny_hf
+from transformers import BitsAndBytesConfig
 
 from hooked_qwen2vl import HookedQwen2VL
 
@@ -155,6 +156,87 @@ def test_other_configurations_are_refused_by_name_and_value(change, message, tmp
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
     with pytest.raises(ValueError, match=message):
+        HookedQwen2VL.from_pretrained(tmp_path)
+
+
+QUANTISED = {
+    "gptq, 4 bits": {"quant_method": "gptq", "bits": 4, "group_size": 128},
+    "awq, 4 bits": {"quant_method": "awq", "bits": 4, "version": "gemm"},
+    "bitsandbytes, 8 bits": {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False},
+    "bitsandbytes, 4 bits": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "fp8": {"quant_method": "fp8", "activation_scheme": "dynamic"},
+    "unknown method": {"something": "new"},
+}
+
+
+@pytest.mark.parametrize("named", QUANTISED)
+def test_a_quantised_configuration_is_refused_by_name(named, tmp_path):
+    expected = rf"is quantised \(quantization_config: {named}\).*nothing was loaded.*in bfloat16"
+    hf = tiny_hf(n_layers=1)
+    old_layout(tmp_path, hf, 1)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for change in ({"quantization_config": QUANTISED[named]}, {"text_config": {"quantization_config": QUANTISED[named]}}):
+        (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(ValueError, match=expected):
+            HookedQwen2VL.from_pretrained(tmp_path)
+    hf.config.quantization_config = QUANTISED[named]
+    with pytest.raises(ValueError, match=expected):
+        HookedQwen2VL.from_hf(hf)
+    del hf.config.quantization_config
+    assert HookedQwen2VL.from_hf(hf).cfg.n_layers == 1
+
+
+def test_transformers_own_quantisation_settings_are_refused():
+    hf = tiny_hf(n_layers=1)
+    hf.config.quantization_config = BitsAndBytesConfig(load_in_8bit=True)
+    with pytest.raises(ValueError, match=r"\(quantization_config: bitsandbytes, 8 bits\)"):
+        HookedQwen2VL.from_hf(hf)
+
+
+class Wrapped(torch.Tensor):
+    """A weight that says it is float32, as torchao's do, and is not."""
+
+
+def _pack(layer: torch.nn.Linear, kind: str) -> None:
+    weight = layer.weight.detach()
+    if kind == "uint8":  # two numbers a byte, as bitsandbytes' 4 bits
+        layer.weight = torch.nn.Parameter(torch.zeros(weight.numel() // 2, 1, dtype=torch.uint8), requires_grad=False)
+    elif kind == "int8":  # bitsandbytes' 8 bits: the shape is right
+        layer.weight = torch.nn.Parameter(weight.to(torch.int8), requires_grad=False)
+    elif kind == "float8":
+        layer.weight = torch.nn.Parameter(weight.to(torch.float8_e4m3fn), requires_grad=False)
+    elif kind == "Wrapped":
+        layer.weight = torch.nn.Parameter(weight.as_subclass(Wrapped), requires_grad=False)
+    else:  # GPTQ and AWQ: no weight at all
+        del layer.weight
+        layer.register_buffer("qweight", torch.zeros(4, 48, dtype=torch.int32))
+        layer.register_buffer("scales", torch.zeros(1, 48))
+
+
+@pytest.mark.parametrize(
+    "kind, said",
+    [
+        ("uint8", r"layers\.0\.mlp\.up_proj\.weight is uint8 \[\d+, 1\]"),
+        ("int8", r"up_proj\.weight is int8"),
+        ("float8", r"up_proj\.weight is float8_e4m3fn"),
+        ("Wrapped", r"up_proj\.weight is a Wrapped"),
+        ("qweight", r"up_proj\.qweight \(packed\), .*up_proj\.scales \(packed\)"),
+    ],
+)
+def test_packed_weights_are_refused_without_a_word_in_the_configuration(kind, said, tmp_path):
+    hf = tiny_hf(n_layers=2)
+    _pack(hf.model.language_model.layers[0].mlp.up_proj, kind)
+    with pytest.raises(ValueError, match=rf"is quantised \(.*{said}.*\).*nothing was loaded"):
+        HookedQwen2VL.from_hf(hf)
+    if kind == "Wrapped":
+        return  # a file holds no such thing
+    new_layout(tmp_path, tiny_hf(n_layers=2))
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.language_model.layers.0.mlp.up_proj"
+    del tensors[f"{name}.weight"]
+    own = hf.model.language_model.layers[0].mlp.up_proj.state_dict()
+    save_file(tensors | {f"{name}.{key}": value for key, value in own.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"is quantised \(.*{said}.*\).*nothing was loaded"):
         HookedQwen2VL.from_pretrained(tmp_path)
 
 
