@@ -239,6 +239,27 @@ def test_float16_that_overflows_is_an_error_that_names_the_layer(processor):
         assert model(model.to_inputs("what?")).isfinite().all()  # the tower does not run
 
 
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("vision_encoder.patch_embed.weight", r"vision_encoder\.blocks\.0"), ("vision_projector.fc2.weight", "vision_projector"),
+        ("blocks.0.attn.q_proj.weight", r"blocks\.0"), ("blocks.2.mlp.up_proj.weight", r"blocks\.2"),
+        ("ln_final.w", "ln_final"), ("unembed.weight", "unembed"),
+    ],
+)  # fmt: skip
+def test_float16_is_watched_from_the_patches_to_the_logits(name, said, processor):
+    model = HookedQwen2VL.from_hf(tiny_hf(dtype=torch.float16), processor)
+    inputs = model.to_inputs("what?", images=[picture(84, 56)])
+    with torch.no_grad():
+        model.get_parameter(name).fill_(6e4)
+        for call in (
+            lambda: model(inputs), lambda: model(inputs, return_type="loss"), lambda: model(inputs, logits_at=-1),
+            lambda: model.run_with_cache(inputs), lambda: model.generate(inputs, verbose=False),
+        ):  # fmt: skip
+            with pytest.raises(ValueError, match=rf"^{said} gave numbers that are not finite: float16 ends at 65,504"):
+                call()
+
+
 def _share_of_the_run(out: str) -> None:
     torch.set_num_threads(1)
     PartialState._reset_state()  # of the test's own process, which this one was forked from
