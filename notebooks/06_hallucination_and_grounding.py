@@ -31,8 +31,8 @@ items = [item for item in load_scenes(160) if item.category in ("relation", "com
 print(len(items), "questions, such as", items[0].question, "→", items[0].answer)
 
 # %% [markdown]
-# The model answers, and every method scores every answer; higher means more likely right. With a folder
-# (`detect_hallucinations(…, folder="out/mine")`) a long run can be stopped and gone on with.
+# The model answers, and every method scores every answer; higher means more likely right. The command
+# `hooked-qwen2vl hallucination` does the same in a folder, and a long run can be stopped and gone on with.
 
 # %%
 result = detect_hallucinations(model, items, "scenes: relation and comparison", n_boot=200, progress=False)

@@ -20,6 +20,7 @@ from run_child import command, full_run, questions
 from tiny import tiny_hf
 
 from analyses.data import Example
+from analyses.neuron_experiment import effect_work
 from analyses.prefixes import Prefixes
 from analyses.run_plan import make_plan, memory_for, size_by_model, size_by_pixels
 from analyses.runs import describe_model, read_composition, read_failures, read_results, run, seeded, this_share
@@ -359,21 +360,22 @@ def test_random_numbers_depend_on_seed_and_items_only():
             assert not torch.equal(torch.rand(2), drawn[0])
 
 
-def test_the_estimate_of_memory_is_near_what_is_allocated(model):
-    """Peak of what torch allocates in a forward, against the estimate without the weights."""
+@pytest.mark.parametrize("gradients", [False, True])
+def test_the_estimate_of_memory_is_near_what_is_allocated(model, gradients):
+    """Peak of what torch allocates in a forward, or in one whose activations are kept, without the weights."""
     images = [[picture(224, 140, seed)] for seed in range(6)]
-    example = Example("a", "what is this?", "", (images[0][0],))
+    data = [Example(f"{i}", "what is this?", "red", tuple(images[i]), "a") for i in range(6)]
     inputs = model.encode(model.to_inputs(["what is this?"] * 6, images=images))
-    memory = memory_for(model, [(size_by_model(model)(example), 6)])
-    with torch.no_grad(), torch.profiler.profile(profile_memory=True) as profile:
-        model(inputs)
+    memory = memory_for(model, [(size_by_model(model)(data[0]), 6)], gradients=gradients)
+    with torch.set_grad_enabled(gradients), torch.profiler.profile(profile_memory=True) as profile:
+        list(effect_work(model)(data)) if gradients else model(inputs)
     held = peak = 0
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
             held += event.nbytes()
             peak = max(peak, held)
-    assert peak > 1e6
-    assert 0.5 < (memory.decoder + memory.logits) / peak < 2.5
+    assert peak > 1e6 and memory.prefixes == 0
+    assert 0.5 < (memory.total - memory.weights) / peak < 2.5
     assert memory.weights == sum(weight.nbytes for weight in model.parameters())
 
 
