@@ -13,6 +13,19 @@ from typing import Any
 LOCAL = ("file:", "blob:", "data:", "about:", "chrome:", "devtools:")
 _OPTIONS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking")
 
+_SWEEP = """
+const [moves, done] = arguments, map = document.querySelector("#map"), box = map.getBoundingClientRect(), { rows, cols } = data.images[0];
+let move = 0;
+(function next() {
+  if (move === moves) return done();
+  const [row, col] = [(7 * move + 3) % rows, (11 * move + 5) % cols];
+  const [clientX, clientY] = [box.left + ((col + 0.5) * box.width) / cols, box.top + ((row + 0.5) * box.height) / rows];
+  map.dispatchEvent(new PointerEvent("pointermove", { bubbles: true, pointerType: "mouse", clientX, clientY }));
+  move += 1;
+  requestAnimationFrame(() => requestAnimationFrame(next));
+})();
+"""
+
 
 def why_not() -> str | None:
     """Why no browser can be driven here, or None where one can."""
@@ -66,6 +79,15 @@ class Browser:
         offset = [round((share - 0.5) * element.size[side]) for share, side in ((x, "width"), (y, "height"))]
         ActionChains(self.driver, duration=0).move_to_element_with_offset(element, *offset).perform()
         self.frames()
+
+    def counters(self) -> dict[str, float]:
+        """Counts (LayoutCount, RecalcStyleCount, …) and seconds of the main thread's own time (TaskDuration, …) so far."""
+        self.driver.execute_cdp_cmd("Performance.enable", {"timeDomain": "threadTicks"})
+        return {metric["name"]: metric["value"] for metric in self.driver.execute_cdp_cmd("Performance.getMetrics", {})["metrics"]}
+
+    def sweep(self, moves: int) -> None:
+        """Moves the pointer over the explorer's image so many times, from token to token, each drawn before the next."""
+        self.driver.execute_async_script(_SWEEP, moves)
 
     def frames(self) -> None:
         """Until what was asked for is drawn."""

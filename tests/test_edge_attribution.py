@@ -112,4 +112,4 @@ def test_direct_paths(model, pair, component):
 
 def test_the_picture(model, pair, tmp_path):
     figure = edge_attribution(model, *pair, metric).plot(tmp_path / "edges.png")
-    assert (tmp_path / "edges.png").stat().st_size > 0 and figure.axes[0].get_title().startswith("Edge attribution")
+    assert (tmp_path / "edges.png").stat().st_size > 0 and figure.get_suptitle().startswith("Edge attribution")

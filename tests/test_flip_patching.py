@@ -110,6 +110,6 @@ def test_an_entry_no_block_made(model, prompts):
 def test_its_picture_has_every_part(model, prompts, tmp_path):
     flip = attribute_flip(model, prompts[0], 2, GAINED, LOST)
     axes = flip.plot(tmp_path / "flip.png").axes[0]
-    assert [bar.get_width() for bar in axes.patches] == flip.to_dataframe()["attribution"].tolist()[::-1]
-    assert [label.get_text() for label in axes.get_yticklabels()] == flip.to_dataframe()["component"].tolist()[::-1]
+    assert [bar.get_width() for bar in axes.patches] == flip.to_dataframe()["attribution"].tolist()
+    assert [label.get_text() for label in axes.get_yticklabels()] == flip.to_dataframe()["component"].tolist()
     assert (tmp_path / "flip.png").stat().st_size > 0

@@ -169,7 +169,8 @@ def explorer(tmp_path_factory):
 
 
 def shown_tokens(browser, layer: int) -> list[str]:
-    """The row of the table at a layer."""
+    """The row of the table at a layer, once it follows the pointer."""
+    browser.wait("document.documentElement.dataset.rested === String(state.place)")
     return browser.js("return [...document.querySelectorAll(`#table .cell[data-layer='${arguments[0]}'] .text`)].map(e => e.textContent)", layer)
 
 
@@ -247,6 +248,61 @@ def test_the_explorers_numbers(browser, explorer):
     assert not unknown["known"] and unknown["p"] == pytest.approx(float(result.lens.top_probs[2, 0, -1]), rel=1e-3)
 
 
+def test_a_hover_lays_the_page_out_once(browser, explorer):
+    """No layout is forced in the middle of a frame, whatever is written."""
+    browser.open(explorer[1], READY)
+    browser.sweep(3)
+    before = browser.counters()
+    browser.sweep(40)
+    after = browser.counters()
+    assert 20 < after["LayoutCount"] - before["LayoutCount"] <= 44 and after["RecalcStyleCount"] - before["RecalcStyleCount"] <= 44
+    nothing_wrong(browser)
+
+
+def test_several_moves_in_a_frame_are_drawn_once(browser, explorer):
+    browser.open(explorer[1], READY)
+    drawn = browser.driver.execute_async_script(
+        """const done = arguments[0], map = document.querySelector("#map"), box = map.getBoundingClientRect(), real = fillTable;
+        let drawn = 0;
+        fillTable = () => { drawn += 1; real(); };
+        for (const share of [0.1, 0.3, 0.6, 0.9])
+          map.dispatchEvent(new PointerEvent("pointermove", { bubbles: true, clientX: box.left + share * box.width, clientY: box.top + 9 }));
+        requestAnimationFrame(() => requestAnimationFrame(() => { fillTable = real; done([drawn, whereIs(state.place).col]); }));"""
+    )
+    assert drawn == [1, 7]
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_the_tables_canvas_shows_what_the_table_says(browser, explorer, width):
+    result, path = explorer
+    browser.open(path, READY, width=width)
+    place = result.starts[0] + 9
+    browser.js("select(arguments[0])", place)
+    browser.frames()
+    where = "const { columns, tops, height, context } = fitTable.found, scale = window.devicePixelRatio;"
+    for layer in (0, 3, 6):
+        for rank in range(2):
+            at = f"context.getImageData(Math.round((columns[{rank}][0] + 1) * scale), Math.round((tops[{layer}] + 1) * scale), 1, 1).data"
+            pixel = browser.js(f"{where} return [...{at}].slice(0, 3)")
+            value = browser.js(f"return probability(data.arrays.topProbs, topAt({layer}, state.place) + {rank})")
+            assert value == pytest.approx(float(result.lens.top_probs[layer, place, rank]), rel=1e-3)
+            assert pixel == browser.js(f"return [...ramps.plain[Math.round({value} * 255)]]")
+            boxes = browser.js(
+                f"const c = makeTable.rows[{layer}].cells[{rank}].cell.getBoundingClientRect(), o = $('cells').getBoundingClientRect();"
+                f"{where} return [c.left - o.left - columns[{rank}][0], c.top - o.top - tops[{layer}], c.height - height]"
+            )
+            assert max(map(abs, boxes)) < 2, boxes  # the transparent text lies over what is drawn
+    written = []
+    browser.js("window.real = fitTable.found.context.fillText; window.said = []; fitTable.found.context.fillText = (text) => said.push(text)")
+    browser.js("select(arguments[0])", place + 1)
+    browser.frames()
+    written = browser.js("return said")
+    tokens = [readable(tokens) for layer in result.lens.top_tokens for tokens in layer[place + 1]]
+    assert len(written) == (1 if width == 360 else 2) * len(tokens)
+    for text, token in zip(written, tokens):
+        assert text == token or (text.endswith("…") and token.startswith(text[:-1]) and len(text) > 1)
+
+
 def test_tokens_typed_into_the_explorer(browser, explorer):
     from selenium.webdriver.common.keys import Keys
 
@@ -257,7 +313,8 @@ def test_tokens_typed_into_the_explorer(browser, explorer):
         browser.keys("#typed", typed, Keys.ENTER)
     chips = browser.js("return [...document.querySelectorAll('.chip .text')].map(e => e.textContent)")
     assert chips == ["</script>", "<b>", readable(result.kept_tokens[40])]
-    assert browser.js("return document.querySelectorAll('#plot circle').length") == 3 * 7
+    dots = "return [...document.querySelectorAll('#plot .known')].map(e => e.getAttribute('d').split('M').length - 1)"
+    assert browser.js(dots) == [7] * 3
     browser.keys("#typed", "not-a-token-at-all", Keys.ENTER)
     assert "is not on this page" in browser.text("#not-found")
     browser.keys("#stage", Keys.ARROW_LEFT)  # at an image token fewer are known: bounds, and it says so

@@ -9,6 +9,8 @@ const CIVIDIS = ["#00224e", "#123570", "#3b496c", "#575d6d", "#707173", "#8a8678
 const RED_BLUE = ["#053061", "#2166ac", "#4393c3", "#92c5de", "#d1e5f0", "#f7f7f7", "#fddbc7", "#f4a582", "#d6604d", "#b2182b", "#67001f"];
 const RAMP_SIZE = 256;
 const MOST_CHIPS = 6;
+const REST = 120; // ms without a move
+const PLAIN = /^[\x21-\x7e]*$/;
 const state = { mode: "lens", layer: 0, place: 0, image: 0, shade: "top", same: false, opacity: 0.65, held: false, chips: [], log: false };
 let data, ramps;
 
@@ -36,6 +38,7 @@ function prepare() {
   data.ids = data.ids.map((step) => (id += step));
   data.n = data.prompt.length;
   data.entries = data.layers.length;
+  data.shown = new Array(data.texts.length);
   data.imageOf = new Int16Array(data.n).fill(-1);
   data.images.forEach((image, number) => {
     image.url = URL.createObjectURL(new Blob([arrays[image.array]], { type: image.type }));
@@ -109,12 +112,12 @@ function makeRamp(colours) {
   return Array.from({ length: RAMP_SIZE }, (_, step) => {
     const at = (step / (RAMP_SIZE - 1)) * (parsed.length - 1);
     const left = Math.min(Math.floor(at), parsed.length - 2);
-    return parsed[left].map((part, channel) => Math.round(part + (parsed[left + 1][channel] - part) * (at - left)));
+    const colour = parsed[left].map((part, channel) => Math.round(part + (parsed[left + 1][channel] - part) * (at - left)));
+    return Object.assign(colour, { css: rgb(colour) });
   });
 }
 
 const ramp = () => (state.mode === "recovery" ? ramps.signed : ramps.plain);
-const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const rgb = (colour) => `rgb(${colour.join()})`;
 const inkOn = ([r, g, b]) => (0.299 * r + 0.587 * g + 0.114 * b > 135 ? "#111" : "#fff");
 
@@ -141,7 +144,7 @@ function escapeOf(code) {
   return `\\${letter}${code.toString(16).padStart(digits, "0")}`;
 }
 
-const tokenText = (token) => visible(data.texts[token]);
+const tokenText = (token) => (data.shown[token] ??= visible(data.texts[token]));
 const placeText = (place) => visible(data.prompt[place]);
 
 function number(value) {
@@ -288,13 +291,19 @@ function moveCursor() {
   if (cursor.hidden) return;
   const { rows, cols } = data.images[state.image];
   const [w, h] = [state.width / cols, state.height / rows];
-  cursor.style.width = `${w}px`;
-  cursor.style.height = `${h}px`;
+  if (moveCursor.size !== `${w} ${h}`) {
+    moveCursor.size = `${w} ${h}`;
+    cursor.style.width = `${w}px`;
+    cursor.style.height = `${h}px`;
+  }
   cursor.style.transform = `translate(${at.col * w}px, ${at.row * h}px)`;
   cursor.classList.toggle("held", state.held);
 }
 
 // ---- the table of the selected position ---------------------------------------------------------
+
+// The cells are drawn on a canvas: laying out 290 new texts takes ten times as long as drawing them. The table's own text lies
+// over it, transparent, and follows when the pointer rests: for selecting, searching and reading aloud.
 
 function makeTable() {
   makeTable.rows = [];
@@ -312,19 +321,82 @@ function makeTable() {
   }
 }
 
+/** Where the cells lie, and how much text is room for: read once, not at every move. */
+function fitTable() {
+  const canvas = $("cells");
+  const [width, height] = [$("table").offsetWidth, $("table").offsetHeight];
+  const scale = window.devicePixelRatio || 1;
+  [canvas.width, canvas.height] = [Math.round(width * scale), Math.round(height * scale)];
+  [canvas.style.width, canvas.style.height] = [`${width}px`, `${height}px`];
+  const { text, p } = makeTable.rows[0].cells[0];
+  const [textStyle, pStyle] = [getComputedStyle(text), getComputedStyle(p)];
+  const columns = makeTable.rows[0].cells.map(({ cell }) => [cell.parentElement.offsetLeft, cell.offsetWidth]);
+  const tops = makeTable.rows.map(({ row }) => row.offsetTop);
+  const context = canvas.getContext("2d");
+  context.setTransform(scale, 0, 0, scale, 0, 0);
+  context.textBaseline = "middle";
+  const font = (style) => `${style.fontSize} ${style.fontFamily}`;
+  context.font = font(textStyle);
+  const box = getComputedStyle(text.parentElement);
+  const [left, right] = [parseFloat(box.paddingLeft), parseFloat(box.paddingRight)];
+  fitTable.found = {
+    context, columns, tops, left, height: text.parentElement.offsetHeight, fonts: [font(textStyle), font(pStyle)],
+    room: columns[0][1] - left - right, letter: context.measureText("0").width, withP: pStyle.display !== "none",
+  };
+}
+
 function fillTable() {
+  const { context, columns, tops, left, height, fonts, room, letter, withP } = fitTable.found;
   const { top, topProbs } = data.arrays;
-  for (let layer = 0; layer < data.entries; layer++) {
-    const start = topAt(layer, state.place);
-    makeTable.rows[layer].cells.forEach(({ cell, text, p }, rank) => {
-      const value = probability(topProbs, start + rank);
-      const colour = ramps.plain[Math.round(value * (RAMP_SIZE - 1))];
-      text.textContent = tokenText(top[start + rank]);
-      p.textContent = number(value);
-      cell.style.backgroundColor = rgb(colour);
-      cell.style.color = inkOn(colour);
-    });
-  }
+  const inks = new Array(data.entries * data.k);
+  context.font = fonts[0];
+  context.textAlign = "left";
+  for (let layer = 0; layer < data.entries; layer++)
+    for (let rank = 0; rank < data.k; rank++) {
+      const at = topAt(layer, state.place) + rank;
+      const colour = ramps.plain[Math.round(probability(topProbs, at) * (RAMP_SIZE - 1))];
+      const ink = (inks[layer * data.k + rank] = inkOn(colour));
+      const [x, width] = columns[rank];
+      context.fillStyle = colour.css;
+      context.fillRect(x, tops[layer], width, height);
+      context.fillStyle = ink;
+      context.fillText(fitted(context, tokenText(top[at]), room, letter), x + left, tops[layer] + height / 2);
+    }
+  context.font = fonts[1];
+  context.textAlign = "right";
+  for (let layer = 0; withP && layer < data.entries; layer++)
+    for (let rank = 0; rank < data.k; rank++) {
+      const [x, width] = columns[rank];
+      context.fillStyle = inks[layer * data.k + rank];
+      context.fillText(number(probability(topProbs, topAt(layer, state.place) + rank)), x + width - left, tops[layer] + height / 2);
+    }
+  atRest();
+}
+
+/** A text with an ellipsis where it is wider than its room; a letter of the table's font is as wide as any other. */
+function fitted(context, text, room, letter) {
+  const plain = PLAIN.test(text);
+  if (text.length * letter <= room && plain) return text;
+  if (plain) return `${text.slice(0, Math.max(1, Math.floor(room / letter) - 1))}…`;
+  const letters = Array.from(text);
+  if (context.measureText(text).width <= room) return text;
+  while (letters.length > 1 && context.measureText(`${letters.join("")}…`).width > room) letters.pop();
+  return `${letters.join("")}…`;
+}
+
+/** What need not follow every move of the pointer: the table's text, and what is read aloud. */
+function atRest() {
+  clearTimeout(atRest.timer);
+  atRest.timer = setTimeout(() => {
+    const { top, topProbs } = data.arrays;
+    makeTable.rows.forEach(({ cells }, layer) => cells.forEach(({ text, p }, rank) => {
+      const at = topAt(layer, state.place) + rank;
+      text.textContent = tokenText(top[at]);
+      p.textContent = number(probability(topProbs, at));
+    }));
+    $("said").textContent = `${nameOf(state.place)}, ${data.layers[state.layer]}: ${$("now").textContent}`;
+    document.documentElement.dataset.rested = state.place;
+  }, REST);
 }
 
 function markLayer() {
@@ -343,13 +415,19 @@ function fillFacts() {
   const shown = state.mode === "lens" ? "" : ` · ${$("unit").textContent}: ${number(value)}`;
   const held = state.held ? " · held" : "";
   $("facts").textContent = `entropy ${linear(entropy, state.layer * data.n + state.place).toFixed(2)} nats${shown}${held}`;
-  const now = $("now");
-  now.replaceChildren(element("span", "quiet", `${data.layers[state.layer]} `));
+  const spans = fillFacts.spans ?? makeFacts();
+  spans[0].textContent = `${data.layers[state.layer]} `;
   for (let rank = 0; rank < data.k; rank++) {
-    now.append(element("span", "text", tokenText(top[start + rank])));
-    now.append(element("span", "quiet", ` ${number(probability(topProbs, start + rank))}${rank + 1 < data.k ? ",  " : ""}`));
+    spans[2 * rank + 1].textContent = tokenText(top[start + rank]);
+    spans[2 * rank + 2].textContent = ` ${number(probability(topProbs, start + rank))}${rank + 1 < data.k ? ",  " : ""}`;
   }
-  $("said").textContent = `${nameOf(state.place)}, ${data.layers[state.layer]}: ${now.textContent}`;
+  atRest();
+}
+
+function makeFacts() {
+  fillFacts.spans = Array.from({ length: 2 * data.k + 1 }, (_, at) => element("span", at % 2 ? "text" : "quiet"));
+  $("now").replaceChildren(...fillFacts.spans);
+  return fillFacts.spans;
 }
 
 // ---- probability by layer -----------------------------------------------------------------------
@@ -394,17 +472,25 @@ function suggest() {
 }
 
 function drawChips() {
+  drawChips.p = [];
   $("chips").replaceChildren(...state.chips.map((token, at) => {
     const chip = element("span", "chip");
     chip.title = `id ${data.ids[token]}`;
     chip.append(Object.assign(element("i"), { style: `background: var(--c${at % MOST_CHIPS})` }));
-    const { p, known } = probabilityOf(token, state.layer, state.place);
-    chip.append(element("span", "text", tokenText(token)), element("span", "p", `${known ? "" : "≤ "}${number(p)}`));
+    chip.append(element("span", "text", tokenText(token)), (drawChips.p[at] = element("span", "p")));
     const remove = chip.appendChild(element("button", "", "×"));
     remove.setAttribute("aria-label", `remove ${tokenText(token)}`);
     remove.dataset.token = token;
     return chip;
   }));
+  fillChips();
+}
+
+function fillChips() {
+  state.chips.forEach((token, at) => {
+    const { p, known } = probabilityOf(token, state.layer, state.place);
+    drawChips.p[at].textContent = `${known ? "" : "≤ "}${number(p)}`;
+  });
 }
 
 function shape(tag, attributes, text) {
@@ -414,8 +500,12 @@ function shape(tag, attributes, text) {
   return made;
 }
 
+function fitPlot() {
+  plotScales.size = [$("plot").clientWidth, $("plot").clientHeight];
+}
+
 function plotScales() {
-  const [width, height] = [$("plot").clientWidth, $("plot").clientHeight];
+  const [width, height] = plotScales.size;
   const [left, right, top, bottom] = [44, 8, 8, 34];
   const x = (layer) => left + ((width - left - right) * layer) / (data.entries - 1);
   const decades = 6;
@@ -430,34 +520,49 @@ function drawPlot() {
   const { width, height, left, right, bottom, x, y, ticks } = plotScales();
   svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
   const drawn = ticks.flatMap((tick) => [
-    shape("line", { x1: left, x2: width - right, y1: y(tick), y2: y(tick), stroke: css("--line") }),
+    shape("line", { x1: left, x2: width - right, y1: y(tick), y2: y(tick), style: "stroke: var(--line)" }),
     shape("text", { x: left - 5, y: y(tick) + 4, "text-anchor": "end" }, state.log && tick < 1 ? tick.toExponential(0) : String(tick)),
   ]);
   const step = Math.ceil(data.entries / (width / 34));
   for (let layer = 0; layer < data.entries; layer += step)
     drawn.push(shape("text", { x: x(layer), y: height - bottom + 14, "text-anchor": "middle" }, String(layer)));
   drawn.push(shape("text", { x: (left + width) / 2, y: height - 4, "text-anchor": "middle" }, "entry of the residual stream"));
-  drawn.push(shape("line", { id: "plot-now", x1: x(state.layer), x2: x(state.layer), y1: y(1), y2: height - bottom, stroke: css("--mark"), "stroke-width": 1.5, "stroke-dasharray": "3 3" }));
-  let bounded = false;
-  state.chips.forEach((token, at) => {
-    const colour = css(`--c${at % MOST_CHIPS}`);
-    let line = "", joined = false;
-    const marks = [];
-    for (let layer = 0; layer < data.entries; layer++) {
-      const { p, known } = probabilityOf(token, layer, state.place);
-      const [cx, cy] = [x(layer), y(p)];
-      if (known) {
-        line += `${joined ? "L" : "M"}${cx} ${cy}`;
-        marks.push(shape("circle", { cx, cy, r: 2.6, fill: colour }));
-      } else marks.push(shape("path", { d: `M${cx - 3.2} ${cy - 2}h6.4l-3.2 5z`, fill: "none", stroke: colour }));
-      bounded ||= !known;
-      joined = known;
-    }
-    drawn.push(shape("path", { d: line || "M0 0", fill: "none", stroke: colour, "stroke-width": 1.8 }), ...marks);
+  drawn.push(shape("line", { id: "plot-now", x1: x(state.layer), x2: x(state.layer), y1: y(1), y2: height - bottom, style: "stroke: var(--mark)", "stroke-width": 1.5, "stroke-dasharray": "3 3" }));
+  drawPlot.series = state.chips.map((_, at) => {
+    const colour = `var(--c${at % MOST_CHIPS})`;
+    const line = shape("path", { class: "line", style: `fill: none; stroke: ${colour}; stroke-width: 1.8` });
+    const known = shape("path", { class: "known", style: `fill: ${colour}` });
+    const bounds = shape("path", { class: "bounds", style: `fill: none; stroke: ${colour}` });
+    drawn.push(line, known, bounds);
+    return { line, known, bounds };
   });
   svg.replaceChildren(...drawn);
+  fillPlot();
+}
+
+/** The lines alone: a dot where the probability is known, a triangle where it is a bound. */
+function fillPlot() {
+  const { x, y } = plotScales();
+  let anywhere = false;
+  state.chips.forEach((token, at) => {
+    let line = "", dots = "", triangles = "", joined = false;
+    for (let layer = 0; layer < data.entries; layer++) {
+      const { p, known } = probabilityOf(token, layer, state.place);
+      const [cx, cy] = [x(layer).toFixed(1), y(p).toFixed(1)];
+      if (known) {
+        line += `${joined ? "L" : "M"}${cx} ${cy}`;
+        dots += `M${cx} ${cy}m-2.6 0a2.6 2.6 0 1 0 5.2 0a2.6 2.6 0 1 0 -5.2 0`;
+      } else triangles += `M${cx} ${cy}m-3.2 -2h6.4l-3.2 5z`;
+      joined = known;
+    }
+    anywhere ||= triangles !== "";
+    const series = drawPlot.series[at];
+    series.line.setAttribute("d", line);
+    series.known.setAttribute("d", dots);
+    series.bounds.setAttribute("d", triangles);
+  });
   $("plot-place").textContent = `at position ${data.positions[state.place]}, ${nameOf(state.place)}`;
-  $("plot-note").style.visibility = bounded ? "visible" : "hidden";
+  $("plot-note").style.visibility = anywhere ? "visible" : "hidden";
 }
 
 // ---- the prompt ---------------------------------------------------------------------------------
@@ -536,10 +641,11 @@ function colourStrip() {
 function soon(...what) {
   what.forEach((draw) => soon.waiting.add(draw));
   soon.frame ??= requestAnimationFrame(() => {
+    for (const draw of soon.waiting) { // what a draw asks for is done in the same frame
+      soon.waiting.delete(draw);
+      draw();
+    }
     soon.frame = null;
-    const draws = [...soon.waiting];
-    soon.waiting.clear();
-    draws.forEach((draw) => draw());
   });
 }
 soon.waiting = new Set();
@@ -549,12 +655,12 @@ function select(place) {
   state.place = place;
   const image = data.imageOf[place];
   if (image >= 0 && image !== state.image) showImage(image);
-  soon(moveCursor, fillTable, fillFacts, drawChips, drawPlot, markStrip);
+  soon(moveCursor, fillTable, fillFacts, fillChips, fillPlot, markStrip);
 }
 
 function setLayer(layer) {
   state.layer = Math.max(0, Math.min(data.entries - 1, layer));
-  soon(markLayer, drawMap, fillFacts, drawChips, drawPlot, colourStrip);
+  soon(markLayer, drawMap, fillFacts, fillChips, drawPlot, colourStrip);
 }
 
 function setMode(mode) {
@@ -604,6 +710,10 @@ function placeUnder(event) {
   return row < 0 || col < 0 || row >= rows || col >= cols ? -1 : start + row * cols + col;
 }
 
+function followPointer() {
+  if (!state.held) select(placeUnder(followPointer.event));
+}
+
 function step(key) {
   const at = whereIs(state.place);
   const image = data.images[state.image];
@@ -625,7 +735,11 @@ function stepPrompt(by) {
 
 function listen() {
   const stage = $("stage");
-  stage.addEventListener("pointermove", (event) => state.held || event.pointerType === "touch" || select(placeUnder(event)));
+  stage.addEventListener("pointermove", (event) => {
+    if (state.held || event.pointerType === "touch") return;
+    followPointer.event = event; // the last one before the frame
+    soon(followPointer);
+  });
   stage.addEventListener("click", (event) => {
     const place = placeUnder(event);
     if (place < 0) return;
@@ -668,8 +782,8 @@ function listen() {
     setLayer(Math.round(((x - left) / (width - left - right)) * (data.entries - 1)));
   });
   document.addEventListener("keydown", pressed);
-  window.addEventListener("resize", () => { fitStage(); soon(drawMap, moveCursor, drawPlot); });
-  window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => soon(drawPlot));
+  window.addEventListener("resize", () => { fitStage(); soon(drawMap, moveCursor); });
+  new ResizeObserver(() => { fitTable(); fitPlot(); soon(fillTable, drawPlot); }).observe($("reading"));
 }
 
 function setOpacity(opacity) {
@@ -719,6 +833,8 @@ function begin() {
   makeTable();
   makeStrip();
   fitStage();
+  fitTable();
+  fitPlot();
   listen();
   setOpacity(state.opacity);
   setMode("lens");
