@@ -123,6 +123,19 @@ def test_within_compares_only_inside_groups():
     assert np.isnan(within([True, True], [1, 2], ["a", "b"])["auroc"])
 
 
+def test_groups_are_resampled_apart():
+    """Twice the same group is twice the data: the interval shrinks by √2, as it does not when both draw the same."""
+    correct, score = tied_scores()
+    one = within(correct, score, ["a"] * 60, n_boot=500)
+    two = within(np.tile(correct, 2), np.tile(score, 2), ["a"] * 60 + ["b"] * 60, n_boot=500)
+    widths = [figures["auroc_high"] - figures["auroc_low"] for figures in (one, two)]
+    assert two["auroc"] == pytest.approx(one["auroc"]) and widths[1] / widths[0] == pytest.approx(0.5**0.5, abs=0.1)
+    assert (two["items"], two["hallucinated"]) == (120, 2 * int((~correct).sum()))
+    few = within([True] * 20 + [False] * 4, [*range(20), 3, 4, 5, 6], ["a"] * 12 + ["b"] * 12, n_boot=50)
+    assert few["auroc"] == pytest.approx(np.mean([s > f for s in range(12, 20) for f in (3, 4, 5, 6)]))
+    assert np.isnan(few["auroc_low"]) and np.isnan(few["auroc_high"])  # four hallucinated answers: a value, no interval
+
+
 # ---- what is scored ---------------------------------------------------------------------------------
 
 

@@ -60,6 +60,9 @@ def run(options: argparse.Namespace) -> None:
             return
         if not (finished(options, state) and reports(options, state)):
             return
+    elif options.dry_run:
+        print("the captions come with the data and have no images: they are judged, and no model is run")
+        return
     written = _chair(items, vocabulary, folder) if items[0].benchmark == "chair" else []
     if all(item.images for item in items):
         written += _report(options, items, name, judgements, folder)
