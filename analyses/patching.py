@@ -107,6 +107,8 @@ def patch_sweep(
             position, so large batches compute more in vain.
         checkpoint: a file that holds what is done, so that an interrupted sweep goes on; the same call again
             continues, another sweep is refused.
+    Memory: streams and keys of the two runs, positions × ((streams swept + activations swept) × width + layers × 2
+        key-value heads × d_head) numbers, and the activations of one forward of `batch_size` prompts, keys included.
     Returns:
         TransformerLens's PatchingResult: values [layer pos (head) batch], axes, index table, and the unpatched
         baseline [batch].

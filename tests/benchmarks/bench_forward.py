@@ -21,9 +21,10 @@ RESIDUAL = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post")
 def rows(name: str) -> Iterator[Row]:
     """Every pair of one size."""
     model, hf = geometries.both(name)
-    inputs = geometries.prompt(model, 60 if QUICK else 300)
+    large = name == "2b"
+    inputs = geometries.prompt(model, 48 if large else 60 if QUICK else 300, template=not large)
     batch, size = reference_batch(inputs), geometries.describe(name, inputs)
-    kept = {"n": 7} if name == "2b" else {}
+    kept = {"n": 5} if large else {}
 
     def theirs(**settings):
         hf.model.rope_deltas = None
@@ -38,7 +39,7 @@ def rows(name: str) -> Iterator[Row]:
     hooks = [(key, look) for key in model.hook_dict if key.startswith("blocks.") and key.endswith(RESIDUAL)]
     pair = interleaved(lambda: model.run_with_hooks(inputs, fwd_hooks=hooks), theirs, **kept)
     yield pair.row(1, f"forward with {len(hooks)} hooks on the residual stream / transformers SDPA", size, "≤ 1.03")
-    if name == "2b":
+    if large:
         return
     streams = [key for key, _ in hooks if key.endswith("resid_pre")]
     pair = interleaved(

@@ -36,7 +36,7 @@ def rows(name: str, batch_size: int) -> Iterator[Row]:
     yield tower_runs(model, lambda: ours(new), size)
 
 
-def timed(ours, theirs, new: int, n: int = 9) -> tuple[Pair, Pair]:
+def timed(ours, theirs, new: int, n: int = 7) -> tuple[Pair, Pair]:
     """Seconds of a whole generation, and of its steps after the first token: the same call for one token is taken off."""
     whole, steps = Pair(), Pair()
     ours(2), theirs(2)

@@ -2,7 +2,7 @@
 
     python run_all.py [--quick] [--only forward cache …] [--out DIR] [--nnsight PYTHON]
 
-A benchmark is a file `bench_*.py` that ends in `timing.report(name, rows)`. What `--only` leaves out stays in the
+A benchmark is a file `bench_*.py` that ends in `timing.report(name, rows)`, and may write $BENCH_OUT/name.png. What `--only` leaves out stays in the
 table as it was, with its own date. nnsight runs where PYTHON has it:
 
     python -m venv E && echo "$(pwd)/.venv/lib/python3.11/site-packages" > E/lib/python3.11/site-packages/main.pth
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -42,9 +43,11 @@ def main() -> int:
                 continue
             failed += [name] * (run(python, script, folder, options.quick) != 0)
         found |= {path.stem: json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))}
-    options.out.mkdir(parents=True, exist_ok=True)
+        options.out.mkdir(parents=True, exist_ok=True)
+        for picture in Path(folder).glob("*.png"):
+            shutil.copy(picture, options.out)
     table.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-    (options.out / "benchmarks.md").write_text(as_markdown(found))
+    (options.out / "benchmarks.md").write_text(as_markdown(found, options.out))
     print(f"wrote {table} and {table.with_suffix('.md')}" + (f"; failed: {', '.join(failed)}" if failed else ""))
     return bool(failed)
 
@@ -55,8 +58,8 @@ def run(python: str, script: Path, folder: str, quick: bool) -> int:
     return subprocess.run([python, script, *(["--quick"] if quick else [])], env=environment, check=False).returncode
 
 
-def as_markdown(found: dict) -> str:
-    """The table, a section a benchmark, with where and with what it was run."""
+def as_markdown(found: dict, folder: Path) -> str:
+    """The table, a section a benchmark, with where and with what it was run, and its picture NAME.png if there is one."""
     parts = ["# Benchmarks", timing.__doc__.split("\n\n", 1)[1].strip(),
              "A ratio is ours / theirs unless it says otherwise. Written by `make bench`."]  # fmt: skip
     for name, content in found.items():
@@ -64,6 +67,8 @@ def as_markdown(found: dict) -> str:
         versions = ", ".join(f"{package} {version}" for package, version in machine["versions"].items())
         where = f"{machine['date']}, {machine['device']}, {machine['threads']} thread(s), load {machine['load']}, {versions}"
         parts.append(f"## {name}\n\n{where}\n\n{HEAD}\n" + "\n".join(map(timing.line, content["rows"])))
+        if (folder / f"{name}.png").exists():
+            parts.append(f"![{name}]({name}.png)")
     return "\n\n".join(parts) + "\n"
 
 
