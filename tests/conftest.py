@@ -42,6 +42,12 @@ def model(hf, processor):
     return HookedQwen2VL.from_hf(hf, processor)
 
 
+@pytest.fixture(scope="session")
+def scenes():
+    """The embedded model."""
+    return HookedQwen2VL.from_pretrained("scenes")
+
+
 def prompts(model: HookedQwen2VL) -> dict[str, Inputs]:
     """One of every kind of batch."""
     wide, tall, small = picture(140, 84, 1), picture(60, 115, 2), picture(56, 56, 3)

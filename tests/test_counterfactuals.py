@@ -19,7 +19,6 @@ from analyses.counterfactuals import (
     scene_candidates,
     swap_box,
 )
-from hooked_qwen2vl import HookedQwen2VL
 
 BOX = (28, 0, 56, 28)
 
@@ -28,11 +27,6 @@ BOX = (28, 0, 56, 28)
 def no_grad():
     with torch.no_grad():
         yield
-
-
-@pytest.fixture(scope="module")
-def scenes():
-    return HookedQwen2VL.from_pretrained("scenes")
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ from analyses.flip_patching import ablate_flip, attribute_flip
 from analyses.knockout import Knockout
 from analyses.studies import SPANS, flip_study, knockout_study, locality_study, wilson
 from analyses.trajectory import answer_trajectory
-from hooked_qwen2vl import HookedQwen2VL
 from hooked_qwen2vl.cli import main
 
 
@@ -21,11 +20,6 @@ from hooked_qwen2vl.cli import main
 def no_grad():
     with torch.no_grad():
         yield
-
-
-@pytest.fixture(scope="module")
-def scenes():
-    return HookedQwen2VL.from_pretrained("scenes")
 
 
 @pytest.fixture(scope="module")
