@@ -123,6 +123,24 @@ def test_within_compares_only_inside_groups():
     assert np.isnan(within([True, True], [1, 2], ["a", "b"])["auroc"])
 
 
+def test_intervals_within_groups_are_percentiles_of_resamples():
+    """Each group resampled by itself; a draw's groups weigh as many right-hallucinated pairs as they have in it."""
+    correct, score = tied_scores()
+    b = np.isin(np.arange(60), np.r_[np.nonzero(~correct)[0][:12], np.nonzero(correct)[0][:6]])  # mostly hallucinated
+    figures = within(correct, score, np.where(b, "b", "a"), n_boot=200, seed=3)
+    first = b[0]
+    aurocs, pairs = np.zeros((2, 200)), np.zeros((2, 200))
+    for number, here in enumerate((b == first, b != first)):
+        y, s = correct[here], score[here]
+        for draw, counts in enumerate(np.random.default_rng(3 + number).multinomial(len(y), np.full(len(y), 1 / len(y)), size=200)):
+            chosen = np.repeat(np.arange(len(y)), counts)
+            pairs[number, draw] = y[chosen].sum() * (~y[chosen]).sum()
+            aurocs[number, draw] = roc_auc_score(y[chosen], s[chosen]) if pairs[number, draw] else 0
+    values = (aurocs * pairs).sum(0) / pairs.sum(0)
+    assert (figures["auroc_low"], figures["auroc_high"]) == pytest.approx(tuple(np.percentile(values, (2.5, 97.5))))
+    assert figures["resamples"] == 200 and pairs.std(1).min() > 0
+
+
 def test_groups_are_resampled_apart():
     """Twice the same group is twice the data: the interval shrinks by √2, as it does not when both draw the same."""
     correct, score = tied_scores()
