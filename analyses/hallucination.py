@@ -41,6 +41,7 @@ from analyses.prefixes import Prefixes
 from analyses.result import Result
 from analyses.run_files import PLAN, read_manifest
 from analyses.runs import describe_model, read_results
+from hooked_qwen2vl.processor import open_image
 
 CONTROL = "contextual_control"
 NOUN_METHODS = ("internal_confidence", "contextual", CONTROL)
@@ -392,8 +393,9 @@ def score_claim(
     if not claim.text.strip():
         return {**nothing, "refused": "the answer is empty"}
     encode = encode or model.encode
-    control = _control(model, claim, other, encode) if other and CONTROL in methods else None
+    pictures = _readable(other) if CONTROL in methods else ()
     try:
+        control = encode(claim_inputs(model, claim, pictures)) if pictures else None
         evidence = _Encoded(
             model, claim_inputs(model, claim), 0, claim.noun or None, control, image_layer, text_layer, encode
         )
@@ -403,12 +405,12 @@ def score_claim(
         return {**nothing, "refused": str(error)}
 
 
-def _control(model: Any, claim: Claim, other: Sequence[Any], encode: Callable[[Any], Any]) -> Any:
-    """The claim beside the other pictures; None where one cannot be read, which its own question says."""
+def _readable(images: Sequence[Any]) -> list[Any]:
+    """The pictures, opened; none where one cannot be read, which its own question says."""
     try:
-        return encode(claim_inputs(model, claim, other))
-    except ValueError:
-        return None
+        return [open_image(image) for image in images]
+    except (ValueError, OSError):
+        return []
 
 
 @dataclass(frozen=True)
