@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -15,12 +16,13 @@ from transformer_lens.head_detector import detect_head
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from analyses.attention_heads import KINDS, PASSAGE, detect_heads
-from analyses.compare import ask, compare_models, patch_by_depth, text_agreement
+from analyses.attention_heads import KINDS, PASSAGE, AttentionHeads, detect_heads
+from analyses.compare import Comparison, Run, _difference, ask, compare_models, patch_by_depth, text_agreement
 from analyses.data import Example
+from analyses.logit_lens import residual_stack
 from analyses.model_patching import patch_between_models
 from analyses.patching import patch_sweep
-from analyses.trajectory import answer_ids
+from analyses.trajectory import Trajectories, Trajectory, answer_ids
 from hooked_qwen2vl import HookedQwen2VL
 from hooked_qwen2vl.cli import main
 from hooked_qwen2vl.scenes import sample
@@ -95,6 +97,85 @@ def test_every_model_is_asked_the_same(comparison):
     assert list(zip(table["model"], table["condition"])) == expected
     assert (table["items"] == 3).all() and comparison.skipped == 0
     assert table.set_index("model")["layers"].to_dict() == {"qwen2vl": 3, "gpt2": 4, "llama": 2, "twin": 3}
+
+
+def a_trajectory(ranks, top1, candidates_top, probs) -> Trajectory:
+    """Of the answer "red" over 5 entries; what the summary does not use is 0."""
+    zeros, shift = torch.zeros(5), {"tv": 0.0}
+    return Trajectory(
+        "?", "red", (1,), 0, torch.tensor(top1), tuple(map(str, top1)), torch.tensor(probs), torch.tensor(ranks), "blue", zeros, zeros,
+        zeros, zeros.long(), ("red", "blue"), torch.tensor(candidates_top), shift, shift, 290, "m"
+    )  # fmt: skip
+
+
+def test_a_run_by_hand():
+    items = Trajectories((
+        a_trajectory([9, 3, 0, 0, 0], [7, 7, 1, 1, 1], [1, 1, 0, 0, 0], [0.0, 0.1, 0.5, 0.6, 0.8]),
+        a_trajectory([9, 9, 2, 1, 1], [7, 5, 5, 4, 3], [0, 0, 1, 1, 1], [0.0, 0.0, 0.1, 0.2, 0.2]),
+        a_trajectory([9, 0, 5, 0, 0], [7, 1, 5, 1, 1], [1, 0, 1, 0, 0], [0.0, 0.4, 0.1, 0.6, 0.5]),
+    ))  # fmt: skip
+    scene = torch.tensor([[1, 0.8, 0.2, 0, 0], [1, 1, 1, 0.6, 0]])
+    last = torch.tensor([[0, 0.1, 0.45, 0.9, 1], [0, 0, 0.7, 1, 1]])
+    share = torch.tensor([[0.9, 0.8, 0.7, 0.6, 0.1], [0.9, 0.8, 0.7, 0.6, 0.2], [0.9, 0.8, 0.7, 0.6, 0.6]])
+    run = Run("m", "words", items, share, share / 2, scene, last, torch.tensor([3.0, 1.0]), 4, 5)
+    depths, values = run.curve("recovery_scene")  # a pair weighs as much as its gap
+    assert depths.tolist() == [0, 0.25, 0.5, 0.75, 1] and values == pytest.approx([1, 0.85, 0.4, 0.15, 0])
+    assert run.curve("recovery_last")[1] == pytest.approx([0, 0.075, 0.5125, 0.925, 1])
+    assert run.curve("entropy_share")[1] == pytest.approx([0.9, 0.8, 0.7, 0.6, 0.3])
+    summary = run.summary()
+    assert summary["leaves_scene_depth"] == 0.5 and summary["reaches_last_depth"] == 0.5  # unweighted: 0.75 and 0.5
+    assert (summary["layers"], summary["items"], summary["pairs"]) == (4, 3, 2)
+    assert (summary["pairs_unaligned"], summary["pairs_without_gap"]) == (4, 5)
+    expected = {
+        "right": 2 / 3, "right_of_candidates": 2 / 3, "answer_prob": 0.5, "ever_first": 2 / 3, "first_depth": 0.375,
+        "settled_depth": 0.75, "flips": (1 + 3 + 3) / 3, "final_entropy_share": 0.3,
+    }  # fmt: skip
+    assert {name: summary[name] for name in expected} == pytest.approx(expected)
+    never = dataclasses.replace(run, recovery_scene=torch.ones(2, 5), recovery_last=torch.zeros(2, 5)).summary()
+    assert math.isnan(never["leaves_scene_depth"]) and math.isnan(never["reaches_last_depth"])
+    none = dataclasses.replace(run, recovery_scene=torch.zeros(0, 5), recovery_last=torch.zeros(0, 5), gap=torch.zeros(0)).summary()
+    assert math.isnan(none["leaves_scene_depth"]) and none["pairs"] == 0
+
+
+def test_the_best_head_and_its_depth_by_hand():
+    """The best head, not the block with the best mean; its block lies between two entries."""
+    scores = torch.tensor([[0.5, 0.5], [0.1, 0.2], [0.9, 0.0], [0.3, 0.3]])
+    kinds = dict.fromkeys(KINDS, scores)
+    heads = AttentionHeads(kinds, {**kinds, "image sink": scores / 2}, dict.fromkeys(KINDS, 0.05), dict.fromkeys([*KINDS, "image sink"], 0.02), "m")
+    ones = torch.ones(1, 5)
+    run = Run("m", "words", Trajectories((a_trajectory([0] * 5, [1] * 5, [0] * 5, [1.0] * 5),)), ones, ones, *(torch.zeros(0, 5),) * 2, torch.zeros(0), 0, 0)
+    row = Comparison((run,), {"m": heads}, 0).to_dataframe().iloc[0]
+    for kind in KINDS:
+        for where, even in (("text", 0.05), ("image", 0.02)):
+            label = f"{kind}, {where}"
+            assert (row[label], row[f"{label}, depth"], row[f"{label}, even"]) == (pytest.approx(0.9), 2.5 / 4, even)
+    assert (row["image sink"], row["image sink, depth"]) == (pytest.approx(0.45), 0.625)
+
+
+def test_the_final_tokens_probability_at_every_entry(comparison, bridges):
+    """That of the token which the last entry puts first, read by hand; not of each entry's own top token."""
+    run, differs = runs(comparison)["llama", "words"], False
+    bridge = bridges["llama"]
+    for number, example in enumerate(questions()):
+        tokens = ask(bridge, f"{example.item.caption}\n{example.question}")
+        with torch.no_grad():
+            stack, _ = residual_stack(bridge, tokens)
+            probs = bridge.unembed(bridge.ln_final(stack[:, 0, -1:])).double().softmax(-1)[:, 0]
+        final = int(probs[-1].argmax())
+        assert torch.allclose(run.final_prob[number].double(), probs[:, final], atol=1e-5)
+        differs |= bool((probs.argmax(-1) != final).any())
+    assert differs
+
+
+def test_the_metric_is_the_best_form_of_each_answer(model):
+    """max over the answer's first tokens − max over the counterfactual's."""
+    example = Example("a", "?", "red", candidates=("red", "blue"))
+    other = dataclasses.replace(example, answer="blue")
+    ours, theirs = (answer_ids(model, e.answer, e.candidates)[0] for e in (example, other))
+    assert len(ours) > 1  # "red", " red", "Red": else a sum would do as well
+    logits = torch.randn(model.cfg.d_vocab)
+    by_hand = max(logits[i] for i in ours) - max(logits[i] for i in theirs)
+    assert _difference(model, example, other)(logits) == by_hand
 
 
 def test_patching_starts_and_ends_where_it_must(comparison):

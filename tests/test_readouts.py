@@ -147,6 +147,33 @@ def test_fitting_brings_it_closer_also_on_other_prompts(model, tmp_path):
         fit_tuned_lens(model, [])
 
 
+def test_three_steps_of_fitting_by_hand(model, batches):
+    """Adam on the mean over entries and positions of KL(p_L ‖ p_l), with gradients of an own, plain computation."""
+    inputs, steps, rate = batches["batch"], 3, 2e-3
+    lens = fit_tuned_lens(model, [inputs], steps=steps, batch_size=9, learning_rate=rate, seed=4, progress=False)
+    stack, _ = residual_stack(model, inputs)
+    stack = stack[:, inputs.attention_mask.bool()]
+    A = [torch.zeros(model.cfg.d_model, model.cfg.d_model, requires_grad=True) for _ in range(3)]
+    b = [torch.zeros(model.cfg.d_model, requires_grad=True) for _ in range(3)]
+    adam, generator = torch.optim.Adam([*A, *b]), torch.Generator().manual_seed(4)
+    losses = []
+    for step in range(steps):
+        rows = torch.randint(stack.shape[1], (9,), generator=generator)
+        h = [stack[layer, rows] + stack[layer, rows] @ A[layer].T + b[layer] for layer in range(3)]
+        p, *q = (model.unembed(model.ln_final(x[None]))[0].log_softmax(-1) for x in (stack[3, rows], *h))
+        loss = torch.stack([(p.exp() * (p - each)).sum(-1).mean() for each in q]).mean()
+        gradients = torch.autograd.grad(loss, [*A, *b])
+        for parameter, gradient in zip([*A, *b], gradients):
+            parameter.grad = gradient
+        adam.param_groups[0]["lr"] = rate * (1 - step / steps)
+        adam.step()
+        losses.append(float(loss.detach()))
+    assert lens.losses == pytest.approx(losses, rel=1e-5)
+    moved = torch.stack(A).detach()
+    assert torch.allclose(lens.A, moved, atol=0.02 * rate) and torch.allclose(lens.b, torch.stack(b).detach(), atol=0.02 * rate)
+    assert moved.abs().max() > rate and not lens.A.requires_grad
+
+
 def test_the_kl_by_hand(model, batches):
     """Padding left out."""
     inputs = batches["batch"]
@@ -171,6 +198,24 @@ def test_what_is_projected_away():
     assert torch.allclose((half @ t)[p > 0], 0.5 * (h @ t)[p > 0], atol=CLOSE)
     assert torch.equal(project_away(h, t, alpha=0.0), h)
     assert torch.allclose(project_away(h, 9 * t), ours, atol=CLOSE)  # the direction's length says nothing
+
+
+def test_half_precision_is_projected_in_float32():
+    h, t = (100 * torch.randn(200, 16)).bfloat16(), torch.randn(16).bfloat16()
+    ours, wide = project_away(h, t), project_away(h.float(), t.float())
+    assert ours.dtype == torch.bfloat16 and torch.equal(ours, wide.bfloat16())
+    p = ((h @ t) / (t @ t))[:, None]
+    assert not torch.equal(ours, torch.where(p > 0, h - p * t, h))  # in its own precision it would be another
+
+
+def test_each_entry_has_its_own_direction(model, batches):
+    inputs, directions = batches["image"], torch.randn(2, model.cfg.d_model)
+    plain, _ = residual_stack(model, inputs)
+    with model.hooks(fwd_hooks=project_away_hooks(inputs, directions, [2, 1])):
+        ours, _ = residual_stack(model, inputs)
+    image = inputs.token_types > 0
+    assert torch.allclose(ours[1][image], project_away(plain[1][image], directions[1]), atol=CLOSE)
+    assert (ours[2][image] @ directions[0]).max() < 1e-4 < (ours[2][image] @ directions[1]).max()
 
 
 @pytest.mark.parametrize("layer", [0, 2, 3])
