@@ -295,6 +295,12 @@ def test_a_wrong_twin_is_found_at_its_entry(processor, tmp_path):
         changed.blocks[1].mlp.down_proj.weight.mul_(1.001)
     table = text_agreement(changed, twin, ["is it red?"])
     assert table[~table["ok"]]["entry"].iloc[0] == "2_pre"
+    tokens = ask(twin, "is it red?")
+    with torch.no_grad():
+        ours, theirs = changed(tokens), twin(tokens)
+    error = float((ours - theirs).abs().max())
+    assert table["error"].iloc[-1] == pytest.approx(error) and error > 0
+    assert table["share"].iloc[-1] == pytest.approx(error / float(theirs.std()))
 
 
 # ---- heads --------------------------------------------------------------------------------------------
