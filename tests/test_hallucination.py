@@ -16,7 +16,7 @@ from analyses.baselines import SCORES, all_scores
 from analyses.benchmarks import EXACT, NEEDS_A_JUDGE, OBJECTS, YES_NO, Question
 from analyses.detection import detection, weighted_figures, within
 from analyses.hallucination import (
-    ALL, CONTROL, WITHIN, Claim, _answer, Hallucinations, choose_layers, claim_inputs, claims_of, detect_hallucinations,
+    ALL, CONTROL, WITHIN, Answer, Claim, _answer, Hallucinations, choose_layers, claim_inputs, claims_of, detect_hallucinations,
     generate_answers, hallucination_work, read_hallucinations, read_judgements, run_settings, score_claim, with_controls,
 )  # fmt: skip
 from analyses.runs import describe_model, read_failures, run
@@ -188,7 +188,7 @@ def test_orientation_the_model_believes_its_own_answer(model, items):
 
 
 def caption_item(**more) -> Question:
-    caption = "A dog and a red bus, two dogs."
+    caption = "A dog and a red bus, two dogs, one dog."
     return question(0, "describe", "", judge=OBJECTS, given=caption, truth=("dog",), category="caption", **more)
 
 
@@ -196,7 +196,9 @@ def test_every_object_of_a_caption_is_a_claim(model):
     item = caption_item()
     (answer,) = generate_answers(model, [item])
     claims = claims_of([item], [answer.text], {"dog": "dog", "bus": "bus"})
-    assert [(item.given[slice(*c.mention)], c.correct) for c in claims] == [("dog", True), ("bus", False), ("dogs", True)]
+    assert [(item.given[slice(*c.mention)], c.correct) for c in claims] == [
+        ("dog", True), ("bus", False), ("dogs", True), ("dog", True)
+    ]  # fmt: skip
     for claim in claims:
         inputs = claim_inputs(model, claim)
         at = inputs.positions("answer").tolist()
@@ -208,6 +210,8 @@ def test_every_object_of_a_caption_is_a_claim(model):
         by_hand = log_probs[[p - 1 for p in at], inputs.tokens[0, at]].mean()
         ours = score_claim(model, claim, ["mean_log_prob"])
         assert ours["mean_log_prob"] == pytest.approx(float(by_hand), abs=1e-4)
+    puppy = claims_of([dataclasses.replace(item, truth=("Puppy",))], [item.given], {"dog": "dog", "puppy": "dog", "bus": "bus"})
+    assert [claim.correct for claim in puppy] == [True, False, True, True]
     with pytest.raises(ValueError, match="vocabulary"):
         claims_of([item], [item.given])
 
@@ -260,6 +264,9 @@ def test_answers_of_a_batch_are_those_of_each_alone(model, items):
     for ids, cut, text in (([65, end, 70, 70], False, [65]), ([65, 70], True, [65, 70]), ([end, 65], False, [])):
         answer = _answer(model, ids)
         assert answer.cut == cut and answer.text == model.tokenizer.decode(text)
+    whole = model.tokenizer("red", add_special_tokens=False)["input_ids"]
+    letters = [model.tokenizer(letter, add_special_tokens=False)["input_ids"][0] for letter in "red"]
+    assert len(whole) < 3 and [_answer(model, ids) for ids in (whole, letters)] == [("red", True, False), ("red", True, True)]
 
 
 # ---- runs -------------------------------------------------------------------------------------------
@@ -387,6 +394,18 @@ def test_the_result():
         result.of("ocr")
 
 
+def test_yes_is_compared_with_yes():
+    """One category in which "yes" is mostly right and scored high: across yes and no the score wins, within them it knows nothing."""
+    rng = np.random.default_rng(0)
+    yes = np.arange(80) % 2 == 0
+    table = pd.DataFrame({"key": range(80), "category": "existence", "said": np.where(yes, "yes", "no"),
+                          "correct": rng.random(80) < np.where(yes, 0.8, 0.2), "score": rng.random(80) + yes})  # fmt: skip
+    figures = Hallucinations(table, ("score",), "made up", "none", n_boot=20).to_dataframe().set_index("category")["auroc"]
+    apart = [figures["existence: said yes"], figures["existence: said no"]]
+    pairs = [(part["correct"].sum() * (~part["correct"]).sum()) for part in (table[yes], table[~yes])]
+    assert figures[WITHIN] == pytest.approx(np.average(apart, weights=pairs)) and figures[WITHIN] < 0.65 < 0.75 < figures[ALL]
+
+
 def test_the_pictures(tmp_path):
     result = made_up()
     result.plot(tmp_path / "roc.png")
@@ -416,7 +435,7 @@ def test_from_questions_to_table_and_again(model, items, tmp_path):
     with pytest.raises(ValueError, match="q9 has no image"):
         detect_hallucinations(model, [question(9, images=())], "mine", methods=FAST)
     captions = detect_hallucinations(model, [caption_item()], "mine", FAST, {"dog": "dog", "bus": "bus"}, {"q0": False}, progress=False)
-    assert captions.claims["correct"].tolist() == [True, False, True]  # what a caption names is judged by its objects
+    assert captions.claims["correct"].tolist() == [True, False, True, True]  # what a caption names is judged by its objects
 
 
 def test_judgements_are_read(tmp_path):
@@ -492,3 +511,12 @@ def test_layers_are_chosen_on_answers_alone(model, items):
             for c in claims_of(half, said)
         ]
         assert float(sweep.auroc[pair]) == pytest.approx(roc_auc_score(correct, scores))
+
+
+def test_a_noun_chooses_no_layers(model, items, monkeypatch):
+    said = ["red", "blue", "yes", " "]
+    asked = [*items[:2], question(2, "Is there a dog?", "yes", judge=YES_NO, noun="dog"), items[3]]
+    answers = iter([[Answer(text) for text in said]])
+    monkeypatch.setattr("analyses.hallucination.generate_answers", lambda *args: next(answers))
+    sweep = choose_layers(model, asked, progress=False)
+    assert (sweep.n_items, sweep.n_correct) == (2, 1)  # neither the noun's answer nor the empty one
