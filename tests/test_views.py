@@ -248,6 +248,16 @@ def test_the_explorers_numbers(browser, explorer):
     assert not unknown["known"] and unknown["p"] == pytest.approx(float(result.lens.top_probs[2, 0, -1]), rel=1e-3)
 
 
+def test_page_and_figures_show_the_same_signs(browser, explorer):
+    """Blanks and unprintable characters, of every kind: what the page's script shows is what analyses.views.text says."""
+    browser.open(explorer[1], READY)
+    codes = [*range(0x378), *range(0x2000, 0x2066), 0x3000, 0xE000, 0xFEFF, 0xFFFD, 0xFFFF, 0x4E2D, 0x1F600, 0xE0001]
+    texts = [chr(code) for code in codes]
+    shown = browser.js("return arguments[0].map((code) => visible(String.fromCodePoint(code)))", codes)
+    assert [(hex(code), a) for code, a in zip(codes, shown)] == [(hex(code), readable(text)) for code, text in zip(codes, texts)]
+    assert browser.js("return visible('')") == readable("")
+
+
 def test_a_hover_lays_the_page_out_once(browser, explorer):
     """No layout is forced in the middle of a frame, whatever is written."""
     browser.open(explorer[1], READY)
