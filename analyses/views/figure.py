@@ -149,10 +149,13 @@ def bars(axes: Any, names: Sequence[str], values: Any, colours: Any = BLUE, size
 def on_image(
     axes: Any, values: Any, image: Any, colours: str, low: float, high: float, alpha: float = 0.7
 ) -> Any:
-    """A map [row col], stretched over the image in grey (original pixels); places without a value stay as they are."""
+    """A map [row col], stretched over the image in grey (original pixels); places without a value stay as they are.
+
+    Under a signed map the image is pale, so that 0 is nearly white.
+    """
     width, height = image.size
     extent = (0, width, height, 0)
-    axes.imshow(image.convert("L"), cmap="gray", vmin=0, vmax=255, extent=extent)
+    axes.imshow(image.convert("L"), cmap="gray", vmin=0, vmax=255, extent=extent, alpha=0.35 if low < 0 else 1.0)
     drawn = axes.imshow(np.asarray(values), cmap=colours, vmin=low, vmax=high, extent=extent, alpha=alpha, interpolation="nearest")
     no_ticks(axes)
     return drawn
