@@ -141,9 +141,11 @@ def test_the_best_head_and_its_depth_by_hand():
     """The best head, not the block with the best mean; its block lies between two entries."""
     scores = torch.tensor([[0.5, 0.5], [0.1, 0.2], [0.9, 0.0], [0.3, 0.3]])
     kinds = dict.fromkeys(KINDS, scores)
-    heads = AttentionHeads(kinds, {**kinds, "image sink": scores / 2}, dict.fromkeys(KINDS, 0.05), dict.fromkeys([*KINDS, "image sink"], 0.02), "m")
+    even_image = dict.fromkeys([*KINDS, "image sink"], 0.02)
+    heads = AttentionHeads(kinds, {**kinds, "image sink": scores / 2}, dict.fromkeys(KINDS, 0.05), even_image, "m")
     ones = torch.ones(1, 5)
-    run = Run("m", "words", Trajectories((a_trajectory([0] * 5, [1] * 5, [0] * 5, [1.0] * 5),)), ones, ones, *(torch.zeros(0, 5),) * 2, torch.zeros(0), 0, 0)
+    items, none = Trajectories((a_trajectory([0] * 5, [1] * 5, [0] * 5, [1.0] * 5),)), torch.zeros(0, 5)
+    run = Run("m", "words", items, ones, ones, none, none, torch.zeros(0), 0, 0)
     row = Comparison((run,), {"m": heads}, 0).to_dataframe().iloc[0]
     for kind in KINDS:
         for where, even in (("text", 0.05), ("image", 0.02)):
