@@ -390,6 +390,8 @@ def test_the_result():
     assert shown.loc["good", ALL] == "1.00 [1.00, 1.00]" and shown.loc["none", ALL] == "–"
     assert shown.loc["hallucinated", ALL] == f"{int((~judged['correct']).sum())} of 76"
     assert "attribute" in result.few() and WITHIN not in result.few()
+    rows = pd.concat([judged[judged["correct"]].head(10), judged[~judged["correct"]].head(2)])
+    assert dataclasses.replace(result, claims=rows).table().loc["good", ALL] == "1.00 [–]"  # two hallucinated answers
     with pytest.raises(ValueError, match="expected a category of attribute"):
         result.of("ocr")
 
