@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -55,6 +56,14 @@ def test_batches_have_one_size_and_lose_nobody(model):
     for item, example in enumerate(data):  # the sizes are those of the real inputs
         inputs = model.to_inputs(example.question, images=list(example.images))
         assert size(example).grids == tuple(visual.grid[1:] for visual in inputs.visuals)
+
+
+def test_batches_may_be_of_one_domain(model):
+    data = [replace(example, domain="ab"[item % 2]) for item, example in enumerate(questions(50))]
+    for by_domain, most in ((True, 1), (False, 2)):
+        plan = make_plan(data, size_by_model(model, by_domain=by_domain), 4, 3, 50)
+        assert plan.groupby("batch")["domain"].nunique().max() == most and sorted(plan["item"]) == list(range(50))
+        assert plan["size"].str.endswith((", a", ", b")).all() == by_domain
 
 
 def test_a_rotated_photograph_has_the_size_it_is_seen_in(model, tmp_path):
@@ -344,6 +353,23 @@ def test_the_store_of_prefixes_forgets_and_notices_edits(processor):
     with torch.no_grad():
         model.vision_encoder.blocks[0].attn.W_O.mul_(2.0)
         assert torch.equal(prefixes(one).image_embeds, model.encode(one).image_embeds)
+
+
+def test_what_is_watched_is_kept_with_its_image_and_counts_as_memory(model):
+    @contextmanager
+    def watch(inputs):
+        yield [inputs.pixels.sum()[None].expand(1000).clone()]
+
+    one, two = (model.to_inputs("what?", images=[picture(84, 56, seed)]) for seed in (1, 2))
+    both = model.to_inputs(["what?", "what?"], images=[[picture(84, 56, 2)], [picture(84, 56, 1)]])
+    prefix = model.encode(one).image_embeds.nbytes
+    roomy, narrow = (Prefixes(model, capacity, watch) for capacity in (2 * prefix + 8000, 2 * prefix + 7999))
+    for store, computed in ((roomy, 2), (narrow, 4)):
+        for inputs in (one, two, both):
+            encoded, seen = store.watched(inputs)
+        assert [float(values[0][0]) for values in seen] == [float(two.pixels.sum()), float(one.pixels.sum())]
+        assert torch.equal(encoded.image_embeds[: len(encoded.image_embeds) // 2], store(two).image_embeds)
+        assert store.computed == computed
 
 
 def test_random_numbers_depend_on_seed_and_items_only():
