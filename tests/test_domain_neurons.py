@@ -743,7 +743,7 @@ def test_the_command(tmp_path, capsys, model, monkeypatch):
 
 def test_the_command_in_shares_with_a_bad_image(tmp_path, capsys, model, monkeypatch):
     """Each stage waits for all of the one before; the tables are those of one process."""
-    animals(tmp_path, 12)
+    animals(tmp_path, 8)
     monkeypatch.setattr("hooked_qwen2vl.commands.neurons.load_model", lambda options: model)
     (tmp_path / "dogs" / "0.png").write_bytes(b"no image")
     command = [*COMMAND, "--data", str(tmp_path), "--batch-size", "1"]
