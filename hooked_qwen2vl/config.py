@@ -272,7 +272,7 @@ def _unsupported_values(hf: Qwen2VLConfig) -> list[str]:
     vision_rope = (vision.rope_parameters or {}).get("rope_type", "axial")
     expect(vision_rope == "axial", "vision_config.rope_parameters.rope_type", vision_rope, "'axial'")
     quantization = getattr(hf, "quantization_config", None)
-    expect(quantization is None, "quantization_config", quantization, "none: load through transformers' own loader")
+    expect(quantization is None, "quantization_config", quantization, "none: load the checkpoint it was made from")
     return problems
 
 

@@ -54,13 +54,13 @@ VISION_TABLE = {
     "visual.merger.mlp.2.bias": ("vision_projector.fc2.bias",),
 }
 LM_HEAD, EMBEDDING = "lm_head.weight", "language_model.embed_tokens.weight"
-# The reference's output projection has no bias; ours has one, zero until value biases are folded into it.
 # What quantisers keep beside or instead of a weight: GPTQ and AWQ, bitsandbytes, compressed-tensors and FP8.
 _PACKED = re.compile(
     r"\.(qweight|qzeros|scales|g_idx|SCB|weight_format|absmax|quant_map|nested_absmax|nested_quant_map|weight_packed|"
     r"(weight|input)_(scale|scale_inv|zero_point)|weight\.(absmax|quant_map|nested_\w+|quant_state\..+))$"
 )
 _PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# The reference's output projection has no bias; ours has one, zero until value biases are folded into it.
 OUR_ZEROS = re.compile(r"^blocks\.\d+\.attn\.o_proj\.bias$")
 
 
@@ -101,7 +101,8 @@ def refuse_quantised(config: Mapping[str, Any], where: str) -> None:
         return
     settings = settings if isinstance(settings, Mapping) else settings.to_dict()
     bits = next((n for n in (8, 4) if settings.get(f"load_in_{n}bit")), settings.get("bits"))
-    method = str(getattr(method := settings.get("quant_method", "unknown method"), "value", method))
+    method = settings.get("quant_method", "unknown method")
+    method = getattr(method, "value", method)
     raise ValueError(_quantised(where, f"quantization_config: {method}" + (f", {bits} bits" if bits else "")))
 
 
