@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import geometries
 import torch
-from timing import QUICK, Pair, Row, report, seconds
+from timing import QUICK, Pair, Row, now, report, seconds
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from hooked_qwen2vl.selfcheck import reference_batch
 
@@ -18,34 +19,44 @@ def rows(name: str, batch_size: int) -> Iterator[Row]:
     inputs, new = geometries.prompt(model, 60 if QUICK else 300, batch_size), 16 if QUICK else 32
     batch = reference_batch(inputs)
 
-    def ours(n):
-        return model.generate(
-            inputs, max_new_tokens=n, do_sample=False, stop_at_eos=False, return_type="tokens", verbose=False
-        )
+    clock = Clock()
+    settings = {"max_new_tokens": new, "do_sample": False, "stopping_criteria": StoppingCriteriaList([clock])}
 
-    def theirs(n):
+    def ours():
+        return model.generate(inputs, **settings, stop_at_eos=False, return_type="tokens", verbose=False)
+
+    def theirs():
         hf.model.rope_deltas = None
-        return hf.generate(**batch, max_new_tokens=n, do_sample=False, eos_token_id=-1)
+        return hf.generate(**batch, **settings, eos_token_id=-1)
 
-    same = torch.equal(ours(new), theirs(new))
+    same = torch.equal(ours(), theirs())
     size = f"{geometries.describe(name, inputs)}, {new} new"
-    whole, steps = timed(ours, theirs, new)
+    whole, steps = timed(ours, theirs, clock)
     note = "the same tokens" if same else "the tokens differ"
     yield whole.row(5, "tokens per second, generate / transformers", size, "≥ 1.0", note, invert=True)
     yield steps.row(5, "tokens per second after the first, generate / transformers", size, "≥ 1.0", invert=True)
-    yield tower_runs(model, lambda: ours(new), size)
+    yield tower_runs(model, ours, size)
 
 
-def timed(ours, theirs, new: int, n: int = 7) -> tuple[Pair, Pair]:
-    """Seconds of a whole generation, and of its steps after the first token: the same call for one token is taken off."""
+class Clock(StoppingCriteria):
+    """Stops nothing; notes the time at every token."""
+
+    def __init__(self):
+        self.at: list[float] = []
+
+    def __call__(self, tokens, logits, **_):
+        self.at.append(now())
+        return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+
+
+def timed(ours, theirs, clock: Clock, n: int = 7) -> tuple[Pair, Pair]:
+    """Seconds of a whole generation, and from its first token to its last."""
     whole, steps = Pair(), Pair()
-    ours(2), theirs(2)
     for number in range(5 if QUICK else n):
         for side in ("ours", "theirs") if number % 2 else ("theirs", "ours"):
-            call = ours if side == "ours" else theirs
-            first = seconds(lambda: call(1))
-            getattr(whole, side).append(seconds(lambda: call(new)))
-            getattr(steps, side).append(getattr(whole, side)[-1] - first)
+            clock.at.clear()
+            getattr(whole, side).append(seconds(ours if side == "ours" else theirs))
+            getattr(steps, side).append(clock.at[-1] - clock.at[0])
     return whole, steps
 
 

@@ -109,15 +109,18 @@ def interleaved(
 
 def seconds(call: Callable[[], Any]) -> float:
     """Time of one call, the accelerator's work included."""
-    clock = time.perf_counter if DEVICE == "cuda" else time.process_time
     gc.collect()
-    synchronise()
-    start = clock()
+    start = now()
     kept = call()
-    synchronise()
-    taken = clock() - start
+    taken = now() - start
     del kept
     return taken
+
+
+def now() -> float:
+    """Seconds, by the clock that counts here (see above), once the accelerator has done what it was asked."""
+    synchronise()
+    return time.perf_counter() if DEVICE == "cuda" else time.process_time()
 
 
 def synchronise() -> None:
