@@ -1,11 +1,12 @@
 """What whole-vocabulary distributions say, without keeping them: top tokens, entropy, and where given tokens stand.
 
 1. Norm a chunk of vectors with the model's own final norm, and multiply by W_U in float32 (half-precision
-   weights are widened a block of words at a time): one buffer of chunk × words, used again for each chunk.
-2. A few rows at a time, so that they stay in the processor's cache: the largest logit of every block of 64 words;
-   the top k are in the k blocks with the largest, ties to the lowest id.
-3. m = max z, S = Σ exp(z−m): log p = z − m − log S, and entropy = log S − Σ exp(z−m)(z−m) / S, nats.
-4. A token's rank is the number of words with a larger logit.
+   weights are widened a block of words at a time) into slabs of words, which every chunk uses again.
+2. Of every slab z, a few rows at a time so that they stay in the processor's cache: the largest logit of every
+   block of 64 words; m = max z, S = Σ exp(z−m), E = Σ exp(z−m)(z−m); how many logits are above a target's.
+   The top k are in the k blocks with the largest maxima, ties to the lowest id.
+3. The slabs joined: m = max mᵢ, S = Σ exp(mᵢ−m) Sᵢ, E = Σ exp(mᵢ−m) (Eᵢ + (mᵢ−m) Sᵢ), ranks summed.
+   log p = z − m − log S, and entropy = log S − E / S, nats. A token's rank is the number of words with a larger logit.
 
 `logit_readout` of TransformerLens gives the same numbers for any model and is used for every model but ours.
 """
@@ -13,6 +14,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,8 +25,10 @@ from transformer_lens.tools.analysis import logit_readout
 
 from hooked_qwen2vl import HookedQwen2VL
 
-WORDS = 64  # to a block whose largest logit is kept; a vocabulary is filled up to whole blocks
-WIDENED = 4096  # half-precision words made float32 at a time
+BLOCK = 64  # words whose largest logit is kept
+SLAB = 32768  # words whose logits lie together, filled up to whole blocks; 16 MB for 128 rows
+FEW = 4
+WIDENED = 4096  # half-precision words made float32 at a time, a part of a slab
 
 
 @dataclass(frozen=True)
@@ -65,91 +69,140 @@ def readout(
     n_words = model.W_U.shape[1]
     if not 1 <= top_k <= n_words:
         raise ValueError(f"top_k must be in 1..{n_words}, the number of words, got {top_k}.")
-    logits_of = _Logits(model, min(chunk_size, len(vectors)))
+    logits = _Logits(model, min(chunk_size, len(vectors)))
     parts = []
     for start in tqdm(range(0, len(vectors), chunk_size), desc="lens", unit="chunk", delay=2, leave=False):
         rows = slice(start, start + chunk_size)
-        logits, wanted = logits_of(vectors[rows]), targets[rows].to(logits_of.buffer.device)
-        few = logits_of.few
-        parts += [_summary(z, n_words, t, top_k, logits_of.scratch) for z, t in zip(logits.split(few), wanted.split(few))]
+        logits.compute(vectors[rows])
+        parts.append(_summary(logits.slabs(len(vectors[rows])), targets[rows].to(model.W_U.device), top_k))
     return Readout(*(torch.cat(column).cpu() for column in zip(*parts)))
 
 
+@dataclass(frozen=True)
+class _Slab:
+    """Logits of a stretch of words for the rows of a chunk.
+
+    Attributes:
+        z: [row word], filled up to whole blocks with −inf.
+        start, n_words: which words they are.
+    """
+
+    z: Float[Tensor, "row word"]
+    start: int
+    n_words: int
+
+
 class _Logits:
-    """Logits of a chunk of vectors, in a buffer that every chunk overwrites; what fills up the last block is −inf."""
+    """Logits of a chunk of vectors, slab by slab, in buffers that every chunk overwrites."""
 
     def __init__(self, model: Any, n_rows: int):
         self.model = model
-        self.n_words, device = model.W_U.shape[1], model.W_U.device
-        width = -(-self.n_words // WORDS) * WORDS
-        self.few = 4 if device.type == "cpu" else n_rows
-        self.buffer = torch.empty((n_rows, width), device=device)
-        self.buffer[:, self.n_words :] = float("-inf")
-        self.scratch = torch.empty((min(self.few, n_rows), width), device=device)
-        self.widened: Tensor | None = None
+        self.n_words, self.device = model.W_U.shape[1], model.W_U.device
+        self.buffers = []
+        for start in range(0, self.n_words, SLAB):
+            n = min(SLAB, self.n_words - start)
+            self.buffers.append(torch.empty((n_rows, -(-n // BLOCK) * BLOCK), device=self.device))
+            self.buffers[-1][:, n:] = float("-inf")
 
-    def __call__(self, vectors: Float[Tensor, "row d_model"]) -> Float[Tensor, "row word"]:
-        out = self.buffer[: len(vectors)]
+    def slabs(self, n_rows: int) -> list[_Slab]:
+        """The logits of the first rows, as computed last."""
+        starts = range(0, self.n_words, SLAB)
+        return [_Slab(z[:n_rows], start, min(SLAB, self.n_words - start)) for z, start in zip(self.buffers, starts)]
+
+    def compute(self, vectors: Float[Tensor, "row d_model"]) -> None:
+        """Fills the buffers."""
         if isinstance(self.model, HookedQwen2VL):
-            self._unembed(vectors, out[:, : self.n_words])
-        else:
-            read = logit_readout(self.model, vectors, return_type="log_probs", chunk_size=len(vectors))
-            out[:, : self.n_words] = read.values
-        return out
+            return self._unembed(vectors)
+        read = logit_readout(self.model, vectors, return_type="log_probs", chunk_size=len(vectors))
+        for slab in self.slabs(len(vectors)):
+            slab.z[:, : slab.n_words] = read.values[:, slab.start : slab.start + slab.n_words]
 
-    def _unembed(self, vectors: Float[Tensor, "row d_model"], out: Float[Tensor, "row word"]) -> None:
+    def _unembed(self, vectors: Float[Tensor, "row d_model"]) -> None:
+        """In float32 also from half-precision weights: exact products, and on many CPUs several times faster."""
         W_U = self.model.W_U
         normalized = self.model.ln_final(vectors[None].to(W_U.device, W_U.dtype))[0]
-        if W_U.dtype == torch.float32:
-            torch.mm(normalized, W_U, out=out)
-        elif W_U.dtype == torch.float64:
-            out.copy_(normalized @ W_U)
-        else:
-            self._unembed_widened(normalized.float(), W_U, out)
+        narrow = W_U.dtype not in (torch.float32, torch.float64)
+        normalized = normalized.float() if narrow else normalized
+        step = WIDENED if narrow else SLAB
+        for start in range(0, self.n_words, step):
+            weight = W_U[:, start : start + step]
+            weight = self._widened(weight) if narrow else weight
+            out = self.buffers[start // SLAB][: len(vectors), start % SLAB :][:, : weight.shape[1]]
+            if weight.dtype == out.dtype:
+                torch.mm(normalized, weight, out=out)
+            else:
+                out.copy_(normalized @ weight)
 
-    def _unembed_widened(self, normalized: Tensor, W_U: Float[Tensor, "d_model word"], out: Tensor) -> None:
-        """In float32 from half-precision weights: exact products, and on many CPUs several times faster than theirs."""
-        if self.widened is None:
-            self.widened = torch.empty((WIDENED, len(W_U)), device=W_U.device)
-        for first in range(0, self.n_words, WIDENED):
-            some = W_U[:, first : first + WIDENED].T
-            weight = self.widened[: len(some)].copy_(some)
-            torch.mm(normalized, weight.T, out=out[:, first : first + WIDENED])
+    def _widened(self, weight: Float[Tensor, "d_model word"]) -> Float[Tensor, "d_model word"]:
+        return self._room[: weight.shape[1]].copy_(weight.T).T
+
+    @cached_property
+    def _room(self) -> Float[Tensor, "word d_model"]:
+        return torch.empty((WIDENED, self.model.W_U.shape[0]), device=self.device)
 
 
-def _summary(
-    z: Float[Tensor, "row word"], n_words: int, targets: Int[Tensor, "row target"], top_k: int, scratch: Tensor
+def _summary(slabs: list[_Slab], targets: Int[Tensor, "row target"], top_k: int) -> tuple[Tensor, ...]:
+    """The fields of a `Readout`, from every slab's own."""
+    at_targets = _at(slabs, targets)
+    sums, values, ids = zip(*(_read(slab, at_targets, top_k) for slab in slabs))
+    tops, totals, weighted, larger = (torch.stack(column) for column in zip(*sums))  # [slab row], larger [slab row target]
+    top = tops.amax(0)
+    shift = tops - top
+    scale = shift.exp()
+    total = (scale * totals).sum(0)
+    entropy = total.log() - (scale * (weighted + shift * totals)).sum(0) / total
+    values, ids = torch.cat(values, -1), torch.cat(ids, -1)  # of equal values, the lower id comes first
+    best = _first(values, top_k)
+    probs, target_probs = ((z - top[:, None]).exp() / total[:, None] for z in (values.gather(-1, best), at_targets))
+    return ids.gather(-1, best), probs, entropy, target_probs, larger.sum(0).long()
+
+
+def _at(slabs: list[_Slab], ids: Int[Tensor, "row n"]) -> Float[Tensor, "row n"]:
+    """The logits of some words of each row."""
+    found = torch.empty(ids.shape, device=ids.device)
+    for slab in slabs:
+        inside = (ids >= slab.start) & (ids < slab.start + slab.n_words)
+        found = torch.where(inside, slab.z.gather(-1, (ids - slab.start).clamp(0, slab.n_words - 1)), found)
+    return found
+
+
+def _read(slab: _Slab, at_targets: Float[Tensor, "row target"], top_k: int) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+    """Of one slab: (m, S, E, how many logits are above each target's), and its top k with their ids."""
+    few = FEW if slab.z.device.type == "cpu" else len(slab.z)
+    rooms = torch.empty((2, min(few, len(slab.z)), slab.n_words), device=slab.z.device)
+    parts = [_few_rows(z, slab.n_words, t, rooms) for z, t in zip(slab.z.split(few), at_targets.split(few))]
+    maxima, *sums = (torch.cat(column) for column in zip(*parts))
+    ids = _top_ids(slab.z, maxima, min(top_k, slab.n_words))
+    return (maxima.amax(-1), *sums), slab.z.gather(-1, ids), ids + slab.start
+
+
+def _few_rows(
+    z: Float[Tensor, "row word"], n_words: int, at_targets: Float[Tensor, "row target"], rooms: Float[Tensor, "2 row word"]
 ) -> tuple[Tensor, ...]:
-    """The fields of a `Readout` for a few rows; overwrites them."""
-    maxima = z.unflatten(-1, (-1, WORDS)).amax(-1)
-    ids = _top_ids(z, maxima, top_k)
-    z = z[:, :n_words].sub_(maxima.amax(-1, keepdim=True))
-    room = scratch[: len(z), :n_words]
-    weights = torch.exp(z, out=room)
-    total = weights.sum(-1)
-    entropy = total.log() - torch.stack([torch.dot(w, logits) for w, logits in zip(weights, z)]) / total
-    at_targets = z.gather(-1, targets)
-    larger = [torch.gt(z, at_targets[:, [j]], out=room).sum(-1) for j in range(targets.shape[1])]
-    ranks = torch.stack(larger, -1).long() if larger else torch.zeros_like(targets)
-    return ids, _probs(z.gather(-1, ids), total), entropy, _probs(at_targets, total), ranks
-
-
-def _probs(shifted: Float[Tensor, "row n"], total: Float[Tensor, "row"]) -> Float[Tensor, "row n"]:
-    return shifted.exp() / total[:, None]
+    """Every block's largest logit, S, E, and how many logits are above each target's."""
+    maxima = z.view(len(z), -1, BLOCK).amax(-1)
+    z, (shifted, weights) = z[:, :n_words], rooms[:, : len(z)]
+    torch.sub(z, maxima.amax(-1, keepdim=True), out=shifted)
+    total = torch.exp(shifted, out=weights).sum(-1)
+    weighted = weights.mul_(shifted).sum(-1)
+    larger = torch.empty_like(at_targets)
+    for j in range(at_targets.shape[1]):
+        larger[:, j] = torch.gt(z, at_targets[:, j : j + 1], out=weights).sum(-1)
+    return maxima, total, weighted, larger
 
 
 def _top_ids(z: Float[Tensor, "row word"], maxima: Float[Tensor, "row block"], top_k: int) -> Int[Tensor, "row k"]:
     """The k largest of each row. A word of the top k whose block were not among the k first would have k better
     words before it, one in each of those."""
-    blocks = _first_blocks(maxima, min(top_k, maxima.shape[1])).sort(-1).values
-    ids = (blocks[..., None] * WORDS + torch.arange(WORDS, device=z.device)).flatten(1)
-    order = z.gather(-1, ids).sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
-    return ids.gather(-1, order)
+    blocks = _first(maxima, min(top_k, maxima.shape[1])).sort(-1).values
+    ids = (blocks[..., None] * BLOCK + torch.arange(BLOCK, device=z.device)).flatten(1)
+    return ids.gather(-1, _first(z.gather(-1, ids), top_k))
 
 
-def _first_blocks(maxima: Float[Tensor, "row block"], n: int) -> Int[Tensor, "row n"]:
-    """The n blocks with the largest maxima; of equal ones the first, which only a sort of all can tell."""
-    top = maxima.topk(n, dim=-1)
-    if bool(((maxima >= top.values[:, -1:]).sum(-1) == n).all()):
-        return top.indices
-    return maxima.sort(dim=-1, descending=True, stable=True).indices[:, :n]
+def _first(values: Float[Tensor, "row n"], k: int) -> Int[Tensor, "row k"]:
+    """Where the k largest are, the largest first; of equal ones the first, which only a sort of all can tell."""
+    top = values.topk(k, dim=-1)
+    tied = ((values >= top.values[:, -1:]).sum(-1) != k) | (top.values.diff(dim=-1) == 0).any(-1)
+    if bool(tied.any()):
+        top.indices[tied] = values[tied].sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    return top.indices

@@ -110,7 +110,15 @@ def test_layers_asked_for_are_those_of_the_whole_lens(model, batches):
         logit_lens(model, inputs, "image", layers=[L + 1])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.fixture(params=[32768, 128], ids=["one slab", "several slabs"])
+def slabs(request, monkeypatch):
+    """The vocabulary of the tiny models in one piece, and in pieces of which top words and targets are apart."""
+    monkeypatch.setattr("analyses.readout.SLAB", request.param)
+    monkeypatch.setattr("analyses.readout.WIDENED", request.param // 2)
+
+
+@pytest.mark.usefixtures("slabs")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("rows, top_k", [(1, 1), (5, 7), (9, 64), (7, 130)])
 def test_the_readout_is_the_sorted_softmax(dtype, rows, top_k):
     """Against torch's softmax and stable sort of the same logits, in float64: several chunks, a last block in part
@@ -139,12 +147,30 @@ def test_the_readout_is_the_sorted_softmax(dtype, rows, top_k):
     assert torch.equal(ours.target_ranks, theirs)
 
 
-@pytest.mark.parametrize("top_k", [1, 2, 3, 70])
+@pytest.mark.usefixtures("slabs")
+@pytest.mark.parametrize("top_k", [1, 2, 3, 70, 200])
 def test_ties_go_to_the_lowest_id(model, top_k):
     """A vector that every word reads alike: more blocks tie than there is room for."""
     ours = readout(model, torch.zeros(2, model.cfg.d_model), torch.tensor([[9], [250]]), top_k)
     assert torch.equal(ours.ids, torch.arange(top_k).expand(2, -1))
     assert not ours.target_ranks.any()
+
+
+@pytest.mark.usefixtures("slabs")
+def test_far_apart_and_tied_across_blocks():
+    """The best word comes last, hundreds of nats above, and brings its block before that of the first of two twins."""
+    from tiny import tiny_hf
+
+    from hooked_qwen2vl import HookedQwen2VL
+
+    model = HookedQwen2VL.from_hf(tiny_hf())
+    with torch.no_grad():
+        model.ln_final.w.fill_(1.0)
+        model.unembed.weight.zero_()
+        model.unembed.weight[[10, 240, 250], 0] = torch.tensor([100.0, 100.0, 500.0])
+    read = readout(model, torch.eye(model.cfg.d_model)[:1], torch.tensor([[240, 250, 3]]), 3)
+    assert read.ids.tolist() == [[250, 10, 240]] and read.target_ranks.tolist() == [[1, 0, 3]]
+    assert read.probs[0, 0] == 1 and read.entropy == 0
 
 
 def test_more_words_than_there_are(model, batches):

@@ -21,6 +21,7 @@ SIZES = {  # layers, d_model, heads, kv_heads, d_mlp, words; tower's layers, wid
     "small": (8, 512, 8, 2, 2048, 16384, 4, 320, 5),
     "medium": (12, 768, 12, 2, 4096, 32768, 16, 640, 10),
 }
+PART = 2**21 - 1  # numbers repeated at once: odd, so that no two words have the same row
 DTYPES = {"small": torch.float32, "medium": torch.float32, "2b": torch.bfloat16}
 
 
@@ -57,8 +58,8 @@ def reference(name: str, attention: str = "sdpa", dtype: torch.dtype | None = No
     with torch.no_grad():
         for key, weight in model.named_parameters():
             flat, start = weight.view(-1), hash_of(key) % 2**20
-            for first in range(0, len(flat), 2**21):
-                part = flat[first : first + 2**21]
+            for first in range(0, len(flat), PART):
+                part = flat[first : first + PART]
                 part.copy_(pool[start : start + len(part)])
             matrix = weight.ndim > 1
             weight.mul_(weight.shape[-1] ** -0.5 if matrix else 0.1)
