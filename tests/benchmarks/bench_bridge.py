@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import geometries
@@ -33,4 +34,4 @@ def rows(name: str) -> Iterator[Row]:
 
 
 if __name__ == "__main__":
-    report("bridge", (row for name in (("small",) if QUICK else ("small", "medium")) for row in rows(name)))
+    report("bridge", *(partial(rows, name) for name in (("small",) if QUICK else ("small", "medium"))))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import geometries
 import torch
-from timing import MIB, QUICK, Row, extra_memory, interleaved, report
+from timing import MIB, QUICK, Row, extra_memory, give_back_at_once, interleaved, report
 
 from hooked_qwen2vl import HookedCache
 from hooked_qwen2vl.selfcheck import reference_batch
@@ -37,12 +38,13 @@ def times(name: str) -> Iterator[Row]:
 @torch.no_grad()
 def memory(name: str, n_tokens: int) -> Iterator[Row]:
     """Peaks above the model, run without logits so that those do not hide the cache."""
+    give_back_at_once()
     model, hf = geometries.both(name)
     inputs = model.encode(geometries.prompt(model, n_tokens))
     size = geometries.describe(name, inputs)
     text, settings = model.cfg.text, {"return_type": None}
     streams = [f"blocks.{layer}.hook_resid_post" for layer in range(model.cfg.n_layers)]
-    model(inputs[:1], **settings)
+    model(inputs, **settings)
     plain = extra_memory(lambda: model(inputs, **settings))
     own = kept(model.run_with_cache(inputs, names_filter=streams, **settings)[1])
     with_streams = extra_memory(lambda: model.run_with_cache(inputs, names_filter=streams, device="cpu", **settings))
@@ -65,6 +67,7 @@ def memory(name: str, n_tokens: int) -> Iterator[Row]:
 @torch.no_grad()
 def disk(name: str) -> Iterator[Row]:
     """To a file and back, which maps it."""
+    give_back_at_once()
     model, _ = geometries.both(name)
     inputs = geometries.prompt(model, 60 if QUICK else 300)
     _, cache = model.run_with_cache(inputs, names_filter=lambda key: not key.endswith(COSTLY))
@@ -88,5 +91,4 @@ def kept(cache: HookedCache) -> float:
 
 if __name__ == "__main__":
     sizes = ("small",) if QUICK else ("small", "medium")
-    parts = [memory("small", 1500), disk("small"), *(times(name) for name in sizes)]
-    report("cache", (row for part in parts for row in part))
+    report("cache", partial(memory, "small", 1500), partial(disk, "small"), *(partial(times, name) for name in sizes))

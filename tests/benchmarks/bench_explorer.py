@@ -48,4 +48,4 @@ def _ms(seconds: list[float]) -> tuple[float, str, float, float]:
 
 
 if __name__ == "__main__":
-    report("explorer", rows())
+    report("explorer", rows)

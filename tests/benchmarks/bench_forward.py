@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 
 import geometries
 import torch
@@ -59,4 +60,4 @@ def look(activation, hook) -> None:
 
 if __name__ == "__main__":
     names = [name for name in sys.argv[1:] if not name.startswith("-")] or ["small", "medium", "2b"]
-    report("forward" if len(names) > 1 else f"forward_{names[0]}", (row for name in names for row in rows(name)))
+    report("forward" if len(names) > 1 else f"forward_{names[0]}", *(partial(rows, name) for name in names))

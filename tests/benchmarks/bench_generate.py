@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import geometries
 import torch
@@ -91,4 +92,4 @@ def tower_runs(model, call, size: str) -> Row:
 
 if __name__ == "__main__":
     sizes = (("small", 1), ("small", 4)) if QUICK else (("small", 1), ("small", 4), ("medium", 1), ("medium", 4))
-    report("generate", (row for name, batch_size in sizes for row in rows(name, batch_size)))
+    report("generate", *(partial(rows, *size) for size in sizes))

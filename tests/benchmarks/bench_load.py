@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import geometries
@@ -98,4 +99,4 @@ def started(mark: int, what: str, command: list[str], goal: str = "") -> Row:
 
 
 if __name__ == "__main__":
-    report("load", (row for part in (commands(), rows("small" if timing.QUICK else "2b", 5)) for row in part))
+    report("load", commands, partial(rows, "small" if timing.QUICK else "2b", 5))

@@ -30,4 +30,4 @@ def rows() -> Iterator[Row]:
 
 
 if __name__ == "__main__":
-    report("neurons", rows())
+    report("neurons", rows)

@@ -6,6 +6,7 @@ nnsight lives in an environment of its own, which sees this one's packages too (
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import geometries
 import torch
@@ -44,4 +45,4 @@ def rows(name: str) -> Iterator[Row]:
 
 
 if __name__ == "__main__":
-    report("nnsight", (row for name in (("small",) if QUICK else ("small", "medium")) for row in rows(name)))
+    report("nnsight", *(partial(rows, name) for name in (("small",) if QUICK else ("small", "medium"))))

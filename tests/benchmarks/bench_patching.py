@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import geometries
@@ -33,6 +34,7 @@ from analyses.patching import patch_sweep
 from hooked_qwen2vl import HookedQwen2VL, Inputs
 from hooked_qwen2vl.config import convert_config
 
+ROUNDS = 3 if QUICK else 5
 BATCH = 16  # cells a forward, `patch_sweep`'s default
 KINDS = ("with the image", "encoded")
 PICTURE = Path(os.environ.get("BENCH_OUT", ".")) / "patching.png"
@@ -129,23 +131,19 @@ def allowed(model: HookedQwen2VL, n: int, n_image: int) -> dict[str, float]:
 # ---- rows -----------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def rows() -> Iterator[Row]:
-    rounds = 3 if QUICK else 5
+def settings() -> list[Callable[[], Iterator[Row]]]:
     wide = (*MEDIUM[:5], 151936, *MEDIUM[6:])
-    for shape, template in ((LIGHT, False), (MEDIUM, True), (wide, True))[: 1 if QUICK else 3]:
-        yield from gain_rows(Setting.of(shape, 140, template), rounds)
-    yield from published()
-    yield from growth(rounds)
-    for batch_size in (1, BATCH):
-        yield memory(Setting.of(GROWTH, 70 if QUICK else 288), batch_size)
+    all_of_them = [(LIGHT, False), (MEDIUM, True), (wide, True)]
+    return [partial(gain_rows, *setting) for setting in all_of_them[: 1 if QUICK else 3]]
 
 
-def gain_rows(setting: Setting, rounds: int) -> Iterator[Row]:
-    found, most = gains(setting, rounds), setting.allowed()
+@torch.no_grad()
+def gain_rows(shape: tuple[int, ...], template: bool) -> Iterator[Row]:
+    setting = Setting.of(shape, 140, template)
+    found, most = gains(setting, ROUNDS), setting.allowed()
     for kind, goal in zip(KINDS, ("≥ 15", "≥ 3.8")):
         value, low, high = timing.median_interval(found[kind])
-        note = f"the arithmetic allows {most[kind]:.1f} ×; {rounds} rounds"
+        note = f"the arithmetic allows {most[kind]:.1f} ×; {ROUNDS} rounds"
         yield Row(6, f"patching sweep, loop / ours, {kind}", setting.describe(), value, "×", low, high, goal, note)
         share = [figure / most[kind] for figure in (value, low, high)]
         yield Row(6, f"share of what the arithmetic allows, {kind}", setting.describe(), share[0], "×", *share[1:], "≥ 0.75")
@@ -160,7 +158,8 @@ def published() -> Iterator[Row]:
             yield Row(6, f"what the arithmetic allows, {kind}", f"2b, {n_image + 40} tokens ({n_image} image)", value, note="counted")
 
 
-def growth(rounds: int) -> Iterator[Row]:
+@torch.no_grad()
+def growth() -> Iterator[Row]:
     """The gain over image size and over depth, and its picture."""
     axes = {"image tokens": (35, 140) if QUICK else (35, 70, 140, 288), "decoder layers": (4, 8) if QUICK else (4, 8, 16)}
     points: dict[str, list[tuple]] = {}
@@ -168,7 +167,7 @@ def growth(rounds: int) -> Iterator[Row]:
         for value in values:
             shape = (value, *GROWTH[1:]) if axis == "decoder layers" else GROWTH
             setting = Setting.of(shape, 140 if axis == "decoder layers" else value)
-            found, most = gains(setting, rounds), setting.allowed()
+            found, most = gains(setting, ROUNDS), setting.allowed()
             x = value if axis == "decoder layers" else setting.image_tokens
             for kind in KINDS:
                 figure = timing.median_interval(found[kind])
@@ -196,8 +195,11 @@ def draw(points: dict[str, list[tuple]]) -> None:
     figure.savefig(PICTURE, dpi=200)
 
 
-def memory(setting: Setting, batch_size: int) -> Row:
+@torch.no_grad()
+def memory(batch_size: int) -> Iterator[Row]:
     """The sweep's peak, beside the bytes that its docstring says it holds."""
+    timing.give_back_at_once()
+    setting = Setting.of(GROWTH, 70 if QUICK else 288)
     model, cfg, n = setting.model, setting.model.cfg, setting.clean.shape[1]
     encoded, clean = model.encode(setting.corrupted), model.encode(setting.clean)
     keys = 2 * cfg.n_key_value_heads * cfg.d_head
@@ -215,8 +217,9 @@ def memory(setting: Setting, batch_size: int) -> Row:
     held_now = n * (2 * 2 * cfg.d_model + cfg.n_layers * keys) * 4 / MIB
     peak = timing.extra_memory(sweep)
     note = f"held {held_now:.0f} (all layers: {held:.0f}), the rest is a forward of {batch_size}; a forward of one alone {alone:.0f}"
-    return Row(7, f"a sweep's peak memory, {batch_size} a forward", setting.describe(), peak, "MiB", note=note)
+    yield Row(7, f"a sweep's peak memory, {batch_size} a forward", setting.describe(), peak, "MiB", note=note)
 
 
 if __name__ == "__main__":
-    timing.report("patching", rows())
+    batches = (partial(memory, batch_size) for batch_size in (1, BATCH))
+    timing.report("patching", *settings(), published, growth, *batches)

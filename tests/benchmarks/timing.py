@@ -5,7 +5,9 @@
    read, and on CUDA, it is the wall's.
 2. Each pair gives one ratio; the figure is the median ratio, its interval the 2.5 and 97.5 percentiles of the
    medians of 2,000 bootstrap samples of the pairs. What slows the machine slows both sides of a pair.
-3. Memory is the process's peak of anonymous pages (or CUDA's allocator's) during a call, less what was held before.
+3. Memory is the process's peak of anonymous pages (or CUDA's allocator's) during a call, less what was held before,
+   with an allocator that gives back at once what is freed.
+4. Each model size, and each part that measures memory, has a process of its own.
 """
 
 from __future__ import annotations
@@ -13,12 +15,14 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import multiprocessing
 import os
 import platform
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -39,6 +43,7 @@ THREADS = int(os.environ["OMP_NUM_THREADS"])
 torch.set_num_threads(THREADS)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MIB = 2**20
+M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 @dataclass(frozen=True)
@@ -150,7 +155,6 @@ def extra_memory(call: Callable[[], Any]) -> float:
         synchronise()
         del kept
         return (torch.cuda.max_memory_allocated() - before) / MIB
-    trim()
     before, peak, done = anonymous(), [0.0], threading.Event()
 
     def watch() -> None:
@@ -174,10 +178,16 @@ def anonymous() -> float:
         return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) / 1024
 
 
-def trim() -> None:
-    """Gives freed pages back to the system, so that a later call's need shows."""
+def give_back_at_once() -> None:
+    """From now on glibc maps every block above 64 kB by itself and unmaps it when freed: what is held is what is used.
+
+    By default it keeps freed blocks up to 32 MB, more or fewer from run to run. Too slow for a process that is timed;
+    for memory, the first thing a part does.
+    """
     try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(M_MMAP_THRESHOLD, 2**16)
+        libc.malloc_trim(0)
     except (OSError, AttributeError):
         pass
 
@@ -198,15 +208,22 @@ def machine() -> dict[str, Any]:
     }
 
 
-def report(name: str, rows: Iterable[Row]) -> None:
-    """Prints each row as it is made, and writes them for `run_all` to join: to the folder $BENCH_OUT, if it is set."""
+def report(name: str, *parts: Callable[[], Iterable[Row]]) -> None:
+    """Runs each part in a process of its own, prints its rows, and writes them for `run_all` to join: to the folder
+    $BENCH_OUT, if it is set."""
     written = []
-    for row in rows:
-        written.append(asdict(row) | {"met": row.met})
-        print(line(written[-1]), flush=True)
+    for part in parts:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+            rows = process.submit(all_rows, part).result()
+        written += [asdict(row) | {"met": row.met} for row in rows]
+        print(*map(line, written[-len(rows) :]), sep="\n", flush=True)
         if "BENCH_OUT" in os.environ:
             content = json.dumps({"machine": machine(), "rows": written}, indent=1, ensure_ascii=False)
             (Path(os.environ["BENCH_OUT"]) / f"{name}.json").write_text(content)
+
+
+def all_rows(part: Callable[[], Iterable[Row]]) -> list[Row]:
+    return list(part())
 
 
 def line(row: dict[str, Any]) -> str:
