@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from transformer_lens.tools.analysis import logit_readout
 
 from hooked_qwen2vl import HookedQwen2VL
+from hooked_qwen2vl.devices import finite
 
 BLOCK = 64  # words whose largest logit is kept
 SLAB = 32768  # words whose logits lie together, filled up to whole blocks; 16 MB for 128 rows
@@ -120,7 +121,7 @@ class _Logits:
     def _unembed(self, vectors: Float[Tensor, "row d_model"]) -> None:
         """In float32 also from half-precision weights: exact products, and on many CPUs several times faster."""
         W_U = self.model.W_U
-        normalized = self.model.ln_final(vectors[None].to(W_U.device, W_U.dtype))[0]
+        normalized = finite(self.model.ln_final(vectors[None].to(W_U.device, W_U.dtype))[0], "ln_final")
         narrow = W_U.dtype not in (torch.float32, torch.float64)
         normalized = normalized.float() if narrow else normalized
         step = WIDENED if narrow else SLAB

@@ -3,7 +3,7 @@
 - A block stays whole, and is loaded whole before it runs, because its hooks read its children's weights.
 - A weight that is elsewhere is a placeholder on the meta device; a matmul with one gives garbage without an error
   (torch 2.13), so whatever would read one is refused.
-- In float16 the residual stream can overflow; that is an error which names the layer.
+- In float16 activations can overflow; that is an error which names the layer.
 """
 
 from __future__ import annotations
@@ -92,6 +92,17 @@ def refuse_far_weights(hf_model: nn.Module, name: str) -> None:
             f"{name} is spread over {', '.join(sorted(devices))}: its placeholders would be taken for weights. Use "
             f"HookedQwen2VL.from_pretrained(folder, device_map='auto')."
         )
+
+
+def finite(x: Tensor, where: str) -> Tensor:
+    """The tensor itself.
+
+    Raises:
+        ValueError: it is float16 and has overflowed.
+    """
+    if x.dtype == torch.float16 and not bool(x.isfinite().all()):
+        raise ValueError(not_finite(where))
+    return x
 
 
 def not_finite(where: str) -> str:

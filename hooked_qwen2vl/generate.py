@@ -232,7 +232,7 @@ class Generation:
             residual, position_ids = self.hook_embed(self.embed(sequence.tokens[:, -1:])), sequence.position_ids[..., -1:]
         layers = range(self.cfg.n_layers)
         residual = self._run_blocks(residual, layers, position_ids, sequence.attention_mask, past)
-        return self._unembedded(self.ln_final(residual)[:, -1:])[:, 0].to(sequence.device)
+        return self.unembed(self.ln_final(residual)[:, -1:])[:, 0].to(sequence.device)
 
     # ---- stopping, and what comes back --------------------------------------------------------
 

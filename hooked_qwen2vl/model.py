@@ -342,17 +342,11 @@ class HookedQwen2VL(Generation, Tokens, TransformerLensWeights, HookedRootModule
         normalized = self.ln_final(residual)
         if return_type is None:
             return None
-        logits = self._unembedded(normalized)
+        logits = self.unembed(normalized)
         if return_type == "logits":
             return logits
         loss = self.loss_fn(logits, inputs, per_token=loss_per_token)
         return loss if return_type == "loss" else (logits, loss)
-
-    def _unembedded(self, normalized: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
-        logits = self.unembed(normalized)
-        if logits.dtype == torch.float16 and not bool(logits.isfinite().all()):
-            raise ValueError(not_finite("unembed" if bool(normalized.isfinite().all()) else "ln_final"))
-        return logits
 
     def loss_fn(
         self, logits: Float[Tensor, "batch pos d_vocab"], inputs: Inputs, per_token: bool = False

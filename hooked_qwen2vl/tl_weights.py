@@ -16,6 +16,7 @@ from transformer_lens import FactoredMatrix
 from transformer_lens.model_bridge.composition_scores import CompositionScores
 from transformer_lens.utilities import composition_scores
 
+from .devices import finite
 from .layers import no_bias, readable
 
 _BLOCK_WEIGHTS = ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O")
@@ -188,14 +189,18 @@ class TransformerLensWeights:
 
 
 class Unembed(nn.Module):
-    """Residual stream to logits; shares the embedding's weight where the checkpoint ties them."""
+    """Normed residual stream to logits; shares the embedding's weight where the checkpoint ties them.
+
+    Raises:
+        ValueError: float16 logits, or what they are made from, that overflowed: whoever reads them would read garbage.
+    """
 
     def __init__(self, d_model: int, d_vocab: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(d_vocab, d_model))
 
     def forward(self, normalized: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
-        return nn.functional.linear(normalized, self.weight)
+        return finite(nn.functional.linear(finite(normalized, "ln_final"), self.weight), "unembed")
 
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:

@@ -17,7 +17,9 @@ from run_child import full_run
 from tiny import tiny_hf
 from transformer_lens import patching
 from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
+from transformer_lens.tools.analysis import logit_lens as transformer_lens_logit_lens
 
+from analyses.logit_lens import logit_lens
 from analyses.prefixes import Prefixes
 from analyses.runs import describe_model, read_results, this_share
 from hooked_qwen2vl import HookedQwen2VL
@@ -257,6 +259,22 @@ def test_float16_is_watched_from_the_patches_to_the_logits(name, said, processor
             lambda: model.run_with_cache(inputs), lambda: model.generate(inputs, verbose=False),
         ):  # fmt: skip
             with pytest.raises(ValueError, match=rf"^{said} gave numbers that are not finite: float16 ends at 65,504"):
+                call()
+
+
+@pytest.mark.parametrize("name", ["ln_final", "unembed"])
+def test_lenses_in_float16_are_watched_too(name, processor):
+    """They norm and unembed the cached stream themselves. The readout multiplies in float32, which does not overflow."""
+    model = HookedQwen2VL.from_hf(tiny_hf(dtype=torch.float16), processor)
+    inputs = model.to_inputs("what?", images=[picture(84, 56)])
+    with torch.no_grad():
+        _, cache = model.run_with_cache(inputs)
+        model.get_submodule(name).get_parameter("w" if name == "ln_final" else "weight").fill_(6e4)
+        stream = cache.accumulated_resid(pos_slice=-1)
+        calls = [lambda: transformer_lens_logit_lens(model, inputs), lambda: model.unembed(model.ln_final(stream))]
+        calls += [lambda: logit_lens(model, inputs, "image")] if name == "ln_final" else []
+        for call in calls:
+            with pytest.raises(ValueError, match=rf"^{name} gave numbers that are not finite"):
                 call()
 
 
