@@ -116,6 +116,14 @@ def update(progress: Progress, batch: Batch, right: list[bool], pass_mark: float
             progress.running[domain] = 0.6
 
 
+def decaying_matrices(model: torch.nn.Module, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW that lets matrices decay, and norms and biases not."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
+
+
 def train(settings: Settings, state: Path = STATE, out: Path = CHECKPOINT, save_every: float = 120) -> Progress:
     """Trains for `settings.minutes`, going on from `state` where there is one, and saves to `out`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -124,13 +132,7 @@ def train(settings: Settings, state: Path = STATE, out: Path = CHECKPOINT, save_
     tokenizer = build_tokenizer()
     model = Qwen2VLForConditionalGeneration(build_config(tokenizer)).to(device).train()
     _linear_patch_embed(model)
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        betas=(0.9, 0.98),
-        fused=True,
-    )
+    optimizer = decaying_matrices(model, settings.weight_decay)
     progress = Progress()
     if not state.exists():
         progress.seeing = teach_tower(model, settings.seed, settings.tower_minutes)
