@@ -211,12 +211,13 @@ def _verdict(accuracy, excess) -> str:
     matrix = shown.pivot_table(index=["module", "selection"], columns="domain", values="accuracy", sort=False)
     lines = ["\naccuracy on a domain with its own neurons, or a control for them, off", matrix.round(3).to_string(), ""]
     for _, row in excess[excess["domain"] == "all"].iterrows():
-        low, high = row["excess_low"], row["excess_high"]
-        says = "hurts more than" if high < 0 else "hurts less than" if low > 0 else "is not told apart from"
-        log_low, log_high = row["excess_log_prob_low"], row["excess_log_prob_high"]
-        lines.append(
-            f"{row['module']:>10}, by {row['selection']}: {says} {row['control']} "
-            f"({row['excess']:+.3f} [{low:+.3f}, {high:+.3f}] accuracy; "
-            f"{row['excess_log_prob']:+.3f} [{log_low:+.3f}, {log_high:+.3f}] nats)"
-        )
+        accuracy, nats = (_told_apart(row, column) for column in ("excess", "excess_log_prob"))
+        lines.append(f"{row['module']:>10}, by {row['selection']}, against {row['control']}: accuracy {accuracy}; nats {nats}")
     return "\n".join(lines)
+
+
+def _told_apart(row, column: str) -> str:
+    """What switching the own neurons off costs beyond the control, and whether its interval leaves out 0."""
+    low, high = row[f"{column}_low"], row[f"{column}_high"]
+    says = "hurts more" if high < 0 else "hurts less" if low > 0 else "not told apart"
+    return f"{row[column]:+.3f} [{low:+.3f}, {high:+.3f}], {says}"
