@@ -108,6 +108,7 @@ class Hallucinations(Result):
         claims: one row a claim: key, id, category, question, gold, answer, correct (None: needs a judge), judge, said,
             noun, error (why scores are missing), a column a method (NaN where there is none), cut and other_tokens.
         methods: their names. data, model_name, weights: what was run; `weights` is their hash.
+        layers: the contextual lens's entries, of its image and of its text side.
         n_boot, seed, level: of the bootstrap.
     """
 
@@ -119,6 +120,7 @@ class Hallucinations(Result):
     seed: int = 0
     level: float = 0.95
     weights: str = ""
+    layers: tuple[int, int] | None = None
 
     @cached_property
     def judged(self) -> pd.DataFrame:
@@ -238,8 +240,10 @@ def detect_hallucinations(
     bar = tqdm(with_controls(items), total=len(items), desc="scoring", unit="question", disable=not progress, delay=2)
     rows = pd.DataFrame([row for batch in in_batches(bar, batch_size) for row in work(batch)])
     claims = _as_claims(rows, {item.id for item in items}, judgements)
-    about = describe_model(model)
-    return Hallucinations(claims, _methods(methods), data, about["name"], n_boot, seed, weights=about["weights"])
+    about, layers = describe_model(model), default_layers(model, image_layer, text_layer)
+    return Hallucinations(
+        claims, _methods(methods), data, about["name"], n_boot, seed, weights=about["weights"], layers=layers
+    )
 
 
 def hallucination_work(
@@ -306,8 +310,9 @@ def read_hallucinations(
     manifest = read_manifest(out)
     ids = set(pd.read_parquet(Path(out) / PLAN, columns=["id"])["id"])
     claims = _as_claims(read_results(out).drop(columns="item"), ids, judgements)
-    methods, about = tuple(manifest["settings"]["methods"]), manifest["model"]
-    return Hallucinations(claims, methods, data, about["name"], n_boot, seed, weights=about["weights"])
+    settings, about = manifest["settings"], manifest["model"]
+    methods, layers = tuple(settings["methods"]), (settings["image_layer"], settings["text_layer"])
+    return Hallucinations(claims, methods, data, about["name"], n_boot, seed, weights=about["weights"], layers=layers)
 
 
 def with_controls(items: Iterable[Question]) -> Iterator[Asked]:

@@ -127,7 +127,7 @@ def hallucinations() -> Hallucinations:
             "cut": False, "other_tokens": [0] * n,
         }
     )  # fmt: skip
-    return Hallucinations(claims, methods, "中文 data $x$", NAME, n_boot=5)
+    return Hallucinations(claims, methods, "中文 data $x$", NAME, n_boot=5, layers=(14, 21))
 
 
 @lru_cache(maxsize=1)

@@ -14,6 +14,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from analyses.baselines import SCORES, all_scores
 from analyses.benchmarks import EXACT, NEEDS_A_JUDGE, OBJECTS, YES_NO, Question
+from analyses.contextual_lens import default_layers
 from analyses.detection import detection, weighted_figures, within
 from analyses.hallucination import (
     ALL, CONTROL, WITHIN, Answer, Claim, _answer, Hallucinations, choose_layers, claim_inputs, claims_of, detect_hallucinations,
@@ -289,6 +290,8 @@ def test_a_run_gives_what_memory_gives(model, items, tmp_path):
     pd.testing.assert_frame_equal(one.claims, whole.claims, check_exact=True)
     pd.testing.assert_frame_equal(two.claims, whole.claims, check_exact=True)
     assert one.weights == whole.weights == describe_model(model)["weights"] and one.methods == tuple(FAST)
+    assert one.layers == whole.layers == default_layers(model, None, None)
+    assert f"image at entry {one.layers[0]} and the text at entry {one.layers[1]}." in one.markdown()
     assert whole.claims["answer"].nunique() > 1 and whole.claims[CONTROL].notna().all()
 
 

@@ -130,6 +130,8 @@ def markdown(result: Any) -> str:
         f"{result.data}, model {result.model_name} (weights {result.weights}): {len(result.judged)} judged answers, "
         f"{counts['all'][0]} hallucinated; {100 * result.level:.0f}% intervals from {result.n_boot} resamples."
     ]
+    if result.layers is not None:
+        parts.append("The contextual lens reads the image at entry {} and the text at entry {}.".format(*result.layers))
     for figure, title in _FIGURES.items():
         table = result.table(figure)
         kept = [c for c in table.columns if c in defined and table.loc[list(result.methods), c].ne("–").any()]
