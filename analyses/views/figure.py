@@ -70,10 +70,12 @@ def length(n: int, cell: float, least: float = 0.0) -> float:
 
 
 def label_ticks(axis: Any, labels: Sequence[Any], inches: float, size: float = 7, rotation: float = 0) -> None:
-    """A label at every k-th cell, k the least with which no two touch; the axis is so long."""
+    """A label at every k-th cell, k the least with which no two touch; the axis is so long. Rotated only where all of
+    them would not stand side by side."""
     labels = list(map(str, labels))
-    across = axis.axis_name == "x" and not rotation
-    room = max(map(columns, labels), default=1) * _DIGIT * size + 0.05 if across else _LINE * size
+    widest = max(map(columns, labels), default=1) * _DIGIT * size + 0.05
+    rotation = 0 if widest * len(labels) <= inches else rotation
+    room = widest if axis.axis_name == "x" and not rotation else _LINE * size
     step = max(1, ceil(room * len(labels) / inches))
     slanted = {"rotation": rotation} | ({"ha": "right", "rotation_mode": "anchor"} if 0 < rotation < 90 else {})
     axis.set_ticks(range(0, len(labels), step), labels[::step], fontsize=size, **slanted)

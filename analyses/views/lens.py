@@ -40,7 +40,8 @@ def token_map(
     axes = figure.subplots()
     drawn = axes.imshow(values, origin="lower", aspect="auto", cmap="cividis", vmin=scale[0], vmax=scale[1], interpolation="nearest")
     if written:
-        cells = [[visible(token, 9) for token in row] for row in tokens]
+        fitting = int(9 * wide / (n * _CELL))  # columns of text that a cell has room for
+        cells = [[visible(token, fitting) for token in row] for row in tokens]
         write_cells(axes, cells, values, scale[0] + 0.55 * (scale[1] - scale[0]), 7)
     label_ticks(axes.xaxis, columns, wide, rotation=45 if written else 90)
     label_ticks(axes.yaxis, layers, tall)

@@ -97,7 +97,7 @@ class Pair:
 
 
 def interleaved(
-    ours: Callable[[], Any], theirs: Callable[[], Any], n: int = 15, warm: int = 1, budget: float = BUDGET
+    ours: Callable[[], Any], theirs: Callable[[], Any], n: int = 30, warm: int = 1, budget: float = BUDGET
 ) -> Pair:
     """Times both in turn, n times or until the budget (seconds on the clock) is spent, but at least five times."""
     for _ in range(warm):
