@@ -65,11 +65,13 @@ def readout(
         targets: tokens to follow, any number for each row (none: [row 0]).
         chunk_size: rows whose logits exist at once, in float32.
     Raises:
-        ValueError: more top_k than words.
+        ValueError: more top_k than words, or a target that is no token.
     """
     n_words = model.W_U.shape[1]
     if not 1 <= top_k <= n_words:
         raise ValueError(f"top_k must be in 1..{n_words}, the number of words, got {top_k}.")
+    if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < n_words:
+        raise ValueError(f"targets must be token ids in 0..{n_words - 1}, got {int(targets.min())}..{int(targets.max())}.")
     logits = _Logits(model, min(chunk_size, len(vectors)))
     parts = []
     for start in tqdm(range(0, len(vectors), chunk_size), desc="lens", unit="chunk", delay=2, leave=False):

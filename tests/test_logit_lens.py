@@ -173,6 +173,12 @@ def test_far_apart_and_tied_across_blocks():
     assert read.probs[0, 0] == 1 and read.entropy == 0
 
 
+@pytest.mark.parametrize("target", [-1, 10_000])
+def test_targets_that_are_no_tokens(model, target):
+    with pytest.raises(ValueError, match=f"targets must be token ids in 0..{model.cfg.d_vocab - 1}"):
+        readout(model, torch.zeros(1, model.cfg.d_model), torch.tensor([[5, target]]))
+
+
 def test_more_words_than_there_are(model, batches):
     with pytest.raises(ValueError, match="number of words"):
         logit_lens(model, batches["image"], top_k=10_000)

@@ -36,6 +36,17 @@ def times(name: str) -> Iterator[Row]:
 
 
 @torch.no_grad()
+def long(name: str, n_tokens: int) -> Iterator[Row]:
+    """The residual stream of a large picture."""
+    model, _ = geometries.both(name)
+    inputs = model.encode(geometries.prompt(model, n_tokens))
+    streams = [f"blocks.{layer}.hook_resid_post" for layer in range(model.cfg.n_layers)]
+    pair = interleaved(lambda: model.run_with_cache(inputs, names_filter=streams), lambda: model(inputs))
+    what = f"run_with_cache of the residual stream ({len(streams)} activations) / forward"
+    yield pair.row(2, what, f"{geometries.describe(name, inputs)}, encoded", "≤ 1.15")
+
+
+@torch.no_grad()
 def memory(name: str, n_tokens: int) -> Iterator[Row]:
     """Peaks above the model, run without logits so that those do not hide the cache."""
     give_back_at_once()
@@ -91,4 +102,5 @@ def kept(cache: HookedCache) -> float:
 
 if __name__ == "__main__":
     sizes = ("small",) if QUICK else ("small", "medium")
-    report("cache", partial(memory, "small", 1500), partial(disk, "small"), *(partial(times, name) for name in sizes))
+    apart = [partial(memory, "small", 1500), partial(disk, "small"), *(partial(times, name) for name in sizes)]
+    report("cache", *apart, *([] if QUICK else [partial(long, "small", 1500)]))
