@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
 from transformer_lens.utilities import sample_logits
 from transformers import StoppingCriteriaList
 from transformers.generation import StopStringCriteria
@@ -24,6 +25,7 @@ from transformers.generation import StopStringCriteria
 from .cache import HookedCache, is_vision
 from .inputs import Inputs
 
+ROOM = 128  # positions that keys and values have room for when it is made anew
 Hooks = Sequence[tuple[str | Callable[[str], bool], Callable]]
 
 
@@ -205,7 +207,8 @@ class Generation:
             return
         past = None
         if use_past_kv_cache:
-            past = TransformerLensKeyValueCache.init_cache(self.cfg, self.cfg.device, len(prompt))
+            entries = [KeysAndValues.init_cache_entry(self.cfg, self.cfg.device, len(prompt)) for _ in self.blocks]
+            past = TransformerLensKeyValueCache(entries, prompt.attention_mask[:, :0])
         elif prompt.visuals and not self._tower_is_listened_to():
             prompt = self.encode(prompt)
         running = torch.ones(len(prompt), dtype=torch.bool, device=prompt.device)
@@ -292,6 +295,34 @@ class Generation:
         names = self._default_names(input, False) if names_filter is None else names_filter
         self._require_hooks(names)
         return Collector(self, names, device)
+
+
+class KeysAndValues(TransformerLensKeyValueCacheEntry):
+    """TransformerLens's entry with room for more positions: a new token copies its own key and value, not all before it.
+
+    In memory they lie head by head, as attention reads them. Earlier results of `append` stay valid.
+    """
+
+    room: Float[Tensor, "2 batch head room d_head"] | None = None
+
+    def append(
+        self, new_keys: Float[Tensor, "batch new head d_head"], new_values: Float[Tensor, "batch new head d_head"]
+    ) -> tuple[Float[Tensor, "batch pos head d_head"], Float[Tensor, "batch pos head d_head"]]:
+        if self.frozen:
+            return super().append(new_keys, new_values)
+        start = self.past_keys.shape[1]
+        end = start + new_keys.shape[1]
+        if self.room is None or self.room.shape[3] < end:
+            batch, _, heads, d_head = new_keys.shape
+            self.room = new_keys.new_empty((2, batch, heads, end + ROOM, d_head))
+            self._write(0, start, self.past_keys, self.past_values)
+        self._write(start, end, new_keys, new_values)
+        self.past_keys, self.past_values = self.room[:, :, :, :end].transpose(2, 3)
+        return self.past_keys, self.past_values
+
+    def _write(self, start: int, end: int, *keys_and_values: Float[Tensor, "batch pos head d_head"]) -> None:
+        for room, given in zip(self.room, keys_and_values):
+            room[:, :, start:end] = given.transpose(1, 2)
 
 
 class Collector:

@@ -6,8 +6,10 @@ import pytest
 import torch
 from conftest import prompts
 from tiny import reference_batch, tiny_hf
+from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
 
 from hooked_qwen2vl import HookedQwen2VL, Inputs
+from hooked_qwen2vl.generate import KeysAndValues
 
 NEW = 10
 GREEDY = {"max_new_tokens": NEW, "do_sample": False, "verbose": False}
@@ -27,6 +29,22 @@ def test_greedy_equals_the_reference(seed, cached, processor):
     for kind, inputs in prompts(model).items():
         ours = model.generate(inputs, return_type="tokens", use_past_kv_cache=cached, **GREEDY)
         assert torch.equal(ours, reference_tokens(hf, inputs)), kind
+
+
+@pytest.mark.parametrize("room", [0, 3, 128])
+def test_keys_and_values_are_transformer_lens_s(room, model, monkeypatch):
+    """However often room is made anew, and frozen or not: what its entry gives, and what was given before stays."""
+    monkeypatch.setattr("hooked_qwen2vl.generate.ROOM", room)
+    ours, theirs = (kind.init_cache_entry(model.cfg, "cpu", 2) for kind in (KeysAndValues, TransformerLensKeyValueCacheEntry))
+    given = []
+    for n in (5, 1, 1, 1, 4, 1):
+        new = torch.randn(2, 2, n, model.cfg.n_key_value_heads, model.cfg.d_head)
+        for frozen in (True, False):
+            ours.frozen = theirs.frozen = frozen
+            given.append((ours.append(*new), theirs.append(*new)))
+    for mine, expected in given:
+        assert all(torch.equal(a, b) for a, b in zip(mine, expected))
+    assert torch.equal(ours.past_keys, theirs.past_keys) and torch.equal(ours.past_values, theirs.past_values)
 
 
 def test_rows_end_at_the_end_token(model, hf, batches):

@@ -16,10 +16,10 @@ from hooked_qwen2vl.selfcheck import reference_batch
 
 
 @torch.no_grad()
-def rows(name: str, batch_size: int) -> Iterator[Row]:
+def rows(name: str, batch_size: int, image_tokens: int) -> Iterator[Row]:
     """Tokens per second of the whole call, and of the steps after the first token alone."""
     model, hf = geometries.both(name)
-    inputs, new = geometries.prompt(model, 60 if QUICK else 300, batch_size), 16 if QUICK else 32
+    inputs, new = geometries.prompt(model, image_tokens, batch_size), 16 if QUICK else 32
     batch, settings = reference_batch(inputs), {"max_new_tokens": new, "do_sample": False}
 
     def ours(*criteria):
@@ -91,5 +91,6 @@ def tower_runs(model, call, size: str) -> Row:
 
 
 if __name__ == "__main__":
-    sizes = (("small", 1), ("small", 4)) if QUICK else (("small", 1), ("small", 4), ("medium", 1), ("medium", 4))
+    whole = [("small", 1, 300), ("small", 4, 300), ("small", 1, 1500), ("medium", 1, 300), ("medium", 4, 300)]
+    sizes = [("small", 1, 60), ("small", 4, 60)] if QUICK else whole
     report("generate", *(partial(rows, *size) for size in sizes))
