@@ -21,7 +21,7 @@ test: install
 test-slow: install
 	.venv/bin/python -m pytest -m slow
 
-# Threads pinned; about an hour on two cores. The table: tests/benchmarks/benchmarks.md. BENCH="--quick --only cache".
+# Threads pinned; about an hour. The table: tests/benchmarks/benchmarks.md. BENCH="--quick --only cache".
 bench: install
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv/bin/python tests/benchmarks/run_all.py $(BENCH)
 
