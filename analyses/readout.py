@@ -28,7 +28,7 @@ from hooked_qwen2vl.devices import finite
 
 BLOCK = 64  # words whose largest logit is kept
 SLAB = 32768  # words whose logits lie together, filled up to whole blocks; 16 MB for 128 rows
-FEW = 4
+FEW = 4  # rows read at once on a CPU: with two copies of themselves they stay in its cache
 WIDENED = 4096  # half-precision words made float32 at a time, a part of a slab
 
 
