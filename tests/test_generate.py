@@ -47,6 +47,13 @@ def test_keys_and_values_are_transformer_lens_s(room, model, monkeypatch):
     assert torch.equal(ours.past_keys, theirs.past_keys) and torch.equal(ours.past_values, theirs.past_values)
 
 
+@pytest.mark.parametrize("kind", ["image", "batch"])
+def test_greedy_when_room_runs_out(kind, model, hf, batches, monkeypatch):
+    monkeypatch.setattr("hooked_qwen2vl.generate.ROOM", 3)
+    ours = model.generate(batches[kind], return_type="tokens", stop_at_eos=False, **GREEDY)
+    assert torch.equal(ours, reference_tokens(hf, batches[kind], eos_token_id=-1))
+
+
 def test_rows_end_at_the_end_token(model, hf, batches):
     """Any token may end a row: choose one that the model says, and compare what follows it."""
     inputs = batches["batch"]

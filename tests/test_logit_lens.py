@@ -74,6 +74,14 @@ def test_tokens_on_a_page_are_text():
     assert as_text("<b>") == "&lt;b&gt;" and "</script>" not in as_json({"t": "</script>"})
 
 
+@pytest.fixture(params=[32768, 128], ids=["one slab", "several slabs"])
+def slabs(request, monkeypatch):
+    """The vocabulary of the tiny models in one piece, and in pieces of which top words and targets are apart."""
+    monkeypatch.setattr("analyses.readout.SLAB", request.param)
+    monkeypatch.setattr("analyses.readout.WIDENED", request.param // 2)
+
+
+@pytest.mark.usefixtures("slabs")
 def test_the_same_call_on_another_transformer_lens_model(tmp_path):
     """A GPT-2 made here, as a TransformerBridge."""
     from transformer_lens.model_bridge import TransformerBridge
@@ -87,7 +95,10 @@ def test_the_same_call_on_another_transformer_lens_model(tmp_path):
     tokens = torch.randint(0, 120, (1, 9))
     lens = logit_lens(bridge, tokens, slice(4, 9), top_k=2)
     with torch.no_grad():
-        assert torch.equal(lens.top_ids[-1, :, 0], bridge(tokens)[0, 4:9].argmax(-1))
+        probs = bridge(tokens)[0, 4:9].softmax(-1)
+    assert torch.equal(lens.top_ids[-1], probs.topk(2).indices)
+    assert torch.allclose(lens.top_probs[-1], probs.topk(2).values, atol=1e-6)
+    assert torch.allclose(lens.entropy[-1], torch.special.entr(probs).sum(-1), atol=1e-5)
     assert lens.top_ids.shape == (4, 5, 2)
 
 
@@ -108,13 +119,6 @@ def test_layers_asked_for_are_those_of_the_whole_lens(model, batches):
     assert [shape for shape in read if isinstance(shape, tuple)][1:] == [(1, 1, model.cfg.d_model)] * 2
     with pytest.raises(ValueError, match="layers must name entries"):
         logit_lens(model, inputs, "image", layers=[L + 1])
-
-
-@pytest.fixture(params=[32768, 128], ids=["one slab", "several slabs"])
-def slabs(request, monkeypatch):
-    """The vocabulary of the tiny models in one piece, and in pieces of which top words and targets are apart."""
-    monkeypatch.setattr("analyses.readout.SLAB", request.param)
-    monkeypatch.setattr("analyses.readout.WIDENED", request.param // 2)
 
 
 @pytest.mark.usefixtures("slabs")
