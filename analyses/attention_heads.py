@@ -34,7 +34,7 @@ from transformer_lens.head_detector import (
     get_previous_token_head_detection_pattern,
 )
 
-from analyses.result import Result
+from analyses.common.result import Result
 
 KINDS = {
     "previous token": get_previous_token_head_detection_pattern,

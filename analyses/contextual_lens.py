@@ -26,9 +26,9 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from analyses.common.rectangles import Cells, best_rectangle
+from analyses.common.result import Result
 from analyses.logit_lens import residual_stack
-from analyses.rectangles import Cells, best_rectangle
-from analyses.result import Result
 
 Span = str | slice | Sequence[int] | Tensor
 

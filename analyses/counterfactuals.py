@@ -23,7 +23,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from analyses.result import Result
+from analyses.common.result import Result
 from analyses.trajectory import word
 from hooked_qwen2vl.processor import open_image
 from hooked_qwen2vl.scenes import counterfactual_pairs
@@ -110,7 +110,7 @@ class Pairs(Result):
 
     def plot(self, path: Any = None) -> Any:
         """The logit differences of the pairs kept, clean against corrupted, and why the others were not."""
-        from analyses.views.studies import pairs_plot
+        from analyses.views.experiments import pairs_plot
 
         return pairs_plot(self, path)
 

@@ -30,11 +30,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from analyses.data import Example, examples
-from analyses.prefixes import Prefixes
-from analyses.result import Result
-from analyses.run_files import read_manifest
-from analyses.run_sums import add_up, read_sums
+from analyses.common.result import Result
+from analyses.data.examples import Example, examples
+from analyses.runs.files import read_manifest
+from analyses.runs.sums import add_up, read_sums
+from hooked_qwen2vl.image_embeddings import Prefixes
 
 SITES = {"decoder": "blocks.{}.mlp", "vision": "vision_encoder.blocks.{}.mlp", "projector": "vision_projector"}
 SOURCES = ("image", "text", "generated")

@@ -24,8 +24,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from analyses.common.result import Result
 from analyses.logit_lens import _positions, residual_stack
-from analyses.result import Result
 
 _CHUNK = 1024
 

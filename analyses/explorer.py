@@ -25,9 +25,9 @@ from torch import Tensor
 from transformer_lens.patching import PatchingResult
 from transformer_lens.tools.analysis import logit_readout
 
+from analyses.common.result import Result
 from analyses.logit_lens import LogitLens, logit_lens, residual_stack
 from analyses.patching import recovery
-from analyses.result import Result
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from analyses.common.result import Result
 from analyses.patching import patch_sweep
-from analyses.result import Result
 
 
 class Component(NamedTuple):
@@ -90,7 +90,7 @@ class FlipAttribution(Result):
 
     def plot(self, path: Any = None) -> Any:
         """The parts of the change, largest first."""
-        from analyses.views.studies import attribution_plot
+        from analyses.views.experiments import attribution_plot
 
         return attribution_plot(self, path)
 

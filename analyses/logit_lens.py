@@ -21,8 +21,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.tools.analysis._model_state import to_token_ids
 
-from analyses.readout import Readout, readout
-from analyses.result import Result
+from analyses.common.result import Result
+from analyses.common.vocabulary import Readout, readout
 from hooked_qwen2vl import HookedQwen2VL
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.utilities import get_act_name
 
-from analyses.result import Result
+from analyses.common.result import Result
 
 ACTIVATIONS = ("resid_pre", "attn_out", "mlp_out")
 _EPSILON = 1e-6  # nats: prompts on which the two models agree so closely say nothing

@@ -29,8 +29,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.tools.analysis import logit_readout
 
+from analyses.common.result import Result
 from analyses.logit_lens import residual_stack
-from analyses.result import Result
 
 SURE = 0.5
 OUTCOMES = ("straight", "wavered", "held then lost", "settled early", "settled late")

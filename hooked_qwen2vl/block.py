@@ -1,4 +1,4 @@
-"""The residual skeleton both halves share: norm, attention, add; norm, MLP, add."""
+"""The transformer block both halves share (norm, attention, add; norm, MLP, add), and the decoder's own."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
 
 from .attention import Attention, Visibility
+from .config import TextConfig
 from .layers import MLP, GatedMLP, HookPoint, LayerNorm, RMSNorm, listened
 from .rope import Rotation
 
@@ -62,3 +63,13 @@ class Block(nn.Module):
         groups = heads[..., : attn.n_key_value_heads, :]  # as TransformerLens: a key head reads the copy of its number
         streams = (hook(stream.clone()) for hook, stream in zip(split, (heads, groups, groups)))
         return tuple(self.ln1.without_hooks(stream) + edit.unsqueeze(-2) for stream in streams)
+
+
+def decoder_block(cfg: TextConfig) -> Block:
+    """A block of the text decoder: RMSNorm, grouped-query attention with M-RoPE, SwiGLU; weights still to be loaded."""
+    return Block(
+        ln1=RMSNorm(cfg.d_model, cfg.eps),
+        attn=Attention(cfg.d_model, cfg.n_heads, cfg.n_key_value_heads, cfg.d_head),
+        ln2=RMSNorm(cfg.d_model, cfg.eps),
+        mlp=GatedMLP(cfg.d_model, cfg.d_mlp),
+    )

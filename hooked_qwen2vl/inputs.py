@@ -20,8 +20,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .config import HookedQwen2VLConfig
-from .parts import KINDS, PADDING, names_from_ids, number_visuals
 from .positions import IMAGE, TEXT, VIDEO, mrope_positions, raster_order
+from .segments import KINDS, PADDING, names_from_ids, number_visuals
 
 Box = tuple[float, float, float, float]
 
@@ -105,7 +105,7 @@ class Inputs:
 
         Args:
             visuals, pixels: in order of appearance, row by row.
-            names: the part of each position; without them the ids tell (see `parts.names_from_ids`).
+            names: the part of each position; without them the ids tell (see `segments.names_from_ids`).
         Raises:
             ValueError: no tokens, ids outside the vocabulary, more positions than the context, a mask of
                 another shape or with padding in the middle, or placeholders, images and pixels that do
@@ -172,7 +172,7 @@ class Inputs:
     ) -> Inputs:
         """The mapping that HF's Qwen2VLProcessor returns (`return_tensors="pt"`).
 
-        The parts of a prompt are read off its ids (see `parts.names_from_ids`).
+        The parts of a prompt are read off its ids (see `segments.names_from_ids`).
 
         Args:
             image_sizes: (width, height) of each image before it was resized, in order: the processor does not

@@ -24,21 +24,21 @@ from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 from transformer_lens.utilities import Slice, SliceInput
 
 from .attention import Causal
+from .block import decoder_block
 from .cache import HookedCache, is_vision
 from .checkpoint import open_checkpoint
 from .config import HookedQwen2VLConfig, convert_config
-from .decoder import decoder_block
 from .devices import beside, dispatch, first_not_finite, not_finite, refuse_far_weights, spread_over
 from .export import export_text_model
 from .generate import Generation
 from .inputs import Inputs
 from .layers import HookPoint, RMSNorm, listened
-from .processing import process_weights
 from .processor import Processor
 from .rope import text_rotation
 from .tl_weights import TransformerLensWeights, Unembed
 from .tokens import Tokens
 from .vision import VisionEncoder, VisionProjector
+from .weight_processing import process_weights
 from .weights import load_weights, refuse_quantised
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
@@ -520,7 +520,7 @@ class HookedQwen2VL(Generation, Tokens, TransformerLensWeights, HookedRootModule
     def process_weights(
         self, fold_ln: bool = True, center_unembed: bool = True, fold_value_biases: bool = True
     ) -> None:
-        """The same log-probabilities from weights easier to read; in place, on copies. See `processing`."""
+        """The same log-probabilities from weights easier to read; in place, on copies. See `weight_processing`."""
         self._require_present("processing")
         process_weights(self, fold_ln, center_unembed, fold_value_biases)
 

@@ -23,8 +23,8 @@ import torch
 from IPython.display import display
 
 from analyses.data import examples
+from analyses.experiments.flips import flip_study
 from analyses.flip_patching import attribute_flip, component_effects
-from analyses.studies import flip_study
 from analyses.trajectory import answer_trajectory
 from hooked_qwen2vl import HookedQwen2VL
 

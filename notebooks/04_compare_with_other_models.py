@@ -22,9 +22,9 @@ ITEMS = 4
 import tempfile
 
 import torch
+from analyses.compare import compare_models, text_agreement
 from transformer_lens.model_bridge import TransformerBridge
 
-from analyses.compare import compare_models, text_agreement
 from analyses.data import examples
 from analyses.model_patching import patch_between_models
 from hooked_qwen2vl import HookedQwen2VL

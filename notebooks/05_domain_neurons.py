@@ -25,8 +25,8 @@ from IPython.display import display
 
 from analyses.data import examples
 from analyses.domain_neurons import count_firings, disable_neurons
-from analyses.neuron_experiment import ablate, conditions, prepare
-from analyses.neuron_pictures import top_images, written_tokens
+from analyses.experiments.max_activating import top_images, written_tokens
+from analyses.experiments.neurons import ablate, conditions, prepare
 from hooked_qwen2vl import HookedQwen2VL
 
 torch.set_grad_enabled(False)

@@ -19,10 +19,10 @@ MODEL = "scenes"  # or "Qwen/Qwen2-VL-2B-Instruct"
 
 # %matplotlib inline
 import torch
-
 from analyses.benchmarks import load_scenes
+
 from analyses.contextual_lens import ground
-from analyses.hallucination import detect_hallucinations
+from analyses.experiments.hallucination import detect_hallucinations
 from hooked_qwen2vl import HookedQwen2VL
 
 torch.set_grad_enabled(False)

@@ -16,23 +16,23 @@ from PIL import Image
 from tiny import tiny_hf, tiny_processor
 
 from analyses.attention_heads import KINDS, AttentionHeads
-from analyses.benchmarks import Chair
-from analyses.compare import Comparison, Run
 from analyses.contextual_lens import ContextualScore, Grounding, LayerSweep
 from analyses.counterfactuals import Candidate, Pair, Pairs
+from analyses.data.benchmarks import Chair
 from analyses.domain_neurons import DomainNeurons, select_neurons
 from analyses.edge_attribution import EdgeAttribution
 from analyses.embedding_lens import Neighbours
+from analyses.experiments.compare import Comparison, Run
+from analyses.experiments.flips import SPANS, FlipStudy, LocalityStudy
+from analyses.experiments.grounding import METHODS, OWN_BOX, GroundingExperiment
+from analyses.experiments.hallucination import Hallucinations
+from analyses.experiments.max_activating import Fired, TopImages
+from analyses.experiments.neurons import CONTROLS, NONE, Ablations
 from analyses.explorer import Explorer
 from analyses.flip_patching import FlipAttribution
-from analyses.grounding_experiment import METHODS, OWN_BOX, GroundingExperiment
-from analyses.hallucination import Hallucinations
 from analyses.knockout import Knockout
 from analyses.logit_lens import LogitLens
 from analyses.model_patching import ModelPatching
-from analyses.neuron_experiment import CONTROLS, NONE, Ablations
-from analyses.neuron_pictures import Fired, TopImages
-from analyses.studies import SPANS, FlipStudy, LocalityStudy
 from analyses.trajectory import Trajectories, Trajectory
 from hooked_qwen2vl import HookedQwen2VL
 

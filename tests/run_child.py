@@ -9,12 +9,12 @@ import torch
 from conftest import picture
 from tiny import tiny_hf, tiny_processor
 
-from analyses import hallucination, neuron_experiment, neuron_pictures, studies  # noqa: F401, so that commands start at once
-from analyses.data import Example
-from analyses.prefixes import Prefixes
-from analyses.runs import run
+from analyses.data.examples import Example
+from analyses.experiments import flips, hallucination, max_activating, neurons  # noqa: F401, so that commands start at once
+from analyses.runs.engine import run
 from hooked_qwen2vl import HookedQwen2VL
 from hooked_qwen2vl.cli import main
+from hooked_qwen2vl.image_embeddings import Prefixes
 
 torch.set_num_threads(1)
 MODEL = HookedQwen2VL.from_hf(tiny_hf(), tiny_processor())

@@ -20,11 +20,11 @@ from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValue
 from transformer_lens.tools.analysis import logit_lens as transformer_lens_logit_lens
 
 from analyses.logit_lens import logit_lens
-from analyses.prefixes import Prefixes
-from analyses.runs import describe_model, read_results, this_share
+from analyses.runs.engine import describe_model, read_results, this_share
 from hooked_qwen2vl import HookedQwen2VL
 from hooked_qwen2vl.cli import main
 from hooked_qwen2vl.devices import beside, spread_over
+from hooked_qwen2vl.image_embeddings import Prefixes
 
 WHOLE = ["Block", "VisionProjector"]
 MODULES = [

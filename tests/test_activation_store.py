@@ -10,9 +10,9 @@ from conftest import picture
 from run_child import questions
 from safetensors import safe_open
 
-from analyses.activation_store import ActivationStore, store_activations
-from analyses.data import Example
-from analyses.prefixes import Prefixes
+from analyses.data.examples import Example
+from analyses.runs.activation_store import ActivationStore, store_activations
+from hooked_qwen2vl.image_embeddings import Prefixes
 
 NAMES = ["hook_embed", "blocks.1.hook_resid_post", "blocks.2.attn.hook_z", "blocks.0.mlp.hook_post"]
 SMALL = {"batch_size": 3, "batches_per_part": 2, "window": 32, "progress": False}

@@ -8,10 +8,30 @@ import pytest
 from conftest import picture
 from sklearn.metrics import f1_score, precision_score, recall_score
 
-from analyses.benchmarks import (
-    AMBER_TYPES, HQH_TYPES, MMHAL_TYPES, NEEDS_A_JUDGE, OBJECTS, YES_NO, Benchmark, Question, chair, judge, load_amber,
-    load_chair, load_grounding, load_hqh, load_mmhal, load_pope, load_scenes, mentions, object_noun, parse_yes_no,
-    read_synonyms, says_yes_or_no, yes_no_metrics,
+from analyses.data.benchmarks import (
+    AMBER_TYPES,
+    HQH_TYPES,
+    MMHAL_TYPES,
+    NEEDS_A_JUDGE,
+    OBJECTS,
+    YES_NO,
+    Benchmark,
+    Question,
+    chair,
+    judge,
+    load_amber,
+    load_chair,
+    load_grounding,
+    load_hqh,
+    load_mmhal,
+    load_pope,
+    load_scenes,
+    mentions,
+    object_noun,
+    parse_yes_no,
+    read_synonyms,
+    says_yes_or_no,
+    yes_no_metrics,
 )  # fmt: skip
 
 VOCABULARY = {"person": "person", "boy": "person", "dog": "dog", "puppy": "dog", "hot dog": "hot dog", "bus": "bus"}

@@ -17,8 +17,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from analyses.attention_heads import KINDS, PASSAGE, AttentionHeads, detect_heads
-from analyses.compare import Comparison, Run, _difference, ask, compare_models, patch_by_depth, text_agreement
-from analyses.data import Example
+from analyses.data.examples import Example
+from analyses.experiments.compare import Comparison, Run, _difference, ask, compare_models, patch_by_depth, text_agreement
 from analyses.logit_lens import residual_stack
 from analyses.model_patching import patch_between_models
 from analyses.patching import patch_sweep

@@ -9,10 +9,10 @@ import torch
 from conftest import picture
 from sklearn.metrics import roc_auc_score
 
-from analyses.baselines import SCORES, Evidence, all_scores, blank_image, with_images
+from analyses.answer_scores import SCORES, Evidence, all_scores, blank_image, with_images
+from analyses.common.rectangles import best_rectangle, heaviest_rectangle, integral_image
 from analyses.contextual_lens import contextual_score, default_layers, ground, sweep_layers, word_spans, yes_no_score
-from analyses.grounding_experiment import METHODS, box_iou, figures, mean_interval, run_experiment
-from analyses.rectangles import best_rectangle, heaviest_rectangle, integral_image
+from analyses.experiments.grounding import METHODS, box_iou, figures, mean_interval, run_experiment
 from hooked_qwen2vl.cli import main
 from hooked_qwen2vl.scenes import sample
 

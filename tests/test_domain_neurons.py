@@ -15,7 +15,7 @@ from tiny import tiny_hf, tiny_processor
 from transformer_lens.model_bridge import TransformerBridge
 
 from analyses import neuron_experiment as experiment
-from analyses.data import Example
+from analyses.data.examples import Example
 from analyses.domain_neurons import (
     SOURCES,
     FiringCounter,
@@ -31,12 +31,12 @@ from analyses.domain_neurons import (
     select_neurons,
     token_sources,
 )
+from analyses.experiments.max_activating import top_images, written_tokens
+from analyses.experiments.neurons import FIRING, NONE, RANDOM, RANDOM_RATE, Ablations, Condition
 from analyses.logit_lens import logit_lens
-from analyses.neuron_experiment import FIRING, NONE, RANDOM, RANDOM_RATE, Ablations, Condition
-from analyses.neuron_pictures import top_images, written_tokens
-from analyses.run_plan import size_by_model
-from analyses.run_sums import write_sums
-from analyses.runs import run
+from analyses.runs.engine import run
+from analyses.runs.plan import size_by_model
+from analyses.runs.sums import write_sums
 from hooked_qwen2vl import HookedQwen2VL
 from hooked_qwen2vl.cli import main
 
@@ -723,7 +723,7 @@ COMMAND = ["neurons", "--seeds", "1", "--generate", "2", "--share", "0.05"]
 
 def test_the_command(tmp_path, capsys, model, monkeypatch):
     animals(tmp_path, 4)
-    monkeypatch.setattr("hooked_qwen2vl.commands.neurons.load_model", lambda options: model)
+    monkeypatch.setattr("analyses.cli.neurons.load_model", lambda options: model)
     out = tmp_path / "out"
     command = [*COMMAND, "--data", str(tmp_path), "--out", str(out)]
     assert main([*command, "--dry-run"]) == 0
@@ -744,7 +744,7 @@ def test_the_command(tmp_path, capsys, model, monkeypatch):
 def test_the_command_in_shares_with_a_bad_image(tmp_path, capsys, model, monkeypatch):
     """Each stage waits for all of the one before; the tables are those of one process."""
     animals(tmp_path, 8)
-    monkeypatch.setattr("hooked_qwen2vl.commands.neurons.load_model", lambda options: model)
+    monkeypatch.setattr("analyses.cli.neurons.load_model", lambda options: model)
     (tmp_path / "dogs" / "0.png").write_bytes(b"no image")
     command = [*COMMAND, "--data", str(tmp_path), "--batch-size", "1"]
     assert main([*command, "--out", str(tmp_path / "one")]) == 0

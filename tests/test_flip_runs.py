@@ -13,9 +13,9 @@ import pandas as pd
 import pytest
 from conftest import picture
 
-from analyses.data import Example, examples
-from analyses.runs import read_results, run
-from analyses.studies import flip_study, read_flip_study
+from analyses.data.examples import Example, examples
+from analyses.experiments.flips import flip_study, read_flip_study
+from analyses.runs.engine import read_results, run
 from hooked_qwen2vl import HookedQwen2VL
 from hooked_qwen2vl.cli import main
 

@@ -12,15 +12,31 @@ import torch
 from conftest import picture
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from analyses.baselines import SCORES, all_scores
-from analyses.benchmarks import EXACT, NEEDS_A_JUDGE, OBJECTS, YES_NO, Question
+from analyses.answer_scores import SCORES, all_scores
+from analyses.common.detection import detection, weighted_figures, within
 from analyses.contextual_lens import default_layers
-from analyses.detection import detection, weighted_figures, within
-from analyses.hallucination import (
-    ALL, CONTROL, WITHIN, Answer, Claim, _answer, Hallucinations, choose_layers, claim_inputs, claims_of, detect_hallucinations,
-    generate_answers, hallucination_work, read_hallucinations, read_judgements, run_settings, score_claim, with_controls,
+from analyses.data.benchmarks import EXACT, NEEDS_A_JUDGE, OBJECTS, YES_NO, Question
+from analyses.experiments.hallucination import (
+    ALL,
+    CONTROL,
+    WITHIN,
+    Answer,
+    Claim,
+    Hallucinations,
+    _answer,
+    choose_layers,
+    claim_inputs,
+    claims_of,
+    detect_hallucinations,
+    generate_answers,
+    hallucination_work,
+    read_hallucinations,
+    read_judgements,
+    run_settings,
+    score_claim,
+    with_controls,
 )  # fmt: skip
-from analyses.runs import describe_model, read_failures, run
+from analyses.runs.engine import describe_model, read_failures, run
 from hooked_qwen2vl.cli import main
 
 FAST = ["probability", "contextual", CONTROL]
@@ -522,6 +538,6 @@ def test_a_noun_chooses_no_layers(model, items, monkeypatch):
     said = ["red", "blue", "yes", " "]
     asked = [*items[:2], question(2, "Is there a dog?", "yes", judge=YES_NO, noun="dog"), items[3]]
     answers = iter([[Answer(text) for text in said]])
-    monkeypatch.setattr("analyses.hallucination.generate_answers", lambda *args: next(answers))
+    monkeypatch.setattr("analyses.experiments.hallucination.generate_answers", lambda *args: next(answers))
     sweep = choose_layers(model, asked, progress=False)
     assert (sweep.n_items, sweep.n_correct) == (2, 1)  # neither the noun's answer nor the empty one

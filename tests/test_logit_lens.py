@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny import tiny_tokenizer
 
+from analyses.common.vocabulary import readout
 from analyses.logit_lens import logit_lens
-from analyses.readout import readout
 
 
 @pytest.mark.parametrize("positions", ["last", "image", "question", slice(3, 9), -2])
@@ -77,8 +77,8 @@ def test_tokens_on_a_page_are_text():
 @pytest.fixture(params=[32768, 128], ids=["one slab", "several slabs"])
 def slabs(request, monkeypatch):
     """The vocabulary of the tiny models in one piece, and in pieces of which top words and targets are apart."""
-    monkeypatch.setattr("analyses.readout.SLAB", request.param)
-    monkeypatch.setattr("analyses.readout.WIDENED", request.param // 2)
+    monkeypatch.setattr("analyses.common.vocabulary.SLAB", request.param)
+    monkeypatch.setattr("analyses.common.vocabulary.WIDENED", request.param // 2)
 
 
 @pytest.mark.usefixtures("slabs")

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from hooked_qwen2vl.parts import names_from_ids, number_visuals
 from hooked_qwen2vl.positions import IMAGE, TEXT, VIDEO
+from hooked_qwen2vl.segments import names_from_ids, number_visuals
 
 START, END, BREAK, TEXT_END = 90, 91, 92, 93
 SYSTEM, USER, ASSISTANT = [1], [2, 3], [4, 5, 6]  # roles of one token and of several

@@ -16,7 +16,7 @@ from matplotlib import font_manager
 from matplotlib.text import Text
 
 import analyses
-from analyses.result import Result
+from analyses.common.result import Result
 from analyses.views import text as views_text
 from analyses.views.attention import attention_on_image
 from analyses.views.figure import LONGEST, Figure

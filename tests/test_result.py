@@ -13,11 +13,11 @@ from conftest import picture
 from every_result import RESULTS
 from PIL import Image
 
-from analyses.benchmarks import Chair
 from analyses.counterfactuals import Candidate, Pair, Pairs
+from analyses.data.benchmarks import Chair
+from analyses.experiments.max_activating import Fired, TopImages
 from analyses.knockout import Knockout
 from analyses.logit_lens import LogitLens, logit_lens
-from analyses.neuron_pictures import Fired, TopImages
 
 
 @pytest.fixture(scope="module")

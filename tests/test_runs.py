@@ -20,12 +20,12 @@ from conftest import picture
 from run_child import command, full_run, questions
 from tiny import tiny_hf
 
-from analyses.data import Example
-from analyses.neuron_experiment import effect_work
-from analyses.prefixes import Prefixes
-from analyses.run_plan import make_plan, memory_for, size_by_model, size_by_pixels
-from analyses.runs import describe_model, read_composition, read_failures, read_results, run, seeded, this_share
+from analyses.data.examples import Example
+from analyses.experiments.neurons import effect_work
+from analyses.runs.engine import describe_model, read_composition, read_failures, read_results, run, seeded, this_share
+from analyses.runs.plan import make_plan, memory_for, size_by_model, size_by_pixels
 from hooked_qwen2vl import HookedQwen2VL
+from hooked_qwen2vl.image_embeddings import Prefixes
 
 SMALL = {"batch_size": 3, "batches_per_part": 2, "window": 16, "progress": False}
 
@@ -285,7 +285,7 @@ def test_other_weights_data_or_versions_are_refused(tmp_path, processor, monkeyp
     edited = [*data[:3], replace(data[3], images=(picture_of_3,)), *data[4:]]
     with pytest.raises(ValueError, match="data.digest: "):
         run("lengths", edited, lengths, tmp_path, model=model, **SMALL)
-    monkeypatch.setattr("analyses.runs._version", lambda package: "0.0")
+    monkeypatch.setattr("analyses.runs.engine._version", lambda package: "0.0")
     with pytest.raises(ValueError, match='versions.torch: .*"0.0" now'):
         run("lengths", data, lengths, tmp_path, model=model, **SMALL)
 

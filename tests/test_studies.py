@@ -8,10 +8,10 @@ import torch
 from scipy.stats import norm
 
 from analyses.counterfactuals import check_pairs, scene_candidates
-from analyses.data import examples
+from analyses.data.examples import examples
+from analyses.experiments.flips import SPANS, flip_study, knockout_study, locality_study, wilson
 from analyses.flip_patching import ablate_flip, attribute_flip
 from analyses.knockout import Knockout
-from analyses.studies import SPANS, flip_study, knockout_study, locality_study, wilson
 from analyses.trajectory import answer_trajectory
 from hooked_qwen2vl.cli import main
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from analyses.views.experiments import lines_by_span
 from analyses.views.figure import BLUE, ORANGE, Figure
-from analyses.views.studies import lines_by_span
 from analyses.views.text import line, visible
 
 _OUTCOMES = {"straight": "#0072b2", "wavered": "#56b4e9", "held then lost": "#d55e00", "settled early": "#999999",

@@ -10,10 +10,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from timing import QUICK, Row, median_interval, report
-
 from browser import chromium, why_not  # the tests' own: `timing` puts them on the path
 from explorer_pages import large
+from timing import QUICK, Row, median_interval, report
 
 PARTS = {"TaskDuration": "in all", "ScriptDuration": "script", "LayoutDuration": "layout", "RecalcStyleDuration": "style"}
 MOVES = 200

@@ -10,8 +10,8 @@ import torch
 from timing import DEVICE, MIB, QUICK, Row, extra_memory, give_back_at_once, interleaved, report
 from transformer_lens.tools.analysis import logit_lens as transformer_lens_logit_lens
 
+from analyses.common.vocabulary import readout
 from analyses.logit_lens import logit_lens
-from analyses.readout import readout
 from hooked_qwen2vl import HookedQwen2VL
 
 WORDS = 151936

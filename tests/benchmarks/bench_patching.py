@@ -25,8 +25,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import timing
 import torch
-from tiny import tiny_processor
 from timing import MIB, QUICK, Row
+from tiny import tiny_processor
 from transformer_lens import patching
 
 from analyses.patched_runs import Cell, DecoderRuns

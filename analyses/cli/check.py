@@ -1,0 +1,35 @@
+"""Compares the model with transformers' own, stage by stage."""
+
+from __future__ import annotations
+
+import argparse
+
+from analyses.cli.shared import add_model, load_model
+
+NAME = "check"
+HELP = "compare with transformers' own model, stage by stage"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.set_defaults(dtype="float32")
+
+
+def run(options: argparse.Namespace) -> int:
+    from transformers import Qwen2VLForConditionalGeneration
+
+    from hooked_qwen2vl.checkpoint import open_checkpoint
+    from hooked_qwen2vl.selfcheck import self_check
+
+    model = load_model(options)
+    folder = open_checkpoint(options.model).folder
+    reference = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=model.cfg.dtype).eval().to(model.cfg.device)
+    table = self_check(model, reference)
+    print(table.to_string(index=False, float_format=lambda x: f"{x:.1e}"))
+    failed = table[~table["ok"]]
+    if len(failed):
+        first = failed.iloc[0]
+        print(f"\nfirst stage that differs: {first['stage']}, by {first['error']:.1e} (tolerance {first['tolerance']:.0e})")
+        return 1
+    print("\nevery stage agrees with the reference")
+    return 0

@@ -1,0 +1,127 @@
+"""The same questions and summaries for several models, aligned by relative depth: lens, trajectory, patching, heads.
+
+Without --with, the model stands beside its "twin": its own text decoder, exported as a Qwen2 and run by TransformerLens.
+With --tuned, activations of the model are patched into its fine-tuned version, and back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from analyses.cli.shared import add_model, add_out, at_least_one, load_model, out_folder
+
+NAME = "compare"
+HELP = "beside other models: lens, trajectories, patching and heads on shared questions"
+PRINTED = ["model", "condition", "items", "right", "right_of_candidates", "answer_prob", "first_depth", "settled_depth",
+           "leaves_scene_depth", "reaches_last_depth"]  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument("--with", dest="others", action="append", default=[], metavar="[NAME=]MODEL",
+                        help="another model: 'twin', or a folder or hub id of a text model or a Qwen2-VL; may be repeated")  # fmt: skip
+    parser.add_argument("--tuned", metavar="MODEL", help="a fine-tuned version of --model, LoRA merged")
+    parser.add_argument("--data", default="scenes", help="scenes, a .jsonl file or a folder (default: scenes)")
+    parser.add_argument("--items", type=int, default=12, metavar="N", help="questions (default 12)")
+    add_out(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    at_least_one(options, "items")
+    from analyses.data.examples import examples
+
+    model = load_model(options)
+    questions = list(examples(options.data, options.items))
+    return _tuned(options, model, questions) if options.tuned else _beside_others(options, model, questions)
+
+
+def _beside_others(options: argparse.Namespace, model: Any, questions: list) -> int:
+    from analyses.experiments.compare import CONDITIONS, compare_models, text_agreement
+
+    name, agreement = str(options.model), None
+    models = {name: model} | dict(_named(spec, options, model) for spec in options.others or ["twin"])
+    if "twin" in models:
+        agreement = text_agreement(model, models["twin"], [example.question for example in questions])
+    shown = {"image": any(e.images for e in questions), "words": any(e.item for e in questions), "neither": True}
+    result = compare_models(models, questions, [c for c in CONDITIONS if shown[c]])
+    table, heads, out = result.to_dataframe(), result.heads[name], out_folder(options)
+    table.to_csv(out / "compare.csv", index=False)
+    result.curves().to_csv(out / "compare_curves.csv", index=False)
+    result.plot(out / "compare.png")
+    print(table[PRINTED].to_string(index=False, float_format=lambda x: f"{x:.2f}", na_rep=""))
+    print(f"\n{result.skipped} of {len(questions)} questions left out: a tokenizer cannot tell their candidates apart")
+    written = ["compare.csv", "compare_curves.csv", "compare.png"]
+    if heads.image:
+        heads.to_dataframe().to_csv(out / "heads.csv", index=False)
+        heads.plot(out / "heads.png")
+        written += ["heads.csv", "heads.png"]
+        print(f"\nthe heads of {name}, on text and among image tokens")
+        print(heads.sharing().to_string(index=False, float_format=lambda x: f"{x:.3f}"))
+    differ = agreement is not None and not agreement["ok"].all()
+    if agreement is not None:
+        agreement.to_csv(out / "text_twin.csv", index=False)
+        written.append("text_twin.csv")
+        print(f"\ntext decoder and twin {'differ' if differ else 'agree'}: by {agreement['share'].max():.1e} of the spread")
+    print("\n" + "\n".join(f"wrote {out / file}" for file in written))
+    return int(differ)
+
+
+def _tuned(options: argparse.Namespace, model: Any, questions: list) -> int:
+    from analyses.model_patching import ACTIVATIONS, patch_between_models
+    from hooked_qwen2vl.model import HookedQwen2VL
+
+    tuned = HookedQwen2VL.from_pretrained(options.tuned, dtype=options.dtype, device=options.device)
+    prompts = [model.to_inputs(example.question, images=list(example.images)) for example in questions]
+    written = []
+    for direction, source, target in (("base_into_tuned", model, tuned), ("tuned_into_base", tuned, model)):
+        for activation in ACTIVATIONS:
+            result = patch_between_models(source, target, prompts, activation)
+            path = out_folder(options) / f"{direction}_{activation}"
+            written += [path.with_suffix(".csv"), path.with_suffix(".png")]
+            result.to_dataframe().to_csv(written[-2], index=False)
+            result.plot(written[-1])
+            table = result.to_dataframe().pivot(index="place", columns="span", values="explained").loc[list(result.places)]
+            print(f"\n{direction.replace('_', ' ')}, {activation}: explained share, {result.explained.shape[-1]} prompts")
+            print(table.to_string(float_format=lambda x: f"{x:.3f}", na_rep=""))
+    print("\n" + "\n".join(f"wrote {path}" for path in written))
+    return 0
+
+
+def _named(spec: str, options: argparse.Namespace, model: Any) -> tuple[str, Any]:
+    """(name, model) of NAME=MODEL or MODEL: a Qwen2-VL as ours, a text model as TransformerLens's bridge, or the twin.
+
+    Raises:
+        ValueError: another model with a vision tower.
+    """
+    from transformers import AutoConfig
+
+    from hooked_qwen2vl.model import HookedQwen2VL
+
+    if spec == "twin":
+        return spec, _twin(model)
+    label, _, place = spec.rpartition("=")
+    config = None if place == "scenes" else AutoConfig.from_pretrained(place)
+    if config is None or config.model_type == "qwen2_vl":
+        other = HookedQwen2VL.from_pretrained(place, dtype=options.dtype, device=options.device)
+    elif hasattr(config, "vision_config"):
+        raise ValueError(f"{place} is a {config.model_type}: besides Qwen2-VL, only text models can stand beside this one.")
+    else:
+        other = _bridge(place, options.device or "cpu", options.dtype or "float32")
+    return label or place, other
+
+
+def _twin(model: Any) -> Any:
+    """The model's text decoder, exported as a Qwen2 and run by TransformerLens."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = model.export_text_model(Path(folder) / "text")
+        return _bridge(str(place), model.cfg.device, str(model.cfg.dtype).removeprefix("torch."))
+
+
+def _bridge(name: str, device: str, dtype: str) -> Any:
+    import torch
+    from transformer_lens.model_bridge import TransformerBridge
+
+    return TransformerBridge.boot_transformers(name, device=device, dtype=getattr(torch, dtype))

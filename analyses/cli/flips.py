@@ -1,0 +1,106 @@
+"""Where answers flip between layers, and which heads and MLPs make them: one prompt, or a data set."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from analyses.cli.shared import add_model, add_out, add_run, at_least_one, finished, load_model, out_folder, reports
+
+NAME = "flips"
+HELP = "where the answer flips between layers, and what makes it"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument("--image", action="append", default=[], help="one prompt: an image file; may be repeated")
+    parser.add_argument("--question", help="one prompt: the question")
+    parser.add_argument("--answer", help="one prompt: the right answer")
+    parser.add_argument("--candidates", default="", help="one prompt: possible answers, separated by commas")
+    parser.add_argument("--data", default="scenes", help="a data set: 'scenes', a .jsonl file or a folder (see analyses.data.examples)")
+    parser.add_argument("--limit", type=int, default=200, help="questions of the data set to follow (default 200)")
+    parser.add_argument("--components", type=int, default=2, help="components to ablate for a flip (default 2)")
+    parser.add_argument("--random", type=int, default=10, help="random draws beside them (default 10)")
+    add_run(parser, 8)
+    add_out(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    at_least_one(options, "limit", "components", "random", "batch_size")
+    if options.question is not None and (options.shard or options.dry_run):
+        raise ValueError("--shard and --dry-run belong to a data set (--data), not to one prompt (--question).")
+    if options.question is None and (options.image or options.answer):
+        raise ValueError("one prompt needs --question, --answer and --image; without them a data set is followed (--data).")
+    (_data_set if options.question is None else _one)(options)
+
+
+def _one(options: argparse.Namespace) -> None:
+    from analyses.flip_patching import attribute_flip, component_effects
+    from analyses.trajectory import answer_trajectory
+
+    if options.answer is None:
+        raise ValueError("--answer is needed: the answer to follow through the layers.")
+    candidates = [candidate.strip() for candidate in options.candidates.split(",") if candidate.strip()]
+    model = load_model(options)
+    inputs = model.encode(model.to_inputs(options.question, images=options.image))
+    item = answer_trajectory(model, inputs, options.answer, candidates, question=options.question)
+    out = out_folder(options)
+    item.to_dataframe().to_csv(out / "trajectory.csv", index=False)
+    item.plot(out / "trajectory.png")
+    print(item.to_dataframe().to_string(index=False, float_format=lambda x: f"{x:.3f}"))
+    print("\n" + "\n".join(f"{name}: {value}" for name, value in item.summary().items()))
+    for entry in item.eligible_flips if candidates else item.content_flips:
+        flip = attribute_flip(model, inputs, entry, int(item.top1[entry]), int(item.top1[entry - 1]))
+        print(f"\nentry {entry}: {flip.lost!r} → {flip.gained!r}, logit difference {flip.before:.3f} → {flip.after:.3f}; block {flip.layer}:")
+        print(component_effects(model, inputs, flip).to_string(index=False, float_format=lambda x: f"{x:+.3f}"))
+    print(f"\nwrote {out / 'trajectory.csv'}\nwrote {out / 'trajectory.png'}")
+
+
+def _data_set(options: argparse.Namespace) -> None:
+    from analyses.data.examples import examples
+    from analyses.experiments.flips import flip_work
+    from analyses.runs.engine import run, this_share
+    from hooked_qwen2vl.image_embeddings import CAPACITY
+
+    share = this_share(options.shard)  # before the model: it gives each process its GPU
+    model = load_model(options)
+    rows = options.out / NAME
+    state = run(
+        NAME,
+        lambda: examples(options.data, options.limit),
+        flip_work(model, options.components, options.random),
+        rows,
+        {"components": options.components, "random": options.random},
+        model=model,
+        batch_size=options.batch_size,
+        shard=share,
+        dry_run=options.dry_run,
+        prefixes=CAPACITY,
+    )
+    if options.dry_run:
+        print(state.describe())
+    elif finished(options, state) and reports(options, state):
+        _report(rows, options.out)
+
+
+def _report(rows: Path, out: Path) -> None:
+    """Tables and pictures of a finished run."""
+    from analyses.experiments.flips import read_flip_study
+    from analyses.runs.engine import read_failures
+
+    study, failures = read_flip_study(rows), read_failures(rows)
+    tables = {"flips": study.flips, "trajectories": study.prompts, "flip_tests": study.summary(),
+              "outcomes": study.by_category().reset_index(), "failures": failures}  # fmt: skip
+    for name, table in tables.items():
+        table.to_csv(out / f"{name}.csv", index=False)
+    study.plot(out / "flips.png")
+    study.plot_trajectories(out / "trajectories.png")
+    print(tables["outcomes"].to_string(index=False, float_format=lambda x: f"{x:.2f}"))
+    print(f"\n{study.skipped} questions without candidates left out; {len(study.flips)} eligible flips\n")
+    if len(failures):
+        print(f"{len(failures)} questions failed, the first ({failures['id'][0]}): {failures['error'][0]}\n")
+    print(tables["flip_tests"].to_string(index=False, float_format=lambda x: f"{x:.3f}"))
+    print("\nthe last layer's shift, and what norming it twice would show:")
+    print(study.last_shift().to_string(float_format=lambda x: f"{x:.3f}"))
+    names = [*(f"{name}.csv" for name in tables), "flips.png", "trajectories.png"]
+    print("\n" + "\n".join(f"wrote {out / name}" for name in names))

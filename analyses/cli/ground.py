@@ -1,0 +1,51 @@
+"""Where in the image the answer is: the contextual lens's heat map and best box."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from analyses.cli.shared import SAMPLES, add_model, add_out, load_model, out_folder
+
+NAME = "ground"
+HELP = "where in the image the answer is"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument("--image", action="append", default=[], help="an image file; may be repeated")
+    parser.add_argument("--question", help="default: a shipped image and its question")
+    parser.add_argument("--answer", help="teacher-forced; without it, what the model itself answers")
+    parser.add_argument("--image-layer", type=int, metavar="L", help="lens entry of the image tokens (default round(0.5 L))")
+    parser.add_argument("--text-layer", type=int, metavar="L", help="lens entry of the answer (default round(0.75 L))")
+    parser.add_argument("--max-new-tokens", type=int, default=20, metavar="N", help="of an answer of its own (default 20)")
+    add_out(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    images, question, truth = options.image, options.question, []
+    if question is None:
+        if images:
+            raise ValueError("an image came without a question: add --question, such as 'What is in the image?'.")
+        sample = json.loads((SAMPLES / "samples.json").read_text(encoding="utf-8"))[0]
+        images, question, truth = [SAMPLES / sample["image"]], sample["question"], sample["depends_on"]
+    elif not images:
+        raise ValueError("a question came without an image: add --image FILE, there is nothing to ground in.")
+    from analyses.contextual_lens import contextual_score, ground
+    from hooked_qwen2vl.processor import open_image
+
+    model = load_model(options)
+    inputs = model.encode(model.to_inputs(question, images=images, answers=options.answer))
+    if options.answer is None:
+        inputs = model.generate(inputs, max_new_tokens=options.max_new_tokens, do_sample=False, return_type="inputs")
+    layers = options.image_layer, options.text_layer
+    result, score = ground(model, inputs, 0, *layers), contextual_score(model, inputs, 0, *layers).score
+    out = out_folder(options)
+    result.to_dataframe().to_csv(out / "grounding.csv", index=False)
+    result.plot(out / "grounding.png", [open_image(image) for image in images], truth)
+    print(f"question: {question}\nanswer:   {result.text}\n")
+    print(f"score:    {score:.3f}, the cosine with the closest image token (low: hallucinated)")
+    for image, (box, cosine) in enumerate(zip(result.boxes.tolist(), result.box_scores.tolist())):
+        corners = ", ".join(f"{x:.0f}" for x in box)
+        print(f"image {image}:  best box ({corners}) in original pixels, cosine {cosine:.3f}")
+    print(f"\nwrote {out / 'grounding.png'}\nwrote {out / 'grounding.csv'}")

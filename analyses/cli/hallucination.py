@@ -1,0 +1,193 @@
+"""Which score tells the model's right answers from its hallucinated ones, on a benchmark's local copy."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from analyses.cli.shared import add_model, add_out, add_run, at_least_one, finished, load_model, reports
+
+NAME = "hallucination"
+HELP = "scores of the model's answers against the truth, by category"
+ROWS = "rows"  # the run's folder, beside the tables made from it
+KINDS = ("scenes", "pope", "hqh", "amber", "chair", "mmhal")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument(
+        "--data", default="scenes", metavar="KIND:PATH",
+        help="pope:FILE, hqh:DIR, amber:DIR, chair:FILE, mmhal:FILE, or scenes (the embedded world's test split; default)",
+    )  # fmt: skip
+    parser.add_argument("--limit", type=int, default=1000, help="how many questions, categories in turn (default 1000)")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="the folder of the images, where it is another one")
+    parser.add_argument("--objects", type=Path, metavar="FILE", help='chair: {"image_id": ["dog", …]}, what is truly there')
+    parser.add_argument("--synonyms", type=Path, metavar="FILE", help="chair: a line an object, 'person, girl, boy'")
+    parser.add_argument("--judgements", type=Path, metavar="FILE", help='a judge\'s JSON lines {"id": …, "correct": true}')
+    parser.add_argument("--skip-bad", action="store_true", help="leave bad rows out (they are named) instead of stopping")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="default: every score of analyses.answer_scores")
+    parser.add_argument("--image-layer", type=int, help="lens entry of the contextual lens's image side (default: half-way)")
+    parser.add_argument("--text-layer", type=int, help="and of its text side (default: three quarters of the way)")
+    parser.add_argument(
+        "--sweep", type=int, default=0, metavar="N", help="scenes: choose both on N items of the validation split instead"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=32)
+    parser.add_argument("--n-boot", type=int, default=1000, help="resamples for the intervals (default 1000)")
+    add_run(parser, 8)
+    add_out(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    at_least_one(options, "limit", "max_new_tokens", "n_boot", "batch_size")
+    if options.sweep and options.dry_run:
+        raise ValueError("--sweep runs the model to choose what --dry-run would describe: pass one of them.")
+    from analyses.data.benchmarks import read_synonyms
+    from analyses.experiments.hallucination import read_judgements
+    from analyses.runs.engine import this_share
+
+    share = this_share(options.shard)  # before the model: it gives each process its GPU
+    items, name = _load(options)
+    vocabulary = read_synonyms(options.synonyms) if options.synonyms else None
+    judgements = read_judgements(options.judgements) if options.judgements else None
+    folder = options.out / f"hallucination_{name.replace(':', '_')}"
+    for problem in items.problems:
+        print(f"left out: {problem}")
+    if all(item.images for item in items):
+        state = _run(options, items, folder / ROWS, vocabulary, share)
+        if options.dry_run:
+            print(state.describe())
+            return
+        if not (finished(options, state) and reports(options, state)):
+            return
+    elif options.dry_run:
+        print("the captions come with the data and have no images: they are judged, and no model is run")
+        return
+    written = _chair(items, vocabulary, folder) if items[0].benchmark == "chair" else []
+    if all(item.images for item in items):
+        written += _report(options, items, name, judgements, folder)
+    print("\n" + "\n".join(f"wrote {path}" for path in written))
+
+
+def _run(options: argparse.Namespace, items: Any, rows: Path, vocabulary: Any, share: tuple[int, int]) -> Any:
+    """Answers and scores what is not there yet."""
+    from analyses.experiments.hallucination import hallucination_work, run_settings, with_controls
+    from analyses.runs.engine import run
+    from hooked_qwen2vl.image_embeddings import CAPACITY
+
+    model = load_model(options)
+    settings = (options.methods, vocabulary, options.max_new_tokens, *_layers(options, model))
+    return run(
+        NAME,
+        lambda: with_controls(items),
+        hallucination_work(model, *settings),
+        rows,
+        run_settings(model, *settings),
+        model=model,
+        batch_size=options.batch_size,
+        shard=share,
+        dry_run=options.dry_run,
+        prefixes=CAPACITY,
+    )
+
+
+def _load(options: argparse.Namespace) -> tuple[Any, str]:
+    """(questions, name of the data set)."""
+    from analyses.data.benchmarks import LOADERS, load_scenes
+
+    kind, _, path = options.data.partition(":")
+    if kind not in KINDS or (kind != "scenes" and not path):
+        raise ValueError(f"--data must be scenes or one of {', '.join(f'{k}:PATH' for k in KINDS[1:])}, got {options.data!r}.")
+    if kind == "scenes":
+        return load_scenes(options.limit, path or "test"), f"scenes:{path or 'test'}"
+    if kind == "chair" and options.synonyms is None:
+        raise ValueError("chair needs --synonyms FILE, a line an object: 'person, girl, boy'.")
+    more = {"objects": options.objects} if kind == "chair" else {}
+    items = LOADERS[kind](path, images=options.images, skip_bad=options.skip_bad, **more)
+    return items.spread(options.limit), f"{kind}:{Path(path).stem}"
+
+
+def _layers(options: argparse.Namespace, model: Any) -> tuple[int | None, int | None]:
+    """The contextual lens's entries: as given, or chosen on the validation split."""
+    if not options.sweep:
+        return options.image_layer, options.text_layer
+    from analyses.data.benchmarks import load_scenes
+    from analyses.experiments.hallucination import choose_layers
+
+    if not options.data.startswith("scenes") or options.data.endswith("validation"):
+        raise ValueError("--sweep is for the embedded world's test split, whose validation split is apart; give --image-layer.")
+    if options.image_layer is not None or options.text_layer is not None:
+        raise ValueError("--sweep chooses the layers: pass it, or --image-layer and --text-layer, not both.")
+    sweep = choose_layers(model, load_scenes(options.sweep, "validation"), options.max_new_tokens)
+    best = float(sweep.auroc[sweep.image_layer, sweep.text_layer])
+    print(
+        f"layers by {sweep.n_items} validation answers ({sweep.n_items - sweep.n_correct} hallucinated): image entry "
+        f"{sweep.image_layer}, text entry {sweep.text_layer}, AUROC there {best:.3f}"
+    )
+    return sweep.image_layer, sweep.text_layer
+
+
+def _report(options: argparse.Namespace, items: Any, name: str, judgements: Any, folder: Path) -> list[Path]:
+    """Prints the table of methods × categories; writes claims, metrics and pictures."""
+    from analyses.experiments.hallucination import read_hallucinations
+    from analyses.runs.engine import read_failures
+
+    result, failures = read_hallucinations(folder / ROWS, name, judgements, options.n_boot), read_failures(folder / ROWS)
+    written = [folder / "failures.csv", folder / "claims.csv"]
+    failures.to_csv(written[0], index=False)
+    if len(failures):
+        print(f"{len(failures)} questions have no answer, the first ({failures['id'][0]}): {failures['error'][0]}")
+    claims = result.claims.assign(correct=result.claims["correct"].astype(object).where(result.claims["correct"].notna()))
+    claims.assign(correct=claims["correct"].fillna("needs a judge")).to_csv(written[-1], index=False)
+    written += _yes_no(items, result, folder)
+    unjudged = int(result.claims["correct"].isna().sum())
+    if unjudged:
+        print(f"{unjudged} of {len(result.claims)} answers need a judge: give its verdicts with --judgements.")
+    for column, what in (("cut", "were cut at --max-new-tokens"), ("other_tokens", "are scored with other tokens than generated")):
+        if number := int(result.claims[column].sum()):
+            print(f"{number} answers {what}.")
+    if failed := int((result.claims["error"] != "").sum()):
+        print(f"{failed} answers have no scores; claims.csv says why.")
+    if result.judged["correct"].nunique() < 2:
+        print("Right and hallucinated answers are both needed to compare scores; no table is made.")
+        return written
+    print(f"\nAUROC, {100 * result.level:.0f}% bootstrap intervals; higher tells right from hallucinated better, 0.5 not at all\n")
+    print(result.table().T.to_string())
+    if few := result.few():
+        print(f"\nfewer than 300 hallucinated answers, so wide intervals: {', '.join(f'{k} ({n})' for k, n in few.items())}")
+    written += [folder / name for name in ("results.md", "metrics.csv", "roc.png", "scores.png", "intervals.png")]
+    written[-5].write_text(result.markdown(), encoding="utf-8")
+    result.to_dataframe().to_csv(written[-4], index=False)
+    result.plot(written[-3])
+    result.plot_scores(written[-2])
+    result.plot_intervals(written[-1])
+    return written
+
+
+def _yes_no(items: Any, result: Any, folder: Path) -> list[Path]:
+    """Accuracy, precision, recall, F1 and yes-rate of the yes/no questions of a benchmark that defines them."""
+    from analyses.data.benchmarks import YES_NO, yes_no_metrics
+
+    answers = dict(zip(result.claims["key"], result.claims["answer"]))
+    asked = [item for item in items if item.judge == YES_NO and item.id in answers]
+    if not asked:
+        return []
+    positive = "no" if asked[0].benchmark == "amber" else "yes"
+    table = yes_no_metrics(asked, [answers[item.id] for item in asked], positive)
+    print(f"\nyes/no answers, positive class {positive}\n\n{table.round(3).to_string(index=False)}")
+    table.to_csv(folder / "yes_no.csv", index=False)
+    return [folder / "yes_no.csv"]
+
+
+def _chair(items: Any, vocabulary: Any, folder: Path) -> list[Path]:
+    """CHAIRs and CHAIRi, where the objects truly there are known."""
+    from analyses.data.benchmarks import OBJECTS, chair
+
+    if any(item.judge != OBJECTS for item in items):
+        raise ValueError("chair needs to know what is truly there: --objects FILE, or \"objects\" in every row.")
+    found = chair(items, vocabulary)
+    print(found.to_dataframe().round(4).to_string(index=False))
+    folder.mkdir(parents=True, exist_ok=True)
+    found.to_dataframe().to_csv(folder / "chair.csv", index=False)
+    found.mentions.to_csv(folder / "chair_mentions.csv", index=False)
+    return [folder / "chair.csv", folder / "chair_mentions.csv"]

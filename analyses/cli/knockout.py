@@ -1,0 +1,32 @@
+"""Attention knockout: which flows of information the answers need, and in which layers."""
+
+from __future__ import annotations
+
+import argparse
+
+from analyses.cli.shared import add_model, add_out, at_least_one, load_model, out_folder
+
+NAME = "knockout"
+HELP = "block attention between parts of the prompt, layer by layer"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument("--limit", type=int, default=100, help="questions of the embedded world (default 100)")
+    parser.add_argument("--window", type=int, help="layers blocked at once (default: a quarter of the layers)")
+    add_out(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    at_least_one(options, "limit")
+    from analyses.data.examples import examples
+    from analyses.experiments.flips import knockout_study
+
+    result = knockout_study(load_model(options), examples("scenes", options.limit), options.window)
+    out = out_folder(options)
+    result.to_dataframe().to_csv(out / "knockout.csv", index=False)
+    result.plot(out / "knockout.png")
+    print(f"{result.effects.shape[-1]} items answered rightly, {result.skipped} not; window of {result.window} layers")
+    table = result.to_dataframe().pivot(index="layer", columns="flow", values="effect_percent")[list(result.flows)]
+    print(table.to_string(float_format=lambda x: f"{x:+.1f} %"))
+    print(f"\nwrote {out / 'knockout.csv'}\nwrote {out / 'knockout.png'}")

@@ -1,0 +1,223 @@
+"""Domain-specific neurons: which neurons serve one visual domain, and what switching them off costs."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from analyses.cli.shared import add_model, add_out, add_run, at_least_one, finished, load_model, out_folder, reports
+
+NAME = "neurons"
+HELP = "domain-specific neurons, and what switching them off costs"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument("--data", default="scenes", help="a folder with a folder per domain (images and questions.jsonl), or 'scenes'")
+    parser.add_argument("--test", help="data to judge on; default: of scenes the test split, of other data every second image")
+    parser.add_argument("--limit", type=int, help="questions to select on (default: 500 of scenes, all of other data)")
+    parser.add_argument("--test-limit", type=int, default=150, help="questions to judge on (default 150)")
+    parser.add_argument("--generate", type=int, default=4, metavar="N", help="answer tokens counted an example, at most (default 4)")
+    parser.add_argument("--share", type=float, default=0.01, help="of each module's neurons to select (default 0.01)")
+    parser.add_argument("--quantile", type=float, default=0.95, help="of all firing rates, to be exceeded (default 0.95)")
+    parser.add_argument("--sources", default="image,text,generated", help="whose tokens count (default image,text,generated)")
+    parser.add_argument("--seeds", type=int, default=3, help="draws of each control (default 3)")
+    parser.add_argument("--only-select", action="store_true", help="count and select; switch nothing off")
+    add_run(parser, 16)
+    add_out(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    at_least_one(options, "test_limit", "seeds", "batch_size")
+    from analyses.runs.engine import this_share
+
+    share = this_share(options.shard)  # before the model: it gives each process its GPU
+    model = load_model(options)
+    chosen, judged = _data(options)
+    stages = ["firings"] if options.only_select else ["firings", "effects"]
+    states = [_stage(options, model, share, stage, chosen) for stage in stages]
+    if options.dry_run:
+        _describe(options, model, share, states, judged)
+        return
+    if not all(finished(options, state) for state in states):
+        return
+    neurons, wanted = _select(options)
+    if not options.only_select:
+        states.append(_stage(options, model, share, "ablations", judged, wanted))
+        if not finished(options, states[-1]):
+            return
+    if reports(options, states[0]):
+        _report(options, model, neurons, wanted, judged)
+
+
+def _stage(options, model, share, stage: str, data: Any, wanted: Any = None) -> Any:
+    """One of the runs that this is made of: OUT/neurons/firings, effects and ablations."""
+    from analyses.domain_neurons import firing_work
+    from analyses.experiments.neurons import ablation_work, effect_work
+    from analyses.runs.engine import run
+    from analyses.runs.plan import size_by_model
+    from analyses.runs.sums import write_sums
+    from hooked_qwen2vl.image_embeddings import CAPACITY
+
+    name, out = f"{NAME}: {stage}", options.out / NAME / stage
+    common = {"model": model, "size": size_by_model(model, by_domain=True), "batch_size": options.batch_size,
+              "shard": share, "dry_run": options.dry_run}  # fmt: skip
+    if stage == "firings":
+        counting = firing_work(model, options.generate)
+        return run(name, data, counting, out, {"generate": options.generate}, prefixes=CAPACITY, write=write_sums, **common)
+    if stage == "effects":
+        return run(name, data, effect_work(model), out, gradients=True, write=write_sums, **common)
+    # a question is answered under every condition, so a single batch is a part
+    settings = {"conditions": _digest(wanted)}
+    return run(name, data, ablation_work(model, wanted or ()), out, settings, prefixes=CAPACITY, batches_per_part=1, **common)
+
+
+def _describe(options, model, share, states, judged) -> None:
+    """What would be done; the conditions are known once firings and effects are there."""
+    print("\n".join(state.describe() for state in states))
+    if options.only_select:
+        return
+    wanted = _select(options)[1] if all(state.complete for state in states) else None
+    print(_stage(options, model, share, "ablations", judged, wanted).describe())
+    if wanted is None:
+        print("each answered untouched and under conditions that follow from the firings and effects")
+    else:
+        print(f"each answered untouched and under up to {len(wanted)} conditions")
+
+
+def _select(options: argparse.Namespace) -> tuple[Any, Any]:
+    """(the neurons that the firings select, every condition to answer under)."""
+    from analyses.domain_neurons import read_firings
+    from analyses.experiments.neurons import conditions, read_effects
+
+    folder = options.out / NAME
+    sources = [source for source in options.sources.split(",") if options.generate or source != "generated"]
+    neurons = read_firings(folder / "firings").select(options.share, options.quantile, sources)
+    if options.only_select:
+        return neurons, None
+    return neurons, conditions(neurons, read_effects(folder / "effects", neurons.domains), options.seeds)
+
+
+def _digest(wanted: Any) -> str | None:
+    """Changes with any neuron that is switched off."""
+    from hashlib import sha256
+
+    if wanted is None:
+        return None
+    hashed = sha256()
+    for condition in wanted:
+        hashed.update(f"{condition.selection} {condition.module} {condition.target} {condition.seed}".encode())
+        for module, mask in condition.masks.items():
+            hashed.update(module.encode() + mask.numpy().tobytes())
+    return hashed.hexdigest()[:16]
+
+
+def _data(options: argparse.Namespace) -> tuple[Any, Any]:
+    """(questions to select on, questions to judge on), on different images, each gone through as often as needed."""
+    from analyses.data.examples import examples
+    from analyses.experiments.neurons import split_by_image
+
+    if options.data == "scenes":
+        return (lambda: examples("scenes:train", options.limit or 500),
+                lambda: examples(options.test or "scenes:test", options.test_limit))  # fmt: skip
+    if options.test:
+        return lambda: examples(options.data, options.limit), lambda: examples(options.test, options.test_limit)
+    chosen, judged = split_by_image(examples(options.data))  # paths, not pictures
+    return chosen[: options.limit], judged[: options.test_limit]
+def _report(options, model, neurons, wanted, judged) -> None:
+    """Tables and pictures of the finished runs."""
+    import pandas as pd
+
+    from analyses.runs.engine import read_failures
+
+    out, written = out_folder(options), ["neurons_by_layer.png"]
+    tables = {"neurons": neurons.to_dataframe(), "neurons_by_layer": neurons.by_layer(), "neurons_overlaps": neurons.overlaps()}
+    neurons.plot(out / "neurons_by_layer.png")
+    print(_selection(neurons))
+    if wanted is not None:
+        tables |= _experiment(options, model, neurons, wanted, judged, written)
+    stages = [folder for folder in sorted((out / NAME).iterdir()) if wanted is not None or folder.name == "firings"]
+    tables["neurons_failures"] = pd.concat([read_failures(folder).assign(run=folder.name) for folder in stages])
+    if len(failures := tables["neurons_failures"]):
+        print(f"\n{len(failures)} questions failed, the first ({failures['id'].iloc[0]}): {failures['error'].iloc[0]}")
+    for name, table in tables.items():
+        table.to_csv(out / f"{name}.csv", index=False)
+    print("\n" + "\n".join(f"wrote {out / name}" for name in [*written, *(f"{name}.csv" for name in tables)]))
+
+
+def _experiment(options, model, neurons, wanted, judged, written) -> dict:
+    """What switching off did: prints, draws, returns the tables."""
+    from analyses.experiments.max_activating import top_images, written_tokens
+    from analyses.experiments.neurons import prepare, read_ablations, stream_by_layer
+    from analyses.views.neurons import streams_plot
+
+    out, ablations = options.out, read_ablations(options.out / NAME / "ablations")
+    answered = set(ablations.outcomes["id"])
+    questions = [example for example in (judged() if callable(judged) else judged) if example.id in answered]
+    whole = "all" if len(neurons.modules) > 1 else next(iter(neurons.modules))
+    first = [example for domain in neurons.domains for example in _some(questions, domain, 2 * options.batch_size)]
+    off = [c for c in wanted if c.module == whole and c.seed == 0]
+    streams = stream_by_layer(model, prepare(model, first, 2 * options.batch_size), off)
+    ablations.save(out / "neurons_outcomes.safetensors")
+    ablations.to_dataframe().assign(model=ablations.model_name).to_csv(out / "neurons_outcomes.csv", index=False)
+    ablations.plot(out / "neurons_accuracy.png")
+    ablations.plot_controls(out / "neurons_controls.png")
+    streams_plot(streams, ablations.model_name, out / "neurons_streams.png", whole)
+    written += ["neurons_outcomes.safetensors", "neurons_outcomes.csv", "neurons_accuracy.png", "neurons_controls.png", "neurons_streams.png"]
+    tokens = []
+    for module, layer, neuron in _purest(neurons):
+        name = f"neuron_{module}_{layer}_{neuron}.png"
+        top_images(model, (module, layer, neuron), questions).plot(out / name)
+        written.append(name)
+        if module != "vision":
+            tokens.append(written_tokens(model, (module, layer, neuron)).assign(module=module, layer=layer, neuron=neuron))
+    accuracy, excess = ablations.accuracy(), ablations.against_controls()
+    print(_verdict(accuracy, excess))
+    cross = ablations.cross(module=whole)
+    print("\nchange of accuracy (rows: whose neurons are off, columns: the domain asked about)\n" + cross.round(3).to_string())
+    import pandas as pd
+
+    return {"neurons_accuracy": accuracy, "neurons_against_controls": excess, "neurons_cross": cross.reset_index(),
+            "neurons_streams": streams} | ({"neurons_write": pd.concat(tokens)} if tokens else {})  # fmt: skip
+
+
+def _some(questions: list, domain: str, n: int) -> list:
+    return [example for example in questions if example.domain == domain][:n]
+
+
+def _purest(neurons) -> list[tuple[str, int, int]]:
+    """The neuron of lowest DAPE of each module."""
+    table = neurons.to_dataframe().sort_values("dape_nats").drop_duplicates("module")
+    return list(table[["module", "layer", "neuron"]].itertuples(index=False, name=None))
+
+
+def _selection(neurons) -> str:
+    """How many neurons serve each domain, and how specific they are."""
+    from math import log
+
+    table = neurons.to_dataframe()
+    lines = [f"entropy over {len(neurons.domains)} domains is at most {log(len(neurons.domains)):.3f} nats", ""]
+    lines.append(f"{'module':>10}  {'selected':>8}  {'lowest DAPE':>11}  {'highest':>8}  " + "  ".join(f"{d:>9}" for d in neurons.domains))
+    for module, selection in neurons.modules.items():
+        some = table[table["module"] == module]["dape_nats"]
+        served = "  ".join(f"{n:9d}" for n in selection.belongs.sum((0, 1)).tolist())
+        lines.append(f"{module:>10}  {len(some):8d}  {some.min():11.3f}  {some.max():8.3f}  {served}")
+    return "\n".join(lines)
+
+
+def _verdict(accuracy, excess) -> str:
+    """Accuracies, then each selection against its controls over all domains, in words."""
+    shown = accuracy[accuracy["module"].isin(["all", *accuracy["module"].unique()])]
+    matrix = shown.pivot_table(index=["module", "selection"], columns="domain", values="accuracy", sort=False)
+    lines = ["\naccuracy on a domain with its own neurons, or a control for them, off", matrix.round(3).to_string(), ""]
+    for _, row in excess[excess["domain"] == "all"].iterrows():
+        accuracy, nats = (_told_apart(row, column) for column in ("excess", "excess_log_prob"))
+        lines.append(f"{row['module']:>10}, by {row['selection']}, against {row['control']}: accuracy {accuracy}; nats {nats}")
+    return "\n".join(lines)
+
+
+def _told_apart(row, column: str) -> str:
+    """What switching the own neurons off costs beyond the control, and whether its interval leaves out 0."""
+    low, high = row[f"{column}_low"], row[f"{column}_high"]
+    says = "hurts more" if high < 0 else "hurts less" if low > 0 else "not told apart"
+    return f"{row[column]:+.3f} [{low:+.3f}, {high:+.3f}], {says}"

@@ -1,0 +1,103 @@
+"""Activation patching between two images: one pair's map, or where recovery lies over many pairs."""
+
+from __future__ import annotations
+
+import argparse
+
+from analyses.cli.shared import add_model, add_out, at_least_one, load_model, out_folder
+
+NAME = "patch"
+HELP = "patch activations between two images"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument("--image", help="one pair: the clean image (default: a pair of the embedded world)")
+    parser.add_argument("--corrupted", help="one pair: the corrupted image, of the same grid")
+    parser.add_argument("--question", help="one pair: the question")
+    parser.add_argument("--answer", help="one pair: right for the clean image")
+    parser.add_argument("--other", help="one pair: right for the corrupted image (default: what the model says)")
+    parser.add_argument("--activation", default="resid_pre", help="resid_pre, attn_out, mlp_out, z, …, or vision_encoder.resid_pre, …")
+    parser.add_argument("--direction", default="denoise", choices=("denoise", "noise"))
+    parser.add_argument("--data", help="many pairs instead: 'scenes', or a table of pairs (see analyses.counterfactuals)")
+    parser.add_argument("--n", type=int, default=200, help="pairs to keep, with --data (default 200)")
+    parser.add_argument("--batch-size", type=int, default=16, help="prompts in one forward at most: bounds the memory (default 16)")
+    add_out(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    at_least_one(options, "n", "batch_size")
+    given = [options.image, options.corrupted, options.question, options.answer]
+    if options.data is not None and any(given):
+        raise ValueError("--data patches many pairs; leave out --image, --corrupted, --question and --answer.")
+    if options.data is None and any(given) and not all(given):
+        raise ValueError("one pair needs --image, --corrupted, --question and --answer.")
+    (_one if options.data is None else _many)(options)
+
+
+def _one(options: argparse.Namespace) -> None:
+    import torch
+
+    from analyses.counterfactuals import Candidate, check_pairs, scene_candidates
+    from analyses.patching import patch_sweep, recovery
+    from analyses.views.patching import recovery_map, recovery_on_image
+    from hooked_qwen2vl.processor import open_image
+
+    model = load_model(options)
+    if options.image is None:
+        candidates = scene_candidates(20)
+    else:
+        candidates = [Candidate(options.question, options.image, options.corrupted, options.answer, options.other)]
+    pairs = check_pairs(model, candidates, n=1)
+    if not len(pairs):
+        raise ValueError(f"the pair can't be patched: {', '.join(pairs.reasons)}.")
+    (pair,) = pairs
+    sweep = patch_sweep(
+        model, pair.clean, pair.corrupted, pair.metric, options.activation, direction=options.direction, batch_size=options.batch_size
+    )
+    goal = pair.clean_difference if options.direction == "denoise" else pair.corrupted_difference
+    shares = recovery(sweep, torch.tensor([goal]))["mean_of_ratios"]
+    table = sweep.index_df.assign(metric=sweep.values.flatten().tolist(), recovery=shares.flatten().tolist())
+    out = out_folder(options)
+    table.to_csv(out / "patch.csv", index=False)
+    written = ["patch.csv", "patch.png"]
+    if shares.ndim == 3:  # heads: the strongest at each position
+        strongest = shares.abs().argmax(-1, keepdim=True)
+        shares = shares.gather(-1, strongest)[..., 0]
+    positions = list(dict.fromkeys(sweep.index_df["pos"]))
+    layers = list(dict.fromkeys(sweep.index_df["layer"]))
+    words = model.to_str_tokens(pair.clean.tokens[0])
+    image = pair.clean.positions("image").tolist()
+    labels = ["▢" if place in image else words[place] for place in positions]
+    title = f"{pair.source.question} {pair.source.answer} / {pair.source.other or ''} ({options.activation}, {options.direction})"
+    recovery_map(shares, layers, labels, title, out / "patch.png")
+    columns = [positions.index(place) for place in pair.clean.positions("image[0]").tolist()]
+    grid = shares[:, columns].unflatten(-1, pair.clean.grid())
+    recovery_on_image(grid, layers, [open_image(i).convert("RGB") for i in (pair.source.clean, pair.source.corrupted)], out / "patch_image.png")
+    written.append("patch_image.png")
+    print(f"question: {pair.source.question}\nclean: {pair.source.answer}, logit difference {pair.clean_difference:.3f}")
+    print(f"corrupted: {model.tokenizer.decode([pair.other_id])}, logit difference {pair.corrupted_difference:.3f}\n")
+    best = table.reindex(table["recovery"].abs().sort_values(ascending=False).index).head(10)
+    print(best.to_string(index=False, float_format=lambda x: f"{x:.3f}"))
+    print("\n" + "\n".join(f"wrote {out / name}" for name in written))
+
+
+def _many(options: argparse.Namespace) -> None:
+    from analyses.counterfactuals import check_pairs, read_candidates, scene_candidates
+    from analyses.experiments.flips import locality_study
+
+    if options.activation != "resid_pre" or options.direction != "denoise":
+        raise ValueError("many pairs are patched at resid_pre, denoising: leave out --activation and --direction.")
+    model = load_model(options)
+    candidates = scene_candidates(2 * options.n) if options.data == "scenes" else read_candidates(options.data)
+    pairs = check_pairs(model, candidates, n=options.n)
+    study = locality_study(model, pairs, options.batch_size)
+    out = out_folder(options)
+    pairs.to_dataframe().to_csv(out / "pairs.csv", index=False)
+    study.to_dataframe().to_csv(out / "locality.csv", index=False)
+    study.plot(out / "locality.png")
+    print(f"{len(pairs)} pairs kept; refused: {pairs.reasons or 'none'}; {study.skipped} change the whole image\n")
+    print("\n".join(f"{name}: {value:.4g}" for name, value in study.summary().items()) + "\n")
+    table = study.to_dataframe().pivot(index="layer", columns="span", values="recovery")
+    print(table.to_string(float_format=lambda x: f"{x:.3f}"))
+    print("\n" + "\n".join(f"wrote {out / name}" for name in ("pairs.csv", "locality.csv", "locality.png")))

@@ -1,0 +1,25 @@
+"""A contact sheet of the embedded world: pictures with their questions, answers and boxes."""
+
+from __future__ import annotations
+
+import argparse
+
+from analyses.cli.shared import add_out, at_least_one, out_folder
+
+NAME = "scenes"
+HELP = "a contact sheet of the embedded world"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--n", type=int, default=9, help="how many pictures (default 9)")
+    parser.add_argument("--seed", type=int, default=0)
+    add_out(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    from hooked_qwen2vl.scenes import contact_sheet, sample
+
+    at_least_one(options, "n")
+    path = out_folder(options) / "scenes.png"
+    contact_sheet(sample(options.n, seed=options.seed), path)
+    print(f"wrote {path}")

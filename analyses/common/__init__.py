@@ -1,0 +1,1 @@
+"""What the methods share: results on disk, reading the vocabulary, statistics."""

@@ -1,0 +1,660 @@
+"""Hallucination benchmarks, read from local copies in the formats their authors publish.
+
+    load_pope(FILE)      object existence, yes or no; positive class yes               (Li et al., EMNLP 2023)
+    load_amber(DIR)      yes/no on existence, attributes, relations (positive class no), and free (Wang et al. 2023)
+    load_hqh(DIR)        eight types of free answers                                   (Yan et al. 2024)
+    load_mmhal(FILE)     96 questions, type = index mod 8                              (Sun et al. 2023)
+    load_chair(FILE)     captions, and which objects they name                         (Rohrbach et al., EMNLP 2018)
+    load_grounding(FILE) phrases with a box or a mask, RefCOCO's kind
+    load_scenes()        the embedded world
+
+1. A file is an array or JSON lines: its first character that is not space tells which (POPE's COCO files are JSON
+   lines though they are named .json).
+2. Every row is checked. What is wrong is named by file and line, and counted; nothing is left out silently.
+3. An answer is judged only where the benchmark says how: yes or no, the exact answer, objects of a list. Elsewhere the
+   judge is `NEEDS_A_JUDGE`, and nothing is called right or wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import zip_longest
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import pandas as pd
+from sklearn.metrics import accuracy_score, precision_recall_fscore_support
+
+from analyses.common.result import Result
+from analyses.data.examples import Example, examples
+
+YES_NO, EXACT, OBJECTS, NEEDS_A_JUDGE = "yes/no", "exact", "objects", "needs a judge"
+HQH_TYPES = ("ocr", "action", "attribute", "comparison", "count", "environment", "existence", "relation")
+MMHAL_TYPES = (
+    "attribute", "adversarial object", "comparison", "counting", "spatial relation", "environment", "holistic", "other",
+)  # fmt: skip
+AMBER_TYPES = {
+    "generative": "generative",
+    "discriminative-hallucination": "existence",
+    "discriminative-attribute-state": "attribute: state",
+    "discriminative-attribute-number": "attribute: number",
+    "discriminative-attribute-action": "attribute: action",
+    "discriminative-relation": "relation",
+    "relation": "relation",
+}
+CAPTION_PROMPT = "Please describe this image in detail."
+_SHOWN = 5
+_EXISTENCE = re.compile(
+    r"^\s*(?:is|are) there (?:an? |any |some )?(?P<noun>.+?)(?:,? (?:in|on) (?:the|this) (?:image|picture|photo))?\s*\?\s*$",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Question(Example):
+    """One question of a benchmark.
+
+    Attributes:
+        benchmark: "pope", "amber", …; source: "file, line N", where it was read.
+        judge: YES_NO, EXACT, OBJECTS or NEEDS_A_JUDGE.
+        noun: the object whose existence is asked for ("dog" in "Is there a dog in the image?"); "" otherwise.
+        given: an answer or caption that came with the file; "" where the model is to answer.
+        truth: objects truly there; hallucinated: objects often made up (AMBER's list), both where known.
+        boxes: (x0, y0, x1, y1) in original pixels of what the answer names; mask: its picture, on grounding data.
+    """
+
+    benchmark: str = ""
+    source: str = ""
+    judge: str = NEEDS_A_JUDGE
+    noun: str = ""
+    given: str = ""
+    truth: tuple[str, ...] = ()
+    hallucinated: tuple[str, ...] = ()
+    boxes: tuple[tuple[float, float, float, float], ...] = ()
+    mask: Path | None = None
+
+
+class Benchmark(list[Question]):
+    """The questions of a benchmark; `problems` says what was left out and why, a line a row."""
+
+    def __init__(self, items: Sequence[Question] = (), problems: Sequence[str] = ()):
+        super().__init__(items)
+        self.problems = tuple(problems)
+
+    def spread(self, limit: int | None) -> Benchmark:
+        """The first `limit` questions, categories in turn: files are often sorted by category."""
+        if limit is None or limit >= len(self):
+            return self
+        groups: dict[str, list[Question]] = {}
+        for item in self:
+            groups.setdefault(item.category, []).append(item)
+        turns = (item for turn in zip_longest(*groups.values()) for item in turn if item is not None)
+        return Benchmark([item for item, _ in zip(turns, range(limit))], self.problems)
+
+
+# ---- loaders ----------------------------------------------------------------------------------------
+
+
+def load_pope(
+    file: str | Path, images: str | Path | None = None, skip_bad: bool = False, check_images: bool = True
+) -> Benchmark:
+    """POPE: rows {question_id, image, text, label}, label yes or no.
+
+    Args:
+        images: the folder of the images; by default that of the file.
+        skip_bad: leave bad rows out and name them in `problems`, instead of raising.
+        check_images: whether every image must be there; False for judging answers alone.
+    Raises:
+        ValueError: no such file, or bad rows (all counted, the first five named by line).
+    """
+    file, folders = Path(file), _folders(images, Path(file).parent)
+    category = next((kind for kind in ("random", "popular", "adversarial") if kind in file.stem), file.stem)
+
+    def question(row: dict, index: int) -> dict:
+        return {
+            "id": _text(row, "question_id"),
+            "question": _text(row, "text"),
+            "answer": _one_of(row, "label", ("yes", "no")),
+            "images": (_image(folders, [_text(row, "image")], check_images),),
+            "category": category,
+            "judge": YES_NO,
+        }
+
+    return _load("pope", file, question, skip_bad)
+
+
+def load_hqh(
+    folder: str | Path, images: str | Path | None = None, skip_bad: bool = False, check_images: bool = True
+) -> Benchmark:
+    """HQH: DIR/HQH.json, rows {id, image_id, image, instruction, ground_truth, type}; free answers, for a judge.
+
+    Args and errors: as `load_pope`; images are looked for where the row says, from the folder.
+    """
+    folder = Path(folder)
+    file = folder / "HQH.json" if folder.is_dir() else folder
+    folders = _folders(images, file.parent)
+
+    def question(row: dict, index: int) -> dict:
+        name = _text(row, "image")
+        return {
+            "id": _text(row, "id"),
+            "question": _text(row, "instruction"),
+            "answer": _text(row, "ground_truth"),
+            "images": (_image(folders, [name, PurePosixPath(name).name], check_images),),
+            "category": _one_of(row, "type", HQH_TYPES),
+        }
+
+    return _load("hqh", file, question, skip_bad)
+
+
+def load_amber(
+    folder: str | Path, images: str | Path | None = None, skip_bad: bool = False, check_images: bool = True
+) -> Benchmark:
+    """AMBER: queries {id, image, query}, and annotations.json, an array in which id − 1 is the row of a query.
+
+    Args:
+        folder: DIR (its query_all.json, or every query_*.json), or one query file; annotations.json lies there or
+            in data/, queries there or in query/, images in image/, images/ or there.
+    Errors: as `load_pope`, or no annotations.
+    """
+    given = Path(folder)
+    base = given if given.is_dir() else given.parent
+    queries = _amber_queries(base) if given.is_dir() else [given]
+    places = [base / "annotations.json", base / "data" / "annotations.json", base.parent / "annotations.json"]
+    notes = [row for _, row in _rows(next((p for p in places if p.is_file()), places[0]))]
+    roots = [base, base.parent] if base.name in ("query", "data") else [base]
+    folders = _folders(images, *(root / name for root in roots for name in ("image", "images", ".")))
+
+    def question(row: dict, index: int) -> dict:
+        number = row.get("id")
+        if not isinstance(number, int) or not 1 <= number <= len(notes):
+            raise ValueError(f"id {number!r} has no annotation: there are {len(notes)}")
+        note = notes[number - 1]
+        if not isinstance(note, dict) or note.get("id", number) != number:
+            raise ValueError(f"annotation {number} is {str(note)[:60]}: expected an object with that id")
+        kind = _one_of(note, "type", tuple(AMBER_TYPES))
+        common = {
+            "id": str(number),
+            "question": _text(row, "query"),
+            "images": (_image(folders, [_text(row, "image")], check_images),),
+            "category": AMBER_TYPES[kind],
+        }
+        if kind == "generative":
+            return common | {"truth": _words(note, "truth"), "hallucinated": _words(note, "hallu")}
+        return common | {"answer": _one_of(note, "truth", ("yes", "no")), "judge": YES_NO}
+
+    return _load("amber", queries, question, skip_bad)
+
+
+def load_mmhal(
+    file: str | Path, images: str | Path | None = None, skip_bad: bool = False, check_images: bool = True
+) -> Benchmark:
+    """MMHal-Bench: an array {question, gt_answer, model_answer, image_content[]}; type = index mod 8; for a judge.
+
+    The image is the row's `image`, the last part of its `image_src`, or `image_id`.jpg, in `images` (by default
+    images/ beside the file, or its folder). Other arguments and errors: as `load_pope`.
+    """
+    file = Path(file)
+    file = file / "response_template.json" if file.is_dir() else file
+    folders = _folders(images, file.parent / "images", file.parent)
+
+    def question(row: dict, index: int) -> dict:
+        names = [str(row[key]) for key in ("image", "image_src") if row.get(key)]
+        names = [PurePosixPath(name).name for name in names] + [f"{row.get('image_id')}.jpg"] * ("image_id" in row)
+        return {
+            "id": str(index),
+            "question": _text(row, "question"),
+            "answer": _text(row, "gt_answer"),
+            "images": (_image(folders, names, check_images),),
+            "category": MMHAL_TYPES[index % 8],
+            "given": str(row.get("model_answer") or ""),
+            "truth": _words(row, "image_content"),
+        }
+
+    return _load("mmhal", file, question, skip_bad)
+
+
+def load_chair(
+    file: str | Path,
+    images: str | Path | None = None,
+    objects: str | Path | Mapping[str, Sequence[str]] | None = None,
+    skip_bad: bool = False,
+    check_images: bool = True,
+) -> Benchmark:
+    """Captions {image_id, caption}, as an array or JSON lines, for `chair`.
+
+    Args:
+        images: their folder (image_id itself, or with .jpg, or COCO's names); without it the captions are judged
+            but cannot be scored by a model.
+        objects: image_id -> objects truly there, or its JSON file; a row may carry its own list "objects" instead.
+    Errors: as `load_pope`; an image without a list of objects is a bad row where `objects` is given.
+    """
+    file = Path(file)
+    known = _object_lists(objects)
+
+    def question(row: dict, index: int) -> dict:
+        name = _text(row, "image_id")
+        listed = row["objects"] if "objects" in row else known.get(name) if known is not None else None
+        if listed is None and known is not None:
+            raise ValueError(f"no objects are listed for image {name}")
+        return {
+            "id": name,
+            "question": CAPTION_PROMPT,
+            "images": () if images is None else (_image(_folders(images), _coco_names(name), check_images),),
+            "category": "caption",
+            "judge": NEEDS_A_JUDGE if listed is None else OBJECTS,
+            "given": _text(row, "caption"),
+            "truth": () if listed is None else _words({"objects": listed}, "objects"),
+        }
+
+    return _load("chair", file, question, skip_bad)
+
+
+def load_grounding(
+    file: str | Path, images: str | Path | None = None, skip_bad: bool = False, check_images: bool = True
+) -> Benchmark:
+    """Phrases and where they are: {image, phrase, box | bbox, mask}, as an array or JSON lines.
+
+    box is (x0, y0, x1, y1), bbox is COCO's (x, y, width, height), both in original pixels; mask is an image file of the
+    picture's size, not zero where the phrase is. "expression" and "sentence" are read for "phrase". Other arguments
+    and errors: as `load_pope`.
+    """
+    file = Path(file)
+    folders = _folders(images, file.parent)
+
+    def question(row: dict, index: int) -> dict:
+        phrase = next((row[key] for key in ("phrase", "expression", "sentence") if row.get(key)), None)
+        if not isinstance(phrase, str):
+            raise ValueError('expected "phrase", a text')
+        if not (row.get("box") or row.get("bbox") or row.get("mask")):
+            raise ValueError('expected "box", "bbox" or "mask"')
+        return {
+            "id": str(row.get("id", index)),
+            "question": f"Where is {phrase}?",
+            "answer": phrase,
+            "images": (_image(folders, [_text(row, "image")], check_images),),
+            "category": str(row.get("category", "")),
+            "boxes": _boxes(row),
+            "mask": _image(folders, [_text(row, "mask")], check_images) if row.get("mask") else None,
+        }
+
+    return _load("grounding", file, question, skip_bad)
+
+
+def load_scenes(limit: int = 1000, split: str = "test", seed: int = 0, start: int = 0) -> Benchmark:
+    """The embedded world's questions `start` to `limit`; an answer is right if it is exactly the world's."""
+    inherited = [field.name for field in fields(Example)]
+    found = list(examples("scenes", limit, split, seed))[start:]
+    return Benchmark(
+        Question(
+            **{name: getattr(item, name) for name in inherited},
+            benchmark="scenes",
+            source=f"scenes, item {index}",
+            judge=EXACT,
+            noun=object_noun(item.question),
+        )
+        for index, item in enumerate(found, start)
+    )
+
+
+LOADERS: dict[str, Callable[..., Benchmark]] = {
+    "pope": load_pope, "hqh": load_hqh, "amber": load_amber, "chair": load_chair, "mmhal": load_mmhal,
+}  # fmt: skip
+
+
+# ---- judging ----------------------------------------------------------------------------------------
+
+
+def parse_yes_no(text: str) -> str:
+    """"no" or "yes", as POPE's own script reads an answer: its first sentence, "no" where a word is No, not or no.
+
+    Everything else is "yes", also an answer that is neither (`says_yes_or_no` tells).
+    """
+    words = text.split(".")[0].replace(",", "").split(" ")
+    return "no" if {"No", "not", "no"} & set(words) else "yes"
+
+
+def says_yes_or_no(text: str) -> bool:
+    """Whether the answer's first sentence has a word of either kind at all."""
+    return parse_yes_no(text) == "no" or "yes" in re.findall(r"\w+", text.split(".")[0].lower())
+
+
+def judge(item: Question, answer: str) -> bool | None:
+    """Whether an answer is right; None where the benchmark leaves it to a judge.
+
+    Exact: case, outer space and a final full stop aside.
+    """
+    if item.judge == YES_NO:
+        return parse_yes_no(answer) == item.answer
+    if item.judge == EXACT:
+        return _plain(answer) == _plain(item.answer)
+    return None
+
+
+def object_noun(question: str) -> str:
+    """What "Is there …?" asks for, its article left out: "dog", "green bar"; "" for any other question."""
+    found = _EXISTENCE.match(question)
+    noun = found["noun"] if found else ""
+    return "" if " between " in f" {noun} " else noun
+
+
+def yes_no_metrics(items: Sequence[Question], answers: Sequence[str], positive: str = "yes") -> pd.DataFrame:
+    """Accuracy, precision, recall, F1 and yes-rate by category and over all, each in [0, 1].
+
+    Args:
+        answers: raw answers, read by `parse_yes_no`.
+        positive: "yes" for POPE, "no" for AMBER.
+    Returns:
+        one row a category, then "all": items, the five figures (NaN where there is nothing to divide by), and
+        `neither`, the answers that say neither yes nor no and count as yes.
+    Raises:
+        ValueError: another number of answers than items, none, or an item that is not a yes/no question.
+    """
+    if len(items) != len(answers) or not items:
+        raise ValueError(f"expected an answer for each of at least one item, got {len(answers)} for {len(items)}.")
+    if wrong := [item.source or item.id for item in items if item.judge != YES_NO]:
+        raise ValueError(f"{len(wrong)} items are not yes/no questions, the first is {wrong[0]}.")
+    table = pd.DataFrame(
+        {
+            "category": [item.category for item in items],
+            "gold": [item.answer for item in items],
+            "said": [parse_yes_no(answer) for answer in answers],
+            "neither": [not says_yes_or_no(answer) for answer in answers],
+        }
+    )
+    groups = [*table.groupby("category", sort=False), ("all", table)]
+    return pd.DataFrame([{"category": name, **_yes_no_figures(rows, positive)} for name, rows in groups])
+
+
+class Mention(NamedTuple):
+    """An object named in a caption: its word as written, the object meant, and its characters."""
+
+    word: str
+    object: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Chair(Result):
+    """CHAIR over captions.
+
+    Attributes:
+        mentions: one row a mention: image, word, object, start, end, hallucinated.
+        n_captions: captions read, those that name no object included.
+    """
+
+    mentions: pd.DataFrame
+    n_captions: int
+
+    @property
+    def chair_s(self) -> float:
+        """Hallucinated captions / captions."""
+        return self.mentions.loc[self.mentions["hallucinated"], "image"].nunique() / self.n_captions
+
+    @property
+    def chair_i(self) -> float:
+        """Hallucinated mentions / mentions; NaN where nothing is mentioned."""
+        return float(self.mentions["hallucinated"].mean()) if len(self.mentions) else float("nan")
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row: CHAIRs, CHAIRi and what they are made of."""
+        wrong = self.mentions["hallucinated"]
+        return pd.DataFrame(
+            [
+                {
+                    "captions": self.n_captions,
+                    "hallucinated_captions": self.mentions.loc[wrong, "image"].nunique(),
+                    "mentions": len(self.mentions),
+                    "hallucinated_mentions": int(wrong.sum()),
+                    "CHAIRs": self.chair_s,
+                    "CHAIRi": self.chair_i,
+                }
+            ]
+        )
+
+    def plot(self, path: Any = None) -> Any:
+        """Both figures with what they are shares of, and the objects that are made up most often."""
+        from analyses.views.hallucination import chair_plot
+
+        return chair_plot(self, path)
+
+
+def chair(items: Sequence[Question], vocabulary: Mapping[str, str]) -> Chair:
+    """CHAIRs and CHAIRi of the captions that came with the items.
+
+    Args:
+        vocabulary: word or phrase -> object (`read_synonyms`).
+    Raises:
+        ValueError: no captions, an image without a list of objects, or a true object that is not in the vocabulary.
+    """
+    if not items:
+        raise ValueError("expected captions, got none.")
+    rows = []
+    for item in items:
+        if item.judge != OBJECTS:
+            raise ValueError(f"{item.source or item.id}: no list of the objects truly there; pass objects= to load_chair.")
+        unknown = [name for name in item.truth if name.lower() not in vocabulary]
+        if unknown:
+            raise ValueError(f"{item.source or item.id}: {unknown[0]!r} is not in the vocabulary of {len(vocabulary)} words.")
+        there = {vocabulary[name.lower()] for name in item.truth}
+        rows += [
+            {"image": item.id, **found._asdict(), "hallucinated": found.object not in there}
+            for found in mentions(item.given, vocabulary)
+        ]
+    table = pd.DataFrame(rows, columns=["image", *Mention._fields, "hallucinated"]).astype({"hallucinated": bool})
+    return Chair(table, len(items))
+
+
+def mentions(caption: str, vocabulary: Mapping[str, str]) -> list[Mention]:
+    """Objects in a caption, in order and as often as they are named; the longest phrase wins ("hot dog" is no dog).
+
+    (ours) A plural in s or es counts as its singular; other plurals belong in the vocabulary.
+    """
+    if not vocabulary:
+        raise ValueError("expected a vocabulary of objects, got an empty one.")
+    vocabulary = {word.lower(): name for word, name in vocabulary.items()}
+    phrases = sorted(vocabulary, key=len, reverse=True)
+    pattern = re.compile(rf"\b({'|'.join(map(re.escape, phrases))})(?:e?s)?\b", re.IGNORECASE)
+    return [Mention(m[0], vocabulary[m[1].lower()], m.start(), m.end()) for m in pattern.finditer(caption)]
+
+
+def read_synonyms(file: str | Path) -> dict[str, str]:
+    """CHAIR's synonyms file: a line an object, "person, girl, boy": all of them mean the first.
+
+    Raises:
+        ValueError: no such file, no words, or a word of two objects (its line is named).
+    """
+    words: dict[str, str] = {}
+    for number, line in enumerate(_read(Path(file)).splitlines(), 1):
+        names = [word.strip().lower() for word in line.split(",") if word.strip()]
+        for word in names:
+            if words.setdefault(word, names[0]) != names[0]:
+                raise ValueError(f"{file}, line {number}: {word!r} is already a word for {words[word]!r}.")
+    if not words:
+        raise ValueError(f"{file} has no words: expected lines such as 'person, girl, boy'.")
+    return words
+
+
+def _yes_no_figures(rows: pd.DataFrame, positive: str) -> dict[str, float]:
+    precision, recall, f1, _ = precision_recall_fscore_support(
+        rows["gold"] == positive, rows["said"] == positive, average="binary", zero_division=float("nan")
+    )
+    return {
+        "items": len(rows),
+        "accuracy": accuracy_score(rows["gold"], rows["said"]),
+        "precision": precision,
+        "recall": recall,
+        "f1": f1,
+        "yes_rate": float((rows["said"] == "yes").mean()),
+        "neither": int(rows["neither"].sum()),
+    }
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.strip().removesuffix(".").lower().split())
+
+
+# ---- reading ----------------------------------------------------------------------------------------
+
+
+def _load(
+    name: str, files: Path | Sequence[Path], question: Callable[[dict, int], dict], skip_bad: bool
+) -> Benchmark:
+    """Every row of the files through `question`; the rows that it refuses, and ids seen before, are the problems."""
+    items, problems, seen = [], [], {}
+    for file in [files] if isinstance(files, Path) else files:
+        for index, (line, row) in enumerate(_rows(file)):
+            where = f"{file}, line {line}"
+            try:
+                if isinstance(row, json.JSONDecodeError):
+                    raise ValueError(f"not JSON ({row.msg})")
+                if not isinstance(row, dict):
+                    raise ValueError(f"expected an object, got {json.dumps(row)[:60]}")
+                values = question(row, index)
+                if values["id"] in seen:
+                    raise ValueError(f"id {values['id']} is also that of {seen[values['id']]}")
+            except ValueError as error:
+                problems.append(f"{where}: {error}.")
+                continue
+            seen[values["id"]] = where
+            noun = values.get("noun", object_noun(values["question"]))
+            items.append(Question(**{"answer": "", **values, "noun": noun, "benchmark": name, "source": where}))
+    if problems and not skip_bad:
+        more = f"\n… and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise ValueError(
+            f"{len(problems)} bad rows beside {len(items)} good ones (skip_bad leaves them out):\n"
+            + "\n".join(problems[:_SHOWN]) + more
+        )  # fmt: skip
+    if not items:
+        raise ValueError(f"{files} has no {'good ' if problems else ''}rows.")
+    return Benchmark(items, problems)
+
+
+def _rows(file: Path) -> Iterator[tuple[int, Any]]:
+    """(line, row) of a JSON array or of JSON lines; a line that is not JSON gives its error, and keeps its index."""
+    text = _read(file)
+    start = text.lstrip()[:1]
+    if start == "[":
+        yield from _array(text, file)
+    elif start == "{":
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                try:
+                    yield number, json.loads(line)
+                except json.JSONDecodeError as error:
+                    yield number, error
+    else:
+        raise ValueError(f"{file} begins with {start!r}: expected a JSON array '[' or JSON lines '{{'.")
+
+
+def _array(text: str, file: Path) -> Iterator[tuple[int, Any]]:
+    """The elements of an array with the line each begins on, which json.loads does not tell."""
+    decoder, space, line, counted = json.JSONDecoder(), re.compile(r"\s*"), 1, 0
+    try:
+        at = space.match(text, text.index("[") + 1).end()
+        while text[at : at + 1] != "]":
+            line, counted = line + text.count("\n", counted, at), at
+            row, at = decoder.raw_decode(text, at)
+            yield line, row
+            at = space.match(text, at).end()
+            if text[at : at + 1] == ",":
+                at = space.match(text, at + 1).end()
+            elif text[at : at + 1] != "]":
+                raise json.JSONDecodeError("expected ',' or ']'", text, at)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}, line {error.lineno}: not JSON ({error.msg}).") from error
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise ValueError(f"{file} is not a file: pass the benchmark's local copy.") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+
+
+def _text(row: Mapping, key: str) -> str:
+    value = row.get(key)
+    if not isinstance(value, (str, int, float)) or isinstance(value, bool) or not str(value).strip():
+        raise ValueError(f'expected "{key}", got {value!r}')
+    return str(value)
+
+
+def _one_of(row: Mapping, key: str, allowed: Sequence[str]) -> str:
+    value = str(row.get(key)).strip().lower()
+    if value not in allowed:
+        raise ValueError(f'expected "{key}" of {", ".join(allowed)}, got {row.get(key)!r}')
+    return value
+
+
+def _words(row: Mapping, key: str) -> tuple[str, ...]:
+    value = row.get(key, [])
+    if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
+        raise ValueError(f'expected "{key}", a list of words, got {value!r}')
+    return tuple(value)
+
+
+def _boxes(row: Mapping) -> tuple[tuple[float, float, float, float], ...]:
+    value = row.get("box") or row.get("bbox")
+    if value is None:
+        return ()
+    if not isinstance(value, list) or len(value) != 4 or not all(isinstance(v, (int, float)) for v in value):
+        raise ValueError(f"expected a box of four numbers, got {value!r}")
+    x, y, right, bottom = map(float, value)
+    if not row.get("box"):
+        right, bottom = x + right, y + bottom
+    if right <= x or bottom <= y:
+        raise ValueError(f"the box {value} has no area")
+    return ((x, y, right, bottom),)
+
+
+def _folders(images: str | Path | None, *defaults: Path) -> list[Path]:
+    return [Path(images)] if images is not None else list(defaults)
+
+
+def _image(folders: Sequence[Path], names: Sequence[str], check: bool) -> Path:
+    """The first of the names that is a file in one of the folders."""
+    if not names:
+        raise ValueError("the row names no image")
+    for name in names:
+        for folder in folders:
+            if (folder / name).is_file():
+                return folder / name
+    if check:
+        raise ValueError(f"no image {names[0]} in {' or '.join(map(str, folders))}")
+    return folders[0] / names[0]
+
+
+def _coco_names(name: str) -> list[str]:
+    names = [name, f"{name}.jpg", f"{name}.png"]
+    if name.isdigit():
+        names += [f"COCO_val2014_{int(name):012d}.jpg", f"{int(name):012d}.jpg"]
+    return names
+
+
+def _object_lists(objects: Any) -> dict[str, Any] | None:
+    if objects is None:
+        return None
+    if isinstance(objects, Mapping):
+        return {str(name): value if value is None else list(value) for name, value in objects.items()}
+    try:
+        found = json.loads(_read(Path(objects)))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{objects}, line {error.lineno}: not JSON ({error.msg}).") from error
+    if not isinstance(found, dict):
+        raise ValueError(f'{objects}: expected an object {{"image_id": ["dog", …]}}.')
+    return found
+
+
+def _amber_queries(base: Path) -> list[Path]:
+    for place in (base, base / "query", base / "data" / "query"):
+        if (place / "query_all.json").is_file():
+            return [place / "query_all.json"]
+        if found := sorted(place.glob("query_*.json")):
+            return found
+    raise ValueError(f"{base} has no query_*.json: pass AMBER's data folder or a query file.")

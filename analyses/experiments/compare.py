@@ -1,0 +1,381 @@
+"""Models side by side: the same questions, the same summaries, aligned by relative depth.
+
+1. Every model is asked the same questions in its own form: through its chat template if it has one, else as plain text,
+   with its own tokenizer; with the image (models that see), with the scene described in words, and with neither.
+2. Lens and trajectory: at the last position, entry l of L has depth l / L; entropy is given as a share of ln V, because
+   vocabularies differ in size.
+3. Patching: the question with a counterfactual scene is the corrupted run; at each entry the clean stream is put in at
+   the positions where the prompts differ, or at the last position. The metric is max z over the answer's first
+   tokens − max z over the counterfactual's; recovery = (patched − corrupted) / (clean − corrupted), averaged
+   with the pairs' gaps |clean − corrupted| as weights (ours: a plain mean of ratios is ruled by the pairs that hardly
+   differ). The first curve says where the answer leaves the scene, the second where it arrives. They start at 1 and
+   0 and end at 0 and 1 exactly, in any causal decoder. Pairs of prompts that a tokenizer gives different lengths are
+   left out and counted: positions would not correspond (and GPT-2's position embeddings would be patched too).
+4. Heads: see `attention_heads`; block l lies between the entries l and l + 1, at depth (l + ½) / L.
+
+A question on which some model's tokenizer cannot tell the candidates' first tokens apart is left out for all of
+them and counted, so that every model is asked the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from analyses.attention_heads import PASSAGE, AttentionHeads, detect_heads, text_tokens
+from analyses.common.result import Result
+from analyses.data.examples import Example
+from analyses.logit_lens import logit_lens, residual_stack
+from analyses.trajectory import Trajectories, answer_ids, answer_trajectory
+
+CONDITIONS = ("image", "words", "neither")
+MEASURES = ("answer_prob", "entropy_share", "final_prob", "recovery_scene", "recovery_last")
+_EPSILON = 1e-3  # logits: pairs whose clean and corrupted metrics are closer than this say nothing
+
+
+@dataclass(frozen=True)
+class Run(Result):
+    """One model under one condition.
+
+    Attributes:
+        model, condition: names.
+        trajectories: of each question's answer.
+        entropy_share, final_prob: [item layer] entropy / ln V, and the probability of what the last entry puts first.
+        recovery_scene, recovery_last: [pair layer] see above. gap: [pair] |clean − corrupted|, in logits.
+        unaligned, small: pairs left out, for different lengths or too small a gap.
+    """
+
+    model: str
+    condition: str
+    trajectories: Trajectories
+    entropy_share: Float[Tensor, "item layer"]
+    final_prob: Float[Tensor, "item layer"]
+    recovery_scene: Float[Tensor, "pair layer"]
+    recovery_last: Float[Tensor, "pair layer"]
+    gap: Float[Tensor, "pair"]
+    unaligned: int
+    small: int
+
+    @property
+    def answer_prob(self) -> Float[Tensor, "item layer"]:
+        """The answer's probability."""
+        return torch.stack([item.answer_prob for item in self.trajectories.items])
+
+    def curve(self, measure: str) -> tuple[np.ndarray, np.ndarray] | None:
+        """(depth of each entry, mean over items) of one of MEASURES; None where no item has it."""
+        values = getattr(self, measure)
+        if not len(values):
+            return None
+        weights = self.gap if measure.startswith("recovery") else None
+        return np.linspace(0, 1, values.shape[1]), np.average(values.double().numpy(), axis=0, weights=weights)
+
+    def summary(self) -> dict[str, Any]:
+        """One value a figure; depths as fractions of L, medians over the questions that have one."""
+        table = self.trajectories.to_dataframe()
+        items = self.trajectories.items
+        named = [t for t in items if t.candidates]
+        return {
+            "model": self.model,
+            "condition": self.condition,
+            "layers": items[0].n_layers,
+            "items": len(items),
+            "right": float(table["right"].mean()),
+            "right_of_candidates": _mean([t.candidates[int(t.candidates_top[-1])] == t.answer for t in named]),
+            "answer_prob": float(table["final_prob"].mean()),
+            "ever_first": float(table["birth_1"].notna().mean()),
+            "first_depth": float(table["birth_1_depth"].astype(float).median()),
+            "settled_depth": float(table["stability_depth"].median()),
+            "flips": float(table["flips"].mean()),
+            "final_entropy_share": float(self.entropy_share[:, -1].mean()),
+            "pairs": len(self.gap),
+            "pairs_unaligned": self.unaligned,
+            "pairs_without_gap": self.small,
+            "leaves_scene_depth": _crossing(self.curve("recovery_scene"), falling=True),
+            "reaches_last_depth": _crossing(self.curve("recovery_last"), falling=False),
+        }
+
+
+@dataclass(frozen=True)
+class Comparison(Result):
+    """Several models on the same questions.
+
+    Attributes:
+        runs: one a model and condition.
+        heads: model -> its heads' scores.
+        skipped: questions left out, because some tokenizer cannot tell their candidates apart.
+    """
+
+    runs: tuple[Run, ...]
+    heads: Mapping[str, AttentionHeads]
+    skipped: int
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a model and condition; the best head of each kind (score and depth) beside each of its model's rows."""
+        return pd.DataFrame([run.summary() | _best_heads(self.heads[run.model]) for run in self.runs])
+
+    def curves(self, depths: Sequence[float] | None = None) -> pd.DataFrame:
+        """One row a model, condition, measure and depth (0 the embedding, 1 the output): the mean over items.
+
+        Args:
+            depths: a grid that all models are interpolated to, linearly; None keeps each model's own entries.
+        """
+        rows = []
+        for run in self.runs:
+            for measure in MEASURES:
+                if (curve := run.curve(measure)) is None:
+                    continue
+                grid = curve[0] if depths is None else np.asarray(depths, dtype=float)
+                for depth, value in zip(grid, np.interp(grid, *curve)):
+                    rows.append((run.model, run.condition, measure, depth, value))
+        return pd.DataFrame(rows, columns=["model", "condition", "measure", "depth", "value"])
+
+    def plot(self, path: Any = None) -> Any:
+        """Every measure by relative depth; a colour a model, a line style a condition."""
+        from analyses.views.compare import comparison_plot
+
+        return comparison_plot(self, path)
+
+
+@torch.no_grad()
+def compare_models(
+    models: Mapping[str, Any],
+    examples: Sequence[Example],
+    conditions: Sequence[str] = CONDITIONS,
+    describe: Callable[[Example], str | None] | None = None,
+    passage: str = PASSAGE,
+    progress: bool = True,
+) -> Comparison:
+    """Asks every model the same questions and summarises what happens inside.
+
+    Args:
+        models: name -> a HookedQwen2VL, or any other TransformerLens model with a tokenizer (text only).
+        examples: questions (`analyses.data.examples`). Those of the embedded world have counterfactuals.
+        conditions: which of CONDITIONS; a model that sees no images has no "image".
+        describe: an example's scene in words, None where there is none; by default the embedded world's caption.
+        passage: for the heads; shown twice over.
+    Raises:
+        ValueError: no models, no questions left, an unknown condition, or a condition that no model and example has.
+    """
+    unknown = [condition for condition in conditions if condition not in CONDITIONS]
+    if unknown or not models:
+        raise ValueError(f"expected models, and conditions of {', '.join(CONDITIONS)}, got {list(models)} and {unknown}.")
+    describe = _caption if describe is None else describe
+    kept = [example for example in examples if all(_tells_apart(model, example) for model in models.values())]
+    if not kept:
+        raise ValueError(f"none of {len(examples)} questions has an answer whose first token every tokenizer tells apart.")
+    runs = []
+    bar = tqdm(total=len(models) * len(conditions) * len(kept), desc="compare", unit="run", disable=not progress, delay=2)
+    for name, model in models.items():
+        for condition in conditions:
+            if run := _run(name, model, kept, condition, describe, bar):
+                runs.append(run)
+    bar.close()
+    if missing := set(conditions) - {run.condition for run in runs}:
+        raise ValueError(f"no model and question has the condition {', '.join(sorted(missing))}: leave it out.")
+    picture = next((example.item.image for example in kept if example.item is not None), None)
+    heads = {name: detect_heads(m, passage, picture if _sees(m) else None) for name, m in models.items()}
+    return Comparison(tuple(runs), heads, len(examples) - len(kept))
+
+
+def ask(model: Any, text: str, images: Sequence[Any] = ()) -> Any:
+    """A prompt in the model's own form: `Inputs` with chat template, or token ids [1 pos].
+
+    A text model's chat template is used where its tokenizer has one; else "Answer:" follows on a line of its own.
+    """
+    if _sees(model):
+        return model.encode(model.to_inputs(text, images=list(images)))
+    if getattr(model.tokenizer, "chat_template", None):
+        said = [{"role": "user", "content": text}]
+        text = model.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+        ids = model.tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+        return ids.to(model.cfg.device)
+    return text_tokens(model, f"{text}\nAnswer:")
+
+
+@torch.no_grad()
+def patch_by_depth(
+    model: Any,
+    clean: Any,
+    corrupted: Any,
+    metric: Callable[[Float[Tensor, "d_vocab"]], Tensor],
+    places: Sequence[int],
+) -> tuple[Float[Tensor, "layer"], float]:
+    """Recovery when the clean stream is put in at some positions, at every entry 0..L; on any TransformerLens model.
+
+    Args:
+        clean, corrupted: prompts of one row each and one length.
+        metric: logits at the last position to a number.
+    Returns:
+        the recovery, and the gap |clean − corrupted|; NaN for all entries where the gap is below 0.001.
+    """
+    n_layers = model.cfg.n_layers
+    names = [f"blocks.{layer}.hook_resid_pre" for layer in range(n_layers)] + [f"blocks.{n_layers - 1}.hook_resid_post"]
+    logits, cache = model.run_with_cache(clean, names_filter=names)
+    best, worst = metric(logits[0, -1]), metric(model(corrupted)[0, -1])
+    gap = float((best - worst).abs())
+    if gap < _EPSILON:
+        return torch.full((n_layers + 1,), float("nan")), gap
+    at = torch.as_tensor(list(places))
+
+    def put(stream: Float[Tensor, "1 pos d_model"], hook: Any, name: str) -> Tensor:
+        stream = stream.clone()
+        stream[:, at] = cache[name][:, at]
+        return stream
+
+    def patched(name: str) -> Tensor:
+        hooks = [(name, lambda stream, hook: put(stream, hook, name))]
+        return metric(model.run_with_hooks(corrupted, fwd_hooks=hooks)[0, -1])
+
+    return torch.stack([(patched(name) - worst) / (best - worst) for name in names]).float().cpu(), gap
+
+
+@torch.no_grad()
+def text_agreement(model: Any, twin: Any, texts: Sequence[str], tolerance: float = 1e-5) -> pd.DataFrame:
+    """The text decoder beside its Qwen2 twin (`model.export_text_model`), on text-only prompts with the same tokens.
+
+    Args:
+        twin: a TransformerLens model of the exported folder.
+        tolerance: largest difference allowed, as a share of what is compared: its standard deviation.
+    Returns:
+        one row a text and entry, and one for the logits: the largest absolute difference, the same as a share, `ok`.
+    """
+    rows = []
+    for text in texts:
+        tokens = ask(twin, text)
+        (ours, labels), (theirs, _) = residual_stack(model, tokens), residual_stack(twin, tokens)
+        pairs = [*zip(labels, ours, theirs), ("logits", model(tokens), twin(tokens))]
+        for label, one, other in pairs:
+            error = float((one - other).abs().max())
+            share = error / float(other.std())
+            rows.append({"text": text, "entry": label, "error": error, "share": share, "ok": share <= tolerance})
+    return pd.DataFrame(rows)
+
+
+# ---- one model, one condition -------------------------------------------------------------------------
+
+
+def _run(name: str, model: Any, examples: Sequence[Example], condition: str, describe: Callable, bar: Any) -> Run | None:
+    items, entropy, final, patched = [], [], [], []
+    unaligned = small = 0
+    for example in examples:
+        bar.update()
+        prompt = _prompt(model, example, condition, describe)
+        if prompt is None:
+            continue
+        lens = logit_lens(model, prompt)
+        items.append(answer_trajectory(model, prompt, example.answer, example.candidates, category=example.category,
+                                       question=example.question))  # fmt: skip
+        entropy.append(lens.entropy[:, 0] / np.log(model.cfg.d_vocab))
+        final.append(lens.final_probs[:, 0])
+        other = _counterfactual(example)
+        corrupted = None if other is None else _prompt(model, other, condition, describe)
+        if corrupted is None or _same(prompt, corrupted):
+            continue
+        places = _differing(prompt, corrupted)
+        if places is None:
+            unaligned += 1
+            continue
+        metric = _difference(model, example, other)
+        (scene, gap), (last, _) = (patch_by_depth(model, prompt, corrupted, metric, at) for at in (places, [-1]))
+        if gap < _EPSILON:
+            small += 1
+        else:
+            patched.append((scene, last, torch.tensor(gap)))
+    if not items:
+        return None
+    empty = torch.zeros(0, model.cfg.n_layers + 1)
+    curves = [torch.stack(part) for part in zip(*patched)] if patched else [empty, empty, empty[:, 0]]
+    return Run(name, condition, Trajectories(tuple(items)), torch.stack(entropy), torch.stack(final), *curves, unaligned, small)
+
+
+def _prompt(model: Any, example: Example, condition: str, describe: Callable) -> Any:
+    if condition == "image":
+        return ask(model, example.question, example.images) if _sees(model) and example.images else None
+    if condition == "neither":
+        return ask(model, example.question)
+    words = describe(example)
+    return ask(model, f"{words}\n{example.question}") if words else None
+
+
+def _counterfactual(example: Example) -> Example | None:
+    """The same question of a scene with one attribute changed, where the embedded world has one."""
+    other = getattr(example.item, "counterfactual", None)
+    if other is None or not example.candidates:
+        return None
+    return Example(example.id, other.question, other.answer, (other.image,), candidates=other.candidates, item=other)
+
+
+def _caption(example: Example) -> str | None:
+    return getattr(example.item, "caption", None)
+
+
+def _difference(model: Any, example: Example, other: Example) -> Callable[[Tensor], Tensor]:
+    ours, theirs = (answer_ids(model, e.answer, example.candidates)[0] for e in (example, other))
+    return lambda logits: logits[ours].max() - logits[theirs].max()
+
+
+def _same(prompt: Any, other: Any) -> bool:
+    """Whether a condition shows both scenes alike: then there is nothing to patch."""
+    return prompt == other if hasattr(prompt, "visuals") else torch.equal(prompt, other)
+
+
+def _differing(prompt: Any, other: Any) -> list[int] | None:
+    """Positions at which two prompts of one length differ: tokens, or the whole of the images; None of two lengths."""
+    if prompt.shape != other.shape:
+        return None
+    if getattr(prompt, "visuals", ()):
+        return prompt.positions("image").tolist() if torch.equal(prompt.position_ids, other.position_ids) else None
+    ours, theirs = getattr(prompt, "tokens", prompt), getattr(other, "tokens", other)
+    return (ours != theirs)[0].nonzero().flatten().tolist()
+
+
+def _sees(model: Any) -> bool:
+    return hasattr(model, "to_inputs")
+
+
+def _tells_apart(model: Any, example: Example) -> bool:
+    other = _counterfactual(example)
+    answers = {example.answer, *example.candidates} | ({other.answer} if other is not None else set())
+    try:
+        for answer in answers:
+            answer_ids(model, answer, example.candidates)
+    except ValueError:
+        return False
+    return True
+
+
+# ---- figures ------------------------------------------------------------------------------------------
+
+
+def _best_heads(heads: AttentionHeads) -> dict[str, float]:
+    """Score and depth of the best head of each kind, and the score of an even spread."""
+    figures = {}
+    for where, kinds, even in (("text", heads.text, heads.even_text), ("image", heads.image, heads.even_image)):
+        for kind, scores in kinds.items():
+            label = kind if kind.startswith("image") else f"{kind}, {where}"
+            layer = int(scores.max(-1).values.argmax())
+            figures[label] = float(scores.max())
+            figures[f"{label}, even"] = even[kind]
+            figures[f"{label}, depth"] = (layer + 0.5) / len(scores)
+    return figures
+
+
+def _crossing(curve: tuple[np.ndarray, np.ndarray] | None, falling: bool) -> float:
+    """The first depth at which the mean recovery is at most (falling) or at least one half; NaN if never."""
+    if curve is None:
+        return float("nan")
+    depths, values = curve
+    crossed = np.flatnonzero(values <= 0.5 if falling else values >= 0.5)
+    return float(depths[crossed[0]]) if len(crossed) else float("nan")
+
+
+def _mean(values: Sequence[bool]) -> float:
+    return float(np.mean(values)) if values else float("nan")

@@ -1,0 +1,284 @@
+"""Does a heat map find what the answer depends on? On the embedded world, where that is known cell by cell.
+
+    python -m analyses.experiments.grounding --n 1000 --report docs/grounding_results.md
+
+1. Take items of a split with a right answer that depends on some of the cells, not all and not none; the others
+   ("What is the background?", "no", "0") are counted and left out.
+2. Teacher-force the right answer. Heat maps over the image tokens:
+     contextual lens   max over entries ≥ 1 of the cosine with the answer; its own best box by the mean vector
+     logit lens        max over entries of p(the first token of the answer, or of the noun)
+     attention         from where the answer's first token is predicted, mean over layers and heads
+     (shuffled image)  the contextual lens on another item's image of the same grid: what the words alone give
+     (random)          uniform numbers
+     (centre)          nearer the centre is hotter
+3. For each: pointing game (is the hottest token on what the answer depends on?), average precision of the heat map
+   against the mask (scikit-learn), IoU in cells of the box with the mask. A heat map's box is the rectangle with the
+   largest sum of (heat − mean), the same for all methods; the contextual lens has its own box beside it.
+4. Means by category with bootstrap intervals over items (95 %, percentile).
+
+For an existence question the noun it asks for is grounded (the last word of the question), not the word "yes".
+All choices of boxes, nouns and controls here are ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from sklearn.metrics import average_precision_score
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformer_lens.tools.analysis import logit_readout
+
+from analyses.common.rectangles import Cells, heaviest_rectangle
+from analyses.common.result import Result
+from analyses.contextual_lens import ground, span_positions, word_spans
+from analyses.logit_lens import residual_stack
+
+FIGURES = {"pointing": "pointing game (share of hits)", "ap": "average precision of the heat map", "iou": "IoU of the box"}
+OWN_BOX = "contextual lens, its box"
+METHODS = ("contextual lens", "logit lens", "attention", "(shuffled image)", "(random)", "(centre)")
+
+
+@dataclass(frozen=True)
+class GroundingExperiment(Result):
+    """How well each method points at what the answers depend on.
+
+    Attributes:
+        table: one row an item and method: item, category, domain, right (the model answers it), share (of the cells that
+            count), pointing (0 or 1), ap, iou (NaN where the method has no such figure).
+        skipped: items left out, by reason.
+        settings: split, image_layer, text_layer, seed and the model's name.
+    """
+
+    table: pd.DataFrame
+    skipped: dict[str, int]
+    settings: dict[str, Any]
+
+    def to_dataframe(self, resamples: int = 1000, seed: int = 0) -> pd.DataFrame:
+        """One row a category ("all" too) and method: items, and for each figure the mean and its 95 % interval."""
+        groups = [("all", self.table), *self.table.groupby("category")]
+        rows = []
+        for category, part in groups:
+            for method in (METHODS[0], OWN_BOX, *METHODS[1:]):
+                one = part[part["method"] == method]
+                row: dict[str, Any] = {"category": category, "method": method, "items": len(one)}
+                for name in FIGURES:
+                    row[name], row[f"{name}_low"], row[f"{name}_high"] = mean_interval(one[name], resamples, seed)
+                rows.append(row)
+        return pd.DataFrame(rows)
+
+    def plot(self, path: Any = None, figure: str = "pointing") -> Any:
+        """One panel a category, each method's mean with its interval; `figure` is one of FIGURES."""
+        from analyses.views.grounding import methods_plot
+
+        table = self.to_dataframe().dropna(subset=[figure])
+        return methods_plot(table, figure, f"{FIGURES[figure]}, mean and 95 % interval", path)
+
+
+def mean_interval(values: Any, resamples: int = 1000, seed: int = 0) -> tuple[float, float, float]:
+    """(mean, 2.5 %, 97.5 %) of the mean over resampled items; NaN where there are none."""
+    values = np.asarray(values, dtype=float)
+    if not len(values) or np.isnan(values).all():
+        return float("nan"), float("nan"), float("nan")
+    draws = np.random.default_rng(seed).integers(0, len(values), (resamples, len(values)))
+    low, high = np.quantile(values[draws].mean(1), (0.025, 0.975))
+    return float(values.mean()), float(low), float(high)
+
+
+def run_experiment(
+    model: Any,
+    items: Iterable[Any],
+    image_layer: int | None = None,
+    text_layer: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> GroundingExperiment:
+    """All methods on the embedded world's items.
+
+    Args:
+        items: from `hooked_qwen2vl.scenes`.
+        image_layer, text_layer: of the contextual lens's box; None takes its defaults.
+        seed: of the random heat maps and of which image is put in.
+    Raises:
+        ValueError: no item is left.
+    """
+    usable, skipped = _usable(list(items))
+    if not usable:
+        raise ValueError(f"no item depends on some of its cells: {skipped}.")
+    rng = np.random.default_rng(seed)
+    rows = []
+    for number, item in enumerate(tqdm(usable, desc="grounding", unit="item", disable=not progress, delay=2)):
+        others = [o for o in usable if o.grid == item.grid and o.scene.key != item.scene.key]
+        if not others:
+            skipped["no other image of its grid"] = skipped.get("no other image of its grid", 0) + 1
+            continue
+        other = others[rng.integers(len(others))]
+        heats, own, right = _heat_maps(model, item, other, image_layer, text_layer)
+        heats |= {"(random)": torch.from_numpy(rng.random(item.grid)), "(centre)": centre_heat(*item.grid)}
+        mask = _mask(item)
+        known = {"item": number, "category": item.category, "domain": item.domain, "right": right, "share": mask.mean()}
+        for method in METHODS:
+            rows.append({**known, "method": method, **figures(heats[method], mask)})
+        rows.append({**known, "method": OWN_BOX, "pointing": np.nan, "ap": np.nan, "iou": box_iou(own, mask)})
+    if not rows:
+        raise ValueError(f"no item has a partner of its grid: {skipped}.")
+    settings = {"image_layer": image_layer, "text_layer": text_layer, "seed": seed, "model": str(model.cfg.model_name)}
+    return GroundingExperiment(pd.DataFrame(rows), skipped, settings)
+
+
+def figures(heat: Float[Tensor, "rows cols"], mask: Bool[np.ndarray, "rows cols"]) -> dict[str, float]:
+    """Pointing (ties share the hit), average precision and the IoU of the heaviest rectangle, against the mask."""
+    hottest = (heat == heat.max()).numpy()
+    return {
+        "pointing": float(mask[hottest].mean()),
+        "ap": float(average_precision_score(mask.ravel(), heat.numpy().ravel())),
+        "iou": box_iou(heaviest_rectangle(heat), mask),
+    }
+
+
+def box_iou(cells: Cells, mask: Bool[np.ndarray, "rows cols"]) -> float:
+    """Intersection over union, in cells, of a rectangle with the mask."""
+    box = np.zeros_like(mask)
+    box[cells[0] : cells[2], cells[1] : cells[3]] = True
+    return float((box & mask).sum() / (box | mask).sum())
+
+
+def centre_heat(rows: int, cols: int) -> Float[Tensor, "rows cols"]:
+    """Minus the squared distance from the centre, as a share of the image's sides."""
+    y, x = (torch.arange(n, dtype=torch.float64) + 0.5 for n in (rows, cols))
+    return -((y[:, None] / rows - 0.5) ** 2 + (x[None] / cols - 0.5) ** 2)
+
+
+def _usable(items: list[Any]) -> tuple[list[Any], dict[str, int]]:
+    kept, skipped = [], {}
+    for item in items:
+        reason = "says that nothing is there" if item.answer in ("no", "0") else None
+        if reason is None and not 0 < _mask(item).mean() < 1:
+            reason = "depends on no cell or on every cell"
+        if reason is None:
+            kept.append(item)
+        else:
+            skipped[reason] = skipped.get(reason, 0) + 1
+    return kept, skipped
+
+
+def _mask(item: Any) -> Bool[np.ndarray, "rows cols"]:
+    """The cells of all that the answer depends on; a cell is an image token."""
+    return np.logical_or.reduce([thing.mask(*item.grid) for thing in item.depends_on] or [np.zeros(item.grid, dtype=bool)])
+
+
+@torch.no_grad()
+def _heat_maps(
+    model: Any, item: Any, other: Any, image_layer: int | None, text_layer: int | None
+) -> tuple[dict[str, Tensor], Cells, bool]:
+    """Heat maps of the methods that look, the contextual lens's own box, and whether the model answers rightly."""
+    inputs, swapped = (model.to_inputs(item.question, images=[x.image], answers=item.answer) for x in (item, other))
+    image, first = inputs.positions("image"), int(inputs.positions("answer")[0])
+    attention: list[Tensor] = []
+
+    def keep(pattern: Float[Tensor, "batch head pos key_pos"], hook: Any) -> None:
+        attention.append(pattern[0, :, first - 1, image].double().mean(0).cpu())
+
+    hooks = [(f"blocks.{layer}.attn.hook_pattern", keep) for layer in range(model.cfg.n_layers)]
+    with model.hooks(fwd_hooks=hooks):
+        stack = residual_stack(model, inputs)[0][:, 0].cpu()
+    span = _span(model, inputs, item)
+    ours = ground(model, inputs, 0, image_layer, text_layer, span, stack)
+    shuffled = ground(model, swapped, 0, image_layer, text_layer, span)
+    token = int(inputs.tokens[0, span[0]])
+    probs = logit_readout(model, stack[:, image], targets=[token], return_type="probs").values[..., 0]
+    places = span_positions(model, inputs, "answer", 0)
+    said = logit_readout(model, stack[-1, [p - 1 for p in places]]).values.argmax(-1)
+    right = bool((said.cpu() == inputs.tokens[0, places].cpu()).all())
+    heats = {
+        "contextual lens": ours.heat[0],
+        "logit lens": probs.amax(0).double().reshape(item.grid),
+        "attention": torch.stack(attention).mean(0).reshape(item.grid),
+        "(shuffled image)": shuffled.heat[0],
+    }
+    return heats, ours.cells[0], right
+
+
+def _span(model: Any, inputs: Any, item: Any) -> list[int]:
+    """The noun of an existence question, else the answer."""
+    if item.category != "existence":
+        return span_positions(model, inputs, "answer", 0)
+    noun = item.question.rstrip("?").split()[-1]
+    return list(word_spans(model, inputs, [noun], part="question").values())[-1]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="scenes")
+    parser.add_argument("--n", type=int, default=1000, help="items of the split (default 1000)")
+    parser.add_argument("--split", default="test", choices=("train", "validation", "test"))
+    parser.add_argument("--image-layer", type=int)
+    parser.add_argument("--text-layer", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("out/grounding"), help="folder for tables and plots")
+    parser.add_argument("--report", type=Path, help="also write the table as Markdown to this file")
+    options = parser.parse_args(arguments)
+    from hooked_qwen2vl import HookedQwen2VL
+    from hooked_qwen2vl.scenes import load_split
+
+    model = HookedQwen2VL.from_pretrained(options.model)
+    layers = options.image_layer, options.text_layer
+    result = run_experiment(model, load_split(options.split, options.n), *layers, options.seed)
+    options.out.mkdir(parents=True, exist_ok=True)
+    result.to_dataframe().to_csv(options.out / "summary.csv", index=False)
+    result.table.to_csv(options.out / "items.csv", index=False)
+    for name in FIGURES:
+        result.plot(options.out / f"{name}.png", name)
+    report = as_markdown(result, f"the first {options.n} items of the {options.split} split, weights {fingerprint(model)}")
+    if options.report is not None:
+        options.report.write_text(report, encoding="utf-8")
+    print(f"{report}\nwrote {options.out}")
+
+
+def as_markdown(result: GroundingExperiment, measured_on: str) -> str:
+    """What was measured, on what, and the table: mean and 95 % interval of each figure."""
+    summary = result.to_dataframe()
+    shown = summary[["category", "items", "method"]].copy()
+    for name in FIGURES:
+        shown[name] = [
+            "" if np.isnan(mean) else f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+            for mean, low, high in summary[[name, f"{name}_low", f"{name}_high"]].itertuples(index=False)
+        ]
+    lines = [shown.columns, ["---"] * len(shown.columns), *shown.itertuples(index=False)]
+    left_out = ", ".join(f"{n} {reason}" for reason, n in result.skipped.items()) or "none"
+    once = result.table.drop_duplicates("item")
+    return "\n".join(
+        [
+            "# Grounding on the embedded world: what came out",
+            "",
+            f"Written by `python -m analyses.experiments.grounding`; how it is measured: `analyses/grounding_experiment.py`. "
+            f"Measured on {measured_on}; settings {result.settings}. {len(once)} items; left out: {left_out}. The model "
+            f"answers {once['right'].mean():.1%} of them rightly; all are grounded with the right answer. What the answer "
+            f"depends on covers {once['share'].mean():.1%} of the image on average. Mean and 95 % interval (bootstrap over "
+            f"items); categories with few items have wide intervals.",
+            "",
+            *("| " + " | ".join(map(str, line)) + " |" for line in lines),
+            "",
+        ]
+    )
+
+
+def fingerprint(model: Any) -> str:
+    """The first digits of a hash of all weights: which checkpoint was measured."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(name.encode() + weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+if __name__ == "__main__":
+    main()

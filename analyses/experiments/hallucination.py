@@ -1,0 +1,582 @@
+"""Which score tells a model's right answers from its hallucinated ones?
+
+1. The model answers every question of a benchmark, greedily (captions that came with the data are taken as they are).
+2. An answer is judged as its benchmark says (`analyses.data.benchmarks.judge`); of a caption, every object it names is a
+   claim of its own, right if the object is truly there. Where a judge is needed nothing is called right or wrong.
+3. Every method of `analyses.answer_scores.SCORES` scores every claim: higher = more likely right. For "Is there a dog?" the
+   methods that look for something in the image look for the noun, with the sign flipped when the answer is no. The
+   control sees another picture: the nearest one before (else after) in the data that differs.
+4. AUROC and average precision by category, with bootstrap intervals (`analyses.common.detection`).
+
+Flipping the sign sets a noun's "yes" and "no" answers apart before anything is compared. So these are also reported
+apart ("existence: said no"), and "all, within categories" compares only answers of one category that said the same.
+
+In memory: `detect_hallucinations`. Over thousands of questions, in a folder that can be gone on with: a run
+(`analyses.runs.engine.run`) with `hallucination_work`, read with `read_hallucinations`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+from analyses.answer_scores import SCORES, Evidence
+from analyses.common.detection import detection, within
+from analyses.common.result import Result
+from analyses.contextual_lens import LayerSweep, default_layers, sweep_layers, word_spans
+from analyses.data.benchmarks import OBJECTS, Question, judge, mentions, parse_yes_no
+from analyses.domain_neurons import in_batches
+from analyses.runs.engine import describe_model, read_results
+from analyses.runs.files import PLAN, read_manifest
+from hooked_qwen2vl.image_embeddings import Prefixes
+from hooked_qwen2vl.processor import open_image
+
+CONTROL = "contextual_control"
+NOUN_METHODS = ("internal_confidence", "contextual", CONTROL)
+ALL, WITHIN = "all", "all, within categories"
+ENOUGH = 300  # hallucinated answers below which an interval is wide
+_COLUMNS = ("key", "id", "category", "question", "gold", "answer", "correct", "judge", "said", "noun")
+_SAYS = re.compile(r"\s*(yes|no)\b", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Asked(Question):
+    """A question, and what its control sees.
+
+    Attributes:
+        other: the images of another question (see `with_controls`); none where all pictures are the same.
+    """
+
+    other: tuple[Any, ...] = field(repr=False, default=())
+
+
+class Answer(NamedTuple):
+    """What the model said.
+
+    Attributes:
+        cut: whether it was stopped by the limit on tokens.
+        other_tokens: whether the text, tokenised again (so it is scored), has other tokens than were generated.
+    """
+
+    text: str
+    cut: bool = False
+    other_tokens: bool = False
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What is scored: an answer, or one object that a caption names.
+
+    Attributes:
+        key: unique in its data set.
+        text: the whole answer or caption.
+        correct: None where a judge is needed.
+        mention: (start, end) of the object's characters in the text; None for an answer.
+        noun: what a yes/no question asks for, where the answer begins with yes or no; else "".
+    """
+
+    key: str
+    item: Question
+    text: str
+    correct: bool | None
+    mention: tuple[int, int] | None = None
+    noun: str = ""
+
+    @property
+    def said(self) -> str:
+        """"yes" or "no" where a noun is scored, else ""."""
+        return _SAYS.match(self.text)[1].lower() if self.noun else ""
+
+
+@dataclass(frozen=True)
+class Hallucinations(Result):
+    """Every claim with every method's score.
+
+    Attributes:
+        claims: one row a claim: key, id, category, question, gold, answer, correct (None: needs a judge), judge, said,
+            noun, error (why scores are missing), a column a method (NaN where there is none), cut and other_tokens.
+        methods: their names. data, model_name, weights: what was run; `weights` is their hash.
+        layers: the contextual lens's entries, of its image and of its text side.
+        n_boot, seed, level: of the bootstrap.
+    """
+
+    claims: pd.DataFrame
+    methods: tuple[str, ...]
+    data: str
+    model_name: str
+    n_boot: int = 1000
+    seed: int = 0
+    level: float = 0.95
+    weights: str = ""
+    layers: tuple[int, int] | None = None
+
+    @cached_property
+    def judged(self) -> pd.DataFrame:
+        """The claims that are known to be right or wrong."""
+        kept = self.claims[self.claims["correct"].notna()]
+        return kept.assign(correct=kept["correct"].astype(bool))
+
+    @cached_property
+    def _metrics(self) -> pd.DataFrame:
+        rows = []
+        for method in self.methods:
+            for name, part in self._groups():
+                figures = detection(part["correct"], part[method], self.n_boot, self.seed, self.level)
+                rows.append({"method": method, "category": name, **figures})
+            strata = self.judged["category"] + " " + self.judged["said"]
+            figures = within(
+                self.judged["correct"], self.judged[method], strata, self.n_boot, self.seed, self.level
+            )
+            rows.append({"method": method, "category": WITHIN, **figures})
+        return pd.DataFrame(rows)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a method and category: items, hallucinated, unscored, resamples, and auroc, ap_correct and
+        ap_hallucinated with `_low` and `_high`."""
+        return self._metrics.copy()
+
+    def table(self, figure: str = "auroc") -> pd.DataFrame:
+        """Methods × categories as text: "0.81 [0.75, 0.86]"; the first row counts hallucinated answers of items."""
+        cells = self._metrics.assign(text=[_interval_text(row, figure) for _, row in self._metrics.iterrows()])
+        categories = list(dict.fromkeys(cells["category"]))
+        shown = cells.pivot(index="method", columns="category", values="text").loc[list(self.methods), categories]
+        counts = self.counts()
+        shown.loc["hallucinated"] = [f"{counts[c][0]} of {counts[c][1]}" for c in categories]
+        return shown.loc[["hallucinated", *self.methods]].rename_axis(index=None, columns=None)
+
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """category -> (hallucinated, judged)."""
+        found = {name: (int((~part["correct"]).sum()), len(part)) for name, part in self._groups()}
+        return found | {WITHIN: found[ALL]}
+
+    def few(self) -> dict[str, int]:
+        """The categories with fewer than 300 hallucinated answers: their intervals are wide."""
+        return {name: wrong for name, (wrong, _) in self.counts().items() if wrong < ENOUGH and name != WITHIN}
+
+    def markdown(self) -> str:
+        """What was run, and a table of methods × categories for each figure."""
+        from analyses.views.hallucination import markdown
+
+        return markdown(self)
+
+    def plot(self, path: Any = None, category: str = ALL) -> Any:
+        """ROC curves of every method over one category."""
+        from analyses.views.hallucination import roc_plot
+
+        return roc_plot(self, path, category)
+
+    def plot_scores(self, path: Any = None, category: str = ALL) -> Any:
+        """Histograms of every method's scores, right and hallucinated answers apart."""
+        from analyses.views.hallucination import score_plot
+
+        return score_plot(self, path, category)
+
+    def plot_intervals(self, path: Any = None) -> Any:
+        """AUROC of every method in every category, with intervals."""
+        from analyses.views.hallucination import interval_plot
+
+        return interval_plot(self, path)
+
+    def of(self, category: str) -> pd.DataFrame:
+        """The judged claims of one category (or of a part of it, or "all").
+
+        Raises:
+            ValueError: no such category.
+        """
+        groups = dict(self._groups())
+        if category not in groups:
+            raise ValueError(f"expected a category of {', '.join(groups)}, got {category!r}.")
+        return groups[category]
+
+    def _groups(self) -> Iterator[tuple[str, pd.DataFrame]]:
+        """Categories in order, those with nouns also by what was said, then all."""
+        for name, part in self.judged.groupby("category", sort=False):
+            yield str(name), part
+            for said in ("yes", "no"):
+                if (part["said"] == said).any():
+                    yield f"{name}: said {said}", part[part["said"] == said]
+        yield ALL, self.judged
+
+
+def detect_hallucinations(
+    model: Any,
+    items: Sequence[Question],
+    data: str,
+    methods: Sequence[str] | None = None,
+    vocabulary: Mapping[str, str] | None = None,
+    judgements: Mapping[str, bool] | None = None,
+    max_new_tokens: int = 32,
+    n_boot: int = 1000,
+    seed: int = 0,
+    progress: bool = True,
+    image_layer: int | None = None,
+    text_layer: int | None = None,
+    batch_size: int = 8,
+) -> Hallucinations:
+    """Answers, judges, scores.
+
+    Args:
+        data: the data set's name.
+        methods, vocabulary, max_new_tokens, image_layer, text_layer: see `hallucination_work`.
+        judgements: id -> whether right, of a judge outside; they come before the benchmark's own.
+        n_boot, seed: of the intervals.
+    Raises:
+        ValueError: no items, an item without an image that can be read, judgements of unknown ids, or as
+            `hallucination_work`.
+    """
+    work = hallucination_work(model, methods, vocabulary, max_new_tokens, image_layer, text_layer)
+    bar = tqdm(with_controls(items), total=len(items), desc="scoring", unit="question", disable=not progress, delay=2)
+    rows = pd.DataFrame([row for batch in in_batches(bar, batch_size) for row in work(batch)])
+    claims = _as_claims(rows, {item.id for item in items}, judgements)
+    about, layers = describe_model(model), default_layers(model, image_layer, text_layer)
+    return Hallucinations(
+        claims, _methods(methods), data, about["name"], n_boot, seed, weights=about["weights"], layers=layers
+    )
+
+
+def hallucination_work(
+    model: Any,
+    methods: Sequence[str] | None = None,
+    vocabulary: Mapping[str, str] | None = None,
+    max_new_tokens: int = 32,
+    image_layer: int | None = None,
+    text_layer: int | None = None,
+) -> Callable[[Sequence[Asked]], Iterator[dict[str, Any]]]:
+    """What a run does with a batch of `with_controls`' questions: a row a claim, with what it says and its scores.
+
+    Args:
+        methods: of `baselines.SCORES`; None takes all.
+        vocabulary: word -> object, for captions (`benchmarks.read_synonyms`).
+        image_layer, text_layer: lens entries of the contextual lens (see `choose_layers`); None takes its defaults.
+    Raises:
+        ValueError: an unknown method or layer; (when called) a question without image, or captions without a vocabulary.
+    """
+    methods = _methods(methods)
+    layers = default_layers(model, image_layer, text_layer)
+    encode = Prefixes(model)
+
+    @torch.no_grad()
+    def work(batch: Sequence[Asked]) -> Iterator[dict[str, Any]]:
+        if blind := [item.source or item.id for item in batch if not item.images]:
+            raise ValueError(f"{blind[0]} has no image: pass images=.")
+        for item, answer in zip(batch, generate_answers(model, batch, max_new_tokens, encode)):
+            for claim in claims_of([item], [answer.text], vocabulary):
+                scores = score_claim(model, claim, methods, item.other, *layers, encode)
+                yield {**_about(claim), **scores, "cut": answer.cut, "other_tokens": answer.other_tokens}
+
+    return work
+
+
+def run_settings(
+    model: Any,
+    methods: Sequence[str] | None = None,
+    vocabulary: Mapping[str, str] | None = None,
+    max_new_tokens: int = 32,
+    image_layer: int | None = None,
+    text_layer: int | None = None,
+) -> dict[str, Any]:
+    """What decides the rows of `hallucination_work`, with the same arguments, as `runs.run` takes settings.
+
+    Raises:
+        ValueError: an unknown method or layer.
+    """
+    words = None if vocabulary is None else hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()[:16]
+    layers = dict(zip(("image_layer", "text_layer"), default_layers(model, image_layer, text_layer)))
+    return {"methods": list(_methods(methods)), "vocabulary": words, "max_new_tokens": max_new_tokens, **layers}
+
+
+def read_hallucinations(
+    out: str | Path, data: str, judgements: Mapping[str, bool] | None = None, n_boot: int = 1000, seed: int = 0
+) -> Hallucinations:
+    """The result of a run with `hallucination_work`, the parts of all its processes together.
+
+    Args:
+        data, judgements, n_boot, seed: as `detect_hallucinations` takes them.
+    Raises:
+        ValueError: no run there, one that is not finished, nothing to score, or judgements of unknown ids.
+    """
+    manifest = read_manifest(out)
+    ids = set(pd.read_parquet(Path(out) / PLAN, columns=["id"])["id"])
+    claims = _as_claims(read_results(out).drop(columns="item"), ids, judgements)
+    settings, about = manifest["settings"], manifest["model"]
+    methods, layers = tuple(settings["methods"]), (settings["image_layer"], settings["text_layer"])
+    return Hallucinations(claims, methods, data, about["name"], n_boot, seed, weights=about["weights"], layers=layers)
+
+
+def with_controls(items: Iterable[Question]) -> Iterator[Asked]:
+    """The questions, each with the pictures of the nearest one before it whose pictures differ, else after it.
+
+    Looking back first keeps them the same when a run is made longer; only the first picture's questions are held back.
+    """
+    waiting: list[Question] = []  # as long as all pictures are the same
+    last: tuple[str, tuple[Any, ...]] = ("", ())
+    other: tuple[Any, ...] = ()
+    for item in items:
+        key = _pictures_key(item)
+        if waiting and key != last[0]:
+            yield from (_asked(one, item.images) for one in waiting)
+            waiting, other = [], last[1]
+        elif not other:
+            waiting.append(item)
+        elif key != last[0]:
+            other = last[1]
+        last = key, item.images
+        if not waiting:
+            yield _asked(item, other)
+    yield from (_asked(one, ()) for one in waiting)
+
+
+@torch.no_grad()
+def generate_answers(
+    model: Any, items: Sequence[Question], max_new_tokens: int = 32, encode: Callable[[Any], Any] | None = None
+) -> list[Answer]:
+    """The model's greedy answers to one batch of questions; captions that came with the data are not generated.
+
+    Args:
+        encode: a store of prefixes; None is `model.encode`.
+    """
+    asked = [item for item in items if not (item.given and item.judge == OBJECTS)]
+    said: Iterator[Answer] = iter(())
+    if asked:
+        inputs = model.to_inputs([item.question for item in asked], images=[list(item.images) for item in asked])
+        inputs = (encode or model.encode)(inputs)
+        done = model.generate(inputs, max_new_tokens=max_new_tokens, do_sample=False, return_type="inputs", verbose=False)
+        said = (_answer(model, row) for row in done.tokens[:, inputs.shape[1] :].tolist())
+    return [Answer(item.given) if item.given and item.judge == OBJECTS else next(said) for item in items]
+
+
+def claims_of(
+    items: Sequence[Question],
+    answers: Sequence[str],
+    vocabulary: Mapping[str, str] | None = None,
+) -> list[Claim]:
+    """What is to be scored, and whether it is right, where the benchmark says so.
+
+    Raises:
+        ValueError: captions without a vocabulary.
+    """
+    claims = []
+    for item, answer in zip(items, answers, strict=True):
+        if item.judge == OBJECTS:
+            claims += _mention_claims(item, answer, vocabulary)
+            continue
+        noun = item.noun if _begins_as_read(answer) else ""
+        claims.append(Claim(item.id, item, answer, judge(item, answer), noun=noun))
+    return claims
+
+
+def score_claim(
+    model: Any,
+    claim: Claim,
+    methods: Sequence[str],
+    other: Sequence[Any] = (),
+    image_layer: int | None = None,
+    text_layer: int | None = None,
+    encode: Callable[[Any], Any] | None = None,
+) -> dict[str, Any]:
+    """{method: score, …, "refused": ""}; a claim that cannot be scored has no scores, and `refused` says why.
+
+    Args:
+        methods: of `baselines.SCORES`.
+        other: the pictures that the control sees; without them it has no score.
+        image_layer, text_layer: of the contextual lens.
+        encode: a store of prefixes; None is `model.encode`.
+    """
+    nothing: dict[str, Any] = dict.fromkeys(methods)
+    if not claim.text.strip():
+        return {**nothing, "refused": "the answer is empty"}
+    encode = encode or model.encode
+    pictures = _readable(other) if CONTROL in methods else ()
+    try:
+        control = encode(claim_inputs(model, claim, pictures)) if pictures else None
+        evidence = _Encoded(
+            model, claim_inputs(model, claim), 0, claim.noun or None, control, image_layer, text_layer, encode
+        )
+        names = [name for name in methods if name != CONTROL or control is not None]
+        return {**nothing, **{name: SCORES[name](model, evidence) for name in names}, "refused": ""}
+    except ValueError as error:
+        return {**nothing, "refused": str(error)}
+
+
+def _readable(images: Sequence[Any]) -> list[Any]:
+    """The pictures, opened; none where one cannot be read, which its own question says."""
+    try:
+        return [open_image(image) for image in images]
+    except (ValueError, OSError):
+        return []
+
+
+@dataclass(frozen=True)
+class _Encoded(Evidence):
+    """Evidence that takes its prefix from a store."""
+
+    encode: Callable[[Any], Any] | None = None
+
+    @cached_property
+    def item(self) -> Any:
+        return self.encode(self.inputs[self.row])
+
+
+def claim_inputs(model: Any, claim: Claim, images: Sequence[Any] | None = None) -> Any:
+    """The prompt with what is claimed as its answer.
+
+    A mention is run where it stands, after the caption's earlier words, which count as history; only its own tokens are
+    called `answer`.
+
+    Args:
+        images: instead of the item's own.
+    """
+    images = list(claim.item.images if images is None else images)
+    if claim.mention is None:
+        return model.to_inputs(claim.item.question, images=images, answers=claim.text.strip())
+    start, end = claim.mention
+    inputs = model.to_inputs(claim.item.question, images=images, answers=claim.text[:end])
+    word = list(word_spans(model, inputs, [claim.text[start:end]]).values())[-1]
+    names = tuple("history" if n == "answer" and at not in word else n for at, n in enumerate(inputs.names[0]))
+    return replace(inputs, names=(names,))
+
+
+def choose_layers(
+    model: Any, items: Sequence[Question], max_new_tokens: int = 32, progress: bool = True
+) -> LayerSweep:
+    """The contextual lens's two entries by AUROC over the model's own answers to a validation split.
+
+    Only answers that are judged and that are scored themselves: a yes/no question's noun is another thing.
+
+    Raises:
+        ValueError: no right, or no hallucinated, answer among them.
+    """
+    bar = tqdm(items, desc="answering", unit="question", disable=not progress, delay=2)
+    answers = [answer.text for batch in in_batches(bar, 8) for answer in generate_answers(model, batch, max_new_tokens)]
+    claims = claims_of(items, answers)
+    claims = [c for c in claims if c.correct is not None and not c.noun and c.text.strip()]
+    prompts = (model.encode(claim_inputs(model, claim)) for claim in claims)
+    return sweep_layers(model, prompts, [c.correct for c in claims], progress=progress)
+
+
+def read_judgements(file: str | Path) -> dict[str, bool]:
+    """A judge's verdicts: JSON lines {"id": "…", "correct": true}.
+
+    Raises:
+        ValueError: no such file, or a line that is not like this (it is named).
+    """
+    file, found = Path(file), {}
+    if not file.is_file():
+        raise ValueError(f'{file} is not a file: expected JSON lines {{"id": "…", "correct": true}}.')
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}, line {number}: not JSON ({error.msg}).") from error
+        if not isinstance(row, dict) or "id" not in row or not isinstance(row.get("correct"), bool):
+            raise ValueError(f'{file}, line {number}: expected {{"id": "…", "correct": true or false}}.')
+        if str(row["id"]) in found:
+            raise ValueError(f"{file}, line {number}: {row['id']} is judged twice.")
+        found[str(row["id"])] = row["correct"]
+    return found
+
+
+# ---- inside ------------------------------------------------------------------------------------------
+
+
+def _begins_as_read(answer: str) -> bool:
+    """Whether an answer begins with yes or no and is read as that ("Yes, there is no dog" is not)."""
+    said = _SAYS.match(answer)
+    return said is not None and said[1].lower() == parse_yes_no(answer.replace("NO", "No"))
+
+
+def _answer(model: Any, ids: Sequence[int]) -> Answer:
+    """The answer up to its end token (padding follows): its text; whether it was cut at the limit, and whether its text
+    has other tokens than were generated."""
+    ends = set(model.cfg.special.eos)
+    length = next((at for at, token in enumerate(ids) if token in ends), None)
+    kept = list(ids[:length])
+    text = model.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    same = model.tokenizer(text.strip(), add_special_tokens=False)["input_ids"] == kept
+    return Answer(text, length is None, not same)
+
+
+def _mention_claims(item: Question, caption: str, vocabulary: Mapping[str, str] | None) -> list[Claim]:
+    if vocabulary is None:
+        raise ValueError("captions need a vocabulary of objects: benchmarks.read_synonyms(file).")
+    there = {vocabulary.get(name.lower(), name.lower()) for name in item.truth}
+    return [
+        Claim(f"{item.id}#{m.start}", item, caption, m.object in there, (m.start, m.end))
+        for m in mentions(caption, vocabulary)
+    ]
+
+
+def _methods(methods: Sequence[str] | None) -> tuple[str, ...]:
+    found = tuple(SCORES if methods is None else methods)
+    if unknown := [name for name in found if name not in SCORES]:
+        raise ValueError(f"unknown methods {', '.join(unknown)}; there are {', '.join(SCORES)}.")
+    return found
+
+
+def _about(claim: Claim) -> dict[str, Any]:
+    return {
+        "key": claim.key,
+        "id": claim.item.id,
+        "category": claim.item.category or "none",
+        "question": claim.item.question,
+        "gold": claim.item.answer,
+        "answer": claim.text if claim.mention is None else claim.text[slice(*claim.mention)],
+        "correct": claim.correct,
+        "judge": claim.item.judge,
+        "said": claim.said,
+        "noun": claim.noun,
+    }
+
+
+def _as_claims(rows: pd.DataFrame, ids: set[str], judgements: Mapping[str, bool] | None) -> pd.DataFrame:
+    """The rows of `hallucination_work` as `Hallucinations.claims`; a judge outside comes before the benchmark."""
+    if rows.empty:
+        raise ValueError("there is nothing to score: no question whose image can be read, or captions that name nothing.")
+    judgements = dict(judgements or {})
+    if unknown := set(judgements) - ids:
+        raise ValueError(f"{len(unknown)} judgements have an id that no item has, such as {min(unknown)!r}.")
+    methods = [name for name in rows if name in SCORES]
+    table = rows.rename(columns={"refused": "error"})[[*_COLUMNS, "error", *methods, "cut", "other_tokens"]]
+    outside = [judgements.get(id) if kind != OBJECTS else None for id, kind in zip(table["id"], table["judge"])]
+    correct = [own if said is None else said for said, own in zip(outside, table["correct"])]
+    known = [None if pd.isna(value) else bool(value) for value in correct]
+    return table.assign(correct=pd.Series(known, table.index, dtype=object)).astype(dict.fromkeys(methods, float))
+
+
+def _asked(item: Question, other: tuple[Any, ...]) -> Asked:
+    return Asked(**{f.name: getattr(item, f.name) for f in fields(item)}, other=other)
+
+
+def _pictures_key(item: Question) -> str:
+    """Tells pictures apart: files by their path, pictures in memory by their pixels."""
+    hashed = hashlib.sha256()
+    for image in item.images:
+        if isinstance(image, (str, Path)):
+            hashed.update(f"{image}\n".encode())
+        elif isinstance(image, Image.Image):
+            hashed.update(f"{image.mode} {image.size}".encode() + image.tobytes())
+        else:
+            hashed.update(np.asarray(image).tobytes())
+    return hashed.hexdigest()
+
+
+def _interval_text(row: pd.Series, figure: str) -> str:
+    if np.isnan(row[figure]):
+        return "–"
+    if np.isnan(row[f"{figure}_low"]):
+        return f"{row[figure]:.2f} [–]"
+    return f"{row[figure]:.2f} [{row[f'{figure}_low']:.2f}, {row[f'{figure}_high']:.2f}]"

@@ -1,0 +1,134 @@
+"""One neuron, seen from both sides: the images and patches that fire it, and the words it writes.
+
+1. Run every example and keep, for the neuron, its activation before the activation function at every image token (decoder,
+   projector: 28 pixels) or patch (tower: 14 pixels), on the image's grid. It fires above 0.
+2. Keep the examples with the highest activation.
+3. What it writes: its row of W_out, weighted by the final norm, through the unembedding. The product with the neuron's
+   activation may be negative in the decoder (its gate is multiplied by `up`): both ends of the list mean something.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from analyses.common.result import Result
+from analyses.data.examples import Example, examples
+from analyses.domain_neurons import SITES, in_batches, masks_of, write_weights
+from hooked_qwen2vl.processor import open_image
+
+
+@dataclass(frozen=True)
+class Fired(Result):
+    """One image and where it fires the neuron.
+
+    Attributes:
+        id, question, domain, image: of the example (its first image, in original pixels).
+        activations: [rows cols] before the activation function, raster order; the neuron fires above 0.
+    """
+
+    id: str
+    question: str
+    domain: str
+    image: Any = field(repr=False)
+    activations: Float[Tensor, "rows cols"] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class TopImages(Result):
+    """The images that fire a neuron the most, by their highest activation.
+
+    Attributes:
+        neuron: (module, layer, neuron).
+        examples: highest first.
+        writes: the tokens it writes most, for decoder and projector.
+    """
+
+    neuron: tuple[str, int, int]
+    examples: tuple[Fired, ...]
+    writes: tuple[str, ...]
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row an example and patch (raster order): row, col, activation."""
+        return pd.DataFrame(
+            {"rank": rank, "id": e.id, "domain": e.domain, "question": e.question, "row": row, "col": col, "activation": value}
+            for rank, e in enumerate(self.examples)
+            for row, line in enumerate(e.activations.tolist())
+            for col, value in enumerate(line)
+        )
+
+    def plot(self, path: Any = None) -> Any:
+        """The images with the patches that fire the neuron drawn on them."""
+        from analyses.views.neurons import top_images_plot
+
+        return top_images_plot(self, path)
+
+
+@torch.no_grad()
+def top_images(
+    model: Any, neuron: tuple[str, int, int], data: str | Path | Iterable[Example] = "scenes", limit: int | None = 200,
+    n: int = 4, batch_size: int = 8,
+) -> TopImages:
+    """The n images that fire a neuron the most.
+
+    Args:
+        neuron: (module, layer, neuron). data, limit: see `analyses.data.examples`; examples without an image are passed over.
+    Raises:
+        ValueError: no such neuron, or no example with an image.
+    """  # fmt: skip
+    masks_of(model, [neuron])  # says what is not there
+    module, layer, index = neuron
+    name = f"{SITES[module].format(layer)}.hook_pre"
+    stream = examples(data, limit) if isinstance(data, (str, Path)) else data
+    best: list[tuple[float, int, Example, Tensor]] = []
+    number = 0
+    for batch in in_batches((example for example in stream if example.images), batch_size):
+        inputs = model.to_inputs([e.question for e in batch], images=[list(e.images) for e in batch])
+        _, cache = model.run_with_cache(inputs, names_filter=[name], return_type=None)
+        for row, example in enumerate(batch):
+            if module == "decoder":
+                places = inputs.positions("image[0]", row)
+                grid = cache[name][row, places, index].unflatten(0, inputs.grid(row))
+            else:
+                grid = inputs.unpack_image(cache.vision[name][0, :, index], row)
+            number += 1
+            entry = (float(grid.max()), -number, example, grid.float().cpu())
+            (heapq.heappush if len(best) < n else heapq.heappushpop)(best, entry)
+    if not best:
+        raise ValueError("no example has an image.")
+    fired = tuple(
+        Fired(e.id, e.question, e.domain, open_image(e.images[0]), grid) for _, _, e, grid in sorted(best, reverse=True)
+    )
+    writes = () if module == "vision" else tuple(written_tokens(model, neuron).query("end == 'most'")["token"])
+    return TopImages(neuron, fired, writes)
+
+
+@torch.no_grad()
+def written_tokens(model: Any, neuron: tuple[str, int, int], top_k: int = 10) -> pd.DataFrame:
+    """The tokens that a neuron's row of W_out, weighted by the final norm, raises most and least.
+
+    Returns:
+        columns end ("most", "least"), token_id, token, logit (for an activation of 1 and a residual stream of rms 1).
+    Raises:
+        ValueError: a neuron of the tower: it writes to the tower's stream, which no unembedding reads.
+    """
+    module, layer, index = neuron
+    if module == "vision":
+        raise ValueError("a neuron of the tower writes to the tower's stream; only decoder and projector write to the decoder's.")
+    masks_of(model, [neuron])
+    row = write_weights(model, module, layer)[index].float() * model.ln_final.w.float()
+    logits = row @ model.W_U.float()
+    tables = []
+    for end, largest in (("most", True), ("least", False)):
+        values, ids = logits.topk(top_k, largest=largest)
+        tokens = [model.to_single_str_token(int(i)) for i in ids]
+        tables.append(pd.DataFrame({"end": end, "token_id": ids.tolist(), "token": tokens, "logit": values.tolist()}))
+    return pd.concat(tables, ignore_index=True)

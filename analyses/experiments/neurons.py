@@ -1,0 +1,604 @@
+"""Does switching off a domain's own neurons hurt that domain, and more than switching off others would?
+
+1. Select the neurons on training images; answer questions about test images, none of which was in the selection.
+2. For each domain and each module (decoder, vision, projector, all three): switch off the domain's own neurons, and two
+   controls for several seeds: random neurons of the same number in the same layers, and random neurons that also
+   fire as often in that domain (a selection by firing favours frequent firers). Selected neurons are in no control.
+3. Compare the whole greedy answer with the right one, and follow the log-probability (nats) of the right answer's first
+   token, which moves before answers do.
+4. Intervals of 95 %: Wilson's for an accuracy; for a difference, a bootstrap over images (and seeds), paired by item.
+5. (ours) The same with neurons selected by effect: Σ_tokens a · ∂ log p(answer)/∂a, the first-order loss of the answer's
+   log-probability when a neuron is set to 0, on the domain less its mean on the others; as many as firing selected.
+
+Source: MMNeuron (Huo et al., EMNLP 2024); the controls, intervals and step 5 are ours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from scipy.stats import binomtest
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformer_lens.tools.analysis import logit_readout
+
+from analyses.common.result import Result
+from analyses.data.examples import Example
+from analyses.domain_neurons import SITES, DomainNeurons, disable_neurons, hook_sites, in_batches, token_sources
+from analyses.logit_lens import residual_stack
+from analyses.runs.engine import read_results
+from analyses.runs.files import read_manifest
+from analyses.runs.sums import add_up, read_sums
+from hooked_qwen2vl.image_embeddings import Prefixes
+
+ALL = "all"
+NONE = "none"
+FIRING, EFFECT = "firing", "effect"
+RANDOM, RANDOM_RATE, RANDOM_EFFECT = "random", "random, same rate", "random for effect"
+CONTROLS = {FIRING: (RANDOM, RANDOM_RATE), EFFECT: (RANDOM_EFFECT,)}
+_RESAMPLES = 2000
+_SPARE_TOKENS = 2  # past the right answer's length: its end token, and a full stop before it
+
+
+# ---- test questions ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Test questions of one domain, encoded.
+
+    Attributes:
+        inputs: left-padded, with their vision prefix.
+        ids, answers, images: of each row; questions with one `images` entry ask about one image.
+        domain: of all rows.
+    """
+
+    inputs: Any
+    ids: tuple[str, ...]
+    answers: tuple[str, ...]
+    images: tuple[str, ...]
+    domain: str
+
+
+@torch.no_grad()
+def prepare(model: Any, data: Iterable[Example], batch_size: int = 32) -> list[Batch]:
+    """Encodes every question once, batched by domain and length.
+
+    Raises:
+        ValueError: a question without a domain or an answer, or no question.
+    """
+    by_domain: dict[str, list[Example]] = {}
+    for example in data:
+        by_domain.setdefault(example.domain, []).append(example)
+    if not by_domain:
+        raise ValueError("there is no test question.")
+    batches = []
+    for some in by_domain.values():
+        for batch in in_batches(sorted(some, key=lambda example: len(example.question)), batch_size):
+            batches.append(_encoded(model, batch, model.encode))
+    return batches
+
+
+def _encoded(model: Any, some: Sequence[Example], encode: Callable[[Any], Any]) -> Batch:
+    """Questions of one domain as a batch."""
+    for example in some:
+        if example.domain in ("", ALL) or not example.answer:
+            raise ValueError(f"example {example.id} needs an answer and a domain (not called {ALL!r}) to be judged by.")
+    inputs = model.to_inputs([e.question for e in some], images=[list(e.images) for e in some])
+    ids, answers = tuple(example.id for example in some), tuple(example.answer for example in some)
+    return Batch(encode(inputs), ids, answers, tuple(map(image_key, some)), some[0].domain)
+
+
+def answer(model: Any, batch: Batch) -> tuple[list[str], Float[np.ndarray, "row"]]:
+    """The model's greedy answers, and the log-probability (nats) of each right answer's first token.
+
+    Decoding stops a little after the right answer's length: what is longer is wrong anyway.
+    """
+    first_logits: list[Tensor] = []
+
+    def listen(tokens: Tensor, logits: Tensor) -> Tensor:
+        if not first_logits:
+            first_logits.append(logits)
+        return torch.zeros(len(tokens), dtype=torch.bool)
+
+    wanted = [model.to_tokens(text, move_to_device=False)[0] for text in batch.answers]
+    texts = model.generate(
+        batch.inputs, max_new_tokens=max(map(len, wanted)) + _SPARE_TOKENS, do_sample=False, return_type="str",
+        stopping_criteria=listen, verbose=False,
+    )  # fmt: skip
+    log_probs = first_logits[0].float().log_softmax(-1).cpu()
+    at = torch.tensor([int(tokens[0]) for tokens in wanted])
+    return [texts] if isinstance(texts, str) else texts, log_probs.gather(-1, at[:, None])[:, 0].numpy()
+
+
+def same_answer(said: str, answer: str) -> bool:
+    """Equal but for case, outer blanks and a final full stop."""
+    return said.strip().rstrip(".").strip().casefold() == answer.strip().rstrip(".").strip().casefold()
+
+
+# ---- what is switched off ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One set of neurons to switch off.
+
+    Attributes:
+        selection: "none", "firing", "effect", or a control.
+        module: "decoder", "vision", "projector" or "all".
+        target: the domain whose neurons they are (or are a control for).
+        seed: of a control.
+        masks: module -> [layer neuron].
+    """
+
+    selection: str
+    module: str
+    target: str
+    seed: int
+    masks: Mapping[str, Bool[Tensor, "layer neuron"]]
+
+    @property
+    def n_neurons(self) -> int:
+        return sum(int(mask.sum()) for mask in self.masks.values())
+
+
+def conditions(
+    neurons: DomainNeurons, effects: Mapping[str, Float[Tensor, "domain layer neuron"]] | None = None, seeds: int = 3
+) -> list[Condition]:
+    """Every set of neurons the experiment switches off, controls included.
+
+    Args:
+        effects: of `ablation_effects`, domains in the order of `neurons`; without them, no selection by effect.
+        seeds: how often each control is drawn.
+    """
+    found = []
+    modules = list(neurons.modules)
+    for number, domain in enumerate(neurons.domains):
+        sets = {(FIRING, 0): neurons.masks(domain)}
+        for seed in range(seeds):
+            rng = np.random.default_rng([seed, number])
+            drawn = {(RANDOM, seed): {}, (RANDOM_RATE, seed): {}}
+            for module, selection in neurons.modules.items():
+                mask, barred = sets[FIRING, 0][module], selection.selected
+                drawn[RANDOM, seed][module] = random_like(mask, barred, rng)
+                drawn[RANDOM_RATE, seed][module] = random_like(mask, barred, rng, selection.rates[..., number])
+            sets |= drawn
+        if effects is not None:
+            chosen = {m: strongest(effects[m], number, int(sets[FIRING, 0][m].sum())) for m in modules}
+            sets[EFFECT, 0] = chosen
+            for seed in range(seeds):
+                rng = np.random.default_rng([seed, number, 1])
+                sets[RANDOM_EFFECT, seed] = {m: random_like(mask, mask, rng) for m, mask in chosen.items()}
+        for (selection, seed), masks in sets.items():
+            found += [Condition(selection, module, domain, seed, {module: masks[module]}) for module in modules]
+            if len(modules) > 1:
+                found.append(Condition(selection, ALL, domain, seed, masks))
+    return found
+
+
+def random_like(
+    mask: Bool[Tensor, "layer neuron"],
+    barred: Bool[Tensor, "layer neuron"],
+    rng: np.random.Generator,
+    rates: Float[Tensor, "layer neuron"] | None = None,
+    neighbours: int = 10,
+) -> Bool[Tensor, "layer neuron"]:
+    """Random neurons, as many in each layer as in `mask`, none of them barred.
+
+    Args:
+        rates: match these too: each neuron is replaced by one of the `neighbours` whose rate is nearest to its own.
+    Raises:
+        ValueError: a layer has too few other neurons.
+    """
+    drawn = torch.zeros_like(mask)
+    for layer, row in enumerate(mask):
+        wanted, free = row.nonzero().flatten().numpy(), (~(barred[layer] | row)).nonzero().flatten().numpy()
+        if len(free) < len(wanted):
+            raise ValueError(f"layer {layer} has {len(free)} other neurons, {len(wanted)} are wanted for a control.")
+        for neuron in rng.permutation(wanted):
+            near = free
+            if rates is not None:
+                values = rates[layer].numpy()
+                near = free[np.argsort(abs(values[free] - values[neuron]), kind="stable")[:neighbours]]
+            chosen = rng.choice(near)
+            drawn[layer, chosen] = True
+            free = free[free != chosen]
+    return drawn
+
+
+def effect_work(
+    model: Any, modules: Sequence[str] | None = None
+) -> Callable[[Sequence[Example]], Iterator[dict[str, Any]]]:
+    """What a run over a data set does with a batch (`runs.run` with `run_sums.write_sums`): its effects, as terms of a sum.
+
+    Args:
+        modules: as `ablation_effects` takes them.
+    Raises:
+        ValueError: (when called) an example without a domain or an answer.
+    """
+    sites = hook_sites(model, "hook_post", modules)
+
+    def work(batch: Sequence[Example]) -> Iterator[dict[str, Any]]:
+        if lacking := [example.id for example in batch if not example.domain or not example.answer]:
+            raise ValueError(f"example {lacking[0]} needs a domain and an answer.")
+        inputs = model.to_inputs(
+            [e.question for e in batch], images=[list(e.images) for e in batch], answers=[e.answer for e in batch]
+        )
+        first = {example.domain: example.id for example in reversed(batch)}
+        domains = list(first)
+        of_row = torch.tensor([domains.index(example.domain) for example in batch])
+        counts = of_row.bincount(minlength=len(domains)).tolist()
+        for (module, layer), effect in _first_order(model, inputs, sites).items():
+            of_token = of_row.repeat_interleave(inputs.shape[1]) if module == "decoder" else _of_tower(inputs, of_row, module)
+            total = torch.zeros(len(domains), effect.shape[-1], dtype=torch.float64)
+            total.index_add_(0, of_token, effect.double().cpu())
+            for domain, n, values in zip(domains, counts, total.numpy()):
+                yield {"id": first[domain], "domain": domain, "source": "", "module": module, "layer": layer, "n": n, "values": values}
+
+    return work
+
+
+def ablation_effects(
+    model: Any, data: Iterable[Example], domains: Sequence[str], modules: Sequence[str] | None = None, batch_size: int = 16
+) -> dict[str, Float[Tensor, "domain layer neuron"]]:
+    """First-order loss of log p(answer), in nats, when a neuron is set to 0: the mean over a domain's items of Σ_tokens a·∂log p/∂a.
+
+    The answer is teacher-forced, whole, without its end token. Positive: the neuron helps the domain's answers.
+
+    Raises:
+        ValueError: an item of another domain, without an answer, or a domain without items.
+    """
+    work = effect_work(model, modules)
+    return _effects(add_up(term for batch in in_batches(data, batch_size) for term in work(batch)), domains)
+
+
+def read_effects(out: str | Path, domains: Sequence[str]) -> dict[str, Float[Tensor, "domain layer neuron"]]:
+    """The effects that a run with `effect_work` has summed, as `ablation_effects` gives them.
+
+    Raises:
+        ValueError: no run there, one that is not finished, or as `ablation_effects`.
+    """
+    return _effects(read_sums(out), domains)
+
+
+def _effects(sums: Mapping[tuple, tuple[int, Any]], domains: Sequence[str]) -> dict[str, Tensor]:
+    seen = {domain for domain, *_ in sums}
+    if seen != set(domains):
+        raise ValueError(f"the items to attribute are of the domains {', '.join(sorted(seen))}, expected {', '.join(domains)}.")
+    shapes: dict[str, tuple[int, int, int]] = {}
+    for (*_, module, layer), (_, values) in sums.items():
+        shapes[module] = len(domains), max(layer + 1, shapes.get(module, (0, 0))[1]), len(values)
+    effects = {module: torch.zeros(shapes[module], dtype=torch.float64) for module in SITES if module in shapes}
+    for (domain, _, module, layer), (n, values) in sums.items():
+        effects[module][domains.index(domain), layer] = torch.as_tensor(values) / int(n)
+    return effects
+
+
+def _first_order(model: Any, inputs: Any, sites: Mapping[str, tuple[str, int]]) -> dict[tuple[str, int], Tensor]:
+    """site -> [token neuron], activation times gradient of the rows' summed log p(answer)."""
+    kept: dict[tuple[str, int], Tensor] = {}
+
+    def keep(post: Tensor, hook: Any) -> None:
+        kept[sites[hook.name]] = post
+
+    with torch.enable_grad():
+        losses = model.run_with_hooks(
+            inputs, return_type="loss", loss_per_token=True, fwd_hooks=[(name, keep) for name in sites]
+        )
+        gradients = torch.autograd.grad(-losses.sum(), list(kept.values()))
+    return {site: (a.detach() * g).flatten(0, -2) for (site, a), g in zip(kept.items(), gradients)}
+
+
+def _of_tower(inputs: Any, of_row: Tensor, module: str) -> Tensor:
+    size = "n_patches" if module == "vision" else "n_tokens"
+    sizes = torch.tensor([getattr(visual, size) for visual in inputs.visuals])
+    return of_row[[visual.row for visual in inputs.visuals]].repeat_interleave(sizes)
+
+
+def strongest(effects: Float[Tensor, "domain layer neuron"], domain: int, n: int) -> Bool[Tensor, "layer neuron"]:
+    """The n neurons whose effect on this domain exceeds their mean effect on the others the most."""
+    others = [k for k in range(len(effects)) if k != domain]
+    contrast = (effects[domain] - effects[others].mean(0)).flatten()
+    mask = torch.zeros_like(contrast, dtype=torch.bool)
+    mask[contrast.argsort(descending=True, stable=True)[:n]] = True
+    return mask.view_as(effects[domain])
+
+
+# ---- the experiment ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ablations(Result):
+    """What every question was answered under every condition.
+
+    Attributes:
+        outcomes: one row a condition and question: selection, module, target (whose neurons), seed, neurons (how many were
+            off), id, image, domain (of the question), right, log_prob (nats, of the right answer's first token).
+        model_name: of the model.
+    """
+
+    outcomes: pd.DataFrame
+    model_name: str
+
+    def accuracy(self) -> pd.DataFrame:
+        """One row a selection, module and domain: accuracy on the domain when its own neurons are off (controls: over
+        all seeds), with Wilson's interval over questions; its change from none, with the bootstrap's interval.
+
+        Domain "all" pools the questions, each with its own domain's neurons off.
+        """
+        base = self._base()
+        rows = []
+        own = self._own()
+        for (selection, module), group in own.groupby(["selection", "module"], sort=False):
+            for domain, some in _with_pool(group):
+                n, seeds = some["id"].nunique(), some["seed"].nunique()
+                accuracy = some["right"].mean()
+                low, high = wilson(accuracy, n)
+                row = {"selection": selection, "module": module, "domain": domain, "items": n, "seeds": seeds,
+                       "neurons": some.groupby("target")["neurons"].mean().mean(), "accuracy": accuracy, "low": low, "high": high}  # fmt: skip
+                if selection != NONE:
+                    row |= _difference(some, base, "right", "change") | _difference(some, base, "log_prob", "log_prob_change")
+                rows.append(row)
+        return pd.DataFrame(rows)
+
+    def against_controls(self) -> pd.DataFrame:
+        """One row a selection, control, module and domain: how much more the own neurons cost than the control.
+
+        `excess` is accuracy(own off) − accuracy(control off): below 0, the domain needs its own neurons more. The
+        same for the log-probability. Intervals: bootstrap over images and seeds, paired by question.
+        """
+        own = self._own()
+        rows = []
+        for selection, controls in CONTROLS.items():
+            chosen = own[own["selection"] == selection]
+            for control in controls:
+                drawn = own[own["selection"] == control]
+                for module, group in drawn.groupby("module", sort=False):
+                    mine = chosen[chosen["module"] == module]
+                    for domain, some in _with_pool(group):
+                        excess = _difference(some, mine, "right", "excess", -1)
+                        excess |= _difference(some, mine, "log_prob", "excess_log_prob", -1)
+                        n_neurons = some.groupby("target")["neurons"].mean().mean()
+                        rows.append({"selection": selection, "control": control, "module": module, "domain": domain,
+                                     "items": some["id"].nunique(), "neurons": n_neurons} | excess)  # fmt: skip
+        return pd.DataFrame(rows)
+
+    def cross(self, selection: str = FIRING, module: str = ALL) -> pd.DataFrame:
+        """Rows: whose neurons are off; columns: the domain asked about; values: change of accuracy from none.
+
+        Raises:
+            ValueError: that selection was only judged on its own domain.
+        """
+        some = self.outcomes.query("selection == @selection and module == @module")
+        if set(some["domain"]) != set(self._base()["domain"]) or (some["target"] == some["domain"]).all():
+            raise ValueError(f"{selection!r} ({module}) was judged on its own domain only: there is no cross table.")
+        merged = some.merge(self._base()[["id", "right"]], on="id", suffixes=("", "_none"))
+        change = merged["right"].astype(float) - merged["right_none"].astype(float)
+        table = change.groupby([merged["target"], merged["domain"]], sort=False).mean().unstack()
+        domains = [domain for domain in table.index if domain in table.columns]
+        return table.loc[domains, domains]
+
+    def plot(self, path: Any = None) -> Any:
+        """The accuracy matrix: what is off × domain."""
+        from analyses.views.neurons import accuracy_plot
+
+        return accuracy_plot(self.accuracy(), self.model_name, path)
+
+    def plot_controls(self, path: Any = None) -> Any:
+        """Own neurons against their controls, with intervals."""
+        from analyses.views.neurons import controls_plot
+
+        return controls_plot(self.against_controls(), self.model_name, path)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        return self.outcomes
+
+    def _base(self) -> pd.DataFrame:
+        return self.outcomes[self.outcomes["selection"] == NONE]
+
+    def _own(self) -> pd.DataFrame:
+        """Questions about the domain whose neurons are off, and the untouched run."""
+        outcomes = self.outcomes
+        return outcomes[(outcomes["target"] == outcomes["domain"]) | (outcomes["selection"] == NONE)]
+
+
+@torch.no_grad()
+def ablate(
+    model: Any, batches: Sequence[Batch], wanted: Sequence[Condition], crossed: Sequence[str] = (FIRING,), progress: bool = True
+) -> Ablations:
+    """Answers every question untouched, and the questions of each condition's domain with its neurons off.
+
+    Args:
+        crossed: selections judged on the other domains too, where all modules are off together.
+    """
+    bar = tqdm(batches, desc="ablating", unit="batch", disable=not progress, delay=2)
+    rows = [row for batch in bar for row in _under_all(model, batch, wanted, crossed)]
+    return Ablations(pd.DataFrame(rows), str(model.cfg.model_name))
+
+
+def ablation_work(
+    model: Any, wanted: Sequence[Condition], crossed: Sequence[str] = (FIRING,)
+) -> Callable[[Sequence[Example]], Iterator[dict[str, Any]]]:
+    """The same as the work of a run over a data set (`runs.run`): a row a question and condition.
+
+    Batches of one domain (`size_by_model(model, by_domain=True)`) take the fewest forwards.
+    """
+    prefixes = Prefixes(model)
+
+    @torch.no_grad()
+    def work(batch: Sequence[Example]) -> list[dict[str, Any]]:
+        by_domain = [[e for e in batch if e.domain == domain] for domain in dict.fromkeys(e.domain for e in batch)]
+        return [row for some in by_domain for row in _under_all(model, _encoded(model, some, prefixes), wanted, crossed)]
+
+    return work
+
+
+def read_ablations(out: str | Path) -> Ablations:
+    """The outcomes that a run with `ablation_work` has written.
+
+    Raises:
+        ValueError: no run there, one that is not finished, or one in which nothing could be answered.
+    """
+    outcomes = read_results(out)
+    if outcomes.empty:
+        raise ValueError(f"no test question of the run in {out} could be answered.")
+    return Ablations(outcomes.drop(columns="item"), read_manifest(out)["model"]["name"])
+
+
+def _under_all(model: Any, batch: Batch, wanted: Sequence[Condition], crossed: Sequence[str]) -> list[dict]:
+    """One batch's rows under no condition, and under each that concerns its domain."""
+    widest = ALL if any(condition.module == ALL for condition in wanted) else None
+    untouched = _outcomes(model, batch)
+    rows = _rows(Condition(NONE, ALL, "", 0, {}), batch, untouched)
+    for condition in wanted:
+        if batch.domain == condition.target or (condition.selection in crossed and widest in (None, condition.module)):
+            if condition.n_neurons:
+                with disable_neurons(model, condition.masks):
+                    rows += _rows(condition, batch, _outcomes(model, batch))
+            else:
+                rows += _rows(condition, batch, untouched)  # nothing is off
+    return rows
+
+
+def _outcomes(model: Any, batch: Batch) -> list[tuple[bool, float]]:
+    texts, log_probs = answer(model, batch)
+    return [(same_answer(text, right), float(lp)) for text, right, lp in zip(texts, batch.answers, log_probs)]
+
+
+def _rows(condition: Condition, batch: Batch, outcomes: Sequence[tuple[bool, float]]) -> list[dict]:
+    about = {"selection": condition.selection, "module": condition.module, "target": condition.target,
+             "seed": condition.seed, "neurons": condition.n_neurons}  # fmt: skip
+    return [
+        about | {"id": name, "image": image, "domain": batch.domain, "right": right, "log_prob": log_prob}
+        for name, image, (right, log_prob) in zip(batch.ids, batch.images, outcomes)
+    ]
+
+
+# ---- intervals --------------------------------------------------------------------------------------
+
+
+def wilson(accuracy: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a proportion over n questions (for a mean over seeds, of the nearest whole number right)."""
+    interval = binomtest(round(accuracy * n), n).proportion_ci(method="wilson")
+    return interval.low, interval.high
+
+
+def bootstrap(differences: Float[np.ndarray, "item seed"], images: Sequence[str], seed: int = 0) -> tuple[float, float]:
+    """95 % interval of the mean, resampling images (with all their questions) and seeds; percentiles of 2,000 resamples.
+
+    Several questions about one image are not independent, and nor are the seeds' draws of neurons for all questions.
+    """
+    rng = np.random.default_rng(seed)
+    _, image = np.unique(np.asarray(images), return_inverse=True)
+    n_images, n_seeds = image.max() + 1, differences.shape[1]
+    sums = np.zeros((n_images, n_seeds))
+    np.add.at(sums, image, differences)
+    drawn = rng.multinomial(n_images, np.full(n_images, 1 / n_images), size=_RESAMPLES)
+    seeds = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=_RESAMPLES) / n_seeds
+    means = np.einsum("rs,rs->r", drawn @ sums, seeds) / (drawn @ np.bincount(image))
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _difference(some: pd.DataFrame, base: pd.DataFrame, column: str, name: str, sign: int = 1) -> dict[str, float]:
+    """Mean of `some` − `base` (times the sign) and its interval, paired by question."""
+    table = some.pivot(index=["id", "image"], columns="seed", values=column).astype(float)
+    reference = base.set_index("id")[column].astype(float).reindex(table.index.get_level_values("id"))
+    differences = sign * (table.to_numpy() - reference.to_numpy()[:, None]) + 0.0  # no minus zero
+    low, high = bootstrap(differences, table.index.get_level_values("image"))
+    return {name: float(differences.mean()), f"{name}_low": low, f"{name}_high": high}
+
+
+def _with_pool(group: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """The rows of each domain, then of all together."""
+    return [*group.groupby("domain", sort=False), (ALL, group)]
+
+
+# ---- the stream -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def stream_by_layer(
+    model: Any, batches: Sequence[Batch], wanted: Sequence[Condition] = (), progress: bool = True
+) -> pd.DataFrame:
+    """How far ablation moves the residual stream, and the logit lens's entropy, by layer and kind of token.
+
+    Args:
+        wanted: conditions, each run on its own domain's questions; the untouched run comes first.
+    Returns:
+        one row a condition (selection, module, target, seed), domain, lens entry (0 = embeddings, n_layers = output) and
+        source (image, text, last: the position that predicts the answer): `deviation`, mean of ‖h' − h‖ / ‖h‖, and
+        `entropy_nats`, mean of the lens's entropy.
+    """
+    rows = []
+    for batch in tqdm(batches, desc="reading streams", unit="batch", disable=not progress, delay=2):
+        sources = _stream_sources(batch.inputs)
+        untouched, _ = residual_stack(model, batch.inputs)
+        for condition in [Condition(NONE, ALL, batch.domain, 0, {}), *(c for c in wanted if c.target == batch.domain)]:
+            stack = untouched
+            if condition.n_neurons:
+                with disable_neurons(model, condition.masks):
+                    stack, _ = residual_stack(model, batch.inputs)
+            deviation = (stack.float() - untouched.float()).norm(dim=-1) / untouched.float().norm(dim=-1)
+            for entry, (moved, vectors) in enumerate(zip(deviation.cpu(), stack)):
+                for source, here in sources.items():
+                    entropy = logit_readout(model, vectors[here.to(vectors.device)], return_type="log_probs", chunk_size=64).entropy
+                    rows.append(
+                        {"selection": condition.selection, "module": condition.module, "target": condition.target,
+                         "seed": condition.seed, "domain": batch.domain, "layer": entry, "source": source,
+                         "tokens": int(here.sum()), "deviation": float(moved[here].sum()), "entropy_nats": float(entropy.sum())}
+                    )  # fmt: skip
+    keys = ["selection", "module", "target", "seed", "domain", "layer", "source"]
+    table = pd.DataFrame(rows).groupby(keys, sort=False).sum().reset_index()
+    for column in ("deviation", "entropy_nats"):
+        table[column] /= table["tokens"]
+    return table
+
+
+def _stream_sources(inputs: Any) -> dict[str, Bool[Tensor, "batch pos"]]:
+    sources = token_sources(inputs)
+    last = torch.zeros_like(sources, dtype=torch.bool)
+    for row in range(len(inputs)):
+        last[row, inputs.positions("last", row)] = True
+    found = {"image": sources == 0, "text": sources == 1, "last": last}
+    return {name: here for name, here in found.items() if here.any()}
+
+
+def image_key(example: Example) -> str:
+    """What tells images apart: their files, or the pixels of pictures in memory; without any, the example."""
+    return " ".join(map(_picture_key, example.images)) or example.id
+
+
+def _picture_key(image: Any) -> str:
+    if isinstance(image, (str, Path)):
+        return str(image)
+    return hashlib.blake2b(np.asarray(image).tobytes(), digest_size=8).hexdigest()
+
+
+def split_by_image(data: Iterable[Example]) -> tuple[list[Example], list[Example]]:
+    """(selection, test): every other image of each domain, with all its questions; no image is in both.
+
+    Raises:
+        ValueError: a domain has only one image.
+    """
+    halves: tuple[list[Example], list[Example]] = ([], [])
+    side: dict[str, int] = {}
+    n_images: dict[str, int] = {}
+    for example in data:
+        key = image_key(example)
+        if key not in side:
+            side[key] = n_images.get(example.domain, 0) % 2
+            n_images[example.domain] = n_images.get(example.domain, 0) + 1
+        halves[side[key]].append(example)
+    single = [domain for domain, n in n_images.items() if n < 2]
+    if single:
+        raise ValueError(f"{', '.join(single)} has one image only: there must be one to select on and another to test.")
+    return halves

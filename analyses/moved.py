@@ -1,0 +1,64 @@
+"""Import paths of earlier versions: each gives the very module that holds the names now."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import InspectLoader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import CodeType, ModuleType
+from typing import Any
+
+KEPT = {  # public paths that stay: no warning
+    "analyses.benchmarks": "analyses.data.benchmarks",
+    "analyses.compare": "analyses.experiments.compare",
+}
+MOVED = {
+    "analyses.activation_store": "analyses.runs.activation_store",
+    "analyses.baselines": "analyses.answer_scores",
+    "analyses.detection": "analyses.common.detection",
+    "analyses.grounding_experiment": "analyses.experiments.grounding",
+    "analyses.hallucination": "analyses.experiments.hallucination",
+    "analyses.neuron_experiment": "analyses.experiments.neurons",
+    "analyses.neuron_pictures": "analyses.experiments.max_activating",
+    "analyses.prefixes": "hooked_qwen2vl.image_embeddings",
+    "analyses.readout": "analyses.common.vocabulary",
+    "analyses.rectangles": "analyses.common.rectangles",
+    "analyses.result": "analyses.common.result",
+    "analyses.run_files": "analyses.runs.files",
+    "analyses.run_plan": "analyses.runs.plan",
+    "analyses.run_sums": "analyses.runs.sums",
+    "analyses.studies": "analyses.experiments.flips",
+    "analyses.views.studies": "analyses.views.experiments",
+}
+
+
+class MovedModules(MetaPathFinder, InspectLoader):
+    """Finds a module under the path it had before, also for `python -m`."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: Any = None) -> ModuleSpec | None:
+        return ModuleSpec(name, self) if name in KEPT or name in MOVED else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        if spec.name in MOVED:
+            warnings.warn(f"{spec.name} is now {MOVED[spec.name]}.", DeprecationWarning, stacklevel=2)
+        module = import_module(_home(spec.name))
+        self._own_spec = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self._own_spec  # the import system has put the old path's there
+
+    def get_code(self, fullname: str) -> CodeType | None:
+        spec = find_spec(_home(fullname))
+        return spec.loader.get_code(spec.name)
+
+    def get_source(self, fullname: str) -> str | None:
+        spec = find_spec(_home(fullname))
+        return spec.loader.get_source(spec.name)
+
+
+def _home(name: str) -> str:
+    return KEPT.get(name) or MOVED[name]

@@ -1,0 +1,296 @@
+"""Activations of a whole data set on disk, one row a position, for sparse autoencoders and probes.
+
+Writing is a run (see `runs`): it can be killed at any moment, shared between processes, and it goes on. Each part is
+one safetensors file:
+
+    <hook name>     [row, …]   the activation, padding left out; the batches' composition is in the plan
+    item            [row]      the question's place in the data (`ActivationStore.items` says the rest)
+    position        [row]      of the token in its prompt, from 0, padding not counted
+    token           [row]      its id
+    is_image        [row]      whether it is an image's or a video's token, not text
+    mrope           [row 3]    M-RoPE position (t, row, col)
+
+Reading back, shuffled: parts are taken in random order into a pool; the pool is shuffled, half of it is given out,
+and more is read. Each row comes exactly once a pass, the order follows from the seed, and memory holds the pool and
+one part.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from analyses.runs.engine import Data, Part, Run, prepare, settled, work_on
+from analyses.runs.files import PLAN, finished_parts, part_path, read_manifest
+from analyses.runs.plan import size_by_model
+from hooked_qwen2vl.image_embeddings import CAPACITY, Prefixes
+
+SUFFIX = ".safetensors"
+LABELS = ("item", "position", "token", "is_image", "mrope")
+NOT_ROWS = ("hook_attn_scores", "hook_pattern")
+KEPT = re.compile(r"all|text|image|video|last|system|question|history|template|answer|vision_(start|end)|(image|video)\[\d+\]")
+Which = Literal["all", "image", "text"]
+
+
+def store_activations(
+    model: Any,
+    examples: Data,
+    names: str | Sequence[str],
+    out: str | Path,
+    keep: str = "all",
+    dtype: torch.dtype | str | None = None,
+    answers: bool = False,
+    *,
+    batch_size: int = 8,
+    shard: tuple[int, int] | None = None,
+    dry_run: bool = False,
+    progress: bool = True,
+    batches_per_part: int = 16,
+    window: int = 1024,
+) -> Run:
+    """Runs the model over the data and keeps the named activations of every position.
+
+    Args:
+        examples: as `runs.run` takes them.
+        names: hooks of the text side (`blocks.5.hook_resid_post`), not scores or patterns.
+        keep: "all" positions, or those of a part of the prompt: "image", "text", "question", "last", … (names that
+            `Inputs.positions` knows); a prompt without that part gives no row.
+        dtype: on disk; None keeps the model's own, and then nothing is rounded.
+        answers: whether the questions' answers are part of the prompt (teacher-forced).
+        The others are `runs.run`'s.
+    Raises:
+        ValueError: a hook that is not there or has no rows, or as `runs.run`.
+    """
+    names = [names] if isinstance(names, str) else list(names)
+    _check_names(model, names)
+    if not KEPT.fullmatch(keep):
+        raise ValueError(f"keep must be 'all' or a part of the prompt ('image', 'text', 'question', 'last', …), got {keep!r}.")
+    stored = model.cfg.dtype if dtype is None else _as_dtype(dtype)
+    settings = {
+        "names": names, "keep": keep, "dtype": str(stored).removeprefix("torch."), "answers": answers,
+        "batch_size": batch_size, "batches_per_part": batches_per_part, "window": window,
+    }  # fmt: skip
+    state = prepare(
+        "activations", examples, out, settings, model, size_by_model(model), shard=shard, suffix=SUFFIX, prefixes=CAPACITY
+    )
+    if dry_run:
+        return state
+    prefixes = Prefixes(model)
+
+    @torch.no_grad()
+    def work(batch: list) -> Iterator[dict[str, Any]]:
+        texts = [example.answer or None for example in batch] if answers else None
+        inputs = model.to_inputs([e.question for e in batch], images=[list(e.images) for e in batch], answers=texts)
+        inputs = prefixes(inputs)
+        _, cache = model.run_with_cache(inputs, names_filter=names, return_type=None)
+        for row, example in enumerate(batch):
+            yield {"id": example.id, "tensors": _rows_of(cache, inputs, row, names, keep, stored)}
+
+    work_on(state, examples, work, _write_tensors, progress)
+    return settled(state)
+
+
+class ActivationStore:
+    """A folder that `store_activations` has filled.
+
+    Attributes:
+        folder: where it is.
+        names: of the activations.
+        items: one row a question: item, id, domain, category, answer, …: what probes need as labels.
+        n_rows: positions stored.
+        failures: questions that gave none, with the reason.
+    """
+
+    def __init__(self, folder: str | Path, partial: bool = False):
+        """Opens it; only headers and labels are read.
+
+        Raises:
+            ValueError: no store there, or one that is not finished (unless `partial`).
+        """
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder)
+        if self.manifest["name"] != "activations":
+            raise ValueError(f"{folder} holds a run of {self.manifest['name']!r}, not an activation store.")
+        self._parts = finished_parts(self.folder, SUFFIX, partial)
+        self.names: list[str] = self.manifest["settings"]["names"]
+        self.items = pd.read_parquet(self.folder / PLAN).sort_values("item", ignore_index=True)
+        self.n_rows, self.failures = self._count()
+
+    def _count(self) -> tuple[int, pd.DataFrame]:
+        n_rows, failures = 0, []
+        for part in self._parts:
+            with safe_open(part_path(self.folder, part, SUFFIX), framework="pt") as file:
+                n_rows += file.get_slice("item").get_shape()[0]
+                failures += json.loads(file.metadata()["failures"])
+        return n_rows, pd.DataFrame(failures, columns=["item", "id", "batch", "error"])
+
+    def __len__(self) -> int:
+        return self.n_rows
+
+    def __repr__(self) -> str:
+        return f"ActivationStore({self.folder}, {self.n_rows} rows of {', '.join(self.names)})"
+
+    def question(self, id: str) -> dict[str, Tensor]:
+        """Everything stored of one question, in the order of its positions.
+
+        Raises:
+            ValueError: no such question, or one that failed.
+        """
+        found = self.items[self.items["id"] == id]
+        if found.empty or int(found["part"].iloc[0]) not in self._parts:
+            raise ValueError(f"the store has no question {id!r}.")
+        why = self.failures["error"][self.failures["id"] == id]
+        if len(why):
+            raise ValueError(f"the question {id!r} gave no activation: {why.iloc[0]}")
+        part = self._read(int(found["part"].iloc[0]), self.names)
+        rows = part["item"] == int(found["item"].iloc[0])
+        return {name: values[rows] for name, values in part.items()}
+
+    def batches(
+        self,
+        batch_size: int,
+        names: str | Sequence[str] | None = None,
+        seed: int | None = 0,
+        which: Which = "all",
+        pool: int = 1 << 16,
+        drop_last: bool = False,
+    ) -> Iterator[dict[str, Tensor]]:
+        """One pass over the rows: name -> [batch …], with the labels beside the activations.
+
+        Args:
+            names: activations to read; None reads all.
+            seed: of the order; another one for each epoch. None keeps the order of the parts.
+            which: rows of image tokens only, of text tokens only, or all.
+            pool: rows that are shuffled among each other: memory holds them and one part.
+            drop_last: leave out a last batch that is not full.
+        Raises:
+            ValueError: (at once) an unknown name, or a size below 1.
+        """
+        names = self.names if names is None else [names] if isinstance(names, str) else list(names)
+        unknown = [name for name in names if name not in self.names]
+        if unknown or which not in ("all", "image", "text") or batch_size < 1 or pool < 1:
+            raise ValueError(
+                f"expected names among {self.names}, which='all', 'image' or 'text', and batch_size and pool of at least 1; "
+                f"got {unknown or names}, {which!r}, {batch_size} and {pool}."
+            )
+        return self._batches(batch_size, names, seed, which, pool, drop_last)
+
+    def _batches(
+        self, batch_size: int, names: Sequence[str], seed: int | None, which: Which, pool: int, drop_last: bool
+    ) -> Iterator[dict[str, Tensor]]:
+        draw = None if seed is None else np.random.default_rng(seed)
+        left = list(self._parts) if draw is None else draw.permutation(self._parts).tolist()
+        held: dict[str, Tensor] = {}
+        while True:
+            while left and _length(held) < max(pool, batch_size):
+                held = _joined(held, self._chosen(left.pop(0), names, which))
+            n = _length(held)
+            if not n:
+                return
+            if draw is not None:
+                order = torch.from_numpy(draw.permutation(n))
+                held = {name: values[order] for name, values in held.items()}
+            # Half goes out, in whole batches; the rest is mixed with what is read next. At the end, all.
+            out = max(n // 2, batch_size) // batch_size * batch_size if left else n
+            for start in range(0, out, batch_size):
+                batch = {name: values[start : min(start + batch_size, out)].clone() for name, values in held.items()}
+                if _length(batch) == batch_size or not drop_last:
+                    yield batch
+            held = {name: values[out:] for name, values in held.items()}
+
+    def _chosen(self, part: int, names: Sequence[str], which: Which) -> dict[str, Tensor]:
+        values = self._read(part, names)
+        if which == "all" or not values:
+            return values
+        rows = values["is_image"] == (which == "image")
+        return {name: value[rows] for name, value in values.items()}
+
+    def _read(self, part: int, names: Sequence[str]) -> dict[str, Tensor]:
+        """A part's rows; nothing where none of its questions gave any."""
+        with safe_open(part_path(self.folder, part, SUFFIX), framework="pt") as file:
+            wanted = (*names, *LABELS) if file.get_slice("item").get_shape()[0] else ()
+            return {name: file.get_tensor(name) for name in wanted}
+
+
+# ---- writing ----------------------------------------------------------------------------------
+
+
+def _rows_of(
+    cache: Mapping[str, Tensor], inputs: Any, row: int, names: Sequence[str], keep: str, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The chosen positions of one prompt."""
+    seen = inputs.attention_mask[row].bool()
+    if keep == "all":
+        places = seen.nonzero()[:, 0]
+    elif keep in ("image", "text"):
+        places = (seen & ((inputs.token_types[row] > 0) == (keep == "image"))).nonzero()[:, 0]
+    elif keep == "last" or any(name == keep or name.startswith(f"{keep}[") for name in inputs.part_names(row)):
+        places = inputs.positions(keep, row).to(seen.device)
+    else:
+        places = torch.zeros(0, dtype=torch.long, device=seen.device)
+    first = int(seen.long().argmax())
+    labels = {
+        "position": (places - first).int(),
+        "token": inputs.tokens[row, places].int(),
+        "is_image": inputs.token_types[row, places] > 0,
+        "mrope": inputs.position_ids[:, row, places].T.int(),
+    }
+    values = {name: cache[name][row][places.to(cache[name].device)].to(dtype) for name in names}
+    return {name: value.cpu() for name, value in {**labels, **values}.items()}
+
+
+def _write_tensors(state: Run, number: int, part: Part, file: Path) -> None:
+    """A part as safetensors, question after question in the order of the data."""
+    results = sorted(part.results, key=lambda result: result[0])
+    if results:
+        tensors = {
+            name: torch.cat([row["tensors"][name] for _, _, _, row in results]) for name in results[0][3]["tensors"]
+        }
+        sizes = [len(row["tensors"]["token"]) for _, _, _, row in results]
+        tensors["item"] = torch.repeat_interleave(torch.tensor([item for item, *_ in results]), torch.tensor(sizes))
+    else:
+        tensors = {"item": torch.zeros(0, dtype=torch.long)}
+    failures = json.dumps([vars(failure) for failure in part.failures])
+    header = {"failures": failures, "composition": json.dumps(part.composition)}
+    save_file({name: value.contiguous() for name, value in tensors.items()}, file, header)
+
+
+def _check_names(model: Any, names: Sequence[str]) -> None:
+    if not names:
+        raise ValueError("expected at least one hook name, such as 'blocks.5.hook_resid_post'.")
+    unknown = [name for name in names if name not in model.hook_dict]
+    if unknown:
+        raise ValueError(f"no hook point is called {', '.join(map(repr, unknown))}; model.hook_dict lists them all.")
+    wrong = [name for name in names if name.startswith("vision_") or name.endswith(NOT_ROWS)]
+    if wrong:
+        raise ValueError(
+            f"{', '.join(wrong)}: expected activations of the text side with one row a position; the prefix of an image "
+            f"is in 'hook_embed' at its positions."
+        )
+
+
+def _as_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype).removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"unknown dtype {dtype!r}: expected 'float32', 'bfloat16', 'float16', or None for the model's own.")
+    return found
+
+
+def _length(held: Mapping[str, Tensor]) -> int:
+    return len(held["item"]) if held else 0
+
+
+def _joined(held: Mapping[str, Tensor], more: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if not held or not more:
+        return dict(held or more)
+    return {name: torch.cat((values, more[name])) for name, values in held.items()}

@@ -1,0 +1,535 @@
+"""Runs over thousands of questions that can be killed at any moment and started again.
+
+1. Plan: which questions form which batch and which part (see `run_plan`); the plan follows from data and settings.
+2. Each part that is not there yet is worked on, batch by batch, and written as one Parquet file: under a temporary
+   name first, moved to its own when it is whole. What has its name is done; what has not is done again.
+3. A question that cannot be answered (an unreadable image, a prompt too long) is kept with its reason.
+4. Processes and machines share the parts; merging is reading the folder.
+
+    OUT/run.json              name, model, settings, versions, seed, the data's digest; never changed once written
+    OUT/plan.parquet          the composition of the batches: item, id, part, batch, size, …
+    OUT/part-00012.parquet    a part's rows; what failed has its reason in `error`; in the file's metadata,
+                              `composition`: the batches as they really ran
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from analyses.runs.files import finished_parts, part_path, refuse_another, settle, sweep, whole_file, written_parts
+from analyses.runs.plan import Memory, Size, Sizer, digest, make_plan, memory_for, size_by_model, size_by_pixels, windows
+
+if TYPE_CHECKING:
+    from analyses.data.examples import Example
+
+PACKAGES = ("hooked-qwen2vl", "torch", "transformers", "transformer_lens")
+SHOWN = 8  # sizes that a description lists
+RESERVED = ("item", "batch", "error")
+
+Row = Mapping[str, Any]
+Work = Callable[[list["Example"]], Iterable[Row]]
+Data = Iterable["Example"] | Callable[[], Iterable["Example"]]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A question without a result, and why."""
+
+    item: int
+    id: str
+    batch: int
+    error: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one part has given, before it is written.
+
+    Attributes:
+        results: (item, id, batch, what `work` gave for it), in the order of the batches.
+        failures: questions without a result.
+        composition: the items of each batch as they really ran: without those whose image could not be read,
+            and one by one where the batch as a whole could not be worked on.
+    """
+
+    results: list[tuple[int, str, int, Row]]
+    failures: list[Failure]
+    composition: list[list[int]]
+
+
+Writer = Callable[["Run", int, Part, Path], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is planned, and how far it is.
+
+    Attributes:
+        out: the folder.
+        manifest: as in `run.json`.
+        plan: one row a question (see `run_plan.make_plan`).
+        share: (k, n): this process does every n-th part, from the k-th.
+        done: parts that are written, by whichever process.
+        memory: what the model's forward needs; None where no model was given.
+        suffix: of the parts' files.
+    """
+
+    out: Path
+    manifest: dict[str, Any]
+    plan: pd.DataFrame
+    share: tuple[int, int]
+    done: frozenset[int]
+    memory: Memory | None = None
+    suffix: str = ".parquet"
+
+    @property
+    def complete(self) -> bool:
+        """Whether every part of the whole run is written, other processes' too."""
+        return set(self.plan["part"]) <= self.done
+
+    @property
+    def todo(self) -> list[int]:
+        """Parts of this share that are not written yet, in order."""
+        k, n = self.share
+        return [part for part in sorted(set(self.plan["part"])) if part % n == k and part not in self.done]
+
+    def describe(self) -> str:
+        """What would be done: for --dry-run."""
+        plan, (k, n) = self.plan, self.share
+        ours = plan[plan["part"].isin(self.todo)]
+        n_batches, n_parts = plan["batch"].nunique(), plan["part"].nunique()
+        lines = [
+            f"{self.manifest['name']}: {len(plan)} questions in {n_batches} batches, {n_parts} parts, into {self.out}",
+            f"written already: {len(plan[plan['part'].isin(self.done)])} questions",
+            f"to do here{f' (share {k}/{n})' if n > 1 else ''}: {len(ours)} questions in {ours['batch'].nunique()} batches",
+        ]
+        sizes = sorted((group for _, group in plan.groupby("size", sort=False)), key=len, reverse=True)
+        for group in sizes[:SHOWN]:
+            lines.append(f"  {len(group)} × {group['size'].iloc[0]}, batches of up to {group.groupby('batch').size().max()}")
+        if rest := sizes[SHOWN:]:
+            lines.append(f"  {sum(map(len, rest))} of {len(rest)} other sizes")
+        if self.memory is not None:
+            lines.append(f"memory of the forward, beside what the analysis itself keeps: about {self.memory}")
+        return "\n".join(lines)
+
+
+def run(
+    name: str,
+    examples: Data,
+    work: Work,
+    out: str | Path,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    model: Any = None,
+    size: Sizer | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+    shard: tuple[int, int] | None = None,
+    dry_run: bool = False,
+    progress: bool = True,
+    batches_per_part: int = 4,
+    window: int = 1024,
+    prefixes: int = 0,
+    gradients: bool = False,
+    write: Writer | None = None,
+) -> Run:
+    """Does `work` on every question that has no result in the folder yet.
+
+    Args:
+        name: of the analysis; it belongs to the manifest.
+        examples: the data, in an order that never changes: a sequence, or a function that gives a fresh iterator
+            (`lambda: data.examples("scenes", 5000)`). They are gone through twice: to plan and to work.
+        work: a batch of questions, their images opened, to rows; any number of rows a question, each with the
+            question's "id", and values that Parquet knows (numbers, strings, lists). It must depend on nothing but the
+            batch: random numbers are seeded anew before each.
+        settings: all that decides the numbers and can be written as JSON.
+        model: its name, dtype and the hash of its weights then belong to the manifest, sizes are its own, and the
+            memory is estimated.
+        size: what batches have in common; None takes `size_by_model` or `size_by_pixels`.
+        shard: (k, n) for the k-th of n processes, from 0; None asks accelerate (see `this_share`).
+        dry_run: write nothing and work on nothing.
+        batches_per_part: batches that are written together, and lost together when the process is killed.
+        window: questions among which those of the same size are brought together.
+        prefixes: bytes that `work` keeps of image prefixes (`Prefixes.capacity`), for the estimate of memory.
+        gradients: whether `work` takes gradients, for the same.
+        write: how a part's rows are written; None keeps them as they are (`write_rows`).
+    Returns:
+        the run as it stands: `Run.complete` says whether other processes have finished too.
+    Raises:
+        ValueError: another run lives in the folder (the difference is named), the data cannot be gone through
+            twice or changed meanwhile, an id comes twice, a row is not as described, or the work failed on every
+            question of the first part.
+    """
+    settings = {**(settings or {}), "batch_size": batch_size, "batches_per_part": batches_per_part, "window": window}
+    state = prepare(name, examples, out, settings, model, size, seed, shard, prefixes=prefixes, gradients=gradients)
+    if dry_run:
+        return state
+    work_on(state, examples, work, write or write_rows, progress)
+    return settled(state)
+
+
+def read_results(out: str | Path, partial: bool = False) -> pd.DataFrame:
+    """All rows of a run, in the order of the data: item, id, and the columns that `work` gave.
+
+    Args:
+        partial: also of a run that is not finished.
+    Raises:
+        ValueError: no run there, or one that is not finished.
+    """
+    return _read(Path(out), partial, failed=False).drop(columns=["error", "batch"])
+
+
+def read_failures(out: str | Path, partial: bool = False) -> pd.DataFrame:
+    """Questions without a result: item, id, batch, and the reason in `error`."""
+    return _read(Path(out), partial, failed=True)[["item", "id", "batch", "error"]]
+
+
+def read_composition(out: str | Path, partial: bool = False) -> pd.DataFrame:
+    """The batches as they really ran, one row a forward: part, items."""
+    out = Path(out)
+    rows = []
+    for part in finished_parts(out, ".parquet", partial):
+        kept = json.loads(pq.read_schema(part_path(out, part, ".parquet")).metadata[b"composition"])
+        rows += [(part, items) for items in kept]
+    return pd.DataFrame(rows, columns=["part", "items"])
+
+
+def this_share(text: str | None = None) -> tuple[int, int]:
+    """Which share of the parts this process does: "k/n" with k from 0, or what `accelerate launch` says, or all.
+
+    Raises:
+        ValueError: not such a text, or accelerate was set up before for another number of processes.
+    """
+    if text is None:
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if launched == 1:
+            return 0, 1
+        import torch
+        from accelerate import PartialState
+
+        state = PartialState(cpu=not torch.accelerator.is_available())  # on CPUs it must be told, or sees one process
+        if state.num_processes != launched:
+            raise ValueError(
+                f"{launched} processes were launched, but accelerate counts {state.num_processes}: it was set up before. "
+                f"Call this_share() before anything else of accelerate's (device_map, say), or pass shard=(k, n)."
+            )
+        return state.process_index, state.num_processes
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    share = (int(found[1]), int(found[2])) if found else (0, 0)
+    _check_share(share, text)
+    return share
+
+
+# ---- the engine, shared with the activation store -----------------------------------------------
+
+
+def prepare(
+    name: str,
+    examples: Data,
+    out: str | Path,
+    settings: Mapping[str, Any],
+    model: Any = None,
+    size: Sizer | None = None,
+    seed: int = 0,
+    shard: tuple[int, int] | None = None,
+    suffix: str = ".parquet",
+    prefixes: int = 0,
+    gradients: bool = False,
+) -> Run:
+    """Plans a run, and refuses a folder that another run lives in; writes nothing.
+
+    Args:
+        settings: with batch_size, batches_per_part and window.
+        suffix: of the parts' files. prefixes, gradients: as `run` takes them.
+    """
+    share = this_share() if shard is None else shard
+    _check_share(share, str(share))
+    sizes: dict[Size, int] = {}
+    size = size or (size_by_model(model) if _sees(model) else size_by_pixels)
+    shape = [settings[key] for key in ("batch_size", "batches_per_part", "window")]
+    plan = make_plan(_fresh(examples), _remembering(size, sizes), *shape)
+    manifest = {
+        "name": name,
+        "model": describe_model(model) if model is not None else None,
+        "settings": settings,
+        "versions": {package: _version(package) for package in PACKAGES},
+        "seed": seed,
+        "data": {"questions": len(plan), "batches": int(plan["batch"].nunique()), "digest": _digest(plan)},
+    }
+    manifest = _as_json(manifest)
+    out = Path(out)
+    refuse_another(out, manifest)
+    rows = plan.groupby(["size", "batch"]).size().groupby("size").max()
+    memory = None
+    if sizes and _sees(model):
+        memory = memory_for(model, [(s, int(rows[str(s)])) for s in sizes], prefixes, gradients)
+    return Run(out, manifest, plan, share, written_parts(out, suffix), memory, suffix)
+
+
+def work_on(
+    state: Run, examples: Data, work: Callable, write: Writer, progress: bool = True
+) -> None:
+    """Does the parts of this share that are not written yet.
+
+    Args:
+        write: puts a part into the (temporary) file it is given.
+    """
+    from tqdm.auto import tqdm
+
+    state.out.mkdir(parents=True, exist_ok=True)
+    sweep(state.out)
+    settle(state.out, state.manifest, state.plan)
+    k, n = state.share
+    ours = state.plan[state.plan["part"] % n == k]
+    todo = set(state.todo)
+    bar = tqdm(
+        total=len(ours), initial=len(ours) - int(ours["part"].isin(todo).sum()), unit="question",
+        desc=state.manifest["name"], disable=not progress, dynamic_ncols=True,
+    )  # fmt: skip
+    by_part = dict(tuple(ours[ours["part"].isin(todo)].groupby("part")))
+    waiting = sorted(todo)
+    with bar:
+        for questions in windows(_fresh(examples), state.manifest["settings"]["window"]):
+            if not waiting:
+                break
+            here = dict(questions)
+            while waiting and int(by_part[waiting[0]]["item"].iloc[0]) in here:
+                part = waiting.pop(0)
+                result = _do_part(by_part[part], here, work, state.manifest["seed"], bar.update)
+                if part == k and not result.results and len(result.failures) > 1 and result.composition:
+                    raise ValueError(
+                        f"{state.manifest['name']} failed on every question of the first part ({len(result.failures)}), "
+                        f"so nothing was written; the first reason: {result.failures[0].error}"
+                    )
+                with whole_file(part_path(state.out, part, state.suffix)) as file:
+                    write(state, part, result, file)
+        if waiting:
+            raise ValueError("the data ended before the plan did: they changed while the run was under way.")
+
+
+def wait_for_all(state: Run, every: float = 0.5) -> None:
+    """Returns when every part is written, by this process and those launched with it."""
+    while not settled(state).complete:
+        time.sleep(every)
+
+
+def settled(state: Run) -> Run:
+    """The run as its folder has it now."""
+    return replace(state, done=written_parts(state.out, state.suffix))
+
+
+def write_rows(state: Run, number: int, part: Part, file: Path) -> None:
+    """A part as Parquet."""
+    results = [(item, id, batch, None, row) for item, id, batch, row in part.results]
+    rows = results + [(f.item, f.id, f.batch, f.error, {"id": f.id}) for f in part.failures]
+    rows.sort(key=lambda row: row[0])  # stable: a question's rows stay in their order
+    fixed = {
+        "item": pa.array([row[0] for row in rows], pa.int64()),
+        "id": pa.array([row[1] for row in rows], pa.string()),
+        "batch": pa.array([row[2] for row in rows], pa.int64()),
+        "error": pa.array([row[3] for row in rows], pa.string()),
+    }
+    given = {name: _column(name, [row[4].get(name) for row in rows]) for row in rows for name in row[4] if name != "id"}
+    composition = json.dumps(part.composition).encode()
+    table = pa.table(fixed | given).replace_schema_metadata({b"composition": composition})
+    pq.write_table(table, file)
+
+
+def _column(name: str, values: list) -> pa.Array:
+    try:
+        return pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
+        raise TypeError(f"column {name!r} cannot be written: {error}; give numbers, strings, or lists of them.") from error
+
+
+# ---- working on a part ------------------------------------------------------------------------
+
+
+def _do_part(
+    planned: pd.DataFrame, examples: Mapping[int, Example], work: Callable, seed: int, tick: Callable[[int], Any]
+) -> Part:
+    part = Part([], [], [])
+    for number, rows in planned.groupby("batch"):
+        batch: dict[int, Example] = {}
+        for row in rows.itertuples():
+            example = examples.get(row.item)
+            if example is None or example.id != row.id or digest(example) != row.digest:
+                raise ValueError(f"question {row.item} is not what was planned ({row.id!r}): the data changed meanwhile.")
+            try:
+                batch[row.item] = _opened(example)
+            except (ValueError, OSError) as error:
+                part.failures.append(Failure(row.item, row.id, number, str(error)))
+        if batch:
+            _do_batch(part, int(number), batch, work, seed)
+        tick(len(rows))
+    return part
+
+
+def _do_batch(part: Part, number: int, batch: Mapping[int, Example], work: Callable, seed: int) -> None:
+    """One batch; when it cannot be worked on as a whole, its questions one by one, so that each has its own reason."""
+    items = list(batch)
+    try:
+        with seeded(seed, *items):
+            rows = list(work(list(batch.values())))
+    except ValueError as error:
+        if len(batch) > 1:
+            for item in items:
+                _do_batch(part, number, {item: batch[item]}, work, seed)
+        else:
+            part.failures.append(Failure(items[0], batch[items[0]].id, number, str(error)))
+            part.composition.append(items)
+        return
+    part.composition.append(items)
+    places = {example.id: item for item, example in batch.items()}
+    for row in rows:
+        if not isinstance(row, Mapping) or row.get("id") not in places or any(name in row for name in RESERVED):
+            raise TypeError(
+                f"work must give rows (dicts) with the 'id' of a question of its batch and without {RESERVED}, got {row!r}."
+            )
+        part.results.append((places[row["id"]], row["id"], number, row))
+
+
+def _opened(example: Example) -> Example:
+    if not example.images:
+        return example
+    from hooked_qwen2vl.processor import open_image
+
+    return replace(example, images=tuple(open_image(image) for image in example.images))
+
+
+@contextlib.contextmanager
+def seeded(seed: int, *items: int) -> Iterator[None]:
+    """Random numbers that depend on the seed and on these items only; what was there before comes back after."""
+    import torch
+
+    number = int.from_bytes(hashlib.blake2b(repr((seed, items)).encode(), digest_size=4).digest(), "little")
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        random.seed(number)
+        np.random.seed(number)
+        torch.manual_seed(number)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+def read_part(out: Path, part: int, failed: bool = False) -> pa.Table:
+    """A part's rows, or its questions without a result; taken apart before pandas would make a whole number of a column
+    with gaps a float."""
+    table = pq.read_table(part_path(out, part, ".parquet"))
+    return table.filter(pc.is_valid(table["error"]) if failed else pc.is_null(table["error"]))
+
+
+def _read(out: Path, partial: bool, failed: bool) -> pd.DataFrame:
+    tables = [read_part(out, part, failed) for part in finished_parts(out, ".parquet", partial)]
+    if not tables:
+        return pd.DataFrame({"item": [], "id": [], "batch": [], "error": []})
+    table = pa.concat_tables(tables, promote_options="permissive").to_pandas()
+    return table.sort_values("item", kind="stable", ignore_index=True)
+
+
+# ---- what the manifest says -------------------------------------------------------------------
+
+
+def describe_model(model: Any) -> dict[str, Any]:
+    """Name, dtype, and a hash of every weight: the same name with other weights is another model."""
+    import torch
+
+    hashed = hashlib.blake2b(digest_size=16)
+    for name, weight in _numbers(model):
+        hashed.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        hashed.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return {
+        "name": str(getattr(model.cfg, "model_name", type(model).__name__)),
+        "dtype": str(model.cfg.dtype).removeprefix("torch."),
+        "weights": hashed.hexdigest(),
+    }
+
+
+def _sees(model: Any) -> bool:
+    """Whether it is a Qwen2-VL that can be given questions, not a text model of TransformerLens."""
+    return hasattr(getattr(model, "cfg", None), "vision") and model.processor is not None
+
+
+def _numbers(model: Any) -> Iterator[tuple[str, Any]]:
+    """Every weight by name; what accelerate offloaded is read from where it lies."""
+    away: dict[str, Any] = {}
+    for prefix, module in model.named_modules():
+        hook = getattr(module, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            if getattr(one, "offload", False):
+                for name, _ in module.named_parameters(recurse=one.place_submodules):
+                    away[f"{prefix}.{name}" if prefix else name] = (one.weights_map, name)
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        if weight.is_meta:
+            held, inner = away[name]
+            weight = held[inner]
+        yield name, weight
+
+
+def _fresh(examples: Data) -> Iterable[Example]:
+    stream = examples() if callable(examples) else examples
+    if not callable(examples) and iter(stream) is stream:
+        raise ValueError(
+            "the data are an iterator, which can be gone through only once: pass a list, or a function that gives a "
+            "fresh iterator, such as lambda: examples('scenes', 5000)."
+        )
+    return stream
+
+
+def _remembering(size: Sizer, sizes: dict[Size, int]) -> Sizer:
+    def remember(example: Example) -> Any:
+        found = size(example)
+        if isinstance(found, Size):
+            sizes[found] = sizes.get(found, 0) + 1
+        return found
+
+    return remember
+
+
+def _check_share(share: tuple[int, int], text: str) -> None:
+    if not 0 <= share[0] < share[1]:
+        raise ValueError(f"expected a share k/n with k in 0..n-1, such as 0/4, got {text}.")
+
+
+def _digest(plan: pd.DataFrame) -> str:
+    return hashlib.blake2b(plan.to_json(orient="split").encode(), digest_size=16).hexdigest()
+
+
+def _as_json(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(manifest, default=_plain))
+
+
+def _plain(value: Any) -> Any:
+    """Settings that JSON does not know; what has no fixed spelling would never equal itself."""
+    if isinstance(value, (Path, np.dtype)):
+        return str(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    raise ValueError(f"a setting is {value!r}: expected what JSON knows (numbers, strings, lists, dicts), or a path.")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,241 @@
+"""What a run over a data set will do: which questions go together, in which order, and the memory it takes.
+
+1. The data are read in windows of some thousand questions; nothing but a line a question is kept.
+2. In a window, questions of the same size (image grids, length bucket) form batches, in the order in which they came.
+3. A few batches form a part: what is written, or done again, as a whole.
+
+The plan depends on the data and on the settings alone, never on which process works or where it was stopped, so
+a batch always has the same members, and its floating-point numbers are the same whoever computes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from PIL import Image
+
+if TYPE_CHECKING:
+    from analyses.data.examples import Example
+
+LENGTH_BUCKET = 8  # question tokens; a batch is padded by fewer than this
+TEMPLATE_TOKENS = 32  # what the chat template adds, at most, for the estimate of memory
+ROTATED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+PLACES = ("source", "mask")  # fields of a question that say where something lies
+COLUMNS = ("item", "id", "part", "batch", "size", "digest", "domain", "category", "answer")
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a question costs; questions of one size share batches.
+
+    Attributes:
+        grids: (h, w) in patches of each image.
+        text: tokens of the question, rounded up to its bucket.
+        domain: where batches are to be of one domain.
+    """
+
+    grids: tuple[tuple[int, int], ...]
+    text: int
+    domain: str = ""
+
+    def __str__(self) -> str:
+        images = " and ".join(f"{h}×{w} patches" for h, w in self.grids) or "no image"
+        return f"{images}, question up to {self.text} tokens{f', {self.domain}' if self.domain else ''}"
+
+
+UNREADABLE = "image unreadable"
+Sizer = Callable[["Example"], Any]
+
+
+def size_by_model(
+    model: Any, min_pixels: int | None = None, max_pixels: int | None = None, by_domain: bool = False
+) -> Sizer:
+    """The size of a question as this model's processor makes it; only headers of images are read.
+
+    Args:
+        by_domain: whether a batch is to hold questions of one domain only.
+        min_pixels, max_pixels: as given to `model.to_inputs`; None takes the processor's.
+    Raises:
+        ValueError: (when called) an image that is not there or not an image, or an extreme one.
+    """
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+    vision, settings = model.cfg.vision, model.processor.image_processor.size
+    low, high = min_pixels or settings["shortest_edge"], max_pixels or settings["longest_edge"]
+
+    def size(example: Example) -> Size:
+        grids = []
+        for width, height in map(image_size, example.images):
+            resized = smart_resize(height, width, vision.patch_size * vision.spatial_merge_size, low, high)
+            grids.append(tuple(edge // vision.patch_size for edge in resized))
+        n_tokens = len(model.tokenizer(example.question, add_special_tokens=False).input_ids)
+        bucket = math.ceil(n_tokens / LENGTH_BUCKET) * LENGTH_BUCKET
+        return Size(tuple(grids), bucket, example.domain if by_domain else "")
+
+    return size
+
+
+def size_by_pixels(example: Example) -> Size:
+    """The size of a question without a model: images in pixels instead of patches, four characters a token."""
+    sizes = tuple((height, width) for width, height in map(image_size, example.images))
+    return Size(sizes, math.ceil(len(example.question) / 4 / LENGTH_BUCKET) * LENGTH_BUCKET)
+
+
+def image_size(image: Any) -> tuple[int, int]:
+    """(width, height) as the image is seen: a camera's rotation applied. Files are not decoded.
+
+    Raises:
+        ValueError: no such file, or not an image.
+    """
+    try:
+        opened = Image.open(image) if isinstance(image, (str, os.PathLike)) else image
+        width, height = opened.size
+        swapped = Image.Image.getexif(opened).get(0x0112) in ROTATED  # a PNG's own getexif would decode the file
+    except (OSError, AttributeError, TypeError) as error:
+        raise ValueError(f"{image} is not a readable image ({error}).") from error
+    return (height, width) if swapped else (width, height)
+
+
+def make_plan(
+    stream: Iterable[Example], size: Sizer, batch_size: int, batches_per_part: int, window: int
+) -> pd.DataFrame:
+    """One row a question, in the order in which they will be run.
+
+    Returns:
+        columns item (its place in the data), id, part, batch, size, digest (of all that the question is), domain,
+        category, answer.
+    Raises:
+        ValueError: no data, an id that comes twice, or a count below 1.
+    """
+    for name, value in (("batch_size", batch_size), ("batches_per_part", batches_per_part), ("window", window)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    rows, n_batches, n_parts = [], 0, 0
+    for questions in windows(stream, window):
+        buckets: dict[str, list] = {}
+        for item, example in questions:
+            buckets.setdefault(_size_of(example, size), []).append((item, example))
+        batches = [(key, batch) for key, bucket in buckets.items() for batch in _batched(bucket, batch_size)]
+        for number, (key, batch) in enumerate(batches):
+            part = n_parts + number // batches_per_part
+            rows += [(i, e.id, part, n_batches + number, key, digest(e), e.domain, e.category, e.answer) for i, e in batch]
+        n_batches += len(batches)
+        n_parts += math.ceil(len(batches) / batches_per_part)  # a part never reaches into the next window
+    if not rows:
+        raise ValueError("the data hold no question.")
+    plan = pd.DataFrame(rows, columns=list(COLUMNS))
+    twice = plan["id"][plan["id"].duplicated()]
+    if len(twice):
+        raise ValueError(f"the id {twice.iloc[0]!r} comes twice in the data: results are kept by id, make them unique.")
+    return plan
+
+
+def windows(stream: Iterable[Example], window: int) -> Iterator[Sequence[tuple[int, Example]]]:
+    """The data, numbered, some at a time."""
+    return _batched(enumerate(stream), window)
+
+
+def _batched(stream: Iterable, n: int) -> Iterator[list]:
+    stream = iter(stream)
+    while some := list(islice(stream, n)):
+        yield some
+
+
+def _size_of(example: Example, size: Sizer) -> str:
+    try:
+        return str(size(example))
+    except ValueError:
+        return UNREADABLE  # the run itself records why
+
+
+def digest(example: Example) -> str:
+    """Changes with anything a question is made of; of an image file, its length stands for its content.
+
+    Where the data lie does not count: the same folder elsewhere is the same data.
+    """
+    words = [(field.name, getattr(example, field.name)) for field in fields(example) if field.repr and field.name not in PLACES]
+    hashed = hashlib.blake2b(repr(words).encode(), digest_size=12)
+    for image in example.images:
+        if isinstance(image, (str, os.PathLike)):
+            path = Path(image)
+            hashed.update(f"{path.name} {path.stat().st_size if path.is_file() else None}".encode())
+        else:
+            hashed.update(f"{image.mode} {image.size}".encode() + image.tobytes())
+    return hashed.hexdigest()
+
+
+# ---- memory -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes a run needs, by what needs them; an estimate of the model's own forward.
+
+    What `work` keeps beside the logits (a cache, say) comes on top.
+
+    Attributes:
+        weights: of the whole model, wherever they are kept.
+        decoder: activations of the largest batch in one block, all positions.
+        logits: of every position of the largest batch (with `logits_at`, a small part of it).
+        tower: activations of the largest image in one block of the tower; images run one at a time.
+        prefixes: what the store of image prefixes may hold.
+        gradients: whether the activations of every block, and of the tower's images together, are kept for gradients.
+    """
+
+    weights: int
+    decoder: int
+    logits: int
+    tower: int
+    prefixes: int
+    gradients: bool = False
+
+    @property
+    def total(self) -> int:
+        """Tower and decoder do not run at the same time, but gradients need what both have left."""
+        decoder = self.decoder + self.logits
+        return self.weights + (decoder + self.tower if self.gradients else max(decoder, self.tower)) + self.prefixes
+
+    def __str__(self) -> str:
+        parts = {name: getattr(self, name) for name in ("weights", "decoder", "logits", "tower", "prefixes")}
+        return f"{_bytes(self.total)} ({', '.join(f'{name} {_bytes(value)}' for name, value in parts.items())})"
+
+
+def memory_for(model: Any, sizes: Iterable[tuple[Size, int]], prefixes: int = 0, gradients: bool = False) -> Memory:
+    """The memory of the model's forward over batches of these (size, rows).
+
+    Args:
+        prefixes: capacity in bytes of the store of image prefixes.
+        gradients: whether activations of all blocks are kept, for a backward.
+    """
+    text, vision = model.cfg.text, model.cfg.vision
+    wide = max(model.cfg.dtype.itemsize, 4)  # norms, rotation and softmax are computed in float32
+    own = model.cfg.dtype.itemsize
+    weights = {id(weight): weight.numel() * weight.element_size() for weight in model.parameters()}
+    decoder = logits = tower = 0
+    for size, rows in sizes:
+        patches = [h * w for h, w in size.grids]
+        n_positions = rows * (sum(patches) // vision.spatial_merge_size**2 + size.text + TEMPLATE_TOKENS)
+        heads = (2 * text.n_heads + 2 * text.n_key_value_heads) * text.d_head
+        decoder = max(decoder, n_positions * (own * (4 * text.d_model + heads + 3 * text.d_mlp) + wide * 2 * text.d_model))
+        logits = max(logits, n_positions * own * text.d_vocab)
+        each = own * (9 * vision.d_vision + 2 * vision.d_mlp + vision.d_patch) + wide * 2 * vision.d_vision
+        tower = max([tower, rows * sum(patches) * each] if gradients else [tower, *(n * each for n in patches)])
+    if gradients:
+        decoder, tower = decoder * text.n_layers, tower * vision.n_layers
+    return Memory(sum(weights.values()), decoder, logits, tower, prefixes, gradients)
+
+
+def _bytes(n: int) -> str:
+    for unit in ("B", "kB", "MB"):
+        if n < 1000:
+            return f"{n:.0f} {unit}"
+        n = n / 1000
+    return f"{n:.1f} GB"

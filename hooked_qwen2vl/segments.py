@@ -1,0 +1,94 @@
+"""What the positions of a prompt are called, where only its token ids are known.
+
+A chat is recognised by its shape, which Qwen2-VL's template gives every conversation:
+
+    <start> role \\n content <end> \\n <start> role \\n content <end> \\n … <start> role \\n [content]
+
+where <start> is the row's first token and <end> one of the checkpoint's end tokens. Anything else is a raw
+prompt, all of it `question`. A prompt built by `model.to_inputs` needs no guessing: its parts are known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hooked_qwen2vl.config import HookedQwen2VLConfig
+from hooked_qwen2vl.positions import IMAGE, TEXT, VIDEO
+
+PADDING = "padding"
+KINDS = {IMAGE: "image", VIDEO: "video"}
+
+
+def names_from_ids(tokens: Sequence[int], types: Sequence[int], cfg: HookedQwen2VLConfig) -> list[str]:
+    """The part each position of one unpadded row belongs to.
+
+    Content that begins with a line break may be taken for the template's own.
+
+    Args:
+        tokens: the row's ids, padding left out.
+        types: 0 text, 1 image, 2 video, for each.
+    """
+    names = _chat_names(list(tokens), set(cfg.special.eos)) or ["question"] * len(tokens)
+    vision = {cfg.vision_start_token_id: "vision_start", cfg.vision_end_token_id: "vision_end"}
+    return [KINDS[kind] if kind != TEXT else vision.get(token, name) for token, kind, name in zip(tokens, types, names)]
+
+
+def number_visuals(names: Sequence[str], types: Sequence[int], visuals: Sequence[tuple[int, int]]) -> list[str]:
+    """Writes `image[k]` over each image's tokens of one row, `video[k]` over each video's.
+
+    Args:
+        visuals: (kind, number of tokens) of the row's images and videos, in order of appearance.
+    """
+    seen = dict.fromkeys(KINDS, 0)
+    labels: list[str] = []
+    for kind, n_tokens in visuals:
+        labels += [f"{KINDS[kind]}[{seen[kind]}]"] * n_tokens
+        seen[kind] += 1
+    following = iter(labels)
+    return [name if kind == TEXT else next(following) for name, kind in zip(names, types)]
+
+
+def _chat_names(tokens: list[int], ends: set[int]) -> list[str] | None:
+    """Names by turn, or None where the row is not a chat."""
+    starts = [index for index, token in enumerate(tokens) if token == tokens[0]]
+    if len(starts) < 2:
+        return None
+    line_break = tokens[starts[1] - 1]
+    turns = [tokens[a:b] for a, b in zip(starts, [*starts[1:], len(tokens)])]
+    parsed = [_turn(turn, ends, line_break, last=turn is turns[-1]) for turn in turns]
+    if None in parsed:
+        return None
+    called = _called([role for role, _, _ in parsed], still_open=parsed[-1][2] == 0)
+    if called is None:
+        return None
+    names: list[str] = []
+    for turn, name, (role, n_content, _) in zip(turns, called, parsed):
+        header = len(role) + 2
+        names += ["template"] * header + [name] * n_content + ["template"] * (len(turn) - header - n_content)
+    return names
+
+
+def _turn(turn: list[int], ends: set[int], line_break: int, last: bool) -> tuple[tuple[int, ...], int, int] | None:
+    """(role, length of the content, number of tokens that close the turn); None where it is not a turn."""
+    closing = 2 if turn[-2:-1] and turn[-2] in ends and turn[-1] == line_break else 1 if turn[-1] in ends else 0
+    body = turn[1 : len(turn) - closing]
+    if (closing < 2 and not last) or line_break not in body or ends & set(body):
+        return None
+    n_role = body.index(line_break)
+    return (tuple(body[:n_role]), len(body) - n_role - 1, closing) if n_role else None
+
+
+def _called(roles: list[tuple[int, ...]], still_open: bool) -> list[str] | None:
+    """What each turn's content is called: an optional system turn, then user and assistant by turns."""
+    has_system = roles[0] not in roles[1:] and not (still_open and len(roles) == 2)
+    turns = roles[1:] if has_system else roles
+    users, assistants = turns[0::2], turns[1::2]
+    if len(set(users)) != 1 or len(set(assistants)) > 1 or set(users) & set(assistants):
+        return None
+    if still_open and len(turns) % 2:
+        return None
+    names = ["history"] * len(turns)
+    names[2 * (len(users) - 1)] = "question"
+    if len(turns) % 2 == 0:
+        names[-1] = "answer"
+    return ["system", *names] if has_system else names

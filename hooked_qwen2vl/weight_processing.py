@@ -1,0 +1,67 @@
+"""Weight processing: the same function, with weights that are easier to read.
+
+1. `fold_ln`: a norm's weight γ goes into the matrices that read it: W(γ ⊙ x) = (W γ) x.
+2. `center_unembed`: every logit minus the mean logit; log-probabilities do not see it.
+3. `fold_value_biases`: patterns sum to 1, so b_V reaches the stream as a constant, Σ_h b_V W_O, added to b_O.
+
+Each block is computed in float32 and put back in the model's dtype, so a model needs one block's room more
+than its own copy. Every changed weight is a new tensor: the checkpoint's, a reference model's that shares
+storage, and a tied embedding stay as they are.
+
+Source: TransformerLens, `weight_processing.py` (the tests compare with it).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hooked_qwen2vl.layers import readable
+
+
+@torch.no_grad()
+def process_weights(
+    model: Any, fold_ln: bool = True, center_unembed: bool = True, fold_value_biases: bool = True
+) -> None:
+    """Processes a HookedQwen2VL in place; see the module's steps.
+
+    Raises:
+        RuntimeError: weights are offloaded.
+    """
+    for block in model.blocks:
+        if fold_ln:
+            _fold(block.ln1, block.attn.q_proj, block.attn.k_proj, block.attn.v_proj)
+            _fold(block.ln2, block.mlp.gate_proj, block.mlp.up_proj)
+        if fold_value_biases:
+            _fold_value_bias(block.attn)
+    if fold_ln:
+        _fold(model.ln_final, model.unembed)
+        model.cfg.normalization_type, model.cfg.layer_norm_folding = "RMSPre", True
+    if center_unembed:
+        weight = _wide(model.unembed.weight)
+        _replace(model.unembed, "weight", weight - weight.mean(0, keepdim=True))
+
+
+def _fold(norm: nn.Module, *readers: nn.Module) -> None:
+    gain = _wide(norm.w)
+    for reader in readers:
+        _replace(reader, "weight", _wide(reader.weight) * gain)
+    _replace(norm, "w", torch.ones_like(gain))
+
+
+def _fold_value_bias(attn: nn.Module) -> None:
+    b_V = _wide(attn.b_V).repeat_interleave(attn.n_heads // attn.n_key_value_heads, dim=0)  # [head d_head]
+    written = torch.einsum("hd,hdm->m", b_V, _wide(attn.W_O))
+    _replace(attn.o_proj, "bias", _wide(attn.o_proj.bias) + written)
+    _replace(attn.v_proj, "bias", torch.zeros_like(attn.v_proj.bias))
+
+
+def _wide(weight: Tensor) -> Tensor:
+    return readable(weight, "a weight to process").to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def _replace(module: nn.Module, name: str, value: Tensor) -> None:
+    old = getattr(module, name)
+    setattr(module, name, nn.Parameter(value.to(old.dtype), requires_grad=old.requires_grad))
