@@ -113,7 +113,7 @@ def test_prefixes_stops_loss_and_gradients_are_the_plain_models(pair):
     with torch.no_grad():
         encoded = spread.encode(inputs)
         assert torch.equal(encoded.image_embeds, plain.encode(inputs).image_embeds)
-        assert encoded.encoded_by == spread._encoder_stamp()  # and so it is not computed again
+        assert encoded.encoded_by == spread.tower_stamp()  # and so it is not computed again
         assert torch.equal(Prefixes(spread)(inputs).image_embeds, Prefixes(plain)(inputs).image_embeds)
         assert plain(inputs, return_type="loss") == spread(encoded, return_type="loss")
         stopped = spread(inputs, stop_at_layer=1)
@@ -244,7 +244,7 @@ def test_float16_that_overflows_is_an_error_that_names_the_layer(processor):
 @pytest.mark.parametrize(
     "name, said",
     [
-        ("vision_encoder.patch_embed.weight", r"vision_encoder\.blocks\.0"), ("vision_projector.fc2.weight", "vision_projector"),
+        ("vision_encoder.patch_embed.weight", r"vision_encoder\.patch_embed"), ("vision_projector.fc2.weight", "vision_projector"),
         ("blocks.0.attn.q_proj.weight", r"blocks\.0"), ("blocks.2.mlp.up_proj.weight", r"blocks\.2"),
         ("ln_final.w", "ln_final"), ("unembed.weight", "unembed"),
     ],

@@ -370,8 +370,8 @@ def test_runs_are_shared_and_change_nothing(model, answered, monkeypatch):
     separate = {
         name: score(model, Evidence(model, answered, 1, other=other)) for name, score in SCORES.items()
     }
-    runs, blocks = [], model._run_blocks
-    monkeypatch.setattr(model, "_run_blocks", lambda *a, **k: (runs.append(1), blocks(*a, **k))[1])
+    runs, blocks = [], model.run_blocks
+    monkeypatch.setattr(model, "run_blocks", lambda *a, **k: (runs.append(1), blocks(*a, **k))[1])
     together = all_scores(model, answered, 1, other=other)
     assert len(runs) == 3  # the answer, the blank image, the other image
     assert together == pytest.approx(separate, rel=1e-6)

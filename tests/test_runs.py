@@ -336,8 +336,8 @@ def test_a_prefix_is_computed_once_an_image(model, monkeypatch):
     with torch.no_grad():
         assert torch.allclose(model(first), model(inputs), atol=1e-4)
     calls = []
-    run_tower = type(model)._run_tower
-    monkeypatch.setattr(type(model), "_run_tower", lambda self, i: calls.append(1) or run_tower(self, i))
+    run_tower = type(model).run_tower
+    monkeypatch.setattr(type(model), "run_tower", lambda self, i: calls.append(1) or run_tower(self, i))
     with torch.no_grad():
         model(prefixes(inputs))
     assert not calls  # the model takes it as its own
