@@ -77,6 +77,7 @@ class ImageEmbeddings:
             check.note(images, lambda: first_not_finite(self, pixels, inputs.grids))
         return images
 
+    @torch.compiler.disable  # a question to the host
     def is_encoded(self, inputs: Inputs) -> bool:
         """Whether the inputs carry image embeddings that this tower, as it is now, has made of their pixels."""
         return inputs.has_image_embeddings and inputs.encoded_by == self.tower_stamp()

@@ -10,6 +10,7 @@ without their images, so torch refuses it by type, and `.tokens` says when ids a
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,8 +24,6 @@ from .config import HookedQwen2VLConfig
 from .geometry import Geometry, Visual
 from .positions import IMAGE, TEXT, VIDEO, mrope_positions
 from .segments import KINDS, PADDING, names_from_ids, number_visuals
-
-_WHOLE_NUMBERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -212,12 +211,12 @@ class Inputs(Geometry):
         return self.image_embeds is not None and self.encoded_pixels == self._pixel_digests()
 
     def _pixel_digests(self) -> tuple[int, ...]:
-        """For each image, the sum of its pixels' bits, weighted by patch: equal on every device."""
+        """A checksum of each image's pixels."""
         if self.pixels is None:
             return ()
-        bits = self.pixels.detach().contiguous().view(_WHOLE_NUMBERS[self.pixels.element_size()])
-        parts = bits.sum(-1, dtype=torch.long).split([visual.n_patches for visual in self.visuals])
-        return tuple(int((part * torch.arange(1, len(part) + 1, device=part.device)).sum()) for part in parts)
+        raw = self.pixels.detach().cpu().contiguous().view(torch.uint8).numpy()
+        ends = np.cumsum([visual.n_patches for visual in self.visuals])
+        return tuple(zlib.crc32(part) for part in np.split(raw, ends[:-1]))
 
     def extend(self, tokens: Int[Tensor, "batch"], running: Bool[Tensor, "batch"]) -> Inputs:
         """One generated token more for each row: text, whatever its id, and part of `answer`.
