@@ -392,16 +392,12 @@ def span_positions(model: Any, inputs: Any, span: Span, row: int) -> list[int]:
     Raises:
         ValueError: no such part, no such position, or nothing is left.
     """
-    length = inputs.shape[1]
-    if isinstance(span, str):
-        found = inputs.positions(span, row).tolist()
-        if span == "answer":
-            ends = set(model.cfg.special.eos)
-            found = [p for p in found if int(inputs.tokens[row, p]) not in ends]
-    else:
-        found = list(range(length))[span] if isinstance(span, slice) else [int(p) for p in span]
-    if not found or not all(0 <= p < length for p in found):
-        raise ValueError(f"the span {span!r} gives the positions {found} of a prompt of {length} tokens: none, or not there.")
+    found = inputs.resolve(span, row).tolist()
+    if isinstance(span, str) and span == "answer":
+        ends = set(model.cfg.special.eos)
+        found = [p for p in found if int(inputs.tokens[row, p]) not in ends]
+        if not found:
+            raise ValueError(f"the answer of row {row} is nothing but its end token.")
     return found
 
 

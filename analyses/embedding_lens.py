@@ -24,8 +24,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from analyses.common.prompts import as_prompt
 from analyses.common.result import Result
-from analyses.logit_lens import _positions, residual_stack
+from analyses.logit_lens import residual_stack
 
 _CHUNK = 1024
 
@@ -213,7 +214,7 @@ def _vectors(
 ) -> tuple[Float[Tensor, "layer pos d_model"], tuple[int, ...], tuple[int, ...]]:
     layers = _entries(model, range(model.cfg.n_layers + 1) if layers is None else layers)
     stack, _ = residual_stack(model, inputs)
-    chosen = _positions(inputs, positions, row, stack.shape[2])
+    chosen = as_prompt(model, inputs).resolve(positions, row).tolist()
     return stack[list(layers), row][:, chosen].cpu(), layers, tuple(chosen)
 
 

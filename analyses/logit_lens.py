@@ -21,9 +21,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.tools.analysis._model_state import to_token_ids
 
+from analyses.common.prompts import as_prompt
 from analyses.common.result import Result
 from analyses.common.vocabulary import Readout, readout
 from hooked_qwen2vl import HookedQwen2VL
+from hooked_qwen2vl.geometry import Place
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ class LogitLens(Result):
 def logit_lens(
     model: Any,
     inputs: Any,
-    positions: str | int | slice | Sequence[int] = "last",
+    positions: Place = "last",
     top_k: int = 5,
     targets: str | int | Sequence[str | int] | None = None,
     row: int = 0,
@@ -130,7 +132,7 @@ def logit_lens(
 
     Args:
         inputs: one prompt: `Inputs`, a string or token ids.
-        positions: "last", "image", "answer" or another part of an `Inputs`; a position, several, or a slice.
+        positions: a place (see `Inputs.resolve`): "last", "image", a box, positions, a slice, a mask.
         targets: tokens (or single-token strings) whose probability and rank to follow.
         row: which prompt of a batch.
         chunk_size: how many vectors are read at once; their logits take 4 bytes × words each.
@@ -139,8 +141,8 @@ def logit_lens(
     Raises:
         ValueError: no such part, position or layer, or more top_k than words.
     """
-    tokens = _tokens(model, inputs, row)
-    chosen = _positions(inputs, positions, row, len(tokens))
+    prompt = as_prompt(model, inputs)
+    tokens, chosen = prompt.tokens[row], prompt.resolve(positions, row).tolist()
     read_layers = _layers(layers, model.cfg.n_layers)
     entries = _entries(model, inputs, sorted({*read_layers, model.cfg.n_layers}), chosen, row)
     if translator is not None:
@@ -232,32 +234,6 @@ def _layers(layers: Sequence[int] | None, n_layers: int) -> list[int]:
     if wrong or not len(layers):
         raise ValueError(f"layers must name entries of 0..{n_layers} (negative from the end), got {list(layers)}.")
     return [layer % (n_layers + 1) for layer in layers]
-
-
-def _positions(inputs: Any, positions: Any, row: int, length: int) -> list[int]:
-    if isinstance(positions, str):
-        if hasattr(inputs, "positions"):
-            return inputs.positions(positions, row).tolist()
-        if positions == "last":
-            return [length - 1]
-        raise ValueError(f"{positions!r} names a part of an Inputs; for text pass 'last', a position or a slice.")
-    every = list(range(length))
-    try:
-        if isinstance(positions, slice):
-            chosen = every[positions]
-        else:
-            chosen = [every[p] for p in ([positions] if isinstance(positions, int) else positions)]
-    except IndexError as error:
-        raise ValueError(f"positions {positions} are not all in the prompt of {length} tokens.") from error
-    if not chosen:
-        raise ValueError(f"positions {positions} select none of the prompt's {length} tokens.")
-    return chosen
-
-
-def _tokens(model: Any, inputs: Any, row: int) -> Int[Tensor, "pos"]:
-    tokens = getattr(inputs, "tokens", inputs)
-    tokens = model.to_tokens(tokens) if isinstance(tokens, (str, list)) else tokens
-    return tokens[row] if tokens.ndim == 2 else tokens
 
 
 def _texts(model: Any, ids: Tensor) -> Any:

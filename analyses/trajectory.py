@@ -29,8 +29,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.tools.analysis import logit_readout
 
+from analyses.common.prompts import as_prompt
 from analyses.common.result import Result
 from analyses.logit_lens import residual_stack
+from hooked_qwen2vl.geometry import Place
 
 SURE = 0.5
 OUTCOMES = ("straight", "wavered", "held then lost", "settled early", "settled late")
@@ -245,7 +247,7 @@ def answer_trajectory(
     inputs: Any,
     answer: str,
     candidates: Sequence[str] = (),
-    position: str | int = "last",
+    position: Place = "last",
     row: int = 0,
     category: str = "",
     question: str = "",
@@ -256,19 +258,17 @@ def answer_trajectory(
         inputs: `Inputs`, a string or token ids. An `Inputs` with a teacher-forced answer also gives the
             log-probabilities of its further tokens.
         candidates: the category's possible answers (the answer may be among them).
-        position: where the answer's first token is predicted.
+        position: where the answer's first token is predicted: a place that is one position (see `Inputs.resolve`).
     Raises:
         ValueError: no variant of the answer is left once ids shared with other candidates are dropped.
     """
     ids, dropped = answer_ids(model, answer, candidates)
     stack, _ = residual_stack(model, inputs)
-    at = int(inputs.positions(position, row)[0]) if isinstance(position, str) and hasattr(inputs, "positions") else -1
-    at = position if isinstance(position, int) else at
+    prompt = as_prompt(model, inputs)
+    at = prompt.position(position, row)
     logits = _logits(model, stack[:, row, at])
     twice = _logits(model, _normed(model, stack[-1:, row, at]))
-    tokens = getattr(inputs, "tokens", inputs)
-    tokens = model.to_tokens(tokens) if isinstance(tokens, (str, list)) else tokens
-    own = int(tokens[row, at] if tokens.ndim == 2 else tokens[at])
+    own = int(prompt.tokens[row, at])
     return trajectory_of_logits(
         logits,
         twice[0],

@@ -77,6 +77,11 @@ class Visual:
 class Geometry:
     """Mixed into `Inputs`: reads its `tokens`, `attention_mask`, `names` and `visuals`."""
 
+    def has_segment(self, name: str, row: int = 0) -> bool:
+        """Whether the row has a segment of this name; every row has a `last`."""
+        names = self.part_names(row)
+        return name == "last" or name in names or any(part.startswith(f"{name}[") for part in names)
+
     def resolve(self, where: Place, row: int = 0, image: int = 0) -> Int[Tensor, "n"]:
         """Positions of a place in one row: the one meaning that all analyses share.
 

@@ -10,13 +10,24 @@ prompt, all of it `question`. A prompt built by `model.to_inputs` needs no guess
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
-from hooked_qwen2vl.config import HookedQwen2VLConfig
-from hooked_qwen2vl.positions import IMAGE, TEXT, VIDEO
+from .config import HookedQwen2VLConfig
+from .positions import IMAGE, TEXT, VIDEO
 
 PADDING = "padding"
 KINDS = {IMAGE: "image", VIDEO: "video"}
+
+
+_NAME = re.compile(
+    r"system|vision_start|vision_end|question|history|template|answer|padding|last|(image|video)(\[\d+\])?|video\[\d+\]\.frame\[\d+\]"
+)
+
+
+def is_segment_name(name: str) -> bool:
+    """Whether a prompt could have a segment of this name (see `Inputs.resolve`)."""
+    return _NAME.fullmatch(name) is not None
 
 
 def names_from_ids(tokens: Sequence[int], types: Sequence[int], cfg: HookedQwen2VLConfig) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hooked_qwen2vl.layers import readable
+from .layers import readable
 
 
 @torch.no_grad()

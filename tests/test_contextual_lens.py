@@ -187,7 +187,7 @@ def test_what_is_not_there(model, answered, batches):
         contextual_score(model, batches["image"])
     with pytest.raises(ValueError, match="0..3"):
         contextual_score(model, answered, image_layer=4)
-    with pytest.raises(ValueError, match="not there"):
+    with pytest.raises(ValueError, match="no position 10000"):
         contextual_score(model, answered, span=[10_000])
     with pytest.raises(ValueError, match="no row 7"):
         contextual_score(model, answered, row=7)
