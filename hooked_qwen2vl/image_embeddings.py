@@ -7,7 +7,6 @@ that was stopped and resumed gets the same numbers to the bit.
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,6 +16,8 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from .image_hash import image_hash
 
 CAPACITY = 1 << 30
 
@@ -55,7 +56,7 @@ class Prefixes:
     def _prefix(
         self, inputs: Any, visual: Any, pixels: Tensor, stamp: tuple
     ) -> tuple[Float[Tensor, "image_token d_model"], Sequence[Tensor]]:
-        key = (stamp, visual.grid, str(pixels.dtype), _hash(pixels))
+        key = (stamp, visual.grid, image_hash(pixels))
         if key not in self._held:
             # only pixels and grids reach the tower: the tokens of this batch stand by
             one = replace(inputs, visuals=(visual,), pixels=pixels)
@@ -71,7 +72,3 @@ class Prefixes:
 
 def _nbytes(held: tuple[Tensor, Sequence[Tensor]]) -> int:
     return held[0].nbytes + sum(tensor.nbytes for tensor in held[1])
-
-
-def _hash(pixels: Tensor) -> bytes:
-    return hashlib.blake2b(pixels.contiguous().view(torch.uint8).cpu().numpy(), digest_size=16).digest()
