@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from analyses.common.result import Result
+from analyses.common.statistics import standard_error
 from hooked_qwen2vl.geometry import Place
 
 FLOWS = {"image→question": ("image", "question"), "image→last": ("image", "last"), "question→last": ("question", "last")}
@@ -34,6 +35,7 @@ class Knockout(Result):
         baseline: [item] the answer's probability unblocked.
         flows: names. window: layers blocked at once. skipped: items answered wrongly, left out.
         model_name: of the model.
+        images: [item] the same for items about one image; () where each item has its own.
     """
 
     effects: Float[Tensor, "flow layer item"]
@@ -42,16 +44,17 @@ class Knockout(Result):
     window: int
     skipped: int
     model_name: str
+    images: tuple[str, ...] = ()
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a flow and layer: mean effect in percent, its standard error, items."""
+        """One row a flow and layer: mean effect in percent, its standard error over images (with all their items), items."""
         n = self.effects.shape[-1]
         return pd.DataFrame(
             {
                 "flow": flow,
                 "layer": layer,
                 "effect_percent": float(self.effects[i, layer].mean()),
-                "standard_error": float(self.effects[i, layer].std() / n**0.5) if n > 1 else float("nan"),
+                "standard_error": standard_error(self.effects[i, layer].numpy(), self.images or None),
                 "items": n,
             }
             for i, flow in enumerate(self.flows)
@@ -63,10 +66,13 @@ class Knockout(Result):
         """The items of several results of the same flows and window.
 
         Raises:
-            ValueError: none with an item in it.
+            ValueError: none with an item in it, or the images of only some of them are named.
         """
         if not any(part.effects.shape[-1] for part in parts):
             raise ValueError("no item was answered rightly, so there is no effect to measure.")
+        named = [part for part in parts if part.images]
+        if named and any(not part.images and len(part.baseline) for part in parts):
+            raise ValueError(f"{len(named)} of {len(parts)} results name the images of their items: name those of all, or of none.")
         return cls(
             torch.cat([part.effects for part in parts], -1),
             torch.cat([part.baseline for part in parts]),
@@ -74,6 +80,7 @@ class Knockout(Result):
             parts[0].window,
             sum(part.skipped for part in parts),
             parts[0].model_name,
+            sum((part.images for part in parts), ()),
         )
 
     def plot(self, path: Any = None) -> Any:

@@ -18,7 +18,7 @@ KEPT = {  # public paths that stay: no warning
 MOVED = {
     "analyses.activation_store": "analyses.runs.activation_store",
     "analyses.baselines": "analyses.answer_scores",
-    "analyses.detection": "analyses.common.detection",
+    "analyses.detection": "analyses.common.statistics",
     "analyses.grounding_experiment": "analyses.experiments.grounding",
     "analyses.hallucination": "analyses.experiments.hallucination",
     "analyses.neuron_experiment": "analyses.experiments.neurons",

@@ -33,6 +33,7 @@ from tqdm.auto import tqdm
 from transformer_lens.patching import PatchingResult
 
 from analyses.patched_runs import TOWER, Cell, DecoderRuns, TowerRuns
+from hooked_qwen2vl.files import whole_file
 from hooked_qwen2vl.geometry import Place
 
 STREAMS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
@@ -167,9 +168,8 @@ class _Record:
     def save(self, number: int) -> None:
         self.finished[number] = True
         if self.path is not None:
-            partial = self.path.with_suffix(self.path.suffix + ".partial")
-            save_file({"values": self.values, "finished": self.finished, "key": self.key}, partial)
-            partial.replace(self.path)
+            with whole_file(self.path) as file:
+                save_file({"values": self.values, "finished": self.finished, "key": self.key}, file)
 
 
 def recovery(result: PatchingResult, clean_metric: Tensor, epsilon: float = 1e-3) -> dict[str, Any]:

@@ -12,7 +12,6 @@ the settings, and the shape of the model, so that it is not read as another mode
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.utilities import Slice, SliceInput
 
+from .files import whole_file
 from .layers import readable
 
 VISION_PREFIXES = ("vision_encoder.", "vision_projector.")
@@ -97,10 +97,8 @@ class HookedCache(ActivationCache):
             "has_batch_dim": json.dumps(self.has_batch_dim),
             "stored": json.dumps(stored),
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")  # the old file may be mapped into this very cache
-        save_file(tensors, partial, header)
-        os.replace(partial, path)
+        with whole_file(path) as file:  # never into the old file, which may be mapped into this very cache
+            save_file(tensors, file, header)
         return path
 
     @classmethod

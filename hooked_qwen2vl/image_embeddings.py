@@ -10,7 +10,6 @@ mode) that leaves all samples as they were; call `encode` again after such an ed
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -21,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .image_hash import image_hash
 from .inputs import Inputs
 from .layers import listened
 from .overflow import finite_check, first_not_finite
@@ -147,7 +147,7 @@ class ImageEmbeddingsCache:
     def _of_one(
         self, inputs: Inputs, visual: Any, pixels: Tensor, stamp: tuple
     ) -> tuple[Float[Tensor, "image_token d_model"], Sequence[Tensor]]:
-        key = (stamp, visual.grid, str(pixels.dtype), _hash(pixels))
+        key = (stamp, visual.grid, image_hash(pixels))
         if key not in self._held:
             # only pixels and grids reach the tower: the tokens of this batch stand by
             one = replace(inputs, visuals=(visual,), pixels=pixels)
@@ -166,7 +166,3 @@ Prefixes = ImageEmbeddingsCache
 
 def _nbytes(held: tuple[Tensor, Sequence[Tensor]]) -> int:
     return held[0].nbytes + sum(tensor.nbytes for tensor in held[1])
-
-
-def _hash(pixels: Tensor) -> bytes:
-    return hashlib.blake2b(pixels.contiguous().view(torch.uint8).cpu().numpy(), digest_size=16).digest()

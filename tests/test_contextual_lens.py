@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 from analyses.answer_scores import SCORES, Evidence, all_scores, blank_image, with_images
 from analyses.common.rectangles import best_rectangle, heaviest_rectangle, integral_image
 from analyses.contextual_lens import contextual_score, default_layers, ground, sweep_layers, word_spans, yes_no_score
-from analyses.experiments.grounding import METHODS, box_iou, figures, mean_interval, run_experiment
+from analyses.experiments.grounding import METHODS, box_iou, figures, run_experiment
 from hooked_qwen2vl.cli import main
 from hooked_qwen2vl.scenes import sample
 
@@ -437,14 +437,6 @@ def test_figures_of_heat_maps_that_are_known():
     assert box_iou((0, 0, 4, 6), mask) == pytest.approx(6 / 24)
 
 
-def test_intervals():
-    values = np.random.default_rng(1).random(400) < 0.3
-    mean, low, high = mean_interval(values)
-    spread = 1.96 * values.std() / 20
-    assert mean == values.mean() and low == pytest.approx(mean - spread, abs=0.01) and high == pytest.approx(mean + spread, abs=0.01)
-    assert np.isnan(mean_interval([])[0])
-
-
 def test_the_experiment_runs(model, tmp_path):
     """On a model that knows nothing; what is left out is counted."""
     items = sample(12, seed=3, grid=(4, 6))
@@ -454,7 +446,8 @@ def test_the_experiment_runs(model, tmp_path):
     assert len(result.table) == n * (len(METHODS) + 1)
     table = result.to_dataframe(resamples=50)
     assert (table.loc[table["category"] == "all", "items"] == n).all()
-    known = table.dropna(subset=["ap"])
+    known = table.dropna(subset=["ap_low"])
+    assert (known["scenes"] > 1).all() and set(known["category"]) == set(table.loc[table["scenes"] > 1, "category"]) < set(table["category"])
     assert ((known["ap_low"] <= known["ap"]) & (known["ap"] <= known["ap_high"])).all()
     result.plot(tmp_path / "a.png", "iou")
     with pytest.raises(ValueError, match="no item"):

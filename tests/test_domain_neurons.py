@@ -634,13 +634,16 @@ def test_tables_by_hand(tmp_path):
 
 
 def test_intervals():
-    low, high = experiment.wilson(0.8, 10)
-    assert abs(low - 0.4902) < 1e-4 and abs(high - 0.9433) < 1e-4  # (p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n)
-    values = np.random.default_rng(0).normal(size=(400, 1))
-    low, high = experiment.bootstrap(values, [str(i) for i in range(400)])
-    assert abs((high - low) / (2 * 1.96 * values.std() / 20) - 1) < 0.1 and low < values.mean() < high
-    repeated = experiment.bootstrap(np.repeat(values, 4, 0), [str(i // 4) for i in range(1600)])
-    assert abs((repeated[1] - repeated[0]) / (high - low) - 1) < 0.1  # four questions an image tell no more than one
+    """An accuracy's interval resamples images: questions that all repeat another tell nothing more."""
+    rng, widths = np.random.default_rng(0), []
+    right = rng.random(60) < 0.7
+    for copies in (1, 4):
+        rows = [{"selection": NONE, "module": "all", "target": "", "seed": 0, "neurons": 0, "id": f"q{i}-{copy}", "image": f"i{i}",
+                 "domain": "a", "right": bool(right[i]), "log_prob": -1.0} for i in range(60) for copy in range(copies)]  # fmt: skip
+        row = Ablations(pd.DataFrame(rows), "m").accuracy().iloc[0]
+        assert row["accuracy"] == right.mean() and (row["items"], row["images"]) == (60 * copies, 60)
+        widths.append(row["high"] - row["low"])
+    assert widths[1] / widths[0] == pytest.approx(1, abs=0.1)  # by question it would be half as wide
 
 
 def test_streams_by_hand(model, batches_of_questions):

@@ -13,7 +13,7 @@ from conftest import picture
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from analyses.answer_scores import SCORES, all_scores
-from analyses.common.detection import detection, weighted_figures, within
+from analyses.common.statistics import detection, weighted_figures, within
 from analyses.contextual_lens import default_layers
 from analyses.data.benchmarks import EXACT, NEEDS_A_JUDGE, OBJECTS, YES_NO, Question
 from analyses.experiments.hallucination import (
@@ -141,29 +141,30 @@ def test_within_compares_only_inside_groups():
 
 
 def test_intervals_within_groups_are_percentiles_of_resamples():
-    """Each group resampled by itself; a draw's groups weigh as many right-hallucinated pairs as they have in it."""
+    """All groups resampled together; a draw's groups weigh as many right-hallucinated pairs as they have in it."""
     correct, score = tied_scores()
     b = np.isin(np.arange(60), np.r_[np.nonzero(~correct)[0][:12], np.nonzero(correct)[0][:6]])  # mostly hallucinated
     figures = within(correct, score, np.where(b, "b", "a"), n_boot=200, seed=3)
-    first = b[0]
     aurocs, pairs = np.zeros((2, 200)), np.zeros((2, 200))
-    for number, here in enumerate((b == first, b != first)):
-        y, s = correct[here], score[here]
-        for draw, counts in enumerate(np.random.default_rng(3 + number).multinomial(len(y), np.full(len(y), 1 / len(y)), size=200)):
-            chosen = np.repeat(np.arange(len(y)), counts)
-            pairs[number, draw] = y[chosen].sum() * (~y[chosen]).sum()
-            aurocs[number, draw] = roc_auc_score(y[chosen], s[chosen]) if pairs[number, draw] else 0
+    for draw, counts in enumerate(np.random.default_rng(3).multinomial(60, np.full(60, 1 / 60), size=200)):
+        for number, here in enumerate((b, ~b)):
+            chosen = np.repeat(np.arange(60), counts * here)
+            y, s = correct[chosen], score[chosen]
+            pairs[number, draw] = y.sum() * (~y).sum()
+            aurocs[number, draw] = roc_auc_score(y, s) if pairs[number, draw] else 0
     values = (aurocs * pairs).sum(0) / pairs.sum(0)
     assert (figures["auroc_low"], figures["auroc_high"]) == pytest.approx(tuple(np.percentile(values, (2.5, 97.5))))
     assert figures["resamples"] == 200 and pairs.std(1).min() > 0
 
 
-def test_groups_are_resampled_apart():
-    """Twice the same group is twice the data: the interval shrinks by √2, as it does not when both draw the same."""
+def test_two_groups_are_twice_the_data():
+    """The interval shrinks by √2, unless the two groups share their clusters."""
     correct, score = tied_scores()
     one = within(correct, score, ["a"] * 60, n_boot=500)
     two = within(np.tile(correct, 2), np.tile(score, 2), ["a"] * 60 + ["b"] * 60, n_boot=500)
-    widths = [figures["auroc_high"] - figures["auroc_low"] for figures in (one, two)]
+    same = within(np.tile(correct, 2), np.tile(score, 2), ["a"] * 60 + ["b"] * 60, n_boot=500, clusters=[*range(60)] * 2)
+    widths = [figures["auroc_high"] - figures["auroc_low"] for figures in (one, two, same)]
+    assert widths[2] == pytest.approx(widths[0]) and same["clusters"] == 60
     assert two["auroc"] == pytest.approx(one["auroc"]) and widths[1] / widths[0] == pytest.approx(0.5**0.5, abs=0.1)
     assert (two["items"], two["hallucinated"]) == (120, 2 * int((~correct).sum()))
     few = within([True] * 20 + [False] * 4, [*range(20), 3, 4, 5, 6], ["a"] * 12 + ["b"] * 12, n_boot=50)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 import torch
-from scipy.stats import norm
 
 from analyses.counterfactuals import check_pairs, scene_candidates
 from analyses.data.examples import examples
-from analyses.experiments.flips import SPANS, flip_study, knockout_study, locality_study, wilson
+from analyses.experiments.flips import SPANS, flip_study, knockout_study, locality_study
 from analyses.flip_patching import ablate_flip, attribute_flip
 from analyses.knockout import Knockout
 from analyses.trajectory import answer_trajectory
@@ -80,13 +79,6 @@ def test_knockout_of_a_data_set(scenes):
     assert result.effects.shape[:2] == (5, scenes.cfg.n_layers) and result.effects.isfinite().all()
     with pytest.raises(ValueError, match="rightly"):
         Knockout.join([])
-
-
-def test_wilson_is_the_formula():
-    z, n, k = norm.ppf(0.975), 50, 47
-    p = k / n
-    centre, half = p + z**2 / (2 * n), z * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
-    assert wilson(k, n) == pytest.approx(((centre - half) / (1 + z**2 / n), (centre + half) / (1 + z**2 / n)))
 
 
 def test_commands(tmp_path, capsys):

@@ -151,7 +151,7 @@ def _report(options: argparse.Namespace, items: Any, name: str, judgements: Any,
     if result.judged["correct"].nunique() < 2:
         print("Right and hallucinated answers are both needed to compare scores; no table is made.")
         return written
-    print(f"\nAUROC, {100 * result.level:.0f}% bootstrap intervals; higher tells right from hallucinated better, 0.5 not at all\n")
+    print(f"\nAUROC, {100 * result.level:.0f}% bootstrap intervals (clusters: {result.cluster}); higher tells right from hallucinated better, 0.5 not at all\n")
     print(result.table().T.to_string())
     if few := result.few():
         print(f"\nfewer than 300 hallucinated answers, so wide intervals: {', '.join(f'{k} ({n})' for k, n in few.items())}")

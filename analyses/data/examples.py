@@ -19,6 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from hooked_qwen2vl.image_hash import image_hash
 from hooked_qwen2vl.scenes import sample
 
 LINES = "questions.jsonl"
@@ -46,6 +47,13 @@ class Example:
     category: str = ""
     candidates: tuple[str, ...] = ()
     item: Any = field(repr=False, default=None)
+
+
+def image_key(example: Example) -> str:
+    """The same for all questions about the same images: their files' names as given, or a hash of pictures in memory;
+    without any, the example's id."""
+    names = (str(Path(image)) if isinstance(image, (str, Path)) else image_hash(image) for image in example.images)
+    return " ".join(names) or example.id
 
 
 def examples(data: str | Path = "scenes", limit: int | None = None, split: str = "test", seed: int = 0) -> Iterator[Example]:

@@ -10,8 +10,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -20,13 +20,13 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
-from scipy.stats import binomtest
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from analyses.common.result import Result
+from analyses.common.statistics import cluster_codes, n_different, share_interval, standard_error
 from analyses.counterfactuals import Pair, changed_positions
-from analyses.data.examples import Example
+from analyses.data.examples import Example, image_key
 from analyses.flip_patching import FlipTest, ablate_flip, attribute_flip
 from analyses.knockout import Knockout, attention_knockout
 from analyses.patching import patch_sweep
@@ -34,6 +34,7 @@ from analyses.runs.engine import read_failures, read_results
 from analyses.runs.files import read_manifest
 from analyses.trajectory import answer_trajectory, outcomes_by_category
 from hooked_qwen2vl.image_embeddings import Prefixes
+from hooked_qwen2vl.image_hash import image_hash
 
 FLIP = "flip_"  # columns that hold a list, one value a flip
 FLIP_FIGURES = (
@@ -49,7 +50,8 @@ class FlipStudy(Result):
     """Trajectories of a data set, and a test of every eligible flip, as tables: what a run keeps is enough to make it.
 
     Attributes:
-        prompts: one row a prompt: id, L (the number of layers), and the figures of `Trajectory.summary`.
+        prompts: one row a prompt: id, image (the same for prompts about one image), L (the number of layers), and the
+            figures of `Trajectory.summary`.
         flips: one row a flip: its prompt (a row of `prompts`) and what belongs to that, the figures of
             `FlipTest.summary`, and `entry_difference_random`, `final_difference_random`, means over the random draws.
         skipped: questions without candidates, or whose answer has no first token of its own among them.
@@ -69,7 +71,8 @@ class FlipStudy(Result):
         if not len(rows):
             raise ValueError("no question could be followed: each needs candidates, and an answer that differs from them.")
         nested = [name for name in rows if name.startswith(FLIP)]
-        flips = rows.loc[rows[nested[0]].map(len) > 0, ["id", "question", "category", "right", "L", *nested]]
+        about = [name for name in ("id", "image", "question", "category", "right", "L") if name in rows]
+        flips = rows.loc[rows[nested[0]].map(len) > 0, [*about, *nested]]
         flips = flips.rename(columns=lambda name: name.removeprefix(FLIP)).rename_axis("prompt")
         flips = flips.explode([name.removeprefix(FLIP) for name in nested]).infer_objects().reset_index()
         return cls(rows.drop(columns=nested), flips, skipped)
@@ -84,20 +87,20 @@ class FlipStudy(Result):
 
     def summary(self) -> pd.DataFrame:
         """Flips removed (at their entry) and reversed (at the output) by ablating the found components and by random
-        ones: share, 95 % interval (found: Wilson; random: over flips, normal), flips and prompts counted.
+        ones: share, its 95 % interval, and how many flips, prompts and clusters. The interval resamples clusters with all
+        their flips: images (prompts, in tables that do not name images).
 
         That the lens at the flip's own entry changes is close to what the attribution says; that the output changes
         is the causal test.
         """
+        flips, resampled = self.flips, "image" if "image" in self.flips else "prompt"
+        counts = len(flips), flips["prompt"].nunique(), flips[resampled].nunique(), resampled
         rows = []
         for what in ("removed", "reversed"):
-            found, control = (self.flips[name].to_numpy(dtype=float) for name in (what, f"{what}_by_random"))
-            for name, share, interval in (
-                ("found components", found, wilson(int(found.sum()), len(found))),
-                ("random components", control, _normal(control)),
-            ):
-                rows.append((what, name, share.mean() if len(share) else np.nan, *interval, len(found), self.flips["prompt"].nunique()))
-        return pd.DataFrame(rows, columns=["flip is", "by ablating", "share", "low", "high", "flips", "prompts"])
+            for name, column in (("found components", what), ("random components", f"{what}_by_random")):
+                rows.append((what, name, *share_interval(flips[column], flips[resampled]), *counts))
+        columns = ["flip is", "by ablating", "share", "low", "high", "flips", "prompts", "clusters", "resampled"]
+        return pd.DataFrame(rows, columns=columns)
 
     def last_shift(self) -> pd.DataFrame:
         """The last layer's shift over prompts (rows: its figures), as it is and as the double norm would show it."""
@@ -187,7 +190,7 @@ def flip_row(
         flip = attribute_flip(model, inputs, entry, int(item.top1[entry]), int(item.top1[entry - 1]))
         tests.append(_test_row(ablate_flip(model, inputs, flip, n_components, n_random, seed)))
     nested = {f"{FLIP}{name}": [test[name] for test in tests] for name in FLIP_FIGURES}
-    return {"id": example.id, "L": item.n_layers, **item.summary(), **nested}
+    return {"id": example.id, "image": image_key(example), "L": item.n_layers, **item.summary(), **nested}
 
 
 def _test_row(test: FlipTest) -> dict[str, Any]:
@@ -205,6 +208,7 @@ class LocalityStudy(Result):
         spans: [pair layer span] recovery of the named SPANS, patched whole.
         early: how many layers the best position is averaged over.
         skipped: pairs whose change covers the whole image (its background), where no place could be missed.
+        images: [pair] the clean image, the same for pairs made from one; () where each pair has its own.
         model_name.
     """
 
@@ -216,19 +220,21 @@ class LocalityStudy(Result):
     early: int
     skipped: int
     model_name: str
+    images: tuple[str, ...] = ()
 
     def summary(self) -> dict[str, float]:
-        """Share of hits with its 95 % Wilson interval, and chance beside it."""
-        low, high = wilson(sum(self.hits), len(self.hits))
-        return {"pairs": len(self.hits), "hits": sum(self.hits), "share": float(np.mean(self.hits)), "low": low, "high": high,
+        """Share of hits with its 95 % interval, which resamples clean images with all their pairs, and chance beside it."""
+        share, low, high = share_interval(self.hits, self.images or None)
+        n_images = n_different(cluster_codes(self.images or None, len(self.hits)))
+        return {"pairs": len(self.hits), "images": n_images, "hits": sum(self.hits), "share": share, "low": low, "high": high,
                 "chance": float(np.mean(self.chance)), "chance_in_image": float(np.mean(self.image_chance))}  # fmt: skip
 
     def to_dataframe(self) -> pd.DataFrame:
-        """Mean recovery by layer and span, with its standard error over pairs."""
-        n = len(self.spans)
-        mean, error = self.spans.mean(0), self.spans.std(0) / max(1, n) ** 0.5
+        """Mean recovery by layer and span, with its standard error over clean images (with all their pairs)."""
+        n, mean = len(self.spans), self.spans.mean(0)
         return pd.DataFrame(
-            {"layer": layer, "span": span, "recovery": float(mean[layer, i]), "standard_error": float(error[layer, i]), "pairs": n}
+            {"layer": layer, "span": span, "recovery": float(mean[layer, i]),
+             "standard_error": standard_error(self.spans[:, layer, i].numpy(), self.images or None), "pairs": n}
             for layer in range(self.spans.shape[1])
             for i, span in enumerate(SPANS)
         )  # fmt: skip
@@ -247,7 +253,7 @@ def locality_study(model: Any, pairs: Iterable[Pair], batch_size: int = 32, prog
         ValueError: no pair to patch.
     """
     early = model.cfg.n_layers // 4 + 1  # layers 0…L/4
-    hits, chance, image_chance, spans, categories, skipped = [], [], [], [], [], 0
+    hits, chance, image_chance, spans, categories, images, skipped = [], [], [], [], [], [], 0
     for pair in tqdm(pairs, desc="locality", unit="pair", disable=not progress, delay=2):
         rows = _spans(pair)
         if not rows[SPANS[1]]:
@@ -263,11 +269,12 @@ def locality_study(model: Any, pairs: Iterable[Pair], batch_size: int = 32, prog
         sweep = patch_sweep(*prompts, positions=rows, **options)
         spans.append((sweep.values[..., 0] - pair.corrupted_difference) / gap)
         categories.append(pair.source.category)
+        images.append(image_hash(pair.source.clean))
     if not hits:
         raise ValueError("there is no pair to patch: check_pairs kept none, or each changes the whole image.")
     return LocalityStudy(
         *(tuple(values) for values in (hits, chance, image_chance)), torch.stack(spans), tuple(categories), early,
-        skipped, str(model.cfg.model_name),
+        skipped, str(model.cfg.model_name), tuple(images),
     )  # fmt: skip
 
 
@@ -312,22 +319,6 @@ def knockout_study(
             "object → all after": (own, after),
             "as many other patches → all after": (control, after),
         }
-        done.append(attention_knockout(model, inputs, tokens, flows, window, progress=False))
+        one = attention_knockout(model, inputs, tokens, flows, window, progress=False)
+        done.append(replace(one, images=(image_key(example),) * len(one.baseline)))
     return Knockout.join(done)
-
-
-def wilson(successes: int, n: int) -> tuple[float, float]:
-    """95 % Wilson interval of a share."""
-    if n == 0:
-        return float("nan"), float("nan")
-    interval = binomtest(successes, n).proportion_ci(method="wilson")
-    return interval.low, interval.high
-
-
-def _normal(values: Sequence[float]) -> tuple[float, float]:
-    """95 % normal interval of a mean of shares."""
-    if len(values) < 2:
-        return float("nan"), float("nan")
-    error = 1.96 * float(np.std(values, ddof=1)) / len(values) ** 0.5
-    return max(0.0, float(np.mean(values)) - error), min(1.0, float(np.mean(values)) + error)
-

@@ -14,7 +14,7 @@
 3. For each: pointing game (is the hottest token on what the answer depends on?), average precision of the heat map
    against the mask (scikit-learn), IoU in cells of the box with the mask. A heat map's box is the rectangle with the
    largest sum of (heat − mean), the same for all methods; the contextual lens has its own box beside it.
-4. Means by category with bootstrap intervals over items (95 %, percentile).
+4. Means by category with bootstrap intervals over scenes, each with all its items (95 %, percentile).
 
 For an existence question the noun it asks for is grounded (the last word of the question), not the word "yes".
 All choices of boxes, nouns and controls here are ours.
@@ -40,6 +40,7 @@ from transformer_lens.tools.analysis import logit_readout
 
 from analyses.common.rectangles import Cells, heaviest_rectangle
 from analyses.common.result import Result
+from analyses.common.statistics import mean_interval, share_interval
 from analyses.contextual_lens import ground, span_positions, word_spans
 from analyses.logit_lens import residual_stack
 
@@ -53,7 +54,7 @@ class GroundingExperiment(Result):
     """How well each method points at what the answers depend on.
 
     Attributes:
-        table: one row an item and method: item, category, domain, right (the model answers it), share (of the cells that
+        table: one row an item and method: item, scene (items of one scene share its picture), category, domain, right (the model answers it), share (of the cells that
             count), pointing (0 or 1), ap, iou (NaN where the method has no such figure).
         skipped: items left out, by reason.
         settings: split, image_layer, text_layer, seed and the model's name.
@@ -64,15 +65,18 @@ class GroundingExperiment(Result):
     settings: dict[str, Any]
 
     def to_dataframe(self, resamples: int = 1000, seed: int = 0) -> pd.DataFrame:
-        """One row a category ("all" too) and method: items, and for each figure the mean and its 95 % interval."""
+        """One row a category ("all" too) and method: items, scenes, and for each figure the mean and its 95 % interval,
+        which resamples scenes (items, in tables that do not name them)."""
         groups = [("all", self.table), *self.table.groupby("category")]
         rows = []
         for category, part in groups:
             for method in (METHODS[0], OWN_BOX, *METHODS[1:]):
                 one = part[part["method"] == method]
-                row: dict[str, Any] = {"category": category, "method": method, "items": len(one)}
+                scene = one["scene" if "scene" in one else "item"]
+                row: dict[str, Any] = {"category": category, "method": method, "items": len(one), "scenes": scene.nunique()}
                 for name in FIGURES:
-                    row[name], row[f"{name}_low"], row[f"{name}_high"] = mean_interval(one[name], resamples, seed)
+                    interval = share_interval if name == "pointing" else mean_interval
+                    row[name], row[f"{name}_low"], row[f"{name}_high"] = interval(one[name], scene, seed, n_boot=resamples)
                 rows.append(row)
         return pd.DataFrame(rows)
 
@@ -82,16 +86,6 @@ class GroundingExperiment(Result):
 
         table = self.to_dataframe().dropna(subset=[figure])
         return methods_plot(table, figure, f"{FIGURES[figure]}, mean and 95 % interval", path)
-
-
-def mean_interval(values: Any, resamples: int = 1000, seed: int = 0) -> tuple[float, float, float]:
-    """(mean, 2.5 %, 97.5 %) of the mean over resampled items; NaN where there are none."""
-    values = np.asarray(values, dtype=float)
-    if not len(values) or np.isnan(values).all():
-        return float("nan"), float("nan"), float("nan")
-    draws = np.random.default_rng(seed).integers(0, len(values), (resamples, len(values)))
-    low, high = np.quantile(values[draws].mean(1), (0.025, 0.975))
-    return float(values.mean()), float(low), float(high)
 
 
 def run_experiment(
@@ -125,7 +119,7 @@ def run_experiment(
         heats, own, right = _heat_maps(model, item, other, image_layer, text_layer)
         heats |= {"(random)": torch.from_numpy(rng.random(item.grid)), "(centre)": centre_heat(*item.grid)}
         mask = _mask(item)
-        known = {"item": number, "category": item.category, "domain": item.domain, "right": right, "share": mask.mean()}
+        known = {"item": number, "scene": item.scene.key, "category": item.category, "domain": item.domain, "right": right, "share": mask.mean()}
         for method in METHODS:
             rows.append({**known, "method": method, **figures(heats[method], mask)})
         rows.append({**known, "method": OWN_BOX, "pointing": np.nan, "ap": np.nan, "iou": box_iou(own, mask)})
@@ -250,7 +244,7 @@ def as_markdown(result: GroundingExperiment, measured_on: str) -> str:
     shown = summary[["category", "items", "method"]].copy()
     for name in FIGURES:
         shown[name] = [
-            "" if np.isnan(mean) else f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+            "" if np.isnan(mean) else f"{mean:.3f} [–]" if np.isnan(low) else f"{mean:.3f} [{low:.3f}, {high:.3f}]"
             for mean, low, high in summary[[name, f"{name}_low", f"{name}_high"]].itertuples(index=False)
         ]
     lines = [shown.columns, ["---"] * len(shown.columns), *shown.itertuples(index=False)]
@@ -260,11 +254,11 @@ def as_markdown(result: GroundingExperiment, measured_on: str) -> str:
         [
             "# Grounding on the embedded world: what came out",
             "",
-            f"Written by `python -m analyses.experiments.grounding`; how it is measured: `analyses/grounding_experiment.py`. "
+            f"Written by `python -m analyses.experiments.grounding`; how it is measured: `analyses/experiments/grounding.py`. "
             f"Measured on {measured_on}; settings {result.settings}. {len(once)} items; left out: {left_out}. The model "
             f"answers {once['right'].mean():.1%} of them rightly; all are grounded with the right answer. What the answer "
             f"depends on covers {once['share'].mean():.1%} of the image on average. Mean and 95 % interval (bootstrap over "
-            f"items); categories with few items have wide intervals.",
+            f"scenes); categories with few items have wide intervals.",
             "",
             *("| " + " | ".join(map(str, line)) + " |" for line in lines),
             "",

@@ -6,7 +6,8 @@
 3. Every method of `analyses.answer_scores.SCORES` scores every claim: higher = more likely right. For "Is there a dog?" the
    methods that look for something in the image look for the noun, with the sign flipped when the answer is no. The
    control sees another picture: the nearest one before (else after) in the data that differs.
-4. AUROC and average precision by category, with bootstrap intervals (`analyses.common.detection`).
+4. AUROC and average precision by category, with bootstrap intervals that resample images with all
+   their claims (`analyses.common.statistics`): claims of one caption, and questions about one image, are not independent.
 
 Flipping the sign sets a noun's "yes" and "no" answers apart before anything is compared. So these are also reported
 apart ("existence: said no"), and "all, within categories" compares only answers of one category that said the same.
@@ -29,25 +30,25 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
 from tqdm.auto import tqdm
 
 from analyses.answer_scores import SCORES, Evidence
-from analyses.common.detection import detection, within
 from analyses.common.result import Result
+from analyses.common.statistics import detection, within
 from analyses.contextual_lens import LayerSweep, default_layers, sweep_layers, word_spans
 from analyses.data.benchmarks import OBJECTS, Question, judge, mentions, parse_yes_no
+from analyses.data.examples import image_key
 from analyses.domain_neurons import in_batches
 from analyses.runs.engine import describe_model, read_results
 from analyses.runs.files import PLAN, read_manifest
 from hooked_qwen2vl.image_embeddings import Prefixes
+from hooked_qwen2vl.image_hash import image_hash
 from hooked_qwen2vl.processor import open_image
 
 CONTROL = "contextual_control"
-NOUN_METHODS = ("internal_confidence", "contextual", CONTROL)
 ALL, WITHIN = "all", "all, within categories"
 ENOUGH = 300  # hallucinated answers below which an interval is wide
-_COLUMNS = ("key", "id", "category", "question", "gold", "answer", "correct", "judge", "said", "noun")
+_COLUMNS = ("key", "id", "image", "category", "question", "gold", "answer", "correct", "judge", "said", "noun")
 _SAYS = re.compile(r"\s*(yes|no)\b", re.IGNORECASE)
 
 
@@ -105,7 +106,7 @@ class Hallucinations(Result):
     """Every claim with every method's score.
 
     Attributes:
-        claims: one row a claim: key, id, category, question, gold, answer, correct (None: needs a judge), judge, said,
+        claims: one row a claim: key, id, image (the same for questions about one image), category, question, gold, answer, correct (None: needs a judge), judge, said,
             noun, error (why scores are missing), a column a method (NaN where there is none), cut and other_tokens.
         methods: their names. data, model_name, weights: what was run; `weights` is their hash.
         layers: the contextual lens's entries, of its image and of its text side.
@@ -128,23 +129,32 @@ class Hallucinations(Result):
         kept = self.claims[self.claims["correct"].notna()]
         return kept.assign(correct=kept["correct"].astype(bool))
 
+    @property
+    def cluster(self) -> str:
+        """What the intervals resample, with all its claims: "image", or in tables that do not name images "id" (a question or
+        caption), or "claim", each by itself."""
+        return next((name for name in ("image", "id") if name in self.claims), "claim")
+
+    def _clusters(self, part: pd.DataFrame) -> pd.Series | None:
+        return None if self.cluster == "claim" else part[self.cluster]
+
     @cached_property
     def _metrics(self) -> pd.DataFrame:
         rows = []
         for method in self.methods:
             for name, part in self._groups():
-                figures = detection(part["correct"], part[method], self.n_boot, self.seed, self.level)
+                figures = detection(part["correct"], part[method], self.n_boot, self.seed, self.level, self._clusters(part))
                 rows.append({"method": method, "category": name, **figures})
             strata = self.judged["category"] + " " + self.judged["said"]
             figures = within(
-                self.judged["correct"], self.judged[method], strata, self.n_boot, self.seed, self.level
+                self.judged["correct"], self.judged[method], strata, self.n_boot, self.seed, self.level, self._clusters(self.judged)
             )
             rows.append({"method": method, "category": WITHIN, **figures})
         return pd.DataFrame(rows)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a method and category: items, hallucinated, unscored, resamples, and auroc, ap_correct and
-        ap_hallucinated with `_low` and `_high`."""
+        """One row a method and category: items, hallucinated, unscored, clusters, resamples, and auroc, ap_correct and
+        ap_hallucinated with `_low` and `_high`: intervals that resample images (see `cluster`) with all their claims."""
         return self._metrics.copy()
 
     def table(self, figure: str = "auroc") -> pd.DataFrame:
@@ -324,7 +334,7 @@ def with_controls(items: Iterable[Question]) -> Iterator[Asked]:
     last: tuple[str, tuple[Any, ...]] = ("", ())
     other: tuple[Any, ...] = ()
     for item in items:
-        key = _pictures_key(item)
+        key = " ".join(map(image_hash, item.images))
         if waiting and key != last[0]:
             yield from (_asked(one, item.images) for one in waiting)
             waiting, other = [], last[1]
@@ -531,6 +541,7 @@ def _about(claim: Claim) -> dict[str, Any]:
     return {
         "key": claim.key,
         "id": claim.item.id,
+        "image": image_key(claim.item),
         "category": claim.item.category or "none",
         "question": claim.item.question,
         "gold": claim.item.answer,
@@ -559,19 +570,6 @@ def _as_claims(rows: pd.DataFrame, ids: set[str], judgements: Mapping[str, bool]
 
 def _asked(item: Question, other: tuple[Any, ...]) -> Asked:
     return Asked(**{f.name: getattr(item, f.name) for f in fields(item)}, other=other)
-
-
-def _pictures_key(item: Question) -> str:
-    """Tells pictures apart: files by their path, pictures in memory by their pixels."""
-    hashed = hashlib.sha256()
-    for image in item.images:
-        if isinstance(image, (str, Path)):
-            hashed.update(f"{image}\n".encode())
-        elif isinstance(image, Image.Image):
-            hashed.update(f"{image.mode} {image.size}".encode() + image.tobytes())
-        else:
-            hashed.update(np.asarray(image).tobytes())
-    return hashed.hexdigest()
 
 
 def _interval_text(row: pd.Series, figure: str) -> str:

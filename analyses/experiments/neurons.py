@@ -6,7 +6,7 @@
    fire as often in that domain (a selection by firing favours frequent firers). Selected neurons are in no control.
 3. Compare the whole greedy answer with the right one, and follow the log-probability (nats) of the right answer's first
    token, which moves before answers do.
-4. Intervals of 95 %: Wilson's for an accuracy; for a difference, a bootstrap over images (and seeds), paired by item.
+4. Intervals of 95 %: a bootstrap over images (with all their questions) and seeds; a difference is paired by question.
 5. (ours) The same with neurons selected by effect: Σ_tokens a · ∂ log p(answer)/∂a, the first-order loss of the answer's
    log-probability when a neuron is set to 0, on the domain less its mean on the others; as many as firing selected.
 
@@ -15,7 +15,6 @@ Source: MMNeuron (Huo et al., EMNLP 2024); the controls, intervals and step 5 ar
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +24,13 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
-from scipy.stats import binomtest
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.tools.analysis import logit_readout
 
 from analyses.common.result import Result
-from analyses.data.examples import Example
+from analyses.common.statistics import mean_interval, share_interval
+from analyses.data.examples import Example, image_key
 from analyses.domain_neurons import SITES, DomainNeurons, disable_neurons, hook_sites, in_batches, token_sources
 from analyses.logit_lens import residual_stack
 from analyses.runs.engine import read_results
@@ -44,7 +43,6 @@ NONE = "none"
 FIRING, EFFECT = "firing", "effect"
 RANDOM, RANDOM_RATE, RANDOM_EFFECT = "random", "random, same rate", "random for effect"
 CONTROLS = {FIRING: (RANDOM, RANDOM_RATE), EFFECT: (RANDOM_EFFECT,)}
-_RESAMPLES = 2000
 _SPARE_TOKENS = 2  # past the right answer's length: its end token, and a full stop before it
 
 
@@ -330,7 +328,7 @@ class Ablations(Result):
 
     def accuracy(self) -> pd.DataFrame:
         """One row a selection, module and domain: accuracy on the domain when its own neurons are off (controls: over
-        all seeds), with Wilson's interval over questions; its change from none, with the bootstrap's interval.
+        all seeds), and its change from none; intervals resample images (and seeds), whose number stands beside them.
 
         Domain "all" pools the questions, each with its own domain's neurons off.
         """
@@ -339,10 +337,10 @@ class Ablations(Result):
         own = self._own()
         for (selection, module), group in own.groupby(["selection", "module"], sort=False):
             for domain, some in _with_pool(group):
-                n, seeds = some["id"].nunique(), some["seed"].nunique()
-                accuracy = some["right"].mean()
-                low, high = wilson(accuracy, n)
-                row = {"selection": selection, "module": module, "domain": domain, "items": n, "seeds": seeds,
+                right = _by_seed(some, "right")
+                accuracy, low, high = share_interval(right.to_numpy(), right.index.get_level_values("image"))
+                row = {"selection": selection, "module": module, "domain": domain, "items": len(right),
+                       "images": some["image"].nunique(), "seeds": right.shape[1],
                        "neurons": some.groupby("target")["neurons"].mean().mean(), "accuracy": accuracy, "low": low, "high": high}  # fmt: skip
                 if selection != NONE:
                     row |= _difference(some, base, "right", "change") | _difference(some, base, "log_prob", "log_prob_change")
@@ -482,39 +480,18 @@ def _rows(condition: Condition, batch: Batch, outcomes: Sequence[tuple[bool, flo
     ]
 
 
-# ---- intervals --------------------------------------------------------------------------------------
-
-
-def wilson(accuracy: float, n: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a proportion over n questions (for a mean over seeds, of the nearest whole number right)."""
-    interval = binomtest(round(accuracy * n), n).proportion_ci(method="wilson")
-    return interval.low, interval.high
-
-
-def bootstrap(differences: Float[np.ndarray, "item seed"], images: Sequence[str], seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the mean, resampling images (with all their questions) and seeds; percentiles of 2,000 resamples.
-
-    Several questions about one image are not independent, and nor are the seeds' draws of neurons for all questions.
-    """
-    rng = np.random.default_rng(seed)
-    _, image = np.unique(np.asarray(images), return_inverse=True)
-    n_images, n_seeds = image.max() + 1, differences.shape[1]
-    sums = np.zeros((n_images, n_seeds))
-    np.add.at(sums, image, differences)
-    drawn = rng.multinomial(n_images, np.full(n_images, 1 / n_images), size=_RESAMPLES)
-    seeds = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=_RESAMPLES) / n_seeds
-    means = np.einsum("rs,rs->r", drawn @ sums, seeds) / (drawn @ np.bincount(image))
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
-
-
 def _difference(some: pd.DataFrame, base: pd.DataFrame, column: str, name: str, sign: int = 1) -> dict[str, float]:
     """Mean of `some` − `base` (times the sign) and its interval, paired by question."""
-    table = some.pivot(index=["id", "image"], columns="seed", values=column).astype(float)
+    table = _by_seed(some, column)
     reference = base.set_index("id")[column].astype(float).reindex(table.index.get_level_values("id"))
     differences = sign * (table.to_numpy() - reference.to_numpy()[:, None]) + 0.0  # no minus zero
-    low, high = bootstrap(differences, table.index.get_level_values("image"))
-    return {name: float(differences.mean()), f"{name}_low": low, f"{name}_high": high}
+    mean, low, high = mean_interval(differences, table.index.get_level_values("image"))
+    return {name: mean, f"{name}_low": low, f"{name}_high": high}
+
+
+def _by_seed(some: pd.DataFrame, column: str) -> pd.DataFrame:
+    """[(id, image) seed]"""
+    return some.pivot(index=["id", "image"], columns="seed", values=column).astype(float)
 
 
 def _with_pool(group: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
@@ -570,17 +547,6 @@ def _stream_sources(inputs: Any) -> dict[str, Bool[Tensor, "batch pos"]]:
         last[row, inputs.positions("last", row)] = True
     found = {"image": sources == 0, "text": sources == 1, "last": last}
     return {name: here for name, here in found.items() if here.any()}
-
-
-def image_key(example: Example) -> str:
-    """What tells images apart: their files, or the pixels of pictures in memory; without any, the example."""
-    return " ".join(map(_picture_key, example.images)) or example.id
-
-
-def _picture_key(image: Any) -> str:
-    if isinstance(image, (str, Path)):
-        return str(image)
-    return hashlib.blake2b(np.asarray(image).tobytes(), digest_size=8).hexdigest()
 
 
 def split_by_image(data: Iterable[Example]) -> tuple[list[Example], list[Example]]:

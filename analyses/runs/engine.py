@@ -33,8 +33,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from analyses.runs.files import finished_parts, part_path, refuse_another, settle, sweep, whole_file, written_parts
+from analyses.runs.files import finished_parts, part_path, refuse_another, settle, written_parts
 from analyses.runs.plan import Memory, Size, Sizer, digest, make_plan, memory_for, size_by_model, size_by_pixels, windows
+from hooked_qwen2vl.files import remove_unfinished, whole_file
 
 if TYPE_CHECKING:
     from analyses.data.examples import Example
@@ -294,7 +295,7 @@ def work_on(
     from tqdm.auto import tqdm
 
     state.out.mkdir(parents=True, exist_ok=True)
-    sweep(state.out)
+    remove_unfinished(state.out)
     settle(state.out, state.manifest, state.plan)
     k, n = state.share
     ours = state.plan[state.plan["part"] % n == k]

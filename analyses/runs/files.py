@@ -7,12 +7,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
-import socket
-import uuid
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,58 +16,13 @@ from typing import Any
 
 import pandas as pd
 
+from hooked_qwen2vl.files import whole_file
+
 MANIFEST, PLAN = "run.json", "plan.parquet"
-_TEMPORARY = ".writing-"
 
 
 def part_path(out: Path, part: int, suffix: str) -> Path:
     return out / f"part-{part:05d}{suffix}"
-
-
-@contextlib.contextmanager
-def whole_file(path: Path, exclusive: bool = False) -> Iterator[Path]:
-    """A temporary file to write; it gets its name only when it is whole and on the disk.
-
-    Args:
-        exclusive: raise FileExistsError instead of replacing a file of that name.
-    """
-    temporary = path.parent / f"{_TEMPORARY}{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}{path.suffix}"
-    try:
-        yield temporary
-        _flush(temporary)
-        if exclusive:
-            os.link(temporary, path)
-        else:
-            os.replace(temporary, path)
-        _flush(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def sweep(out: Path) -> None:
-    """Removes what killed processes of this machine left half-written."""
-    for file in out.glob(f"{_TEMPORARY}{socket.gethostname()}-*"):
-        process = int(file.name.removeprefix(f"{_TEMPORARY}{socket.gethostname()}-").split("-")[0])
-        if process != os.getpid() and not _alive(process):
-            file.unlink(missing_ok=True)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def read_manifest(out: str | Path) -> dict[str, Any]:

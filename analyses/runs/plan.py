@@ -16,11 +16,12 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from PIL import Image
+
+from hooked_qwen2vl.image_hash import image_hash
 
 if TYPE_CHECKING:
     from analyses.data.examples import Example
@@ -164,11 +165,7 @@ def digest(example: Example) -> str:
     words = [(field.name, getattr(example, field.name)) for field in fields(example) if field.repr and field.name not in PLACES]
     hashed = hashlib.blake2b(repr(words).encode(), digest_size=12)
     for image in example.images:
-        if isinstance(image, (str, os.PathLike)):
-            path = Path(image)
-            hashed.update(f"{path.name} {path.stat().st_size if path.is_file() else None}".encode())
-        else:
-            hashed.update(f"{image.mode} {image.size}".encode() + image.tobytes())
+        hashed.update(image_hash(image, wherever=True).encode())
     return hashed.hexdigest()
 
 

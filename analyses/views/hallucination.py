@@ -21,6 +21,7 @@ _FIGURES = {
     "ap_hallucinated": "Average precision for hallucinated (knowing nothing gives their share)",
     "ap_correct": "Average precision for correct (knowing nothing gives their share)",
 }
+_RESAMPLED = {"image": "images with all their claims", "id": "questions with all their claims", "claim": "claims"}
 _RIGHT, _WRONG = BLUE, ORANGE
 
 
@@ -99,7 +100,7 @@ def interval_plot(result: Any, path: str | Path | None = None) -> Figure:
     left_out = [c for c in counts if c not in shown]
     note = f"\nnothing to tell apart in: {', '.join(left_out)}" if left_out else ""
     level = f"{100 * result.level:.0f}%"
-    figure.titled(f"{result.data}, {result.model_name}; dots and {level} bootstrap intervals{note}")
+    figure.titled(f"{result.data}, {result.model_name}; dots and {level} bootstrap intervals over {_RESAMPLED[result.cluster]}{note}")
     return figure.saved(path)
 
 
@@ -128,7 +129,7 @@ def markdown(result: Any) -> str:
     defined = {c for c in counts if metrics.loc[metrics["category"] == c, "auroc"].notna().any()}
     parts = [
         f"{result.data}, model {result.model_name} (weights {result.weights}): {len(result.judged)} judged answers, "
-        f"{counts['all'][0]} hallucinated; {100 * result.level:.0f}% intervals from {result.n_boot} resamples."
+        f"{counts['all'][0]} hallucinated; {100 * result.level:.0f}% intervals from {result.n_boot} resamples of {_RESAMPLED[result.cluster]}."
     ]
     if result.layers is not None:
         parts.append("The contextual lens reads the image at entry {} and the text at entry {}.".format(*result.layers))

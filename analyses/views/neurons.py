@@ -43,7 +43,7 @@ def layers_plot(table: pd.DataFrame, model_name: str, path: str | Path | None = 
 
 
 def accuracy_plot(table: pd.DataFrame, model_name: str, path: str | Path | None = None) -> Figure:
-    """What is off × domain: accuracy, and below it Wilson's 95 % interval."""
+    """What is off × domain: accuracy, and below it its 95 % interval (resampling images)."""
     domains = list(dict.fromkeys(table["domain"]))
     rows = list(dict.fromkeys(zip(table["module"], table["selection"])))
     order = list(dict.fromkeys(table.loc[table["selection"] != "none", "module"]))
@@ -97,7 +97,7 @@ def controls_plot(table: pd.DataFrame, model_name: str, path: str | Path | None 
     panels[1, 0].set_ylabel("log p(answer), nats:\nown off − control off", fontsize=8)
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(pairs), frameon=False, fontsize=8)
-    figure.titled(f"Below 0: the domain needs its own neurons more than the control's (95 % bootstrap), {model_name}")
+    figure.titled(f"Below 0: the domain needs its own neurons more than the control's (95 % bootstrap over images), {model_name}")
     return figure.saved(path)
 
 

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import Qwen2VLForConditionalGeneration
 
+from ..files import whole_file
 from .batches import IGNORE, Batch, Packer, draw_batch, raise_level, start_levels
 from .folder import CHECKPOINT, build_config, build_tokenizer, save_folder
 from .tower import teach_tower
@@ -190,14 +191,9 @@ def _summary(progress: Progress, loss: float) -> str:
 
 
 def _save(state: Path, model, optimizer, progress: Progress, rng: Random) -> None:
-    state.parent.mkdir(parents=True, exist_ok=True)
-    partial = state.with_suffix(".partial")
-    torch.save(
-        {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "progress": asdict(progress),
-         "rng": rng.getstate(), "torch_rng": torch.get_rng_state()},
-        partial,
-    )  # fmt: skip
-    partial.replace(state)
+    about = {"progress": asdict(progress), "rng": rng.getstate(), "torch_rng": torch.get_rng_state()}
+    with whole_file(state) as file:
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), **about}, file)
 
 
 def _linear_patch_embed(model) -> None:

@@ -1,0 +1,39 @@
+"""One hash for images, wherever two must be told apart: stored prefixes, resumed runs, clusters of questions about one image."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+def image_hash(image: Any, wherever: bool = False) -> str:
+    """32 digits that tell images apart: files by their path; pictures by their pixels, mode and size; arrays and tensors by
+    their values, dtype and shape.
+
+    Args:
+        wherever: a file is its name and length instead, so that the same folder elsewhere holds the same images.
+    """
+    hashed = hashlib.blake2b(digest_size=16)
+    if isinstance(image, (str, os.PathLike)):
+        path = Path(image)
+        length = path.stat().st_size if wherever and path.is_file() else None
+        hashed.update(f"file {path.name} {length}".encode() if wherever else f"file {path}".encode())
+    elif isinstance(image, Image.Image):
+        hashed.update(f"picture {image.mode} {image.size} {image.getpalette()} {image.info.get('transparency')}".encode())
+        hashed.update(image.tobytes())
+    elif isinstance(image, Tensor):
+        hashed.update(f"tensor {image.dtype} {tuple(image.shape)}".encode())
+        hashed.update(image.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    else:
+        array = np.asarray(image)
+        if array.dtype == object:
+            raise ValueError(f"expected an image (a path, picture, array or tensor), got {type(image).__name__}.")
+        hashed.update(f"array {array.dtype} {array.shape}".encode() + array.tobytes())
+    return hashed.hexdigest()
