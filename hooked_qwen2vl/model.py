@@ -28,11 +28,12 @@ from .block import decoder_block
 from .cache import HookedCache, is_vision
 from .checkpoint import open_checkpoint
 from .config import HookedQwen2VLConfig, convert_config
-from .devices import beside, dispatch, first_not_finite, not_finite, refuse_far_weights, spread_over
+from .devices import beside, dispatch, refuse_far_weights, spread_over
 from .export import export_text_model
 from .generate import Generation
 from .inputs import Inputs
 from .layers import HookPoint, RMSNorm, listened
+from .overflow import first_not_finite, not_finite
 from .processor import Processor
 from .rope import text_rotation
 from .tl_weights import TransformerLensWeights, Unembed

@@ -16,8 +16,8 @@ from transformer_lens import FactoredMatrix
 from transformer_lens.model_bridge.composition_scores import CompositionScores
 from transformer_lens.utilities import composition_scores
 
-from .devices import finite
 from .layers import no_bias, readable
+from .overflow import finite
 
 _BLOCK_WEIGHTS = ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O")
 _MLP_WEIGHTS = ("W_in", "W_gate", "W_out", "b_in", "b_out")

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from transformer_lens.tools.analysis import logit_readout
 
 from hooked_qwen2vl import HookedQwen2VL
-from hooked_qwen2vl.devices import finite
+from hooked_qwen2vl.overflow import finite
 
 BLOCK = 64  # words whose largest logit is kept
 SLAB = 32768  # words whose logits lie together, filled up to whole blocks; 16 MB for 128 rows
