@@ -7,7 +7,8 @@ and the composition scores expand them to one for each head.
 
 from __future__ import annotations
 
-from typing import Iterator, Literal
+from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int

@@ -14,7 +14,6 @@ from PIL import Image
 from tiny import tiny_hf, tiny_processor
 from transformer_lens.model_bridge import TransformerBridge
 
-from analyses import neuron_experiment as experiment
 from analyses.data.examples import Example
 from analyses.domain_neurons import (
     SOURCES,
@@ -31,6 +30,7 @@ from analyses.domain_neurons import (
     select_neurons,
     token_sources,
 )
+from analyses.experiments import neurons as experiment
 from analyses.experiments.max_activating import top_images, written_tokens
 from analyses.experiments.neurons import FIRING, NONE, RANDOM, RANDOM_RATE, Ablations, Condition
 from analyses.logit_lens import logit_lens
