@@ -84,7 +84,7 @@ def _one(options: argparse.Namespace) -> None:
 
 def _many(options: argparse.Namespace) -> None:
     from analyses.counterfactuals import check_pairs, read_candidates, scene_candidates
-    from analyses.experiments.flips import locality_study
+    from analyses.experiments.locality import locality_study
 
     if options.activation != "resid_pre" or options.direction != "denoise":
         raise ValueError("many pairs are patched at resid_pre, denoising: leave out --activation and --direction.")
