@@ -73,7 +73,7 @@ class Experiment:
         self.model, self.settings, self.seed = model, dict(settings), seed
 
     def __call__(self, batch: Sequence[Example]) -> Iterable[Mapping[str, Any]]:
-        """The rows of some questions, whose images are opened; each row has the "id" of its question."""
+        """The rows of some questions, whose images are opened, in their order; each row has the "id" of its question."""
         raise NotImplementedError
 
     @staticmethod
@@ -107,7 +107,7 @@ class Experiment:
         Returns:
             None while parts that belong to other shares are missing.
         Raises:
-            ValueError: an id that comes twice, a shard without a folder, or as `runs.run`.
+            ValueError: a shard without a folder, or as `runs.run`.
         """
         if out is None:
             if shard is not None:
@@ -158,23 +158,17 @@ class Experiment:
             raise ValueError(f"{out} holds {manifest['name']!r}, which has no {error}: expected a run of {cls.name!r}.") from error
 
     def _in_memory(self, data: Data, batch_size: int, progress: bool) -> Done:
-        places: dict[str, int] = {}
-        stream = self._one_by_one(self.asked(data() if callable(data) else data), places, progress)
-        rows = (row for batch in in_batches(stream, batch_size) for row in self(batch))
-        gathered = add_up(rows) if self.summed else _in_order(pd.DataFrame(rows), places)
+        ids: list[str] = []
+        questions = self.asked(data() if callable(data) else data)
+        bar = tqdm(questions, desc=self.name, unit="question", disable=not progress, delay=2)
+        rows = (row for batch in in_batches(_opened(bar, ids), batch_size) for row in self(batch))
+        gathered = add_up(rows) if self.summed else pd.DataFrame(rows)
         name = str(self.model.cfg.model_name)
-        return Done(gathered, tuple(places), 0, self.settings, name, lambda: describe_model(self.model)["weights"])
-
-    def _one_by_one(self, data: Iterable[Example], places: dict[str, int], progress: bool) -> Iterator[Example]:
-        for example in tqdm(data, desc=self.name, unit="question", disable=not progress, delay=2):
-            if example.id in places:
-                raise ValueError(f"the id {example.id!r} comes twice in the data: results are kept by id, make them unique.")
-            places[example.id] = len(places)
-            yield opened(example)
+        return Done(gathered, tuple(ids), 0, self.settings, name, lambda: describe_model(self.model)["weights"])
 
 
-def _in_order(rows: pd.DataFrame, places: Mapping[str, int]) -> pd.DataFrame:
-    """The rows in the order of the data."""
-    if rows.empty:
-        return rows
-    return rows.iloc[rows["id"].map(places).argsort(kind="stable")].reset_index(drop=True)
+def _opened(data: Iterable[Example], ids: list[str]) -> Iterator[Example]:
+    """The questions, their images opened when it is their turn; their ids are noted."""
+    for example in data:
+        ids.append(example.id)
+        yield opened(example)

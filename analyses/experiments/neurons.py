@@ -505,7 +505,9 @@ class AblationExperiment(Experiment):
     def __call__(self, batch: Sequence[Example]) -> list[dict[str, Any]]:
         by_domain = [[e for e in batch if e.domain == domain] for domain in dict.fromkeys(e.domain for e in batch)]
         encoded = [_encoded(self.model, some, self.encode) for some in by_domain]
-        return [row for some in encoded for row in _under_all(self.model, some, self.wanted, self.crossed)]
+        rows = [row for some in encoded for row in _under_all(self.model, some, self.wanted, self.crossed)]
+        places = {example.id: place for place, example in enumerate(batch)}
+        return sorted(rows, key=lambda row: places[row["id"]])
 
     @staticmethod
     def result(done: Done) -> Ablations:
