@@ -33,8 +33,8 @@ from .export import export_text_model
 from .generate import Generation
 from .image_embeddings import ImageEmbeddings, merge
 from .inputs import Inputs
-from .layers import HookPoint, RMSNorm, listened
-from .overflow import finite_check, first_not_finite, not_finite
+from .layers import HookPoint, RMSNorm
+from .overflow import finite_check
 from .processor import Processor
 from .rope import text_rotation
 from .tl_weights import TransformerLensWeights, Unembed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from analyses.cli.shared import add_model, add_out, add_run, at_least_one, finished, load_model, out_folder, reports
+from analyses.cli.shared import add_model, add_out, add_run, at_least_one, finished, load_model, out_folder, reports, run_options
 
 NAME = "flips"
 HELP = "where the answer flips between layers, and what makes it"
@@ -58,25 +58,13 @@ def _one(options: argparse.Namespace) -> None:
 
 def _data_set(options: argparse.Namespace) -> None:
     from analyses.data.examples import examples
-    from analyses.experiments.flips import flip_work
-    from analyses.runs.engine import run, this_share
-    from hooked_qwen2vl.image_embeddings import CAPACITY
+    from analyses.experiments.flips import FlipExperiment
+    from analyses.runs.engine import this_share
 
     share = this_share(options.shard)  # before the model: it gives each process its GPU
-    model = load_model(options)
+    experiment = FlipExperiment(load_model(options), options.components, options.random)
     rows = options.out / NAME
-    state = run(
-        NAME,
-        lambda: examples(options.data, options.limit),
-        flip_work(model, options.components, options.random),
-        rows,
-        {"components": options.components, "random": options.random},
-        model=model,
-        batch_size=options.batch_size,
-        shard=share,
-        dry_run=options.dry_run,
-        prefixes=CAPACITY,
-    )
+    state = experiment.start(lambda: examples(options.data, options.limit), rows, **run_options(options, share))
     if options.dry_run:
         print(state.describe())
     elif finished(options, state) and reports(options, state):
