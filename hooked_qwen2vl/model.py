@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -60,6 +61,8 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
     def __init__(self, cfg: HookedQwen2VLConfig, processor: Processor | None = None):
         super().__init__()
         self.cfg, self.processor = cfg, processor
+        if processor is not None:
+            cfg.special = replace(cfg.special, line_breaks=processor.line_breaks())
         self.vision_encoder = VisionEncoder(cfg.vision)
         self.vision_projector = VisionProjector(cfg.vision)
         self.embed = nn.Embedding(cfg.d_vocab, cfg.d_model)

@@ -32,6 +32,12 @@ class TextPrompt:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def alone(self, row: int, position: int) -> tuple[TextPrompt, int, int]:
+        """(the row without its padding, where the position is in it, its number there)."""
+        real = self.attention_mask[row].bool()
+        tokens = self.tokens[row][real][None]
+        return TextPrompt(tokens, torch.ones_like(tokens)), int(real[:position].sum()), 0
+
     def resolve(self, where: Any, row: int = 0) -> Int[Tensor, "n"]:
         """Positions of a place in one row, as `Inputs.resolve`; a text has no segments but `last`, its last token.
 
