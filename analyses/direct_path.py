@@ -15,7 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from analyses.common.prompts import as_prompt
 from analyses.edge_attribution import Metric
+from hooked_qwen2vl.geometry import refuse_unaligned
 
 
 @torch.no_grad()
@@ -38,7 +40,7 @@ def direct_path_patch(
     Returns:
         [layer head]; rows up to the source's layer are NaN: there is no such path.
     Raises:
-        ValueError: a head that is not there, or an unknown component.
+        ValueError: a head that is not there, an unknown component, or caches and prompts whose positions do not correspond.
     """
     layer, head = source
     cfg = model.cfg
@@ -46,6 +48,8 @@ def direct_path_patch(
         raise ValueError(f"component must be 'q', 'k' or 'v', got {component!r}.")
     if not (0 <= layer < cfg.n_layers and 0 <= head < cfg.n_heads):
         raise ValueError(f"there is no head {head} in layer {layer}: the model has {cfg.n_layers} × {cfg.n_heads}.")
+    refuse_unaligned(clean_cache, corrupted_cache, "the clean and the corrupted cache")
+    refuse_unaligned(clean_cache, as_prompt(model, corrupted), "the caches and the prompts")
     z_clean, z_corrupted = (cache["z", layer][:, :, head] for cache in (clean_cache, corrupted_cache))
     delta = (z_clean - z_corrupted) @ model.blocks[layer].attn.W_O[head]
     n_heads = cfg.n_heads if component == "q" else cfg.n_key_value_heads

@@ -29,7 +29,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from analyses.common.prompts import as_prompt
 from analyses.common.result import Result
+from hooked_qwen2vl.geometry import refuse_unaligned
 
 Metric = Callable[[Float[Tensor, "batch pos d_vocab"]], Float[Tensor, ""]]
 
@@ -85,10 +87,10 @@ def edge_attribution(
         metric: logits to a scalar.
         ig_steps: points on the line between the embeddings; 1 takes the gradient at the corrupted prompt.
     Raises:
-        ValueError: prompts of different shapes, no step, or a metric that is not a scalar.
+        ValueError: prompts whose positions do not correspond, no step, or a metric that is not a scalar.
     """
-    if tuple(clean.shape) != tuple(corrupted.shape):
-        raise ValueError(f"expected prompts of one shape, got {tuple(clean.shape)} and {tuple(corrupted.shape)}.")
+    clean, corrupted = as_prompt(model, clean), as_prompt(model, corrupted)
+    refuse_unaligned(clean, corrupted, "the clean and the corrupted prompts")
     if ig_steps < 1:
         raise ValueError(f"ig_steps must be at least 1, got {ig_steps}.")
     with torch.no_grad():

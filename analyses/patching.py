@@ -34,7 +34,7 @@ from transformer_lens.patching import PatchingResult
 
 from analyses.patched_runs import TOWER, Cell, DecoderRuns, TowerRuns
 from hooked_qwen2vl.files import whole_file
-from hooked_qwen2vl.geometry import Place
+from hooked_qwen2vl.geometry import Place, refuse_unaligned
 
 STREAMS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 HEADS = ("z", "q", "k", "v", "pattern")
@@ -122,7 +122,7 @@ def patch_sweep(
     """
     if direction not in ("denoise", "noise"):
         raise ValueError(f"direction must be 'denoise' or 'noise', got {direction!r}.")
-    _check_aligned(clean, corrupted)
+    refuse_unaligned(clean, corrupted, "the clean and the corrupted prompts")
     source, target = (clean, corrupted) if direction == "denoise" else (corrupted, clean)
     plan = _plan(model, target, activation, layers, positions, heads, metric_position)
     runs = (TowerRuns if plan.tower else DecoderRuns)(model, source, target, plan.activation, plan.layers)
@@ -191,13 +191,6 @@ def recovery(result: PatchingResult, clean_metric: Tensor, epsilon: float = 1e-3
         "ratio_of_means": effect[..., kept].mean(-1) / gap[kept].mean(),
         "skipped": int((~kept).sum()),
     }
-
-
-def _check_aligned(clean: Any, corrupted: Any) -> None:
-    if clean.shape != corrupted.shape or not torch.equal(clean.attention_mask, corrupted.attention_mask):
-        raise ValueError(f"expected prompts of one shape and padding, got {clean!r} and {corrupted!r}.")
-    if not torch.equal(clean.position_ids, corrupted.position_ids):
-        raise ValueError("the prompts' images differ in grid or place, so their positions do not correspond.")
 
 
 def _plan(

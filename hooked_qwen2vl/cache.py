@@ -24,10 +24,12 @@ from transformer_lens import ActivationCache
 from transformer_lens.utilities import Slice, SliceInput
 
 from .files import whole_file
-from .layers import readable
+from .geometry import PromptShape
+from .layers import PROMPT, readable
 
 VISION_PREFIXES = ("vision_encoder.", "vision_projector.")
 FORMAT = "hooked_qwen2vl cache 1"
+_PROMPT = "prompt."  # before the names of what tells the prompts' shape
 
 
 def is_vision(name: str) -> bool:
@@ -41,6 +43,8 @@ class HookedCache(ActivationCache):
     Attributes:
         cache_dict: text side, hook name -> [batch pos …].
         vision: tower and projector, hook name -> [1 patch …] or [1 image_token …].
+        prompt_shape: that of the prompts they come from (`geometry.PromptShape`). TransformerLens's patching functions refuse to
+            put them into prompts of another shape; a hook written by hand, which reads the tensors itself, cannot be seen.
     """
 
     def __init__(
@@ -49,15 +53,23 @@ class HookedCache(ActivationCache):
         model: Any,
         has_batch_dim: bool = True,
         vision: dict[str, Tensor] | None = None,
+        prompt_shape: PromptShape | None = None,
     ):
         text = {name: value for name, value in cache_dict.items() if not is_vision(name)}
         super().__init__(text, model, has_batch_dim=has_batch_dim)
         self.vision = dict(vision or {}) | {name: value for name, value in cache_dict.items() if is_vision(name)}
+        self.prompt_shape = prompt_shape
 
     def __getitem__(self, key: Any) -> Tensor:
-        if isinstance(key, str) and is_vision(key):
-            return self.vision[key]
-        return super().__getitem__(key)
+        value = self.vision[key] if isinstance(key, str) and is_vision(key) else super().__getitem__(key)
+        if self.prompt_shape is not None:
+            setattr(value, PROMPT, self.prompt_shape)
+        return value
+
+    def without_prompt(self) -> HookedCache:
+        """The same activations, free to be put into prompts of any shape, as Patchscopes does."""
+        free = {name: value.view_as(value) for name, value in {**self.cache_dict, **self.vision}.items()}
+        return HookedCache(free, self.model, self.has_batch_dim)
 
     def __contains__(self, key: object) -> bool:
         return key in self.cache_dict or key in self.vision
@@ -90,8 +102,11 @@ class HookedCache(ActivationCache):
         tensors = {name: activations[name].detach().contiguous() for name in first.values()}
         # Parts of one tensor are written as tensors of their own: safetensors refuses them otherwise.
         tensors = {name: value if _whole(value) else value.clone() for name, value in tensors.items()}
+        if self.prompt_shape is not None:
+            tensors |= {f"{_PROMPT}{name}": getattr(self.prompt_shape, name).contiguous() for name in ("position_ids", "attention_mask")}
         header = {
             "format": FORMAT,
+            "sliced": json.dumps(self.prompt_shape is not None and self.prompt_shape.sliced),
             "model_name": str(self.model.cfg.model_name),
             "model_shape": json.dumps(_model_shape(self.model)),
             "has_batch_dim": json.dumps(self.has_batch_dim),
@@ -121,12 +136,17 @@ class HookedCache(ActivationCache):
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path} cannot be read as a cache ({error}): expected a file that cache.save wrote.") from error
         stored = json.loads(header["stored"])
-        return cls({name: tensors[of] for name, of in stored.items()}, model, json.loads(header["has_batch_dim"]))
+        prompt = {name.removeprefix(_PROMPT): value for name, value in tensors.items() if name.startswith(_PROMPT)}
+        shape = PromptShape(**prompt, sliced=json.loads(header["sliced"])) if prompt else None
+        return cls(
+            {name: tensors[of] for name, of in stored.items()}, model, json.loads(header["has_batch_dim"]), prompt_shape=shape
+        )
 
     def apply_slice_to_batch_dim(self, batch_slice: Slice | SliceInput) -> HookedCache:
         """A cache of the chosen rows; the tower's activations stay packed over all images."""
         sliced = super().apply_slice_to_batch_dim(batch_slice)
-        return HookedCache(sliced.cache_dict, self.model, sliced.has_batch_dim, self.vision)
+        prompt = None if self.prompt_shape is None else self.prompt_shape.rows(batch_slice)
+        return HookedCache(sliced.cache_dict, self.model, sliced.has_batch_dim, self.vision, prompt)
 
     def apply_ln_to_stack(
         self,

@@ -25,7 +25,6 @@ from transformers.generation import StopStringCriteria
 from .cache import HookedCache, is_vision
 from .image_embeddings import merge
 from .inputs import Inputs
-from .overflow import finite_check
 
 ROOM = 128  # positions that keys and values have room for when it is made anew
 Hooks = Sequence[tuple[str | Callable[[str], bool], Callable]]
@@ -133,7 +132,7 @@ class Generation:
             for done in tqdm(steps, total=max_new_tokens, disable=not verbose, delay=1, desc="generating", unit="token"):
                 pass
         output = self._as_asked(input, prompt, done, return_type)
-        return (output, HookedCache(collector.joined(), self)) if collector else output
+        return (output, HookedCache(collector.joined(), self, prompt_shape=done.prompt_shape)) if collector else output
 
     @torch.no_grad()
     def generate_stream(
@@ -231,7 +230,7 @@ class Generation:
         self, sequence: Inputs, prompt: Inputs, past: TransformerLensKeyValueCache | None
     ) -> Float[Tensor, "batch d_vocab"]:
         """Logits of the next token: of the whole sequence, or of its last position on top of the past."""
-        with finite_check():
+        with self.watched_run(prompt):
             if past is None or sequence is prompt:
                 start, embedded = 0, merge(self.embed(sequence.tokens), self.image_embeddings(sequence), sequence)
             else:

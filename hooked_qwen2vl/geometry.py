@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformer_lens.utilities import Slice, SliceInput
 
 from .positions import IMAGE, VIDEO, raster_order
 from .segments import KINDS, PADDING
@@ -74,8 +75,60 @@ class Visual:
         return self.size[0] / cols, self.size[1] / rows
 
 
+@dataclass(frozen=True)
+class PromptShape:
+    """What must be equal for the positions of two batches of prompts to mean the same: padding, and where the images lie.
+
+    Attributes:
+        position_ids: [3 batch pos] M-RoPE positions. attention_mask: [batch pos].
+        sliced: whether it is that of activations of which only some positions were kept.
+    """
+
+    position_ids: Int[Tensor, "3 batch pos"]
+    attention_mask: Int[Tensor, "batch pos"]
+    sliced: bool = False
+
+    def rows(self, batch_slice: Slice | SliceInput) -> PromptShape:
+        """That of some rows, as TransformerLens slices a batch."""
+        batch_slice = Slice.unwrap(batch_slice)
+        kept = batch_slice.apply(torch.arange(len(self.attention_mask)), dim=0).reshape(-1)
+        return PromptShape(self.position_ids[:, kept], self.attention_mask[kept], self.sliced)
+
+    def difference(self, other: PromptShape) -> str | None:
+        """Why positions of one are not those of the other; None where they are. One prompt fits every row like it."""
+        ours, theirs = self.attention_mask, other.attention_mask.to(self.attention_mask.device)
+        if self.sliced or other.sliced:
+            return "only some positions were kept of one of them (pos_slice)"
+        if ours.shape[1] != theirs.shape[1]:
+            return f"they have {ours.shape[1]} and {theirs.shape[1]} positions"
+        if len(ours) != len(theirs) and 1 not in (len(ours), len(theirs)):
+            return f"they have {len(ours)} and {len(theirs)} rows"
+        if not bool((ours == theirs).all()):
+            return "their padding differs"
+        if not bool((self.position_ids == other.position_ids.to(self.position_ids.device)).all()):
+            return "their images differ in grid or place"
+        return None
+
+
+def refuse_unaligned(first: Any, second: Any, what: str) -> None:
+    """Raises ValueError where positions of two `Inputs` do not correspond.
+
+    Args:
+        first, second: `Inputs`, or caches, which know the shape of their prompts (an old file's does not, and passes).
+        what: what they are, for the message: "the clean and the corrupted prompts".
+    """
+    ours, theirs = getattr(first, "prompt_shape", None), getattr(second, "prompt_shape", None)
+    if ours is not None and theirs is not None and (why := ours.difference(theirs)):
+        raise ValueError(f"{what} do not correspond position by position: {why}.")
+
+
 class Geometry:
     """Mixed into `Inputs`: reads its `tokens`, `attention_mask`, `names` and `visuals`."""
+
+    @property
+    def prompt_shape(self) -> PromptShape:
+        """Padding and places of the images, to tell whether positions of other prompts correspond to these."""
+        return PromptShape(self.position_ids, self.attention_mask)
 
     def has_segment(self, name: str, row: int = 0) -> bool:
         """Whether the row has a segment of this name; every row has a `last`."""

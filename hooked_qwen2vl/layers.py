@@ -7,11 +7,20 @@ views of them in TransformerLens's shapes. Axes: see STYLE in `docs/`; `batch` i
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens import hook_points
+
+# The shape of the prompts that are being run (`geometry.PromptShape`), and under which name a cached activation knows its own.
+running_prompt: ContextVar[Any] = ContextVar("running_prompt", default=None)
+PROMPT = "hooked_qwen2vl_prompt"
 
 
 class HookPoint(hook_points.HookPoint):
@@ -19,6 +28,31 @@ class HookPoint(hook_points.HookPoint):
 
     def __call__(self, x: Tensor) -> Tensor:
         return super().__call__(x) if listened(self) else x
+
+    def add_hook(self, hook: Callable, *args: Any, **kwargs: Any) -> hook_points.LensHandle:
+        """TransformerLens's; a `partial` that carries a cached activation runs on prompts of that cache's shape only."""
+        return super().add_hook(_on_its_own_prompts(hook), *args, **kwargs)
+
+
+def _on_its_own_prompts(hook: Callable) -> Callable:
+    """The hook itself, or one that refuses to put an activation into prompts whose positions mean something else."""
+    given = (*hook.args, *hook.keywords.values()) if isinstance(hook, partial) else ()
+    shapes = [shape for value in given if (shape := getattr(value, PROMPT, None)) is not None]
+    if not shapes:
+        return hook
+
+    def checked(activation: Tensor, hook: Any, original: Callable = hook) -> Any:
+        running = running_prompt.get()
+        for shape in shapes if running is not None else ():
+            if why := shape.difference(running):
+                raise ValueError(
+                    f"{hook.name}: the activation that is put in comes from prompts whose positions are not those of the prompts "
+                    f"that are run: {why}. Build both with images of one size and questions of one length, or pass "
+                    f"cache.without_prompt() to move activations between other prompts on purpose."
+                )
+        return original(activation, hook=hook)
+
+    return checked
 
 
 def listened(*hooks: HookPoint) -> bool:

@@ -9,8 +9,10 @@ and `modeling_qwen2_vl.py` of transformers.
 
 from __future__ import annotations
 
+import threading
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,7 +36,7 @@ from .export import export_text_model
 from .generate import Generation
 from .image_embeddings import ImageEmbeddings, merge
 from .inputs import Inputs
-from .layers import HookPoint, RMSNorm
+from .layers import HookPoint, RMSNorm, running_prompt
 from .overflow import finite_check
 from .processor import Processor
 from .rope import text_rotation
@@ -73,6 +75,7 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         if cfg.text.tie_word_embeddings:
             self.unembed.weight = self.embed.weight
         self._identity = uuid.uuid4().hex
+        self._hooking_threads: list[int] = []
         self.setup()
         self.eval()
 
@@ -260,17 +263,49 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         if return_type not in ("logits", "loss", "both", None):
             raise ValueError(f"return_type must be 'logits', 'loss', 'both' or None, got {return_type!r}.")
         layers = self._layers(start_at_layer, stop_at_layer)
-        with finite_check():
+        if start_at_layer is None:
+            inputs = self.as_inputs(input, attention_mask)
+        else:
+            inputs, residual = self._resume(input, inputs, attention_mask)
+        with self.watched_run(inputs):
             if start_at_layer is None:
-                inputs = self.as_inputs(input, attention_mask)
                 images = self.image_embeddings(inputs)
                 residual = self.hook_embed(merge(self.embed(inputs.tokens), images, inputs))
-            else:
-                inputs, residual = self._resume(input, inputs, attention_mask)
             residual = self.run_blocks(residual, inputs, layers)
             if stop_at_layer is not None:
                 return residual
             return self.read_out(residual, inputs, return_type, loss_per_token, logits_at)
+
+    @contextmanager
+    def watched_run(self, inputs: Inputs) -> Iterator[None]:
+        """Within this context these prompts are run, and what must not happen in silence is an error.
+
+        Raises:
+            ValueError: numbers that are not finite, or (from hooks) a cached activation of prompts of another shape.
+            RuntimeError: another thread has hooks on this model, which would act on this run.
+        """
+        if others := set(self._hooking_threads) - {threading.get_ident()}:
+            raise RuntimeError(
+                f"{len(others)} other threads have hooks on this model, and they would act on this run: give each thread a model of "
+                f"its own (copy.deepcopy), or take turns."
+            )
+        token = running_prompt.set(inputs.prompt_shape)
+        try:
+            with finite_check():
+                yield
+        finally:
+            running_prompt.reset(token)
+
+    @contextmanager
+    def hooks(self, *args: Any, **kwargs: Any) -> Iterator[HookedQwen2VL]:
+        """TransformerLens's context of temporary hooks. They are the model's: one thread at a time may run it meanwhile."""
+        thread = threading.get_ident()
+        self._hooking_threads.append(thread)
+        try:
+            with super().hooks(*args, **kwargs):
+                yield self
+        finally:
+            self._hooking_threads.remove(thread)
 
     def run_blocks(
         self,
@@ -402,6 +437,8 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
             return_cache_object, remove_batch_dim, device, incl_bwd, reset_hooks_end, clear_contexts: as in
                 TransformerLens.
         """
+        if "start_at_layer" not in kwargs:
+            input = self.as_inputs(input, kwargs.pop("attention_mask", None))
         names_filter = self._default_names(input, vision) if names_filter is None else names_filter
         batch = len(input) if isinstance(input, (Inputs, list)) else input.shape[0] if isinstance(input, Tensor) else 1
         if remove_batch_dim and batch != 1 and not (isinstance(input, Tensor) and input.ndim == 1):
@@ -423,7 +460,11 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         )
         if not return_cache_object:
             return result, cache
-        return result, HookedCache(cache, self, has_batch_dim=not remove_batch_dim)
+        prompts = input if isinstance(input, Inputs) else kwargs.get("inputs")
+        shape = prompts.prompt_shape if isinstance(prompts, Inputs) else None
+        if shape is not None and pos_slice is not None:
+            shape = replace(shape, sliced=True)
+        return result, HookedCache(cache, self, has_batch_dim=not remove_batch_dim, prompt_shape=shape)
 
     def get_caching_hooks(
         self,

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooked_qwen2vl import HookedQwen2VL, Inputs
-from hooked_qwen2vl.geometry import resolve_positions
+from hooked_qwen2vl.geometry import PromptShape, resolve_positions
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,11 @@ class TextPrompt:
     @property
     def shape(self) -> torch.Size:
         return self.tokens.shape
+
+    @property
+    def prompt_shape(self) -> PromptShape:
+        """As `Inputs.prompt_shape`."""
+        return PromptShape((self.attention_mask.cumsum(-1) - 1).expand(3, -1, -1), self.attention_mask)
 
     def __len__(self) -> int:
         return len(self.tokens)
