@@ -64,7 +64,7 @@ class ModelPatching(Result):
                 "span": span,
                 "explained": float(self.explained[i, j].nanmean()),
                 "same_top": float(self.same_top[i, j].nanmean()),
-                "same_top_unpatched": float(self.top_agrees.mean()),
+                "same_top_unpatched": float(self.top_agrees[~self.explained[i, j].isnan()].mean()),
                 "items": int((~self.explained[i, j].isnan()).sum()),
             }
             for i, place in enumerate(self.places)

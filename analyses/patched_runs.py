@@ -50,7 +50,11 @@ class DecoderRuns:
         stop = model.cfg.n_layers
         self.final, self.cache = model.run_with_cache(self.target, names_filter=names, stop_at_layer=stop)
         swept = [get_act_name(activation, layer) for layer in layers]
-        _, self.source = model.run_with_cache(model.encode(source), names_filter=swept, stop_at_layer=max(layers) + 1)
+        self.source_final, self.source = model.run_with_cache(model.encode(source), names_filter=swept, stop_at_layer=stop)
+
+    def source_logits(self, at: int) -> Float[Tensor, "batch 1 d_vocab"]:
+        """Of the run whose activations are put in, at one position."""
+        return self.model.read_out(self.source_final, logits_at=at)
 
     def logits(self, at: int) -> Float[Tensor, "batch 1 d_vocab"]:
         """Of the unpatched run, at one position."""
@@ -65,17 +69,18 @@ class DecoderRuns:
         start = min(min(cell.positions) for cell in cells)
         residual = self.cache[f"blocks.{layer}.hook_resid_pre"][:, start:].repeat(len(cells), 1, 1)
         name = get_act_name(self.activation, layer)
-        with self.model.hooks(fwd_hooks=[(name, self._put(name, cells, start))]):
+        with self.model.hooks(fwd_hooks=[(name, self._put(name, cells, start, at))]):
             return run_suffix(self.model, self.target, self.cache, residual, layer, start, at)
 
-    def _put(self, name: str, cells: Sequence[Cell], start: int) -> Callable:
+    def _put(self, name: str, cells: Sequence[Cell], start: int, at: int) -> Callable:
+        """Puts the source's activations in; positions after the one that is read are not run."""
         source, by_query = self.source[name], self.activation == "pattern"
 
         def hook(activation: Tensor, hook: Any) -> Tensor:
             for cell, rows in zip(cells, activation.unflatten(0, (len(cells), -1))):
-                places = torch.tensor(cell.positions, device=activation.device)
+                places = torch.tensor([place for place in cell.positions if place <= at], device=activation.device)
                 if by_query:
-                    rows[:, cell.head, places - start] = source[:, cell.head, places]
+                    rows[:, cell.head, places - start] = source[:, cell.head, places, : at + 1]
                 elif cell.head is None:
                     rows[:, places - start] = source[:, places]
                 else:
@@ -101,7 +106,11 @@ class TowerRuns:
         names += _key_value_names(range(model.cfg.n_layers))
         self.final, self.cache = model.run_with_cache(target, names_filter=names, stop_at_layer=model.cfg.n_layers)
         swept = [self._name(layer) for layer in layers]
-        _, self.source = model.run_with_cache(source, names_filter=swept, stop_at_layer=0)
+        self.source_final, self.source = model.run_with_cache(source, names_filter=swept, stop_at_layer=model.cfg.n_layers)
+
+    def source_logits(self, at: int) -> Float[Tensor, "batch 1 d_vocab"]:
+        """Of the run whose activations are put in, at one position."""
+        return self.model.read_out(self.source_final, logits_at=at)
 
     def logits(self, at: int) -> Float[Tensor, "batch 1 d_vocab"]:
         """Of the unpatched run, at one position."""

@@ -27,11 +27,13 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.patching import PatchingResult
 
+from analyses.common.models import describe_model
 from analyses.patched_runs import TOWER, Cell, DecoderRuns, TowerRuns
 from hooked_qwen2vl.files import whole_file
 from hooked_qwen2vl.geometry import Place, refuse_unaligned
@@ -40,6 +42,19 @@ STREAMS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 HEADS = ("z", "q", "k", "v", "pattern")
 Metric = Callable[[Float[Tensor, "batch 1 d_vocab"]], Tensor]
 Positions = Sequence[Place] | Mapping[str, Place] | Place | None
+
+
+@dataclass
+class Sweep(PatchingResult):
+    """TransformerLens's result, and what its recovery is measured by.
+
+    Attributes:
+        direction: "denoise" or "noise".
+        source_metric: [batch] of the run whose activations were put in; `baseline` is that of the run they were put into.
+    """
+
+    direction: str = "denoise"
+    source_metric: Float[Tensor, "batch"] | None = None
 
 
 @dataclass(frozen=True)
@@ -58,8 +73,12 @@ class _Plan:
         pairs = [(places, head) for _, places in self.rows for head in self.heads]
         return [Cell(i, tuple(places), head) for i, (places, head) in enumerate(pairs)]
 
-    def result(self, values: Float[Tensor, "layer cell batch"], baseline: Float[Tensor, "batch"]) -> PatchingResult:
-        """Cells back on their axes."""
+    def result(self, values: Float[Tensor, "layer cell batch"], baselines: Float[Tensor, "2 batch"], direction: str) -> Sweep:
+        """Cells back on their axes.
+
+        Args:
+            baselines: the metric of the two unpatched runs: that which is patched, and that whose activations are put in.
+        """
         has_heads = self.heads != [None]
         names = ["layer", "pos", "head_index"] if has_heads else ["layer", "pos"]
         sizes = [len(self.layers), len(self.rows), len(self.heads)][: len(names)]
@@ -67,13 +86,15 @@ class _Plan:
             [(layer, label, head) for layer in self.layers for label, _ in self.rows for head in self.heads],
             columns=["layer", "pos", "head_index"],
         )
-        return PatchingResult(
+        return Sweep(
             values=values.reshape(*sizes, -1),
             axis_names=names,
             index_df=table[names],
             metric_names=["metric"],
             reduced=False,
-            baseline=baseline,
+            baseline=baselines[0],
+            direction=direction,
+            source_metric=baselines[1],
         )
 
 
@@ -92,7 +113,7 @@ def patch_sweep(
     batch_size: int = 16,
     checkpoint: str | Path | None = None,
     progress: bool = True,
-) -> PatchingResult:
+) -> Sweep:
     """Patches every (layer, position[, head]) cell and evaluates the metric.
 
     Args:
@@ -110,15 +131,15 @@ def patch_sweep(
         direction: "denoise" puts clean activations into the corrupted run, "noise" the other way round.
         batch_size: prompts in one forward at most: bounds the memory. Cells of one forward start at the first one's
             position, so large batches compute more in vain.
-        checkpoint: a file that holds what is done, so that an interrupted sweep goes on; the same call again
-            continues, another sweep is refused.
+        checkpoint: a file that holds what is done, so that an interrupted sweep goes on; the same call again continues. Another
+            sweep is refused: other prompts, cells, weights, or a metric that has other values on the two unpatched runs.
     Memory: streams and keys of the two runs, positions × ((streams swept + activations swept) × width + layers × 2
         key-value heads × d_head) numbers, and the activations of one forward of `batch_size` prompts, keys included.
     Returns:
-        TransformerLens's PatchingResult: values [layer pos (head) batch], axes, index table, and the unpatched
-        baseline [batch].
+        TransformerLens's PatchingResult: values [layer pos (head) batch], axes, index table, and the metric of the two
+        unpatched runs, `baseline` and `source_metric` [batch].
     Raises:
-        ValueError: prompts that do not align, unknown names, or a checkpoint of another sweep.
+        ValueError: prompts that do not align, unknown names, or a checkpoint that is damaged or of another sweep.
     """
     if direction not in ("denoise", "noise"):
         raise ValueError(f"direction must be 'denoise' or 'noise', got {direction!r}.")
@@ -128,9 +149,9 @@ def patch_sweep(
     runs = (TowerRuns if plan.tower else DecoderRuns)(model, source, target, plan.activation, plan.layers)
     n_rows, cells = len(target), plan.cells
     live = [cell for cell in cells if runs.reaches(cell, plan.at)]
-    baseline = _evaluate(metric, runs.logits(plan.at), n_rows)[0]
-    values = baseline.repeat(len(plan.layers), len(cells), 1)
-    record = _Record(checkpoint, values, plan, direction, source, target)
+    baselines = torch.cat([_evaluate(metric, logits, n_rows) for logits in (runs.logits(plan.at), runs.source_logits(plan.at))])
+    values = baselines[0].repeat(len(plan.layers), len(cells), 1)
+    record = _Record(checkpoint, values, baselines, _key(model, plan, direction, source, target) if checkpoint else "")
     bar = tqdm(total=len(plan.layers) * len(live), desc=f"patching {activation}", unit="cell", disable=not progress, delay=2)
     for number, layer in enumerate(plan.layers):
         for group in [] if record.done(number) else _groups(live, max(1, batch_size // n_rows)):
@@ -139,28 +160,49 @@ def patch_sweep(
             bar.update(len(group))
         record.save(number)
     bar.close()
-    return plan.result(values, baseline)
+    return plan.result(values, baselines, direction)
+
+
+def _key(model: Any, plan: _Plan, direction: str, *prompts: Any) -> str:
+    """Tells sweeps apart by their cells, prompts and weights."""
+    digest = hashlib.sha256(json.dumps([vars(plan), direction, describe_model(model)], default=str).encode())
+    for prompt in prompts:
+        digest.update(prompt.tokens.cpu().numpy().tobytes())
+        digest.update(b"" if prompt.pixels is None else prompt.pixels.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 class _Record:
-    """What is done of a sweep, on disk; written whole or not at all."""
+    """What is done of a sweep, on disk; written whole or not at all.
 
-    def __init__(self, path: str | Path | None, values: Tensor, plan: _Plan, direction: str, *prompts: Any):
-        self.path, self.values = None if path is None else Path(path), values
-        self.finished = torch.zeros(len(plan.layers), dtype=torch.bool)
-        if self.path is None:
-            return
-        digest = hashlib.sha256(json.dumps([vars(plan), direction], default=str).encode())
-        for prompt in prompts:
-            digest.update(prompt.tokens.cpu().numpy().tobytes())
-            digest.update(b"" if prompt.pixels is None else prompt.pixels.float().cpu().numpy().tobytes())
-        self.key = torch.tensor(list(digest.digest()), dtype=torch.uint8)
-        if self.path.exists():
-            stored = load_file(self.path)
-            if not torch.equal(stored["key"], self.key):
-                raise ValueError(f"{self.path} holds another sweep: choose another file or delete it.")
-            self.finished = stored["finished"]
-            values.copy_(stored["values"])
+    Raises:
+        ValueError: the file is damaged, or holds another sweep.
+    """
+
+    def __init__(self, path: str | Path | None, values: Tensor, baselines: Tensor, key: str):
+        self.path, self.values, self.baselines, self.key = None if path is None else Path(path), values, baselines, key
+        self.finished = torch.zeros(len(values), dtype=torch.bool)
+        if self.path is not None and self.path.exists():
+            self._go_on()
+
+    def _go_on(self) -> None:
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                key = (file.metadata() or {}).get("key")
+                stored = {name: file.get_tensor(name) for name in ("values", "finished", "baselines")}
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{self.path} is no whole record of a sweep ({error}): delete it to begin anew.") from error
+        if key != self.key:
+            raise ValueError(
+                f"{self.path} holds another sweep (other cells, prompts or weights): choose another file or delete it."
+            )
+        if not torch.allclose(stored["baselines"], self.baselines, rtol=1e-3, atol=1e-4):
+            raise ValueError(
+                f"{self.path} holds a sweep with another metric: on the two unpatched runs it was {stored['baselines'].tolist()}, now "
+                f"it is {self.baselines.tolist()}. Choose another file or delete it."
+            )
+        self.finished = stored["finished"]
+        self.values.copy_(stored["values"])
 
     def done(self, number: int) -> bool:
         return bool(self.finished[number])
@@ -169,21 +211,28 @@ class _Record:
         self.finished[number] = True
         if self.path is not None:
             with whole_file(self.path) as file:
-                save_file({"values": self.values, "finished": self.finished, "key": self.key}, file)
+                save_file({"values": self.values, "finished": self.finished, "baselines": self.baselines}, file, {"key": self.key})
 
 
-def recovery(result: PatchingResult, clean_metric: Tensor, epsilon: float = 1e-3) -> dict[str, Any]:
-    """(patched − baseline) / (clean − baseline), per example, and its two averages.
+def recovery(result: PatchingResult, clean_metric: Tensor | None = None, epsilon: float = 1e-3) -> dict[str, Any]:
+    """(patched − corrupted) / (clean − corrupted), per example, and its two averages: 1 is the clean run, 0 the corrupted.
+
+    So where nothing changes it is 0 in a "denoise" sweep, and 1 in a "noise" sweep.
 
     Args:
-        result: a sweep with its baseline. clean_metric: [batch] of the clean run.
+        result: of `patch_sweep`, which knows its direction and both unpatched metrics; or TransformerLens's own, of clean
+            activations in the corrupted run with its baseline, and then `clean_metric` is needed.
+        clean_metric: [batch] of the clean run.
         epsilon: pairs whose clean and corrupted metrics differ by less are skipped and counted.
     Returns:
         `per_example` [… batch] (NaN where skipped), `mean_of_ratios`, `ratio_of_means`, `skipped`.
+    Raises:
+        ValueError: no baseline, no clean metric, or not that of this sweep's clean run.
     """
-    gap = clean_metric.to(result.values) - result.baseline
+    clean, corrupted = _clean_and_corrupted(result, clean_metric)
+    gap = clean - corrupted
     kept = gap.abs() >= epsilon
-    effect = result.values - result.baseline
+    effect = result.values - corrupted
     ratios = torch.where(kept, effect / gap, float("nan"))
     return {
         "per_example": ratios,
@@ -191,6 +240,21 @@ def recovery(result: PatchingResult, clean_metric: Tensor, epsilon: float = 1e-3
         "ratio_of_means": effect[..., kept].mean(-1) / gap[kept].mean(),
         "skipped": int((~kept).sum()),
     }
+
+
+def _clean_and_corrupted(result: PatchingResult, clean_metric: Tensor | None) -> tuple[Float[Tensor, "batch"], Float[Tensor, "batch"]]:
+    """The metric of the two unpatched runs."""
+    given = None if clean_metric is None else torch.as_tensor(clean_metric).to(result.values).reshape(-1)
+    if isinstance(result, Sweep):
+        clean, corrupted = (result.source_metric, result.baseline)[:: 1 if result.direction == "denoise" else -1]
+        if given is not None and (given.shape != clean.shape or not torch.allclose(given, clean, rtol=1e-2, atol=1e-3)):
+            raise ValueError(
+                f"clean_metric is {given.tolist()}, but on this sweep's clean run the metric was {clean.tolist()}: leave it out."
+            )
+        return clean, corrupted
+    if result.baseline is None or given is None:
+        raise ValueError("TransformerLens's result needs its baseline (baseline=True) and clean_metric=, the clean run's metric.")
+    return given, result.baseline
 
 
 def _plan(

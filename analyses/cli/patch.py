@@ -36,7 +36,6 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _one(options: argparse.Namespace) -> None:
-    import torch
 
     from analyses.counterfactuals import Candidate, check_pairs, scene_candidates
     from analyses.patching import patch_sweep, recovery
@@ -55,9 +54,10 @@ def _one(options: argparse.Namespace) -> None:
     sweep = patch_sweep(
         model, pair.clean, pair.corrupted, pair.metric, options.activation, direction=options.direction, batch_size=options.batch_size
     )
-    goal = pair.clean_difference if options.direction == "denoise" else pair.corrupted_difference
-    shares = recovery(sweep, torch.tensor([goal]))["mean_of_ratios"]
+    shares = recovery(sweep)["mean_of_ratios"]
     table = sweep.index_df.assign(metric=sweep.values.flatten().tolist(), recovery=shares.flatten().tolist())
+    if options.direction == "noise":
+        shares = 1 - shares  # drawn: the share that is lost
     out = out_folder(options)
     table.to_csv(out / "patch.csv", index=False)
     written = ["patch.csv", "patch.png"]
@@ -69,7 +69,7 @@ def _one(options: argparse.Namespace) -> None:
     words = model.to_str_tokens(pair.clean.tokens[0])
     image = pair.clean.positions("image").tolist()
     labels = ["▢" if place in image else words[place] for place in positions]
-    title = f"{pair.source.question} {pair.source.answer} / {pair.source.other or ''} ({options.activation}, {options.direction})"
+    title = f"{pair.source.question} {pair.source.answer} / {pair.source.other or ''} ({options.activation}, {'recovered' if options.direction == 'denoise' else 'lost'})"
     recovery_map(shares, layers, labels, title, out / "patch.png")
     columns = [positions.index(place) for place in pair.clean.positions("image[0]").tolist()]
     grid = shares[:, columns].unflatten(-1, pair.clean.grid())

@@ -33,6 +33,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from analyses.common.models import describe_model
 from analyses.runs.files import finished_parts, part_path, refuse_another, settle, written_parts
 from analyses.runs.plan import Memory, Size, Sizer, digest, make_plan, memory_for, size_by_model, size_by_pixels, windows
 from hooked_qwen2vl.files import remove_unfinished, whole_file
@@ -456,40 +457,9 @@ def _read(out: Path, partial: bool, failed: bool) -> pd.DataFrame:
 # ---- what the manifest says -------------------------------------------------------------------
 
 
-def describe_model(model: Any) -> dict[str, Any]:
-    """Name, dtype, and a hash of every weight: the same name with other weights is another model."""
-    import torch
-
-    hashed = hashlib.blake2b(digest_size=16)
-    for name, weight in _numbers(model):
-        hashed.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        hashed.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return {
-        "name": str(getattr(model.cfg, "model_name", type(model).__name__)),
-        "dtype": str(model.cfg.dtype).removeprefix("torch."),
-        "weights": hashed.hexdigest(),
-    }
-
-
 def _sees(model: Any) -> bool:
     """Whether it is a Qwen2-VL that can be given questions, not a text model of TransformerLens."""
     return hasattr(getattr(model, "cfg", None), "vision") and model.processor is not None
-
-
-def _numbers(model: Any) -> Iterator[tuple[str, Any]]:
-    """Every weight by name; what accelerate offloaded is read from where it lies."""
-    away: dict[str, Any] = {}
-    for prefix, module in model.named_modules():
-        hook = getattr(module, "_hf_hook", None)
-        for one in getattr(hook, "hooks", (hook,)):
-            if getattr(one, "offload", False):
-                for name, _ in module.named_parameters(recurse=one.place_submodules):
-                    away[f"{prefix}.{name}" if prefix else name] = (one.weights_map, name)
-    for name, weight in model.named_parameters(remove_duplicate=False):
-        if weight.is_meta:
-            held, inner = away[name]
-            weight = held[inner]
-        yield name, weight
 
 
 def _fresh(examples: Data) -> Iterable[Example]:

@@ -1,0 +1,38 @@
+"""What tells models apart."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+
+def describe_model(model: Any) -> dict[str, Any]:
+    """Name, dtype, and a hash of every weight: the same name with other weights is another model."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for name, weight in _numbers(model):
+        hashed.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        hashed.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return {
+        "name": str(getattr(model.cfg, "model_name", type(model).__name__)),
+        "dtype": str(model.cfg.dtype).removeprefix("torch."),
+        "weights": hashed.hexdigest(),
+    }
+
+
+def _numbers(model: Any) -> Iterator[tuple[str, Any]]:
+    """Every weight by name; what accelerate offloaded is read from where it lies."""
+    away: dict[str, Any] = {}
+    for prefix, module in model.named_modules():
+        hook = getattr(module, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            if getattr(one, "offload", False):
+                for name, _ in module.named_parameters(recurse=one.place_submodules):
+                    away[f"{prefix}.{name}" if prefix else name] = (one.weights_map, name)
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        if weight.is_meta:
+            held, inner = away[name]
+            weight = held[inner]
+        yield name, weight
