@@ -1,4 +1,4 @@
-.PHONY: bench demo figures install notebooks test test-slow
+.PHONY: bench demo figures install lint mutants notebooks test test-slow
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export HF_HUB_OFFLINE := 1
 
@@ -20,6 +20,11 @@ test: install
 # The 2B geometry and every notebook.
 test-slow: install
 	.venv/bin/python -m pytest -m slow
+
+# Faults that a reader would miss, and imports that point the wrong way (the contracts are in setup.cfg).
+lint: install
+	.venv/bin/ruff check .
+	.venv/bin/lint-imports
 
 # Threads pinned; about an hour. The table: tests/benchmarks/benchmarks.md. BENCH="--quick --only cache".
 bench: install

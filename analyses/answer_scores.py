@@ -32,12 +32,11 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens.tools.analysis import logit_readout
 
 from analyses.common.vocabulary import readout
 from analyses.contextual_lens import contextual_score, span_positions, yes_no_subject
 from analyses.logit_lens import residual_stack
-from analyses.trajectory import flips, stability, word
+from analyses.trajectory import flips, same_word, stability
 
 
 @dataclass(frozen=True)
@@ -105,10 +104,9 @@ class Evidence:
 
     @cached_property
     def token_log_probs(self) -> Float[Tensor, "token"]:
-        """The model's own log-probability of each answer token, nats."""
+        """The model's log-probability of each answer token, nats: the lens's last entry."""
         vectors = self.stack[-1, [p - 1 for p in self.answer]]
-        log_probs = logit_readout(self.model, vectors, return_type="log_probs").values.float().cpu()
-        return log_probs.gather(-1, self.answer_ids[:, None])[:, 0]
+        return readout(self.model, vectors, self.answer_ids[:, None], top_k=1).target_log_probs[:, 0]
 
     @cached_property
     def _run(self) -> tuple[Tensor, Tensor]:
@@ -266,10 +264,12 @@ def neg_doubt(evidence: Evidence) -> float:
     born = next((l for l, rank in enumerate(first["rank"]) if rank < 5), None)
     if born is None:
         return -1.0
-    answer = word(_decode(evidence.model, int(evidence.answer_ids[0])))
+    own = int(evidence.answer_ids[0])
+    answer = _decode(evidence.model, own)
     until = len(first["rank"]) - 1
     held = zip(first["top1"][born:until], first["top1_prob"][born:until])
-    return -max((prob for top, prob in held if word(_decode(evidence.model, top)) != answer), default=0.0)
+    others = (prob for top, prob in held if top != own and not same_word(_decode(evidence.model, top), answer))
+    return -max(others, default=0.0)
 
 
 @_score

@@ -28,7 +28,12 @@ from tqdm.auto import tqdm
 
 from analyses.common.rectangles import Cells, best_rectangle
 from analyses.common.result import Result
+from analyses.common.vocabulary import characters
 from analyses.logit_lens import residual_stack
+
+# Word characters of the scripts that put spaces between words, and combining accents; without Thai to Myanmar, Khmer, the
+# scripts of Chinese, Japanese and Korean, and their extensions.
+_SPACED = r"(?:[^\W\u0e00-\u109f\u1100-\u11ff\u1780-\u17ff\u2e80-\ud7ff\uf900-\ufaff\uff66-\uffdc\U00016fe0-\U0003ffff]|[\u0300-\u036f])"
 
 Span = str | slice | Sequence[int] | Tensor
 
@@ -344,23 +349,30 @@ def word_spans(
     For a caption, pass its nouns: which words are nouns is for the caller (or a tagger) to say.
 
     Args:
-        words: matched whole, in any case. A token that is only partly in a word belongs to it.
+        words: matched whole, in any case; scripts that put no space between words (Chinese, Japanese, Korean, Thai, …) are
+            matched wherever they stand. A token that is only partly in a word belongs to it, every part of a character too.
     Raises:
-        ValueError: a word is not there.
+        ValueError: a word is not there, or is empty.
     """
+    if not all(word.strip() for word in words):
+        raise ValueError(f"expected words to find, got an empty one among {list(words)}.")
     places = inputs.positions(part, row).tolist()
-    ids = inputs.tokens[row, places].tolist()
-    ends = [len(model.tokenizer.decode(ids[: n + 1])) for n in range(len(ids))]
-    text, starts = model.tokenizer.decode(ids), [0, *ends[:-1]]
+    text, spans = characters(model, inputs.tokens[row, places].tolist())
     found: dict[str, list[int]] = {}
     for word in dict.fromkeys(words):
-        matches = list(re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE))
+        matches = list(re.finditer(_whole_word(word), text, re.IGNORECASE))
         if not matches:
             raise ValueError(f"the {part} {text!r} has no word {word!r}.")
         for number, match in enumerate(matches, 1):
-            covered = [p for p, start, end in zip(places, starts, ends) if start < match.end() and end > match.start()]
+            covered = [p for p, (start, end) in zip(places, spans) if start < match.end() and end > match.start()]
             found[word if number == 1 else f"{word} ({number})"] = covered
     return found
+
+
+def _whole_word(word: str) -> str:
+    """A pattern for the word alone: neither side goes on with a letter, where its script puts spaces between words."""
+    before, after = (re.match(r"\w", edge) is None or re.match(_SPACED, edge) is not None for edge in (word[0], word[-1]))
+    return (f"(?<!{_SPACED})" if before else "") + re.escape(word) + (f"(?!{_SPACED})" if after else "")
 
 
 # ---- shared with the baselines ----------------------------------------------------------------------
@@ -392,16 +404,12 @@ def span_positions(model: Any, inputs: Any, span: Span, row: int) -> list[int]:
     Raises:
         ValueError: no such part, no such position, or nothing is left.
     """
-    length = inputs.shape[1]
-    if isinstance(span, str):
-        found = inputs.positions(span, row).tolist()
-        if span == "answer":
-            ends = set(model.cfg.special.eos)
-            found = [p for p in found if int(inputs.tokens[row, p]) not in ends]
-    else:
-        found = list(range(length))[span] if isinstance(span, slice) else [int(p) for p in span]
-    if not found or not all(0 <= p < length for p in found):
-        raise ValueError(f"the span {span!r} gives the positions {found} of a prompt of {length} tokens: none, or not there.")
+    found = inputs.resolve(span, row).tolist()
+    if isinstance(span, str) and span == "answer":
+        ends = set(model.cfg.special.eos)
+        found = [p for p in found if int(inputs.tokens[row, p]) not in ends]
+        if not found:
+            raise ValueError(f"the answer of row {row} is nothing but its end token.")
     return found
 
 

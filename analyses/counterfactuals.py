@@ -25,10 +25,9 @@ from tqdm.auto import tqdm
 
 from analyses.common.result import Result
 from analyses.trajectory import word
+from hooked_qwen2vl.geometry import Box, checked_box
 from hooked_qwen2vl.processor import open_image
 from hooked_qwen2vl.scenes import counterfactual_pairs
-
-Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -296,7 +295,7 @@ def _rgb(image: Any) -> Image.Image:
 
 
 def _edges(box: Sequence[float], image: Image.Image) -> tuple[int, int, int, int]:
-    x0, y0, x1, y1 = (round(edge) for edge in box)
+    x0, y0, x1, y1 = (round(edge) for edge in checked_box(box, image.size))
     width, height = image.size
     if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
         raise ValueError(f"the box {tuple(box)} is not inside the image of {width}×{height} pixels.")

@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +30,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from analyses.common.result import Result
-from analyses.data.examples import Example, examples
-from analyses.runs.files import read_manifest
-from analyses.runs.sums import add_up, read_sums
+from analyses.common.sums import Sums, add_up
+from analyses.data.examples import Example, examples, in_batches
+from analyses.moved import moved_names
 from hooked_qwen2vl.image_embeddings import Prefixes
+
+__getattr__ = moved_names(__name__)
 
 SITES = {"decoder": "blocks.{}.mlp", "vision": "vision_encoder.blocks.{}.mlp", "projector": "vision_projector"}
 SOURCES = ("image", "text", "generated")
@@ -197,8 +198,8 @@ class Firings(Result):
     model_name: str
 
     @classmethod
-    def from_sums(cls, sums: Mapping[tuple, tuple[int, Any]], model_name: str) -> Firings:
-        """The counts of a run's sums (`run_sums`); domains in alphabetical order.
+    def from_sums(cls, sums: Sums, model_name: str) -> Firings:
+        """The counts of added terms (`analyses.common.sums`); domains in alphabetical order.
 
         Raises:
             ValueError: nothing was counted.
@@ -331,7 +332,7 @@ class FiringCounter:
         total[present] += sums.long()
 
     def terms(self) -> Iterator[dict[str, Any]]:
-        """The counts so far as terms of a sum (see `run_sums`, without ids): the firings of a domain, source and layer."""
+        """The counts so far as terms of a sum (`analyses.common.sums`): the firings of a domain, source and layer."""
         for (module, layer), fired in self._fired.items():
             counts, tokens = self._counted(fired).cpu().numpy(), self._counted(self._tokens[module]).tolist()
             for group, n in enumerate(tokens):
@@ -352,10 +353,10 @@ class FiringCounter:
         return _grown(counts, self._n_groups)[1:]
 
 
-def firing_work(
+def firing_terms(
     model: Any, generate: int = 0, modules: Sequence[str] | None = None
 ) -> Callable[[Sequence[Example]], Iterator[dict[str, Any]]]:
-    """What a run over a data set does with a batch (`runs.run` with `run_sums.write_sums`): its firings, as terms of a sum.
+    """A function that gives a batch's firings as terms of a sum (`analyses.common.sums`), each with an id of its domain.
 
     The tower runs once an image, however many questions are asked about it; each question counts its tokens.
 
@@ -369,7 +370,7 @@ def firing_work(
     prefixes = Prefixes(model, watch=partial(_tower_firings, model, tower))
 
     @torch.no_grad()
-    def work(batch: Sequence[Example]) -> Iterator[dict[str, Any]]:
+    def terms_of(batch: Sequence[Example]) -> Iterator[dict[str, Any]]:
         if nameless := [example.id for example in batch if not example.domain]:
             raise ValueError(f"example {nameless[0]} has no domain: name one in its line, or put it in a folder of that name.")
         inputs, seen = prefixes.watched(model.to_inputs([e.question for e in batch], images=[list(e.images) for e in batch]))
@@ -385,7 +386,7 @@ def firing_work(
         first = {example.domain: example.id for example in reversed(batch)}
         return ({"id": first[term["domain"]], **term} for term in terms)
 
-    return work
+    return terms_of
 
 
 def _decoder_terms(model: Any, inputs: Any, domains: Sequence[str], generate: int) -> Iterator[dict[str, Any]]:
@@ -420,33 +421,23 @@ def count_firings(
     generate: int = 0,
     progress: bool = True,
 ) -> Firings:
-    """Streams a data set through the model and counts firings by domain.
+    """Streams a data set through the model and counts firings by domain, in memory.
 
-    For thousands of examples, in a folder that can be gone on with: `hooked-qwen2vl neurons --only-select`, or a run with
-    `firing_work`, read with `read_firings`.
+    For thousands of examples, in a folder that can be gone on with: `analyses.experiments.neurons.count_firings`.
 
     Args:
         data: see `analyses.data.examples`, or examples themselves.
-        limit: examples in all.
+        limit: examples in all, spread over the domains; what is left out is said in a warning.
         modules: of "decoder", "vision", "projector"; None for all that the model has.
         generate: tokens the model answers greedily, at most; the prompt with its answer is then counted in one
             forward, the answer (without its end token) under "generated". 0 counts the prompt only.
     Raises:
         ValueError: no example, one without a domain, or a module that the model does not have.
     """
-    stream = examples(data, limit, "train") if isinstance(data, (str, Path)) else islice(data, limit)
-    bar = tqdm(stream, desc="counting", unit="example", disable=not progress, delay=2)
-    work = firing_work(model, generate, modules)
-    return Firings.from_sums(add_up(term for batch in in_batches(bar, batch_size) for term in work(batch)), str(model.cfg.model_name))
-
-
-def read_firings(out: str | Path) -> Firings:
-    """The counts that a run with `firing_work` has written.
-
-    Raises:
-        ValueError: no run there, one that is not finished, or nothing was counted.
-    """
-    return Firings.from_sums(read_sums(out), read_manifest(out)["model"]["name"])
+    bar = tqdm(examples(data, limit, "train"), desc="counting", unit="example", disable=not progress, delay=2)
+    terms_of = firing_terms(model, generate, modules)
+    sums = add_up(term for batch in in_batches(bar, batch_size) for term in terms_of(batch))
+    return Firings.from_sums(sums, str(model.cfg.model_name))
 
 
 def find_domain_neurons(
@@ -506,8 +497,7 @@ def mean_activations(
     sites = hook_sites(model, "hook_post", modules)
     sums: dict[tuple[str, int], Tensor] = {}
     n_tokens = dict.fromkeys((module for module, _ in sites.values()), 0)
-    stream = examples(data, limit, "train") if isinstance(data, (str, Path)) else islice(data, limit)
-    for batch in in_batches(stream, batch_size):
+    for batch in in_batches(examples(data, limit, "train"), batch_size):
         inputs = model.to_inputs([e.question for e in batch], images=[list(e.images) for e in batch])
         real = inputs.attention_mask.flatten().bool()
 
@@ -616,13 +606,6 @@ def token_sources(inputs: Any, ends: Sequence[int] = ()) -> Int[Tensor, "batch p
         sources[answer & torch.isin(inputs.tokens.cpu(), torch.tensor(list(ends), dtype=torch.long))] = -1
     sources[~inputs.attention_mask.bool().cpu()] = -1
     return sources
-
-
-def in_batches(stream: Iterable[Any], size: int) -> Iterator[tuple[Any, ...]]:
-    """The stream's elements, `size` at a time."""
-    stream = iter(stream)
-    while batch := tuple(islice(stream, size)):
-        yield batch
 
 
 def _grown(counts: Int[Tensor, "group *rest"], n_groups: int) -> Int[Tensor, "group *rest"]:

@@ -24,7 +24,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from analyses.common.prompts import as_prompt
 from analyses.common.result import Result
+from analyses.common.vocabulary import characters, largest
 from analyses.logit_lens import _positions, residual_stack
 
 _CHUNK = 1024
@@ -202,10 +204,10 @@ def contextual_neighbours(
 
 
 def _in_context(model: Any, bank: TextBank, entry: int) -> str:
-    """The sentence, with the token in brackets."""
-    ids, place = model.to_tokens(bank.sentences[entry])[0].tolist(), bank.places[entry]
-    before, after = model.tokenizer.decode(ids[:place]), model.tokenizer.decode(ids[place + 1 :])
-    return f"entry {int(bank.layers[entry])}: {before}[{bank.tokens[entry]}]{after}"
+    """The sentence, with the token in brackets; of a part of a character, the whole one."""
+    text, spans = characters(model, model.to_tokens(bank.sentences[entry])[0].tolist())
+    start, end = spans[bank.places[entry]]
+    return f"entry {int(bank.layers[entry])}: {text[:start]}[{text[start:end]}]{text[end:]}"
 
 
 def _vectors(
@@ -213,7 +215,7 @@ def _vectors(
 ) -> tuple[Float[Tensor, "layer pos d_model"], tuple[int, ...], tuple[int, ...]]:
     layers = _entries(model, range(model.cfg.n_layers + 1) if layers is None else layers)
     stack, _ = residual_stack(model, inputs)
-    chosen = _positions(inputs, positions, row, stack.shape[2])
+    chosen = as_prompt(model, inputs).resolve(positions, row).tolist()
     return stack[list(layers), row][:, chosen].cpu(), layers, tuple(chosen)
 
 
@@ -233,9 +235,14 @@ def _nearest(
             f"expected vectors of width {bank.shape[-1]} and top_k in 1..{len(bank)}, got {vectors.shape[-1]} and {top_k}."
         )
     unit = _unit(vectors).flatten(0, -2)
-    found = [(rows @ bank.T).clamp(-1.0, 1.0).topk(top_k, dim=-1) for rows in unit.split(_CHUNK)]
-    lead = vectors.shape[:-1]
-    return torch.cat([f.values for f in found]).unflatten(0, lead), torch.cat([f.indices for f in found]).unflatten(0, lead)
+    tables = ((rows @ bank.T).clamp(-1.0, 1.0) for rows in unit.split(_CHUNK))
+    values, indices = (torch.cat(parts).unflatten(0, vectors.shape[:-1]) for parts in zip(*(_largest(t, top_k) for t in tables)))
+    return values, indices
+
+
+def _largest(table: Float[Tensor, "row entry"], top_k: int) -> tuple[Float[Tensor, "row k"], Int[Tensor, "row k"]]:
+    indices = largest(table, top_k)
+    return table.gather(-1, indices), indices
 
 
 def _unit(vectors: Float[Tensor, "*axes d"]) -> Float[Tensor, "*axes d"]:

@@ -181,7 +181,7 @@ def explore(
         contextual=_contextual(stack[:, 0], own)[:, places] if own else None,
         recovery=recovered,
         question=question,
-        answer_text="".join(_texts(model, inputs.tokens[0, own])) if own else "",
+        answer_text=model.to_string(inputs.tokens[0, own]) if own else "",
         model_name=lens.model_name,
     )
 

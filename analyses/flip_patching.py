@@ -31,6 +31,7 @@ from torch import Tensor
 
 from analyses.common.result import Result
 from analyses.patching import patch_sweep
+from hooked_qwen2vl.geometry import Place
 
 
 class Component(NamedTuple):
@@ -154,19 +155,19 @@ class FlipTest:
 
 @torch.no_grad()
 def attribute_flip(
-    model: Any, inputs: Any, entry: int, gained: int, lost: int, position: int | str = "last", row: int = 0
+    model: Any, inputs: Any, entry: int, gained: int, lost: int, position: Place = "last", row: int = 0
 ) -> FlipAttribution:
     """The exact direct attribution of the flip at `entry` to the parts of the block before it.
 
     Args:
         entry: l in 1..L. gained, lost: token ids a and b.
-        position: where the lens is read.
+        position: where the lens is read: a place that is one position (see `Inputs.resolve`).
     Raises:
         ValueError: an entry that no block made.
     """
     if not 1 <= entry <= model.cfg.n_layers:
         raise ValueError(f"a flip is made by a block: its entry must be in 1..{model.cfg.n_layers}, got {entry}.")
-    layer, at = entry - 1, _position(inputs, position, row)
+    layer, at = entry - 1, inputs.position(position, row)
     block = f"blocks.{layer}."
     names = [block + name for name in ("hook_resid_pre", "attn.hook_z", "hook_mlp_out", "hook_resid_post")]
     _, cache = model.run_with_cache(inputs, names_filter=names, stop_at_layer=entry)
@@ -295,7 +296,3 @@ def _direction(model: Any, gained: int, lost: int) -> tuple[Float[Tensor, "d_mod
 
 def _rms(model: Any, h: Float[Tensor, "d_model"]) -> Tensor:
     return (h.pow(2).mean() + model.ln_final.eps).sqrt()
-
-
-def _position(inputs: Any, position: int | str, row: int) -> int:
-    return range(inputs.shape[1])[position] if isinstance(position, int) else int(inputs.positions(position, row)[0])

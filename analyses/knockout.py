@@ -21,9 +21,9 @@ from tqdm.auto import tqdm
 
 from analyses.common.result import Result
 from analyses.common.statistics import standard_error
+from hooked_qwen2vl.geometry import Place
 
 FLOWS = {"image→question": ("image", "question"), "image→last": ("image", "last"), "question→last": ("question", "last")}
-Span = str | Sequence[int] | Tensor | tuple
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def attention_knockout(
     model: Any,
     inputs: Any,
     answers: Sequence[int] | Sequence[str],
-    flows: Mapping[str, tuple[Span, Span]] | None = None,
+    flows: Mapping[str, tuple[Place, Place]] | None = None,
     window: int | None = None,
     only_correct: bool = True,
     progress: bool = True,
@@ -105,7 +105,7 @@ def attention_knockout(
     Args:
         inputs: one prompt or a batch; each row is run on its own (its spans are its own).
         answers: for each row, the token id (or single-token string) whose probability is followed.
-        flows: name -> (from, to): names that `Inputs.positions` knows, boxes, or positions.
+        flows: name -> (from, to), two places (see `Inputs.resolve`).
         window: layers blocked at once, clipped at the ends; None takes max(1, round(L / 4)). The paper has 9.
         only_correct: leave out rows whose top-1 is not the answer, and count them.
     Raises:
@@ -141,7 +141,7 @@ def attention_knockout(
 
 
 def knockout_hooks(
-    inputs: Any, source: Span, target: Span, layers: Sequence[int], row: int = 0, generated: bool = False
+    inputs: Any, source: Place, target: Place, layers: Sequence[int], row: int = 0, generated: bool = False
 ) -> list[tuple[str, Callable]]:
     """Hooks that stop attention from `source` (keys) to `target` (queries), in a plain run and in cached generation.
 
@@ -151,7 +151,7 @@ def knockout_hooks(
     Raises:
         ValueError: (when run) a query is left without any key.
     """
-    keys, queries = _places(inputs, source, row), _places(inputs, target, row)
+    keys, queries = inputs.resolve(source, row), inputs.resolve(target, row)
     prompt = inputs.shape[1]
 
     def hook(scores: Tensor, hook: Any) -> Tensor:
@@ -177,7 +177,3 @@ def layers_around(centre: int, window: int, n_layers: int) -> range:
     return range(max(0, start), min(n_layers, start + window))
 
 
-def _places(inputs: Any, span: Span, row: int) -> Tensor:
-    if isinstance(span, str) or (isinstance(span, tuple) and len(span) == 4):
-        return inputs.positions(span, row)
-    return torch.as_tensor(list(span))

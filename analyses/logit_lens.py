@@ -4,9 +4,11 @@
    entry l of L+1 is the stream before block l, entry L after the last.
 2. Read every entry through the model's own final norm, with statistics recomputed for that entry, and W_U.
 3. Keep the top k tokens, the entropy (nats) and the targets; logits of all layers × positions × words never exist.
+4. Compare the top token of entry L with the model's own.
 
-Entry L *is* the model's own prediction. Norming it twice, as notebooks on HF's hidden states do, is the
-classic mistake: here the stream is always the un-normed one.
+Entry L *is* the model's own prediction, read in float32. A half-precision model multiplies in its own precision, where
+the best words often tie or change places: `differs` says at which positions. Norming entry L twice, as notebooks on
+HF's hidden states do, is the classic mistake: here the stream is always the un-normed one.
 """
 
 from __future__ import annotations
@@ -17,13 +19,18 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.tools.analysis._model_state import to_token_ids
 
+from analyses.common.prompts import as_prompt
 from analyses.common.result import Result
 from analyses.common.vocabulary import Readout, readout
 from hooked_qwen2vl import HookedQwen2VL
+from hooked_qwen2vl.geometry import Place
+from hooked_qwen2vl.layers import readable
+
+CHUNK = 128  # positions whose own logits exist at once
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,8 @@ class LogitLens(Result):
         target_tokens: text of target_ids.
         grid: (rows, cols) of image tokens when the positions are one whole image, else None.
         model_name: of the model.
+        model_ids: [pos] the token that the model's own logits put first; None in a file of an earlier version.
+        differs: [pos] whether entry L, read in float32, puts another token first than the model's own logits.
     """
 
     top_ids: Int[Tensor, "layer pos k"]
@@ -65,9 +74,19 @@ class LogitLens(Result):
     target_tokens: tuple[str, ...]
     grid: tuple[int, int] | None
     model_name: str
+    model_ids: Int[Tensor, "pos"] | None = None
+    differs: Bool[Tensor, "pos"] | None = None
+
+    @property
+    def n_differs(self) -> int:
+        """At how many positions entry L puts another token first than the model's own logits; see `differs`."""
+        return 0 if self.differs is None else int(self.differs.sum())
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row for each layer, position and rank; probabilities in 0..1, entropy in nats."""
+        """One row for each layer, position and rank; probabilities in 0..1, entropy in nats.
+
+        `differs_from_model` is of the position: whether its last entry puts another token first than the model.
+        """
         rows = []
         for layer, label in enumerate(self.layer_labels):
             for index, position in enumerate(self.positions):
@@ -83,6 +102,7 @@ class LogitLens(Result):
                             "token": token,
                             "probability": float(self.top_probs[layer, index, rank]),
                             "entropy_nats": float(self.entropy[layer, index]),
+                            "differs_from_model": self.differs is not None and bool(self.differs[index]),
                         }
                     )
         return pd.DataFrame(rows)
@@ -116,7 +136,7 @@ class LogitLens(Result):
 def logit_lens(
     model: Any,
     inputs: Any,
-    positions: str | int | slice | Sequence[int] = "last",
+    positions: Place = "last",
     top_k: int = 5,
     targets: str | int | Sequence[str | int] | None = None,
     row: int = 0,
@@ -130,7 +150,7 @@ def logit_lens(
 
     Args:
         inputs: one prompt: `Inputs`, a string or token ids.
-        positions: "last", "image", "answer" or another part of an `Inputs`; a position, several, or a slice.
+        positions: a place (see `Inputs.resolve`): "last", "image", a box, positions, a slice, a mask.
         targets: tokens (or single-token strings) whose probability and rank to follow.
         row: which prompt of a batch.
         chunk_size: how many vectors are read at once; their logits take 4 bytes × words each.
@@ -139,10 +159,10 @@ def logit_lens(
     Raises:
         ValueError: no such part, position or layer, or more top_k than words.
     """
-    tokens = _tokens(model, inputs, row)
-    chosen = _positions(inputs, positions, row, len(tokens))
+    prompt = as_prompt(model, inputs)
+    tokens, chosen = prompt.tokens[row], prompt.resolve(positions, row).tolist()
     read_layers = _layers(layers, model.cfg.n_layers)
-    entries = _entries(model, inputs, sorted({*read_layers, model.cfg.n_layers}), chosen, row)
+    entries, model_ids = read_entries(model, inputs, sorted({*read_layers, model.cfg.n_layers}), chosen, row)
     if translator is not None:
         entries = {layer: translator.translate(vectors, layer) for layer, vectors in entries.items()}
     wanted = [] if targets is None else to_token_ids(model, targets)
@@ -159,7 +179,8 @@ def logit_lens(
         layer: last if layer == model.cfg.n_layers else readout(model, entries.pop(layer), followed, top_k, chunk_size)
         for layer in dict.fromkeys(read_layers)
     }
-    return _result(model, inputs, [read[layer] for layer in read_layers], read_layers, tokens, chosen, wanted, positions, row)
+    lens = _result(model, inputs, [read[layer] for layer in read_layers], read_layers, tokens, chosen, wanted, positions, row)
+    return replace(lens, model_ids=model_ids, differs=last.ids[:, 0] != model_ids)
 
 
 def _result(
@@ -208,17 +229,24 @@ def residual_stack(model: Any, inputs: Any) -> tuple[Float[Tensor, "layer batch 
     return cache.accumulated_resid(return_labels=True)
 
 
-def _entries(
-    model: Any, inputs: Any, layers: list[int], chosen: list[int], row: int
-) -> dict[int, Float[Tensor, "pos d_model"]]:
-    """Lens entry -> the stream there at the chosen positions; of our models nothing else is kept or computed."""
+@torch.no_grad()
+def read_entries(
+    model: Any, inputs: Any, layers: Sequence[int], chosen: Sequence[int], row: int
+) -> tuple[dict[int, Float[Tensor, "pos d_model"]], Int[Tensor, "pos"]]:
+    """(lens entry -> the stream there, the token that the model's own logits put first) at the chosen positions of a row.
+
+    Of our models nothing else is kept, and no other position's logits are computed.
+    """
     names = {layer: _hook(layer, model.cfg.n_layers) for layer in layers}
-    if isinstance(model, HookedQwen2VL):
-        settings = {"pos_slice": chosen, "return_type": None}
-        _, cache = model.run_with_cache(inputs, names_filter=list(names.values()), **settings)
-        return {layer: cache[name][row] for layer, name in names.items()}
-    _, cache = model.run_with_cache(inputs, names_filter=list(names.values()))
-    return {layer: cache[name][row, chosen] for layer, name in names.items()}
+    if not isinstance(model, HookedQwen2VL):
+        logits, cache = model.run_with_cache(inputs, names_filter=list(names.values()))
+        return {layer: cache[name][row, chosen] for layer, name in names.items()}, logits[row, chosen].argmax(-1).cpu()
+    normalized = "ln_final.hook_normalized"
+    settings = {"pos_slice": list(chosen), "return_type": None}
+    _, cache = model.run_with_cache(inputs, names_filter=[*names.values(), normalized], **settings)
+    weight = readable(model.ln_final.w, "the final norm's weight")
+    tops = [model.unembed(part.to(weight.device) * weight).argmax(-1).cpu() for part in cache[normalized][row].split(CHUNK)]
+    return {layer: cache[name][row] for layer, name in names.items()}, torch.cat(tops)
 
 
 def _hook(layer: int, n_layers: int) -> str:
@@ -232,32 +260,6 @@ def _layers(layers: Sequence[int] | None, n_layers: int) -> list[int]:
     if wrong or not len(layers):
         raise ValueError(f"layers must name entries of 0..{n_layers} (negative from the end), got {list(layers)}.")
     return [layer % (n_layers + 1) for layer in layers]
-
-
-def _positions(inputs: Any, positions: Any, row: int, length: int) -> list[int]:
-    if isinstance(positions, str):
-        if hasattr(inputs, "positions"):
-            return inputs.positions(positions, row).tolist()
-        if positions == "last":
-            return [length - 1]
-        raise ValueError(f"{positions!r} names a part of an Inputs; for text pass 'last', a position or a slice.")
-    every = list(range(length))
-    try:
-        if isinstance(positions, slice):
-            chosen = every[positions]
-        else:
-            chosen = [every[p] for p in ([positions] if isinstance(positions, int) else positions)]
-    except IndexError as error:
-        raise ValueError(f"positions {positions} are not all in the prompt of {length} tokens.") from error
-    if not chosen:
-        raise ValueError(f"positions {positions} select none of the prompt's {length} tokens.")
-    return chosen
-
-
-def _tokens(model: Any, inputs: Any, row: int) -> Int[Tensor, "pos"]:
-    tokens = getattr(inputs, "tokens", inputs)
-    tokens = model.to_tokens(tokens) if isinstance(tokens, (str, list)) else tokens
-    return tokens[row] if tokens.ndim == 2 else tokens
 
 
 def _texts(model: Any, ids: Tensor) -> Any:

@@ -24,6 +24,8 @@ from tqdm.auto import tqdm
 from transformer_lens.utilities import get_act_name
 
 from analyses.common.result import Result
+from hooked_qwen2vl.geometry import Place
+from hooked_qwen2vl.segments import is_segment_name
 
 ACTIVATIONS = ("resid_pre", "attn_out", "mlp_out")
 _EPSILON = 1e-6  # nats: prompts on which the two models agree so closely say nothing
@@ -82,7 +84,7 @@ def patch_between_models(
     target: Any,
     prompts: Sequence[Any],
     activation: str = "resid_pre",
-    spans: Sequence[str] = ("all", "image", "question", "last"),
+    spans: Sequence[Place] = ("all", "image", "question", "last"),
     progress: bool = True,
 ) -> ModelPatching:
     """Puts the source's activations into the target's run, place by place and span by span.
@@ -91,7 +93,7 @@ def patch_between_models(
         source, target: HookedQwen2VLs of one shape.
         prompts: `Inputs` of one row each, from either model's `to_inputs` (their processors must agree).
         activation: one of ACTIVATIONS; "resid_pre" also takes the stream after the last block.
-        spans: "all", or names that `Inputs.positions` knows; a prompt without one has NaN there.
+        spans: "all", or places (see `Inputs.resolve`); a prompt without a segment that others have gives NaN there.
     Raises:
         ValueError: models of other shapes, an unknown activation, prompts of several rows, or models that agree on
             every prompt.
@@ -100,6 +102,9 @@ def patch_between_models(
     names = [get_act_name(activation, layer) for layer in range(target.cfg.n_layers)]
     if activation == "resid_pre":
         names.append(get_act_name("resid_post", target.cfg.n_layers - 1))
+    for span in spans:
+        if all(_places(prompt, span) is None for prompt in prompts):
+            raise ValueError(f"no prompt has a part called {span!r}; the first has {', '.join(prompts[0].part_names())}.")
     explained, same_top, difference, agrees, skipped = [], [], [], [], 0
     for prompt in tqdm(prompts, desc="models", unit="prompt", disable=not progress, delay=2):
         ours, cache = source.run_with_cache(source.encode(prompt), names_filter=names, logits_at=-1)
@@ -136,12 +141,11 @@ def _check(source: Any, target: Any, prompts: Sequence[Any], activation: str) ->
         raise ValueError("expected one or more prompts of one row each: pass [inputs[row] for row in range(len(inputs))].")
 
 
-def _places(prompt: Any, span: str) -> Tensor | None:
-    if span == "all":
-        return torch.arange(prompt.shape[1])
-    parts = prompt.part_names()
-    present = span == "last" or span in parts or any(part.startswith(f"{span}[") for part in parts)
-    return prompt.positions(span) if present else None
+def _places(prompt: Any, span: Place) -> Tensor | None:
+    """None where the prompt lacks a segment that others may have."""
+    if isinstance(span, str) and is_segment_name(span) and not prompt.has_segment(span):
+        return None
+    return prompt.resolve(slice(None) if isinstance(span, str) and span == "all" else span)
 
 
 def _put(clean: Float[Tensor, "1 pos d_model"], places: Tensor) -> Any:

@@ -1,9 +1,9 @@
-"""Import paths of earlier versions: each gives the very module that holds the names now."""
+"""Import paths of earlier versions: each gives the very module, or name, that is meant now."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.abc import InspectLoader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -33,6 +33,39 @@ MOVED = {
     "analyses.studies": "analyses.experiments.flips",
     "analyses.views.studies": "analyses.views.experiments",
 }
+NAMES = {  # module -> name of earlier versions -> module and name now
+    "analyses.domain_neurons": {
+        "firing_work": "analyses.experiments.neurons:FiringExperiment",
+        "read_firings": "analyses.experiments.neurons:read_firings",
+    },
+    "analyses.experiments.flips": {
+        "flip_work": "analyses.experiments.flips:FlipExperiment",
+        "knockout_study": "analyses.experiments.knockout:knockout_study",
+        "LocalityStudy": "analyses.experiments.locality:LocalityStudy",
+        "locality_study": "analyses.experiments.locality:locality_study",
+        "SPANS": "analyses.experiments.locality:SPANS",
+    },
+    "analyses.experiments.hallucination": {
+        "hallucination_work": "analyses.experiments.hallucination:HallucinationExperiment",
+    },
+    "analyses.experiments.neurons": {
+        "ablation_work": "analyses.experiments.neurons:AblationExperiment",
+        "effect_work": "analyses.experiments.neurons:EffectExperiment",
+    },
+}
+
+
+def moved_names(module: str) -> Callable[[str], Any]:
+    """A module's `__getattr__`: names that it had in earlier versions, each with a DeprecationWarning."""
+
+    def find(name: str) -> Any:
+        if name not in NAMES[module]:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        home, _, now = NAMES[module][name].partition(":")
+        warnings.warn(f"{module}.{name} is now {home}.{now}.", DeprecationWarning, stacklevel=2)
+        return getattr(import_module(home), now)
+
+    return find
 
 
 class MovedModules(MetaPathFinder, InspectLoader):

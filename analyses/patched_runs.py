@@ -18,6 +18,8 @@ from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
 from transformer_lens.utilities import get_act_name
 
+from hooked_qwen2vl.image_embeddings import merge
+
 TOWER = "vision_encoder."
 
 
@@ -52,7 +54,7 @@ class DecoderRuns:
 
     def logits(self, at: int) -> Float[Tensor, "batch 1 d_vocab"]:
         """Of the unpatched run, at one position."""
-        return self.model.unembed(self.model.ln_final(self.final[:, at : at + 1]))
+        return self.model.read_out(self.final, logits_at=at)
 
     def reaches(self, cell: Cell, at: int) -> bool:
         """Whether the patch can change what is read: a later position cannot."""
@@ -103,7 +105,7 @@ class TowerRuns:
 
     def logits(self, at: int) -> Float[Tensor, "batch 1 d_vocab"]:
         """Of the unpatched run, at one position."""
-        return self.model.unembed(self.model.ln_final(self.final[:, at : at + 1]))
+        return self.model.read_out(self.final, logits_at=at)
 
     def reaches(self, cell: Cell, at: int) -> bool:
         """Whether the patch can change what is read: images after the metric's position cannot."""
@@ -120,10 +122,8 @@ class TowerRuns:
         stream = self.cache.vision[f"{TOWER}blocks.{layer}.hook_resid_pre"].repeat(1, n, 1)
         with self.model.hooks(fwd_hooks=[(self._name(layer), self._put(self._name(layer), cells))]):
             stream = encoder.run_blocks(stream, self.target.grids.repeat(n, 1), layer)
-        prefix = self.model.vision_projector(stream)[0]
-        residual = self.cache["hook_embed"].repeat(n, 1, 1)
-        places = (self.target.token_types > 0).repeat(n, 1).unsqueeze(-1)
-        residual = residual.masked_scatter(places, prefix)[:, self.first :]
+        images = self.model.vision_projector(stream)[0]
+        residual = merge(self.cache["hook_embed"].repeat(n, 1, 1), images, self.target)[:, self.first :]
         return run_suffix(self.model, self.target, self.cache, residual, 0, self.first, at)
 
     def _name(self, layer: int) -> str:
@@ -169,14 +169,10 @@ def run_suffix(
 
     Nothing after `at` can change what is read there, so it is not run.
     """
-    n = len(residual) // len(inputs)
-    stretch = slice(start, at + 1)
-    position_ids = inputs.position_ids[..., stretch].repeat(1, n, 1)
-    mask = inputs.attention_mask[:, : at + 1].repeat(n, 1)
-    past = _past(model, inputs, cache, layer, start, n)
-    residual = residual[:, : at + 1 - start]
-    residual = model._run_blocks(residual, range(layer, model.cfg.n_layers), position_ids, mask, past)
-    return model.unembed(model.ln_final(residual[:, -1:]))
+    past = _past(model, inputs, cache, layer, start, len(residual) // len(inputs))
+    layers = range(layer, model.cfg.n_layers)
+    residual = model.run_blocks(residual[:, : at + 1 - start], inputs, layers, past, start)
+    return model.read_out(residual, logits_at=-1)
 
 
 def _past(model: Any, inputs: Any, cache: Any, layer: int, start: int, n: int) -> TransformerLensKeyValueCache | None:

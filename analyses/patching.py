@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
@@ -33,11 +34,12 @@ from transformer_lens.patching import PatchingResult
 
 from analyses.patched_runs import TOWER, Cell, DecoderRuns, TowerRuns
 from hooked_qwen2vl.files import whole_file
+from hooked_qwen2vl.geometry import Place
 
 STREAMS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 HEADS = ("z", "q", "k", "v", "pattern")
 Metric = Callable[[Float[Tensor, "batch 1 d_vocab"]], Tensor]
-Positions = Sequence[int | str | tuple] | Mapping[str, Any] | None
+Positions = Sequence[Place] | Mapping[str, Place] | Place | None
 
 
 @dataclass(frozen=True)
@@ -101,8 +103,10 @@ def patch_sweep(
             a pattern's position is the query's). With "vision_encoder." before it, the tower's: layers and heads are
             the tower's, and a position is an image token, all of its patches (for a pattern, as queries).
         layers, heads: which; None for all.
-        positions: None for every position (in the tower: every image token); or rows, each a position, a name that
-            `Inputs.positions` knows, or a box in original pixels; or a mapping of labels to positions.
+        positions: None for every position (in the tower: every image token); or places (see `Inputs.resolve`), each a row of
+            the sweep: a list of them, one name or box, a mapping of labels to them, or a slice, tensor or mask of positions,
+            each then a row.
+        metric_position: the place that the metric reads, one position, the same in every row.
         direction: "denoise" puts clean activations into the corrupted run, "noise" the other way round.
         batch_size: prompts in one forward at most: bounds the memory. Cells of one forward start at the first one's
             position, so large batches compute more in vain.
@@ -211,7 +215,7 @@ def _plan(
         layers=_chosen(layers, half.n_layers, "layer"),
         rows=_image_rows(inputs, positions) if tower else _rows(inputs, positions),
         heads=_heads(model, kind, heads, tower),
-        at=range(inputs.shape[1])[metric_position],
+        at=_one_position(inputs, metric_position),
     )
 
 
@@ -234,14 +238,16 @@ def _heads(model: Any, kind: str, heads: Sequence[int] | None, tower: bool) -> l
 
 def _rows(inputs: Any, positions: Positions) -> list[tuple[Any, list[int]]]:
     """(label, positions) of every row of the sweep."""
-    n = inputs.shape[1]
     if positions is None:
-        return [(place, [place]) for place in range(n)]
-    named = positions.items() if isinstance(positions, Mapping) else [(p, p) for p in positions]
-    rows = [(label, _places(inputs, place, n)) for label, place in named]
-    for label, places in rows:
-        if not places:
-            raise ValueError(f"{label!r} covers no position of the prompt.")
+        return [(place, [place]) for place in range(inputs.shape[1])]
+    if isinstance(positions, (slice, Tensor, np.ndarray)):
+        positions = _in_every_row(inputs, positions)
+    elif isinstance(positions, (str, int, tuple)):
+        positions = [positions]
+    named = positions.items() if isinstance(positions, Mapping) else [(place, place) for place in positions]
+    rows = [(label, _in_every_row(inputs, place)) for label, place in named]
+    if not rows:
+        raise ValueError("there is no position to patch: leave positions=None for all, or name some.")
     return rows
 
 
@@ -255,16 +261,18 @@ def _image_rows(inputs: Any, positions: Positions) -> list[tuple[Any, list[int]]
     return rows
 
 
-def _places(inputs: Any, place: Any, n: int) -> list[int]:
-    if isinstance(place, int):
-        return [range(n)[place]]
-    if isinstance(place, Tensor):
-        return place.tolist()
-    if isinstance(place, (list, range)):
-        return [range(n)[p] for p in place]
-    found = [inputs.positions(place, row).tolist() for row in range(len(inputs))]
+def _in_every_row(inputs: Any, place: Place) -> list[int]:
+    """The positions of a place, which must be the same in every row."""
+    found = [inputs.resolve(place, row).tolist() for row in range(len(inputs))]
     if any(row != found[0] for row in found):
         raise ValueError(f"{place!r} is at other positions in other rows: sweep those pairs apart.")
+    return found[0]
+
+
+def _one_position(inputs: Any, place: Place) -> int:
+    found = _in_every_row(inputs, place)
+    if len(found) != 1:
+        raise ValueError(f"the metric reads one position, but metric_position={place!r} covers {len(found)}.")
     return found[0]
 
 

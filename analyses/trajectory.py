@@ -1,25 +1,36 @@
 """Answer trajectories: when does the answer appear in the residual stream, does it stay, where does it flip?
 
-For one position, z_l = W_U · norm(h_l) for the lens entries l = 0..L (h_0 the embedding, h_L after the last block;
-z_L is the model's own logits), p_l = softmax(z_l) in float32. Natural logarithms.
+For one position, z_l = W_U · norm(h_l) for the lens entries l = 0..L (h_0 the embedding, h_L after the last block),
+read as the logit lens reads them (`common.vocabulary`: W_U in float32); p_l = softmax(z_l). Natural logarithms.
 
-1. A, the answer's first tokens: every variant {as given, lower, Capitalised} × {with, without a leading space};
-   ids that another candidate shares are dropped and counted.
+1. A, the answer's first tokens: of every variant {as given, lower, Capitalised} × {with, without a leading space},
+   tokens of whole characters that are not blank; ids that another candidate shares are dropped and counted. Where a
+   variant is longer than its first token, what is followed is how the answer begins (`first_token_only`, `label`).
 2. Birth: B_k = min{l : best rank of A < k}, k = 1, 5; B_half = min{l : Σ_A p_l ≥ 0.5}; None if never.
 3. Stages of confidence: before B_5 none, from B_5 guess, from B_half sure.
 4. Stability S = min{l : the top-1 is the final one from l on} (prediction depth, Baldock et al. 2021).
 5. Flips: entries l ≥ 1 whose top-1 differs from that of l−1; *form* flips change only case or space of the word,
    *content* flips the word.
 6. Outcome. Right: straight (once top-1, always) or wavered. Wrong: held then lost (doubt), settled early (S ≤ L/2)
-   or settled late.
+   or settled late. Beside doubt, how often a control is held and lost: one candidate that is neither the answer nor what
+   the model says, drawn once.
 7. Last-layer shift: KL(p_L‖p_{L−1}), JS, total variation and its split, beside the double-norm control: what a
-   notebook sees that norms HF's last hidden state, which is already normed, once more.
+   notebook sees that norms HF's last hidden state, which is already normed, once more. On folded weights that takes the
+   weight that was folded; where it is not known, the control is not reported.
+8. The whole answer: log p(answer) at entry l is the sum over its tokens, spelt as given, each read at its own position
+   behind those before it (teacher-forced).
+
+z_L is the model's own prediction. In half precision the model's logits tie or change places where those in float32 do
+not: whether the top-1 is another is told (`differs_from_model`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -27,13 +38,18 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformer_lens.tools.analysis import logit_readout
 
+from analyses.common.prompts import TextPrompt, as_prompt
 from analyses.common.result import Result
-from analyses.logit_lens import residual_stack
+from analyses.common.vocabulary import final_norm, logits_of, readout
+from analyses.logit_lens import read_entries
+from hooked_qwen2vl import Inputs
+from hooked_qwen2vl.geometry import Place
 
 SURE = 0.5
-OUTCOMES = ("straight", "wavered", "held then lost", "settled early", "settled late")
+DOUBT = "held then lost"
+OUTCOMES = ("straight", "wavered", DOUBT, "settled early", "settled late")
+UNCLASSED = 1e-6  # of the total variation may stay without a class: it is spread over thousands of tokens
 # What a sentence needs and no picture shows; for the split of the last layer's shift.
 FUNCTION_WORDS = frozenset(
     "a an the is are was were be been it its this that these those there here of in on at to for from by with and or "
@@ -49,13 +65,20 @@ class Trajectory(Result):
         answer: as given; question: what was asked, where known.
         answer_ids: A. dropped: how many ids were shared with another candidate.
         top1: [layer] token id; top1_tokens: their text.
-        answer_prob: [layer] Σ_A p. answer_rank: [layer] best rank of A, 0 the top.
+        answer_prob: [layer] Σ_A p. answer_rank: [layer] how many tokens have a larger logit than the best of A.
         rival_prob: [layer] of the most probable token that is not in A at the end. rival: its text.
-        margin: [layer] max_A z − max_{not A} z, in logits: positive iff the top-1 is in A.
+        margin: [layer] max_A z − max_{not A} z, in logits: positive iff the top-1 is in A, 0 where the two tie.
         entropy: [layer] nats. input_rank: [layer] rank of the position's own input token.
         candidates_top: [layer] index of the most probable candidate, -1 without candidates.
-        last_shift, double_norm_shift: see `shift`.
+        last_shift, double_norm_shift: see `shift_of_logits`; the latter NaN where `no_double_norm` says why.
         d_vocab, model_name.
+        rest: log-probabilities of the answer's tokens after its first, at the output.
+        answer_tokens: text of answer_ids.
+        token_log_probs: [layer token] of the whole answer, spelt as given, each token read behind those before it, nats; NaN
+            where no answer can follow the position (the middle of the images); None where it was not run.
+        model_top1: what the model's own logits put first; model_top1_token: its text. None: not known.
+        control: the candidate drawn as a control for doubt, "" where none is left. control_ids: its first tokens.
+        no_double_norm: why there is no double-norm control; "" where there is one.
     """
 
     question: str
@@ -78,12 +101,43 @@ class Trajectory(Result):
     d_vocab: int
     model_name: str
     category: str = ""
-    rest: tuple[float, ...] = field(default=())  # log-probabilities of the answer's further tokens, teacher-forced
+    rest: tuple[float, ...] = field(default=())
+    answer_tokens: tuple[str, ...] = ()
+    token_log_probs: Float[Tensor, "layer token"] | None = None
+    model_top1: int | None = None
+    model_top1_token: str = ""
+    control: str = ""
+    control_ids: tuple[int, ...] = ()
+    no_double_norm: str = ""
 
     @property
     def n_layers(self) -> int:
         """L: entries run from 0 to L."""
         return len(self.top1) - 1
+
+    @property
+    def first_token_only(self) -> bool:
+        """Whether none of A is the whole answer: then all figures but `answer_log_prob` are of how it begins."""
+        return bool(self.answer and self.answer_tokens) and not any(same_word(t, self.answer) for t in self.answer_tokens)
+
+    @property
+    def label(self) -> str:
+        """What is followed, for legends and tables: the answer, or the first tokens of forms that are longer."""
+        starts = dict.fromkeys(token.strip() for token in self.answer_tokens if not same_word(token, self.answer))
+        if not (self.answer and starts):
+            return self.answer
+        named = ", ".join(starts)
+        return f"first token {named} of {self.answer}" if self.first_token_only else f"{self.answer} or first token {named}"
+
+    @property
+    def answer_log_prob(self) -> Float[Tensor, "layer"]:
+        """[layer] log-probability of the whole answer, spelt as given, nats; NaN where it is not known."""
+        return torch.full((len(self.top1),), torch.nan) if self.token_log_probs is None else self.token_log_probs.sum(-1)
+
+    @property
+    def differs_from_model(self) -> bool:
+        """Whether entry L, read in float32, puts another token first than the model's own logits."""
+        return self.model_top1 is not None and int(self.top1[-1]) != self.model_top1
 
     def birth(self, k: int = 1) -> int | None:
         """B_k: first entry at which A is among the k most probable tokens."""
@@ -107,7 +161,7 @@ class Trajectory(Result):
     @property
     def content_flips(self) -> list[int]:
         """Flips that change the word, not only its case or space."""
-        return [l for l in self.flips if word(self.top1_tokens[l]) != word(self.top1_tokens[l - 1])]
+        return [l for l in self.flips if not same_word(self.top1_tokens[l], self.top1_tokens[l - 1])]
 
     @property
     def candidate_flips(self) -> list[int]:
@@ -128,11 +182,17 @@ class Trajectory(Result):
     @property
     def held(self) -> list[int]:
         """Entries at which the top-1 is in A."""
-        return (self.answer_rank == 0).nonzero().flatten().tolist()
+        return _where(self.top1, self.answer_ids)
+
+    @property
+    def control_held(self) -> list[int]:
+        """Entries before the last at which the top-1 is the control's: it was held, then lost."""
+        return _where(self.top1[:-1], self.control_ids)
 
     @property
     def right(self) -> bool:
-        return bool(self.answer_rank[-1] == 0)
+        """Whether the last top-1 is in A."""
+        return int(self.top1[-1]) in self.answer_ids
 
     @property
     def outcome(self) -> str:
@@ -150,9 +210,8 @@ class Trajectory(Result):
 
     @property
     def mean_log_prob(self) -> float:
-        """Mean log-probability of the answer's tokens, nats: the first token's variants, then the rest."""
-        first = float(np.log(max(float(self.answer_prob[-1]), 1e-45)))
-        return float(np.mean([first, *self.rest]))
+        """Mean log-probability of the whole answer's tokens, spelt as given, at the output; nats."""
+        return float("nan") if self.token_log_probs is None else float(self.token_log_probs[-1].mean())
 
     def summary(self) -> dict[str, Any]:
         """The figures of this trajectory, one value each; depths also as a fraction of L."""
@@ -161,7 +220,10 @@ class Trajectory(Result):
             "question": self.question,
             "answer": self.answer,
             "category": self.category,
+            "followed": self.label,
+            "first_token_only": self.first_token_only,
             "final": self.top1_tokens[-1],
+            "differs_from_model": self.differs_from_model,
             "right": self.right,
             "outcome": self.outcome,
             "birth_1": self.birth(1),
@@ -174,8 +236,11 @@ class Trajectory(Result):
             "eligible_flips": len(self.eligible_flips),
             "layers_held": len(self.held),
             "lost_at": next((l + 1 for l in reversed(self.held) if l < L), None) if not self.right else None,
+            "control": self.control,
+            "control_layers_held": len(self.control_held) if self.control else None,
             "peak_prob": float(self.answer_prob.max()),
             "final_prob": float(self.answer_prob[-1]),
+            "answer_log_prob": float(self.answer_log_prob[-1]),
             "mean_log_prob": self.mean_log_prob,
             "final_entropy": float(self.entropy[-1]),
             "ids_shared_with_candidates": self.dropped,
@@ -184,7 +249,7 @@ class Trajectory(Result):
                     ("birth_1", "birth_5", "birth_sure", "stability")}  # fmt: skip
         figures |= {f"last_{name}": value for name, value in self.last_shift.items()}
         figures |= {f"double_norm_{name}": value for name, value in self.double_norm_shift.items()}
-        return figures
+        return figures | {"no_double_norm": self.no_double_norm}
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row an entry."""
@@ -194,6 +259,7 @@ class Trajectory(Result):
                 "top1": self.top1_tokens,
                 "answer_prob": self.answer_prob.tolist(),
                 "answer_rank": self.answer_rank.tolist(),
+                "answer_log_prob": self.answer_log_prob.tolist(),
                 "rival_prob": self.rival_prob.tolist(),
                 "margin": self.margin.tolist(),
                 "entropy_nats": self.entropy.tolist(),
@@ -201,6 +267,7 @@ class Trajectory(Result):
                 "input_rank": self.input_rank.tolist(),
                 "stage": self.stages,
                 "flip": [l in self.flips for l in range(self.n_layers + 1)],
+                "differs_from_model": [False] * self.n_layers + [self.differs_from_model],
             }
         )
 
@@ -222,7 +289,7 @@ class Trajectories(Result):
         return pd.DataFrame([item.summary() for item in self.items])
 
     def by_category(self) -> pd.DataFrame:
-        """Share of each outcome, and mean depths as a fraction of L, by category."""
+        """Share of each outcome, doubt beside its control, and mean depths, by category; see `outcomes_by_category`."""
         return outcomes_by_category(self.to_dataframe())
 
     def plot(self, path: Any = None) -> Any:
@@ -233,10 +300,47 @@ class Trajectories(Result):
 
 
 def outcomes_by_category(table: pd.DataFrame) -> pd.DataFrame:
-    """Share of each outcome, and mean depths as a fraction of L, by category; `table` has one row an item (`summary`)."""
+    """Share of each outcome, doubt beside its control, and mean depths as a fraction of L, by category.
+
+    Args:
+        table: one row an item (`Trajectory.summary`).
+    Returns:
+        items; the shares of OUTCOMES; the columns of `doubt_beside_control`; birth_1_depth and stability_depth;
+        `differs_from_model`, how many items' last top-1, read in float32, is not the model's own.
+    """
+    groups = table.groupby("category")
     shares = pd.crosstab(table["category"], table["outcome"], normalize="index").reindex(columns=OUTCOMES).fillna(0.0)
-    depths = table.groupby("category")[["birth_1_depth", "stability_depth"]].mean()
-    return pd.concat([table.groupby("category").size().rename("items"), shares, depths], axis=1)
+    doubt = pd.DataFrame({category: doubt_beside_control(rows) for category, rows in groups}).T.rename_axis("category")
+    counts = doubt.columns.str.startswith("wrong") | doubt.columns.str.startswith("with")
+    doubt = doubt.astype({name: int for name in doubt.columns[counts]})
+    depths = groups[["birth_1_depth", "stability_depth"]].mean()
+    parts = [groups.size().rename("items"), shares, doubt, depths]
+    return pd.concat([*parts, *([groups["differs_from_model"].sum()] if "differs_from_model" in table else [])], axis=1)
+
+
+def doubt_beside_control(table: pd.DataFrame) -> pd.Series:
+    """How often the answer was held then lost, beside the same for a control candidate, on the same items.
+
+    The control is neither the answer nor what the model says (`Trajectory.control`), so it can always be lost, the answer
+    only where the model is wrong: compare the two over the wrong items. Of two candidates (yes, no) a wrong item leaves
+    none for a control.
+
+    Args:
+        table: one row an item (`Trajectory.summary`); one of an earlier version has no control.
+    Returns:
+        with_control: items that have a control; doubt, control_doubt: shares of them whose answer, whose control was on top
+        before the last entry and is not there. wrong_with_control, doubt_if_wrong, control_doubt_if_wrong: the same of
+        those that are answered wrongly. NaN where there is no item.
+    """
+    with_control = table[table["control_layers_held"].notna()] if "control_layers_held" in table else table[:0]
+    figures = {}
+    for rows, count, suffix in (
+        (with_control, "with_control", ""),
+        (with_control[~with_control["right"].astype(bool)], "wrong_with_control", "_if_wrong"),
+    ):
+        held = rows["control_layers_held"] > 0 if len(rows) else pd.Series(dtype=float)
+        figures |= {count: len(rows), f"doubt{suffix}": (rows["outcome"] == DOUBT).mean(), f"control_doubt{suffix}": held.mean()}
+    return pd.Series(figures)
 
 
 @torch.no_grad()
@@ -245,52 +349,83 @@ def answer_trajectory(
     inputs: Any,
     answer: str,
     candidates: Sequence[str] = (),
-    position: str | int = "last",
+    position: Place = "last",
     row: int = 0,
     category: str = "",
     question: str = "",
+    seed: int = 0,
 ) -> Trajectory:
     """Follows an answer through the layers of any TransformerLens model.
 
+    An answer of several tokens is followed by its first, and a warning says so; `answer_log_prob` is of all of it, spelt as
+    given. To know it, the answer is put behind the prompt up to the position, in place of what stands there.
+
     Args:
-        inputs: `Inputs`, a string or token ids. An `Inputs` with a teacher-forced answer also gives the
-            log-probabilities of its further tokens.
+        inputs: `Inputs`, a string or token ids.
         candidates: the category's possible answers (the answer may be among them).
-        position: where the answer's first token is predicted.
+        position: where the answer's first token is predicted: a place that is one position (see `Inputs.resolve`).
+        seed: of the draw of the control candidate, with the question, the answer and the candidates.
     Raises:
-        ValueError: no variant of the answer is left once ids shared with other candidates are dropped.
+        ValueError: no variant of the answer begins with a token of whole characters, or none is left once ids shared with
+            other candidates are dropped.
     """
     ids, dropped = answer_ids(model, answer, candidates)
-    stack, _ = residual_stack(model, inputs)
-    at = int(inputs.positions(position, row)[0]) if isinstance(position, str) and hasattr(inputs, "positions") else -1
-    at = position if isinstance(position, int) else at
-    logits = _logits(model, stack[:, row, at])
-    twice = _logits(model, _normed(model, stack[-1:, row, at]))
-    tokens = getattr(inputs, "tokens", inputs)
-    tokens = model.to_tokens(tokens) if isinstance(tokens, (str, list)) else tokens
-    own = int(tokens[row, at] if tokens.ndim == 2 else tokens[at])
-    return trajectory_of_logits(
-        logits,
-        twice[0],
+    prompt = as_prompt(model, inputs)
+    at = prompt.position(position, row)
+    if isinstance(prompt, TextPrompt):
+        prompt, at, row = prompt.alone(row, at)
+    tokens = prompt.tokens[row]
+    inputs = prompt if isinstance(prompt, Inputs) else prompt.tokens
+    stack, model_top1, token_log_probs = _run(model, inputs, tokens, _spelt(model, answer), at, row)
+    once_more, reason = _normed_once_more(model, stack[-1:])
+    item = trajectory_of_logits(
+        logits_of(model, stack),
+        None if once_more is None else logits_of(model, once_more)[0],
         ids,
-        lambda i: model.tokenizer.decode([i]),
-        own=own,
+        lambda i: _text(model.tokenizer, i),
+        own=int(tokens[at]),
         answer=answer,
         question=question,
         category=category,
         dropped=dropped,
         candidates=tuple(candidates),
         candidate_ids=[answer_ids(model, c, candidates)[0] for c in candidates],
-        rest=_rest(model, stack, inputs, row),
         model_name=str(model.cfg.model_name),
+        token_log_probs=token_log_probs,
+        model_top1=model_top1,
+        no_double_norm=reason,
+        seed=seed,
     )
+    if (n := len(_spelt(model, answer))) > 1:
+        said = f"{answer!r} is {n} tokens: what is followed is {item.label}; answer_log_prob is of the whole answer."
+        warnings.warn(said, stacklevel=3)  # past torch's own wrapper
+    return item
+
+
+@torch.no_grad()
+def answer_log_probs(
+    model: Any, inputs: Any, answer: str, position: str | int = "last", row: int = 0
+) -> Float[Tensor, "layer token"]:
+    """The lens's log-probability of every token of an answer, spelt as given, each read behind those before it; nats.
+
+    Of any answer, also one that no trajectory can follow. log p(answer) by layer is the sum over its tokens.
+
+    Args:
+        inputs, position, row: as `answer_trajectory`.
+    Raises:
+        ValueError: an empty answer.
+    """
+    if not answer:
+        raise ValueError("expected an answer to read, got an empty one.")
+    tokens, at = _place(model, inputs, position, row)
+    return _run(model, inputs, tokens, _spelt(model, answer), at, row)[2]
 
 
 def trajectory_of_logits(
     logits: Float[Tensor, "layer d_vocab"],
-    twice: Float[Tensor, "d_vocab"],
+    twice: Float[Tensor, "d_vocab"] | None,
     ids: Sequence[int],
-    text: Any,
+    text: Callable[[int], str],
     own: int = 0,
     answer: str = "",
     question: str = "",
@@ -298,85 +433,110 @@ def trajectory_of_logits(
     dropped: int = 0,
     candidates: tuple[str, ...] = (),
     candidate_ids: Sequence[Sequence[int]] = (),
-    rest: tuple[float, ...] = (),
     model_name: str = "",
+    token_log_probs: Float[Tensor, "layer token"] | None = None,
+    model_top1: int | None = None,
+    no_double_norm: str = "",
+    seed: int = 0,
 ) -> Trajectory:
-    """All figures from the lens's logits at one position; `twice` are those of the double norm."""
+    """All figures from the lens's logits at one position.
+
+    Args:
+        twice: those of the double norm; None where it is not known, for the reason `no_double_norm`.
+        text: a token's text by its id.
+        own: the position's input token.
+    """
     inside = torch.zeros(logits.shape[1], dtype=torch.bool)
     inside[list(ids)] = True
-    log_probs = logits.log_softmax(-1)
+    log_probs = logits.double().log_softmax(-1)
     probs = log_probs.exp()
     best = logits[:, inside].max(-1).values
     rival = int(logits[-1].masked_fill(inside, float("-inf")).argmax())
     shares = torch.stack([probs[:, list(c)].sum(-1) for c in candidate_ids], -1) if candidates else None
+    top1 = logits.argmax(-1)
+    control = _control(candidates, candidate_ids, ids, answer, int(top1[-1]), text, f"{seed} {question} {answer}")
+    last = shift_of_logits(logits, logits[-1], text)
     return Trajectory(
         question=question,
         answer=answer,
         category=category,
         answer_ids=tuple(int(i) for i in ids),
         dropped=dropped,
-        top1=logits.argmax(-1),
-        top1_tokens=tuple(text(int(i)) for i in logits.argmax(-1)),
-        answer_prob=probs[:, inside].sum(-1),
+        top1=top1,
+        top1_tokens=tuple(text(int(i)) for i in top1),
+        answer_prob=probs[:, inside].sum(-1).float(),
         answer_rank=(logits > best[:, None]).sum(-1),
         rival=text(rival),
-        rival_prob=probs[:, rival],
+        rival_prob=probs[:, rival].float(),
         margin=best - logits.masked_fill(inside, float("-inf")).max(-1).values,
-        entropy=-(probs * log_probs).sum(-1),
+        entropy=torch.special.entr(probs).sum(-1).float(),
         input_rank=(logits > logits[:, own : own + 1]).sum(-1),
         candidates=candidates,
         candidates_top=torch.full((len(logits),), -1) if shares is None else shares.argmax(-1),
-        last_shift=shift(probs, probs[-1], text),
-        double_norm_shift=shift(probs, twice.softmax(-1), text),
+        last_shift=last,
+        double_norm_shift=dict.fromkeys(last, float("nan")) if twice is None else shift_of_logits(logits, twice, text),
         d_vocab=logits.shape[1],
         model_name=model_name,
-        rest=rest,
+        rest=() if token_log_probs is None else tuple(token_log_probs[-1, 1:].tolist()),
+        answer_tokens=tuple(text(int(i)) for i in ids),
+        token_log_probs=token_log_probs,
+        model_top1=model_top1,
+        model_top1_token="" if model_top1 is None else text(model_top1),
+        control=candidates[control] if control is not None else "",
+        control_ids=tuple(map(int, candidate_ids[control])) if control is not None else (),
+        no_double_norm=no_double_norm,
     )
 
 
-def shift(probs: Float[Tensor, "layer d_vocab"], last: Float[Tensor, "d_vocab"], text: Any) -> dict[str, float]:
-    """How far the last entry is from the one before it.
+def shift_of_logits(
+    logits: Float[Tensor, "layer d_vocab"], last: Float[Tensor, "d_vocab"], text: Callable[[int], str]
+) -> dict[str, float]:
+    """How far the last entry is from the one before it; from log-softmax in float64.
 
     Args:
-        probs: of every entry. last: what to take as the last (the model's own, or the double norm's).
+        logits: of every entry. last: what to take as the last (the model's own, or the double norm's).
+        text: a token's text by its id.
     Returns:
         kl (nats), js (nats, in [0, ln 2]), tv (in [0, 1]) and its parts: `tv_form` (other forms of the final word),
-        `tv_function` (function words, punctuation and template tokens), `tv_content` (rival words); `js_ratio`, the
-        JS over the median JS of neighbouring entries before; `argmax_changed`, 1 where the top-1 differs from p_L's.
+        `tv_function` (function words, punctuation and template tokens), `tv_content` (rival words and parts of
+        characters); `js_ratio`, the JS over the median JS of neighbouring entries before; `argmax_changed`, 1 where the
+        top-1 differs from p_L's.
     """
-    before = probs[-2]
-    steps = [_js(a, b) for a, b in zip(probs[:-2], probs[1:-1])]
+    log_probs, last = logits.double().log_softmax(-1), last.double().log_softmax(-1)
+    before, final = log_probs[-2], int(logits[-1].argmax())
     js = _js(before, last)
-    moved = 0.5 * (last - before).abs()
-    parts = {"form": 0.0, "function": 0.0, "content": 0.0}
-    final = word(text(int(probs[-1].argmax())))
-    order = moved.argsort(descending=True)[:2000]  # the rest is counted as content: it moves next to nothing
-    for token in order.tolist():
-        if moved[token] < 1e-9:
-            break
-        name = word(text(token))
-        kind = "form" if name == final else "function" if _is_function(name, text(token)) else "content"
-        parts[kind] += float(moved[token])
-    parts["content"] += float(moved.sum()) - sum(parts.values())
+    usual = float(np.median([_js(a, b) for a, b in zip(log_probs[:-2], log_probs[1:-1])])) if len(logits) > 2 else 0.0
+    moved = 0.5 * (last.exp() - before.exp()).abs()
     return {
-        "kl": float((last * (last.clamp_min(1e-45).log() - before.clamp_min(1e-45).log())).sum()),
+        "kl": _kl(last, before),
         "js": js,
         "tv": float(moved.sum()),
-        **{f"tv_{name}": value for name, value in parts.items()},
-        "js_ratio": js / float(np.median(steps)) if steps and np.median(steps) > 0 else float("nan"),
-        "argmax_changed": float(last.argmax() != probs[-1].argmax()),
+        **{f"tv_{name}": value for name, value in _classed(moved, final, text).items()},
+        "js_ratio": js / usual if usual > 0 else float("nan"),
+        "argmax_changed": float(int(last.argmax()) != final),
     }
+
+
+def shift(probs: Float[Tensor, "layer d_vocab"], last: Float[Tensor, "d_vocab"], text: Callable[[int], str]) -> dict[str, float]:
+    """`shift_of_logits` from probabilities: as exact as those are, which in float32 end at 1e-45."""
+    return shift_of_logits(probs.double().log(), last.double().log(), text)
 
 
 def answer_ids(model: Any, answer: str, candidates: Sequence[str] = ()) -> tuple[list[int], int]:
     """A: first-token ids of every variant of the answer, and how many were dropped as another candidate's too.
 
     Raises:
-        ValueError: none is left.
+        ValueError: no variant begins with a token of whole characters, or none is left.
     """
     if not answer.strip():
         raise ValueError("expected an answer to follow, got an empty one.")
     ours = _variants(model, answer)
+    if not ours:
+        raise ValueError(
+            f"no form of {answer!r} begins with a token of whole characters: its first tokens are parts of characters, which "
+            f"thousands of other words share. Follow another form or answer; for this one there is its log-probability "
+            f"(`answer_log_probs`)."
+        )
     others = set().union(*(_variants(model, c) for c in candidates if c != answer)) if candidates else set()
     kept = sorted(ours - others)
     if not kept:
@@ -421,12 +581,55 @@ def word(token: str) -> str:
     return token.strip().lower()
 
 
+def whole(token: str) -> bool:
+    """Whether a token's text is of whole characters: parts of characters decode to \ufffd, ids without text to nothing."""
+    return bool(token) and "\ufffd" not in token
+
+
+def same_word(token: str, other: str) -> bool:
+    """Whether two tokens are one word but for case and space; parts of characters and ids without text are no words."""
+    return whole(token) and whole(other) and word(token) == word(other)
+
+
+def _where(top1: Int[Tensor, "layer"], ids: Sequence[int]) -> list[int]:
+    return [layer for layer, token in enumerate(top1.tolist()) if token in ids]
+
+
+@lru_cache(maxsize=2**18)
+def _text(tokenizer: Any, token: int) -> str:
+    return tokenizer.decode([token])
+
+
 def _variants(model: Any, answer: str) -> set[int]:
-    """First tokens of an answer's forms; a bare space (Qwen2 splits it off before digits) says nothing and is left out."""
+    """First tokens of an answer's forms; those that are blank (Qwen2 splits a space off before digits) or parts of
+    characters say nothing and are left out."""
     forms = {answer, answer.lower(), answer[:1].upper() + answer[1:]}
     strings = {prefix + form.strip() for form in forms for prefix in ("", " ")}
-    ids = {int(model.tokenizer(string, add_special_tokens=False)["input_ids"][0]) for string in strings}
-    return {i for i in ids if model.tokenizer.decode([i]).strip()}
+    texts = {token: model.tokenizer.decode([token]) for token in (_spelt(model, string)[0] for string in strings)}
+    return {token for token, text in texts.items() if whole(text) and text.strip()}
+
+
+def _spelt(model: Any, answer: str) -> list[int]:
+    """The tokens of an answer as it is written."""
+    return [int(token) for token in model.tokenizer(answer, add_special_tokens=False)["input_ids"]]
+
+
+def _control(
+    candidates: Sequence[str],
+    candidate_ids: Sequence[Sequence[int]],
+    ids: Sequence[int],
+    answer: str,
+    final: int,
+    text: Callable[[int], str],
+    key: str,
+) -> int | None:
+    """Which candidate is the control for doubt: neither the answer nor what the model says, drawn by the key."""
+    left = [
+        number
+        for number, (candidate, own) in enumerate(zip(candidates, candidate_ids))
+        if candidate != answer and not set(own) & {*ids, final} and not same_word(candidate, text(final))
+    ]
+    return Random(key).choice(sorted(left, key=lambda number: candidates[number])) if left else None
 
 
 def _first(holds: Bool[Tensor, "layer"]) -> int | None:
@@ -434,33 +637,90 @@ def _first(holds: Bool[Tensor, "layer"]) -> int | None:
     return found[0] if found else None
 
 
-def _js(p: Tensor, q: Tensor) -> float:
-    middle = 0.5 * (p + q)
-
-    def kl(a: Tensor) -> Tensor:
-        return torch.where(a > 0, a * (a.clamp_min(1e-45).log() - middle.clamp_min(1e-45).log()), 0.0).sum()
-
-    return float(0.5 * (kl(p) + kl(q)))
+def _kl(p: Float[Tensor, "d_vocab"], q: Float[Tensor, "d_vocab"]) -> float:
+    """KL(p‖q) of log-probabilities; a token of no probability in p adds nothing."""
+    return float(torch.where(p == float("-inf"), 0.0, p.exp() * (p - q)).sum())
 
 
-def _is_function(name: str, token: str) -> bool:
-    return name in FUNCTION_WORDS or not any(c.isalnum() for c in name) or (token.startswith("<|") and token.endswith("|>"))
+def _js(p: Float[Tensor, "d_vocab"], q: Float[Tensor, "d_vocab"]) -> float:
+    middle = torch.logaddexp(p, q) - np.log(2)
+    return 0.5 * (_kl(p, middle) + _kl(q, middle))
 
 
-def _logits(model: Any, vectors: Float[Tensor, "layer d_model"]) -> Float[Tensor, "layer d_vocab"]:
-    return logit_readout(model, vectors).values.float().cpu()
+def _classed(moved: Float[Tensor, "d_vocab"], final: int, text: Callable[[int], str]) -> dict[str, float]:
+    """A total variation by what the tokens are, the largest first; what is left at the end is counted as content."""
+    parts, word_at_last = {"form": 0.0, "function": 0.0, "content": 0.0}, text(final)
+    amounts, order = moved.sort(descending=True)
+    left = moved.sum() - amounts.cumsum(0)
+    for token, amount in zip(order[: int((left > UNCLASSED).sum()) + 1].tolist(), amounts.tolist()):
+        shown = text(token)
+        same = token == final or same_word(shown, word_at_last)
+        parts["form" if same else "function" if _is_function(shown) else "content"] += amount
+    parts["content"] += float(moved.sum()) - sum(parts.values())
+    return parts
 
 
-def _normed(model: Any, vectors: Float[Tensor, "layer d_model"]) -> Float[Tensor, "layer d_model"]:
-    return model.ln_final(vectors[None])[0]
+def _is_function(token: str) -> bool:
+    """A function word, punctuation, white space or a template token."""
+    bare = word(token)
+    letters = any(c.isalnum() for c in bare)
+    return whole(token) and (bare in FUNCTION_WORDS or not letters or (token.startswith("<|") and token.endswith("|>")))
 
 
-def _rest(model: Any, stack: Tensor, inputs: Any, row: int) -> tuple[float, ...]:
-    """Log-probabilities of a teacher-forced answer's tokens after its first."""
-    if not hasattr(inputs, "part_names") or "answer" not in inputs.part_names(row):
-        return ()
-    positions = inputs.positions("answer", row)[1:]
-    if not len(positions):
-        return ()
-    log_probs = _logits(model, stack[-1, row, positions - 1]).log_softmax(-1)
-    return tuple(log_probs[torch.arange(len(positions)), inputs.tokens[row, positions].cpu()].tolist())
+def _normed_once_more(model: Any, last: Float[Tensor, "row d_model"]) -> tuple[Float[Tensor, "row d_model"] | None, str]:
+    """(the last entry normed once, which the lens norms again; "") or (None, why it is not known)."""
+    normed = final_norm(model, last)
+    folded = getattr(getattr(model, "ln_final", None), "folded_w", None)
+    if folded is not None:
+        return normed * folded.to(normed), ""
+    again = final_norm(model, normed)
+    if torch.allclose(again.float(), normed.float(), rtol=max(1e-5, 4 * torch.finfo(normed.dtype).eps), atol=1e-6):
+        return None, "the final norm's weight is folded into W_U and not kept, or constant: a second norm is no control"
+    return normed, ""
+
+
+def _run(
+    model: Any, inputs: Any, tokens: Int[Tensor, "pos"], spelt: list[int], at: int, row: int
+) -> tuple[Float[Tensor, "layer d_model"], int, Float[Tensor, "layer token"]]:
+    """(the stream at the position, what the model's own logits put first there, the whole answer's log-probabilities)."""
+    prompt, row, spelt = _teacher_forced(inputs, tokens, spelt, at, row)
+    layers = range(model.cfg.n_layers + 1)
+    entries, model_ids = read_entries(model, prompt, layers, list(range(at, at + max(1, len(spelt)))), row)
+    stack = torch.stack([entries[layer] for layer in layers])
+    return stack[:, 0], int(model_ids[0]), _token_log_probs(model, stack, spelt)
+
+
+def _teacher_forced(
+    inputs: Any, tokens: Int[Tensor, "pos"], spelt: list[int], at: int, row: int
+) -> tuple[Any, int, list[int]]:
+    """(the prompt that ends at the position and goes on with the answer, its row, the answer's tokens).
+
+    The last token is not needed. No tokens where none can follow: in the middle of the images.
+    """
+    if len(spelt) == 1:
+        return inputs, row, spelt
+    if not hasattr(inputs, "visuals"):
+        return torch.cat((tokens[: at + 1], tokens.new_tensor(spelt[:-1])))[None], 0, spelt
+    if bool(inputs.token_types[row, at + 1 :].any()):
+        return inputs, row, []
+    here = slice(0, at + 1)
+    cut = inputs[row]
+    cut = replace(
+        cut,
+        tokens=cut.tokens[:, here],
+        attention_mask=cut.attention_mask[:, here],
+        token_types=cut.token_types[:, here],
+        position_ids=cut.position_ids[..., here],
+        names=(cut.names[0][here],),
+    )
+    for token in spelt[:-1]:
+        cut = cut.extend(cut.tokens.new_tensor([token]), torch.tensor([True], device=cut.device))
+    return cut, 0, spelt
+
+
+def _token_log_probs(model: Any, stack: Float[Tensor, "layer token d_model"], spelt: list[int]) -> Float[Tensor, "layer token"]:
+    """The lens's log-probability of each token at the position before it; NaN without tokens."""
+    if not spelt:
+        return torch.full((len(stack), 1), torch.nan)
+    targets = torch.tensor(spelt).repeat(len(stack))[:, None]
+    return readout(model, stack.flatten(0, 1), targets, top_k=1).target_log_probs.reshape(len(stack), -1)

@@ -98,6 +98,7 @@ class TunedLens(nn.Module):
         return lens
 
 
+@torch.enable_grad()
 def fit_tuned_lens(
     model: Any,
     prompts: Iterable[Any],
@@ -107,7 +108,7 @@ def fit_tuned_lens(
     seed: int = 0,
     progress: bool = True,
 ) -> TunedLens:
-    """Fits translators to a model on the user's prompts, images included.
+    """Fits translators to a model on the user's prompts, images included; gradients are on inside, whatever the caller's setting.
 
     Args:
         prompts: `Inputs`, strings or token ids; every position that is not padding counts.

@@ -73,13 +73,18 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Ids of the tokens that frame the vision prefix."""
+    """Ids of the tokens that frame the vision prefix, and of those that frame a chat.
+
+    Attributes:
+        line_breaks: tokens that begin with a line break; () where the tokenizer is not known.
+    """
 
     image: int
     video: int
     vision_start: int
     vision_end: int
     eos: tuple[int, ...]
+    line_breaks: tuple[int, ...] = ()
 
 
 @dataclass(repr=False)

@@ -23,7 +23,9 @@ from transformers import StoppingCriteriaList
 from transformers.generation import StopStringCriteria
 
 from .cache import HookedCache, is_vision
+from .image_embeddings import merge
 from .inputs import Inputs
+from .overflow import finite_check
 
 ROOM = 128  # positions that keys and values have room for when it is made anew
 Hooks = Sequence[tuple[str | Callable[[str], bool], Callable]]
@@ -120,7 +122,7 @@ class Generation:
             raise ValueError(f"return_type must be 'input', 'str', 'tokens' or 'inputs', got {return_type!r}.")
         if prepend_bos or padding_side == "right":
             raise ValueError("Qwen2-VL has no BOS token and batches are padded on the left: drop these arguments.")
-        prompt = self._as_inputs(input, None).left_padded()
+        prompt = self.as_inputs(input).left_padded()
         sampling = Sampling(do_sample, top_k, top_p, temperature, freq_penalty, repetition_penalty, seed)
         stop = self._stopping(stop_at_eos, eos_token_id, stop_strings, stopping_criteria)
         collector = self._collector(input, names_filter, device) if return_cache else None
@@ -161,7 +163,7 @@ class Generation:
         Raises:
             ValueError: as `generate`; text for several prompts at once.
         """
-        prompt = self._as_inputs(input, None).left_padded()
+        prompt = self.as_inputs(input).left_padded()
         if return_type not in ("tokens", "str") or (return_type == "str" and len(prompt) != 1):
             raise ValueError("stream 'tokens', or 'str' for one prompt: several texts cannot be told apart.")
         sampling = Sampling(do_sample, top_k, top_p, temperature, freq_penalty, repetition_penalty, seed)
@@ -209,7 +211,7 @@ class Generation:
         if use_past_kv_cache:
             entries = [KeysAndValues.init_cache_entry(self.cfg, self.cfg.device, len(prompt)) for _ in self.blocks]
             past = TransformerLensKeyValueCache(entries, prompt.attention_mask[:, :0])
-        elif prompt.visuals and not self._tower_is_listened_to():
+        elif prompt.visuals and not self.tower_is_listened_to():
             prompt = self.encode(prompt)
         running = torch.ones(len(prompt), dtype=torch.bool, device=prompt.device)
         logits, sequence = self._next_logits(prompt, prompt, past), prompt
@@ -229,13 +231,13 @@ class Generation:
         self, sequence: Inputs, prompt: Inputs, past: TransformerLensKeyValueCache | None
     ) -> Float[Tensor, "batch d_vocab"]:
         """Logits of the next token: of the whole sequence, or of its last position on top of the past."""
-        if past is None or sequence is prompt:
-            residual, position_ids = self._embed(sequence), sequence.position_ids
-        else:
-            residual, position_ids = self.hook_embed(self.embed(sequence.tokens[:, -1:])), sequence.position_ids[..., -1:]
-        layers = range(self.cfg.n_layers)
-        residual = self._run_blocks(residual, layers, position_ids, sequence.attention_mask, past)
-        return self.unembed(self.ln_final(residual)[:, -1:])[:, 0].to(sequence.device)
+        with finite_check():
+            if past is None or sequence is prompt:
+                start, embedded = 0, merge(self.embed(sequence.tokens), self.image_embeddings(sequence), sequence)
+            else:
+                start, embedded = sequence.shape[1] - 1, self.embed(sequence.tokens[:, -1:])
+            residual = self.run_blocks(self.hook_embed(embedded), sequence, past=past, start=start)
+            return self.unembed(self.ln_final(residual)[:, -1:])[:, 0].to(sequence.device)  # ln_final's hooks see every position
 
     # ---- stopping, and what comes back --------------------------------------------------------
 

@@ -1,8 +1,11 @@
-"""Image prefixes computed once an image, however many questions are asked about it.
+"""What the tower makes of the images: how it is computed, kept, and known to be stale.
 
-An image is known by the pixels the tower is given, so two files with the same picture are one image. The tower
-runs on one image at a time: what an image gives then never depends on which others were met before, and a run
-that was stopped and resumed gets the same numbers to the bit.
+    pixels ─► vision_encoder ─► vision_projector ─► image embeddings ─► merged into the token embeddings
+
+Image embeddings that `encode` has computed are used again only by the weights, in the precision and for the pixels that
+gave them. Weights count as the same when they lie where they lay, no in-place edit was counted (`tensor._version`), and
+samples of every tensor of the tower are unchanged. Not seen: an edit behind torch's back (`.data`, `.numpy()`, inference
+mode) that leaves all samples as they were; call `encode` again after such an edit.
 """
 
 from __future__ import annotations
@@ -18,43 +21,131 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .image_hash import image_hash
+from .inputs import Inputs
+from .layers import listened
+from .overflow import finite_check, first_not_finite
 
 CAPACITY = 1 << 30
+SAMPLES = 64  # numbers of each tensor of the tower that are compared
 
 
-class Prefixes:
-    """A store of image prefixes that forgets the least recently used beyond its capacity.
+def merge(
+    embedded: Float[Tensor, "batch pos d_model"], images: Float[Tensor, "image_token d_model"] | None, inputs: Inputs
+) -> Float[Tensor, "batch pos d_model"]:
+    """Token embeddings with every image's embeddings in the place of its placeholders.
+
+    Args:
+        images: in order of appearance; None where there are none. A batch that comes n times over takes n times the images.
+    """
+    if images is None:
+        return embedded
+    copies = len(embedded) // len(inputs)
+    places = (inputs.token_types > 0).repeat(copies, 1).unsqueeze(-1).to(embedded.device)
+    return embedded.masked_scatter(places, images.to(embedded.device, embedded.dtype))
+
+
+class ImageEmbeddings:
+    """Mixed into HookedQwen2VL."""
+
+    def encode(self, inputs: Inputs) -> Inputs:
+        """The same batch with its image embeddings, so that later runs need not run the tower."""
+        if not inputs.visuals:
+            return inputs
+        return inputs.with_image_embeddings(self.run_tower(inputs.to(self.cfg.device)), self.tower_stamp())
+
+    def image_embeddings(self, inputs: Inputs) -> Float[Tensor, "image_token d_model"] | None:
+        """The images' embeddings, in order of appearance: as encoded before, or from the tower when it must run.
+
+        It must when they are stale, and when anything listens inside it. None for prompts without images.
+        """
+        if not inputs.visuals:
+            return None
+        if not self.is_encoded(inputs) or self.tower_is_listened_to():
+            return self.run_tower(inputs)
+        hook = self.vision_projector.hook_out
+        return hook(inputs.image_embeds[None].clone())[0] if listened(hook) else inputs.image_embeds
+
+    def run_tower(self, inputs: Inputs) -> Float[Tensor, "image_token d_model"]:
+        """Pixels through tower and projector.
+
+        Raises:
+            ValueError: the result is not finite; the first stage where it was not is named.
+        """
+        pixels = inputs.pixels.to(self.cfg.device, self.cfg.dtype)
+        images = self.vision_projector(self.vision_encoder(pixels, inputs.grids))[0]
+        with finite_check() as check:
+            check.note(images, lambda: first_not_finite(self, pixels, inputs.grids))
+        return images
+
+    @torch.compiler.disable  # a question to the host
+    def is_encoded(self, inputs: Inputs) -> bool:
+        """Whether the inputs carry image embeddings that this tower, as it is now, has made of their pixels."""
+        return inputs.has_image_embeddings and inputs.encoded_by == self.tower_stamp()
+
+    def tower_is_listened_to(self) -> bool:
+        """Whether anything listens before the image embeddings: a hook point, or a bare torch hook on a module."""
+        exempt = self.vision_projector.hook_out
+        modules = (module for tower in (self.vision_encoder, self.vision_projector) for module in tower.modules())
+        return any(module is not exempt and listened(module) for module in modules)
+
+    @torch.no_grad()
+    def tower_stamp(self) -> tuple:
+        """Says which weights compute image embeddings, and in which precision: another model's, or edited ones, differ."""
+        weights = [*self.vision_encoder.parameters(), *self.vision_projector.parameters()]
+        edits = hash(tuple((w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights))
+        device = self.cfg.device
+        kind = torch.device(device).type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        return self._identity, edits, samples_of(weights), self.cfg.dtype, autocast
+
+
+def samples_of(tensors: Sequence[Tensor]) -> int:
+    """A hash of some numbers of each tensor, spread over it; what lies on the meta device is left out."""
+    here = [tensor.detach().flatten() for tensor in tensors if not tensor.is_meta]
+    picked = [flat[:: max(1, len(flat) // SAMPLES) | 1] for flat in here]
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for some in picked:
+        by_device.setdefault(some.device, []).append(some)
+    return hash(tuple(torch.cat(some).double().cpu().numpy().tobytes() for some in by_device.values()))
+
+
+class ImageEmbeddingsCache:
+    """Image embeddings computed once an image, however many questions are asked about it.
+
+    An image is known by the pixels the tower is given, so two files with the same picture are one image. The tower runs on
+    one image at a time: what an image gives then never depends on which others were met before, and a run that was stopped
+    and resumed gets the same numbers. Beyond its capacity it forgets the least recently used.
 
     Attributes:
         model: a HookedQwen2VL; when its tower's weights change, what was held is not used again.
         capacity: bytes it may hold.
         watch: entered while the tower runs on one image (its inputs are given); the tensors that it gives are kept with
-            the prefix.
+            the embeddings.
         computed: how many images the tower has run on.
     """
 
     def __init__(
-        self, model: Any, capacity: int = CAPACITY, watch: Callable[[Any], AbstractContextManager] = lambda inputs: nullcontext(())
+        self, model: Any, capacity: int = CAPACITY, watch: Callable[[Inputs], AbstractContextManager] = lambda inputs: nullcontext(())
     ):
         self.model, self.capacity, self.watch, self.computed = model, capacity, watch, 0
         self._held: OrderedDict[tuple, tuple[Float[Tensor, "image_token d_model"], Sequence[Tensor]]] = OrderedDict()
 
-    def __call__(self, inputs: Any) -> Any:
-        """The same batch with its prefix, as `model.encode` gives it."""
+    def __call__(self, inputs: Inputs) -> Inputs:
+        """The same batch with its image embeddings, as `model.encode` gives it."""
         return self.watched(inputs)[0]
 
     @torch.no_grad()
-    def watched(self, inputs: Any) -> tuple[Any, list[Sequence[Tensor]]]:
-        """The batch with its prefix, and for each of `inputs.visuals` what `watch` gave."""
+    def watched(self, inputs: Inputs) -> tuple[Inputs, list[Sequence[Tensor]]]:
+        """The batch with its image embeddings, and for each of `inputs.visuals` what `watch` gave."""
         if not inputs.visuals:
             return inputs, []
-        stamp = self.model._encoder_stamp()
+        stamp = self.model.tower_stamp()
         pixels = inputs.pixels.split([visual.n_patches for visual in inputs.visuals])
-        held = [self._prefix(inputs, visual, part, stamp) for visual, part in zip(inputs.visuals, pixels)]
-        return inputs.with_prefix(torch.cat([prefix for prefix, _ in held]), stamp), [seen for _, seen in held]
+        held = [self._of_one(inputs, visual, part, stamp) for visual, part in zip(inputs.visuals, pixels)]
+        return inputs.with_image_embeddings(torch.cat([images for images, _ in held]), stamp), [seen for _, seen in held]
 
-    def _prefix(
-        self, inputs: Any, visual: Any, pixels: Tensor, stamp: tuple
+    def _of_one(
+        self, inputs: Inputs, visual: Any, pixels: Tensor, stamp: tuple
     ) -> tuple[Float[Tensor, "image_token d_model"], Sequence[Tensor]]:
         key = (stamp, visual.grid, image_hash(pixels))
         if key not in self._held:
@@ -68,6 +159,9 @@ class Prefixes:
         while len(self._held) > 1 and sum(map(_nbytes, self._held.values())) > self.capacity:
             self._held.popitem(last=False)
         return held
+
+
+Prefixes = ImageEmbeddingsCache
 
 
 def _nbytes(held: tuple[Tensor, Sequence[Tensor]]) -> int:

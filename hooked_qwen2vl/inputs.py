@@ -10,6 +10,7 @@ without their images, so torch refuses it by type, and `.tokens` says when ids a
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,48 +21,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .config import HookedQwen2VLConfig
-from .positions import IMAGE, TEXT, VIDEO, mrope_positions, raster_order
+from .geometry import Geometry, Visual
+from .positions import IMAGE, TEXT, VIDEO, mrope_positions
 from .segments import KINDS, PADDING, names_from_ids, number_visuals
-
-Box = tuple[float, float, float, float]
-
-
-@dataclass(frozen=True)
-class Visual:
-    """One image or video of a batch.
-
-    Attributes:
-        row: the prompt it belongs to.
-        kind: IMAGE or VIDEO.
-        grid: (t, h, w) in patches.
-        size: (width, height) in original pixels.
-        merge: side of a merge block, in patches.
-    """
-
-    row: int
-    kind: int
-    grid: tuple[int, int, int]
-    size: tuple[float, float]
-    merge: int
-
-    @property
-    def n_patches(self) -> int:
-        t, h, w = self.grid
-        return t * h * w
-
-    @property
-    def n_tokens(self) -> int:
-        return self.n_patches // self.merge**2
-
-    @property
-    def token_grid(self) -> tuple[int, int, int]:
-        """(t, rows, cols) in image tokens."""
-        t, h, w = self.grid
-        return t, h // self.merge, w // self.merge
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Inputs:
+class Inputs(Geometry):
     """A batch of prompts with their images, left-padded.
 
     Attributes:
@@ -74,8 +40,9 @@ class Inputs:
         visuals: images and videos in order of appearance, row by row.
         pixels: [patch d_patch] normalised patches of all visuals, packed in that order, each in the
             tower's order; None when there are none.
-        image_embeds: [image_token d_model], the vision prefix, once `model.encode` has computed it.
-        encoded_by: which weights computed it; another model's prefix is computed anew.
+        image_embeds: [image_token d_model], once `model.encode` has computed them.
+        encoded_by: which weights computed them; another model's are computed anew.
+        encoded_pixels: a digest of each image's pixels that they were computed from.
     """
 
     tokens: Int[Tensor, "batch pos"]
@@ -88,6 +55,7 @@ class Inputs:
     pixels: Float[Tensor, "patch d_patch"] | None = None
     image_embeds: Float[Tensor, "image_token d_model"] | None = None
     encoded_by: tuple | None = None
+    encoded_pixels: tuple[int, ...] = ()
 
     # ---- construction -------------------------------------------------------------------------
 
@@ -233,9 +201,22 @@ class Inputs:
         pixels = [row.pixels for row in rows if row.pixels is not None]
         return cls.build(tokens, cfg, mask, visuals, torch.cat(pixels) if pixels else None, names)
 
-    def with_prefix(self, image_embeds: Float[Tensor, "image_token d_model"], encoded_by: tuple) -> Inputs:
-        """The same batch with its vision prefix computed."""
-        return replace(self, image_embeds=image_embeds, encoded_by=encoded_by)
+    def with_image_embeddings(self, image_embeds: Float[Tensor, "image_token d_model"], encoded_by: tuple) -> Inputs:
+        """The same batch with its image embeddings computed."""
+        return replace(self, image_embeds=image_embeds, encoded_by=encoded_by, encoded_pixels=self._pixel_digests())
+
+    @property
+    def has_image_embeddings(self) -> bool:
+        """Whether there are image embeddings, made of these very pixels."""
+        return self.image_embeds is not None and self.encoded_pixels == self._pixel_digests()
+
+    def _pixel_digests(self) -> tuple[int, ...]:
+        """A checksum of each image's pixels."""
+        if self.pixels is None:
+            return ()
+        raw = self.pixels.detach().cpu().contiguous().view(torch.uint8).numpy()
+        ends = np.cumsum([visual.n_patches for visual in self.visuals])
+        return tuple(zlib.crc32(part) for part in np.split(raw, ends[:-1]))
 
     def extend(self, tokens: Int[Tensor, "batch"], running: Bool[Tensor, "batch"]) -> Inputs:
         """One generated token more for each row: text, whatever its id, and part of `answer`.
@@ -325,12 +306,14 @@ class Inputs:
         chosen = rows.reshape(-1).tolist()
         patches, embeds = [], []
         visuals: list[Visual] = []
+        digests: list[int] = []
         for new_row, row in enumerate(chosen):
             for number, visual in enumerate(self.visuals):
                 if visual.row == row:
                     visuals.append(replace(visual, row=new_row))
                     patches.append(self._slice(number, tokens=False))
                     embeds.append(self._slice(number, tokens=True))
+                    digests += self.encoded_pixels[number : number + 1]
 
         def gather(packed: Tensor | None, parts: list[slice]) -> Tensor | None:
             return None if packed is None or not parts else torch.cat([packed[part] for part in parts])
@@ -346,6 +329,7 @@ class Inputs:
             visuals=tuple(visuals),
             pixels=gather(self.pixels, patches),
             image_embeds=gather(self.image_embeds, embeds),
+            encoded_pixels=tuple(digests),
         )
 
     def repeat(self, *sizes: int) -> Inputs:
@@ -394,7 +378,7 @@ class Inputs:
         return self[:]
 
     def detach(self) -> Inputs:
-        """Without the graph of its pixels and prefix."""
+        """Without the graph of its pixels and image embeddings."""
         parts = {"pixels": self.pixels, "image_embeds": self.image_embeds}
         return replace(self, **{name: None if part is None else part.detach() for name, part in parts.items()})
 
@@ -424,165 +408,6 @@ class Inputs:
         videos = len(self.visuals) - images
         encoded = ", encoded" if self.image_embeds is not None else ""
         return f"Inputs(batch {len(self)}, pos {self.shape[1]}, images {images}, videos {videos}{encoded})"
-
-    # ---- what is where ------------------------------------------------------------------------
-
-    @property
-    def image_grids(self) -> Int[Tensor, "image 3"]:
-        """(t, h, w) in patches of each image of the batch."""
-        grids = [visual.grid for visual in self.visuals if visual.kind == IMAGE]
-        return torch.tensor(grids, dtype=torch.long).reshape(-1, 3)
-
-    @property
-    def video_grids(self) -> Int[Tensor, "video 3"]:
-        """(t, h, w) in patches of each video of the batch."""
-        grids = [visual.grid for visual in self.visuals if visual.kind == VIDEO]
-        return torch.tensor(grids, dtype=torch.long).reshape(-1, 3)
-
-    @property
-    def grids(self) -> Int[Tensor, "visual 3"]:
-        """(t, h, w) in patches of each image and video, in the order of `pixels`."""
-        return torch.tensor([visual.grid for visual in self.visuals], dtype=torch.long).reshape(-1, 3)
-
-    @property
-    def labels(self) -> Int[Tensor, "batch pos"] | None:
-        """The answer's tokens, -100 elsewhere; None when no row has an answer."""
-        answer = torch.tensor([[name == "answer" for name in row] for row in self.names], device=self.device)
-        return self.tokens.masked_fill(~answer, -100) if answer.any() else None
-
-    def part_names(self, row: int = 0) -> list[str]:
-        """The names that partition this row (padding left out), in order of appearance."""
-        return list(dict.fromkeys(name for name in self.names[self._row(row)] if name != PADDING))
-
-    def positions(self, name: str | Box, row: int = 0, image: int = 0) -> Int[Tensor, "n"]:
-        """Positions of a named part of the prompt, or of the image tokens that a box touches.
-
-        Args:
-            name: one of the parts that partition a row (`system`, `vision_start`, `image[k]`, `video[k]`,
-                `vision_end`, `question`, `history`, `template`, `answer`, `padding`); `image` or `video`
-                for all of them; `video[k].frame[t]` (two frames of the video are one here); `last`, the
-                position that predicts the first answer token or, without an answer, the next token; or a
-                box (x0, y0, x1, y1) in original pixels of image `image`: the tokens that it overlaps by any
-                area at all.
-        Raises:
-            ValueError: no such row, the row has no such part, or the box touches no token.
-        """
-        row = self._row(row)
-        if not isinstance(name, str):
-            return self._positions_of_box(name, row, image)
-        names = self.names[row]
-        if name == "last":
-            answer = [i for i, part in enumerate(names) if part == "answer"]
-            last = answer[0] - 1 if answer else max(i for i, part in enumerate(names) if part != PADDING)
-            if last < 0 or names[last] == PADDING:
-                raise ValueError(f"nothing predicts the answer of row {row}: it begins with its first token.")
-            return torch.tensor([last])
-        if ".frame[" in name:
-            video, _, frame = name.partition(".frame[")
-            every, number = self.positions(video, row), int(frame.rstrip("]"))
-            t = self._visual(row, int(video[len("video[") : -1]), VIDEO)[1].token_grid[0]
-            if not 0 <= number < t:
-                raise ValueError(f"{video} has frames 0..{t - 1} (two video frames each), not {number}.")
-            return every.reshape(t, -1)[number]
-        whole = name in ("image", "video")
-        found = [i for i, part in enumerate(names) if part == name or (whole and part.startswith(f"{name}["))]
-        if not found:
-            raise ValueError(f"row {row} has no part called {name!r}; it has {', '.join(self.part_names(row))}.")
-        return torch.tensor(found)
-
-    def span(self, name: str | Box, row: int = 0, image: int = 0) -> slice:
-        """`positions` as a slice.
-
-        Raises:
-            ValueError: as `positions`, or the part is not contiguous.
-        """
-        found = self.positions(name, row, image).tolist()
-        if found != list(range(found[0], found[-1] + 1)):
-            raise ValueError(f"{name!r} is not contiguous in row {row}: use positions({name!r}, row={row}).")
-        return slice(found[0], found[-1] + 1)
-
-    def grid(self, row: int = 0, image: int = 0, video: int | None = None) -> tuple[int, int]:
-        """(rows, cols) of an image, or of a video's frame, in image tokens.
-
-        Raises:
-            ValueError: no such row or image.
-        """
-        return self._image_or_video(row, image, video)[1].token_grid[1:]
-
-    def boxes(self, row: int = 0, image: int = 0, video: int | None = None) -> Float[Tensor, "image_token 4"]:
-        """Box (x0, y0, x1, y1) of each token of an image, or of a video's frame, in original pixels; raster order.
-
-        Origin top left. The image is resized to a multiple of the token's side, so the tokens tile it exactly.
-
-        Raises:
-            ValueError: no such row or image.
-        """
-        _, visual = self._image_or_video(row, image, video)
-        (_, rows, cols), (width, height) = visual.token_grid, visual.size
-        row_index, col_index = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")
-        corners = torch.stack((col_index, row_index, col_index + 1, row_index + 1), dim=-1).reshape(-1, 4)
-        return corners.double() * torch.tensor([width / cols, height / rows] * 2, dtype=torch.float64)
-
-    def unpack_image(
-        self, packed: Float[Tensor, "packed ..."], row: int = 0, image: int = 0, video: int | None = None
-    ) -> Float[Tensor, "rows cols ..."]:
-        """One image cut out of an activation of the tower, in raster order; a video gives [t rows cols …].
-
-        Args:
-            packed: over the batch's patches in the tower's order, or over its image tokens.
-        Raises:
-            ValueError: the activation is neither.
-        """
-        number, visual = self._image_or_video(row, image, video)
-        n_patches = sum(v.n_patches for v in self.visuals)
-        n_tokens = sum(v.n_tokens for v in self.visuals)
-        if len(packed) == n_tokens:
-            part = packed[self._slice(number, tokens=True)].unflatten(0, visual.token_grid)
-        elif len(packed) == n_patches:
-            t, h, w = visual.grid
-            part = packed[self._slice(number, tokens=False)].unflatten(0, (t, h * w))
-            part = part[:, raster_order(h, w, visual.merge).to(packed.device)].unflatten(1, (h, w))
-        else:
-            raise ValueError(
-                f"expected an activation over {n_patches} patches or {n_tokens} image tokens, got {len(packed)} rows."
-            )
-        return part if video is not None else part[0]
-
-    def _positions_of_box(self, box: Box, row: int, image: int) -> Int[Tensor, "n"]:
-        edges = torch.as_tensor(box, dtype=torch.float64)
-        x0, y0, x1, y1 = edges.tolist() if edges.shape == (4,) else [0.0] * 4
-        if not (x0 < x1 and y0 < y1):
-            raise ValueError(
-                f"expected the name of a part, or a box (x0, y0, x1, y1) with x0 < x1 and y0 < y1, got {box!r}."
-            )
-        boxes = self.boxes(row, image)
-        touched = (boxes[:, 0] < x1) & (boxes[:, 2] > x0) & (boxes[:, 1] < y1) & (boxes[:, 3] > y0)
-        if not touched.any():
-            width, height = self._visual(row, image, IMAGE)[1].size
-            raise ValueError(f"the box {(x0, y0, x1, y1)} lies outside the image of {width:g}×{height:g} pixels.")
-        return self.positions(f"image[{image}]", row)[touched]
-
-    def _visual(self, row: int, index: int, kind: int) -> tuple[int, Visual]:
-        """(place among all visuals, visual) of the index-th image or video of a row."""
-        row = self._row(row)
-        found = [(n, v) for n, v in enumerate(self.visuals) if v.row == row and v.kind == kind]
-        if not 0 <= index < len(found):
-            raise ValueError(f"row {row} has {len(found)} {KINDS[kind]}s, there is no {KINDS[kind]} {index}.")
-        return found[index]
-
-    def _image_or_video(self, row: int, image: int, video: int | None) -> tuple[int, Visual]:
-        return self._visual(row, image, IMAGE) if video is None else self._visual(row, video, VIDEO)
-
-    def _row(self, row: int) -> int:
-        if not -len(self) <= row < len(self):
-            raise ValueError(f"there is no row {row}: the batch has {len(self)}.")
-        return row % len(self)
-
-    def _slice(self, number: int, tokens: bool) -> slice:
-        """Where the number-th visual lies in `pixels` (or in `image_embeds`)."""
-        sizes = [visual.n_tokens if tokens else visual.n_patches for visual in self.visuals]
-        start = sum(sizes[:number])
-        return slice(start, start + sizes[number])
 
 
 def _pad_left(rows: Int[Tensor, "batch pos"], width: int, value: int) -> Int[Tensor, "batch width"]:

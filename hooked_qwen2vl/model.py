@@ -1,7 +1,7 @@
 """Qwen2-VL as a hooked model: a vision prefix before a TransformerLens decoder.
 
-    pixels ─► vision_encoder ─► vision_projector ─► (vision prefix) ┐
-    tokens ─► embed ─────────────────────────────────────────────► merge ─► blocks ─► ln_final ─► unembed ─► logits
+    pixels ─► vision_encoder ─► vision_projector ─► (image embeddings) ┐
+    tokens ─► embed ────────────────────────────────────────────────► merge ─► blocks ─► ln_final ─► unembed ─► logits
 
 Nothing is kept between forwards. Source of the architecture: Qwen2-VL technical report (Wang et al., 2024)
 and `modeling_qwen2_vl.py` of transformers.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -28,11 +29,13 @@ from .block import decoder_block
 from .cache import HookedCache, is_vision
 from .checkpoint import open_checkpoint
 from .config import HookedQwen2VLConfig, convert_config
-from .devices import beside, dispatch, first_not_finite, not_finite, refuse_far_weights, spread_over
+from .devices import beside, dispatch, refuse_far_weights, spread_over
 from .export import export_text_model
 from .generate import Generation
+from .image_embeddings import ImageEmbeddings, merge
 from .inputs import Inputs
-from .layers import HookPoint, RMSNorm, listened
+from .layers import HookPoint, RMSNorm
+from .overflow import finite_check
 from .processor import Processor
 from .rope import text_rotation
 from .tl_weights import TransformerLensWeights, Unembed
@@ -47,7 +50,7 @@ _SPLIT_INPUTS = ("attn.hook_q_input", "attn.hook_k_input", "attn.hook_v_input")
 PREFIX_HOOK = "vision_projector.hook_out"
 
 
-class HookedQwen2VL(Generation, Tokens, TransformerLensWeights, HookedRootModule):
+class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights, HookedRootModule):
     """Qwen2-VL with TransformerLens's hooks, names and shapes.
 
     Attributes:
@@ -58,6 +61,8 @@ class HookedQwen2VL(Generation, Tokens, TransformerLensWeights, HookedRootModule
     def __init__(self, cfg: HookedQwen2VLConfig, processor: Processor | None = None):
         super().__init__()
         self.cfg, self.processor = cfg, processor
+        if processor is not None:
+            cfg.special = replace(cfg.special, line_breaks=processor.line_breaks())
         self.vision_encoder = VisionEncoder(cfg.vision)
         self.vision_projector = VisionProjector(cfg.vision)
         self.embed = nn.Embedding(cfg.d_vocab, cfg.d_model)
@@ -201,8 +206,12 @@ class HookedQwen2VL(Generation, Tokens, TransformerLensWeights, HookedRootModule
         )
         return inputs.to(self.cfg.device)
 
-    def _as_inputs(self, input: Any, attention_mask: Tensor | None) -> Inputs:
-        """Whatever the model is called with, as Inputs; bare tokens with placeholders are refused there."""
+    def as_inputs(self, input: Any, attention_mask: Tensor | None = None) -> Inputs:
+        """Whatever the model is called with, as Inputs.
+
+        Raises:
+            ValueError: none of what it takes, or bare tokens with image placeholders.
+        """
         if isinstance(input, Inputs):
             if attention_mask is not None:
                 raise ValueError("Inputs carry their own attention mask: pass none beside them.")
@@ -217,12 +226,6 @@ class HookedQwen2VL(Generation, Tokens, TransformerLensWeights, HookedRootModule
         if isinstance(input, Tensor):
             return Inputs.from_tokens(input, self.cfg, attention_mask).to(self.cfg.device)
         raise ValueError(f"expected Inputs, a string, a list of strings, or token ids, got {type(input).__name__}.")
-
-    def encode(self, inputs: Inputs) -> Inputs:
-        """The same batch with its vision prefix, so that later runs need not run the tower."""
-        if not inputs.visuals:
-            return inputs
-        return inputs.with_prefix(self._run_tower(inputs.to(self.cfg.device)), self._encoder_stamp())
 
     # ---- running ------------------------------------------------------------------------------
 
@@ -257,84 +260,64 @@ class HookedQwen2VL(Generation, Tokens, TransformerLensWeights, HookedRootModule
         if return_type not in ("logits", "loss", "both", None):
             raise ValueError(f"return_type must be 'logits', 'loss', 'both' or None, got {return_type!r}.")
         layers = self._layers(start_at_layer, stop_at_layer)
-        if start_at_layer is None:
-            inputs = self._as_inputs(input, attention_mask)
-            residual = self._embed(inputs)
-        else:
-            inputs, residual = self._resume(input, inputs, attention_mask)
-        residual = self._run_blocks(residual, layers, inputs.position_ids, inputs.attention_mask)
-        if stop_at_layer is not None:
-            return residual
-        return self._read_out(residual, inputs, return_type, loss_per_token, logits_at)
+        with finite_check():
+            if start_at_layer is None:
+                inputs = self.as_inputs(input, attention_mask)
+                images = self.image_embeddings(inputs)
+                residual = self.hook_embed(merge(self.embed(inputs.tokens), images, inputs))
+            else:
+                inputs, residual = self._resume(input, inputs, attention_mask)
+            residual = self.run_blocks(residual, inputs, layers)
+            if stop_at_layer is not None:
+                return residual
+            return self.read_out(residual, inputs, return_type, loss_per_token, logits_at)
 
-    def _embed(self, inputs: Inputs) -> Float[Tensor, "batch pos d_model"]:
-        """Token embeddings with every image's prefix in the place of its placeholders."""
-        residual = self.embed(inputs.tokens)
-        if inputs.visuals:
-            places = (inputs.token_types > 0).unsqueeze(-1).to(residual.device)
-            prefix = self._prefix(inputs)
-            residual = residual.masked_scatter(places, prefix.to(residual.device, residual.dtype))
-        return self.hook_embed(residual)
-
-    def _prefix(self, inputs: Inputs) -> Float[Tensor, "image_token d_model"]:
-        """The images' embeddings: as encoded before, or from the tower when it must run."""
-        fresh = inputs.image_embeds is not None and inputs.encoded_by == self._encoder_stamp()
-        if not fresh or self._tower_is_listened_to():
-            return self._run_tower(inputs)
-        hook = self.vision_projector.hook_out
-        return hook(inputs.image_embeds[None].clone())[0] if listened(hook) else inputs.image_embeds
-
-    def _run_tower(self, inputs: Inputs) -> Float[Tensor, "image_token d_model"]:
-        pixels = inputs.pixels.to(self.cfg.device, self.cfg.dtype)
-        prefix = self.vision_projector(self.vision_encoder(pixels, inputs.grids))[0]
-        if prefix.dtype == torch.float16 and not bool(prefix.isfinite().all()):
-            raise ValueError(not_finite(first_not_finite(self, pixels, inputs.grids)))
-        return prefix
-
-    def _tower_is_listened_to(self) -> bool:
-        """Whether anything listens before the prefix: a hook point, or a bare torch hook on a module."""
-        exempt = self.vision_projector.hook_out
-        modules = (module for tower in (self.vision_encoder, self.vision_projector) for module in tower.modules())
-        return any(module is not exempt and listened(module) for module in modules)
-
-    def _encoder_stamp(self) -> tuple:
-        """Says which weights compute the prefix: another model's, or edited ones, differ."""
-        weights = [*self.vision_encoder.parameters(), *self.vision_projector.parameters()]
-        edits = hash(tuple((w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights))
-        return self._identity, edits, self.cfg.dtype
-
-    def _run_blocks(
+    def run_blocks(
         self,
-        residual: Float[Tensor, "batch pos d_model"],
-        layers: range,
-        position_ids: Int[Tensor, "3 batch pos"],
-        attention_mask: Int[Tensor, "batch key_pos"],
+        residual: Float[Tensor, "rows pos d_model"],
+        inputs: Inputs,
+        layers: range | None = None,
         past: TransformerLensKeyValueCache | None = None,
-    ) -> Float[Tensor, "batch pos d_model"]:
-        """The decoder's blocks over a stretch of positions, the last of those that `attention_mask` covers."""
-        text = self.cfg.text
+        start: int = 0,
+    ) -> Float[Tensor, "rows pos d_model"]:
+        """The residual stream after these blocks of the decoder.
+
+        Args:
+            residual: the stream that enters the first of them, at positions `start`, `start` + 1, … of the prompts. The batch
+                may come several times over, one copy after another (a sweep's cells).
+            layers: None runs all blocks.
+            past: keys and values of the positions before `start`.
+        Raises:
+            ValueError: the stream is not finite; the first block after which it was not is named.
+        """
+        text, stop = self.cfg.text, start + residual.shape[1]
+        copies = len(residual) // len(inputs)
+        position_ids = inputs.position_ids[..., start:stop].repeat(1, copies, 1)
         rotation = text_rotation(position_ids, text.rotary_base, text.d_head, text.mrope_section, residual.dtype)
-        seen = attention_mask.bool().to(residual.device)
-        finite = []
-        visible = Causal(residual.shape[1], seen.shape[1], residual.device, None if bool(seen.all()) else seen)
-        for layer in layers:
-            entry = None if past is None else beside(past.entries[layer], self.blocks[layer])
-            residual = self.blocks[layer](residual, rotation, visible, entry)
-            if residual.dtype == torch.float16:  # once not finite, the stream stays so: what follows is garbage
-                finite.append((layer, residual.detach().isfinite().all()))
-        if (bad := next((layer for layer, good in finite if not good), None)) is not None:  # asked once, after all ran
-            raise ValueError(not_finite(f"blocks.{bad}"))
+        seen = inputs.attention_mask[:, :stop].bool().repeat(copies, 1).to(residual.device)
+        visible = Causal(residual.shape[1], stop, residual.device, None if bool(seen.all()) else seen)
+        with finite_check() as check:
+            check.note(residual, "hook_embed" if layers is None or layers.start == 0 else f"the stream before blocks.{layers.start}")
+            for layer in range(self.cfg.n_layers) if layers is None else layers:
+                entry = None if past is None else beside(past.entries[layer], self.blocks[layer])
+                residual = self.blocks[layer](residual, rotation, visible, entry)
+                check.note(residual, f"blocks.{layer}")
         return residual
 
-    def _read_out(
+    def read_out(
         self,
         residual: Float[Tensor, "batch pos d_model"],
-        inputs: Inputs,
-        return_type: ReturnType,
+        inputs: Inputs | None = None,
+        return_type: ReturnType = "logits",
         loss_per_token: bool = False,
         logits_at: int | slice | None = None,
     ) -> Any:
-        """The final norm and what is asked of the logits."""
+        """The final norm, the unembedding, and what is asked of the logits; arguments as `forward` has them.
+
+        Args:
+            residual: the stream after the last block, un-normed.
+            inputs: the prompts, which the loss needs.
+        """
         if logits_at is not None:
             if return_type in ("loss", "both"):
                 raise ValueError("the loss needs the logits of every position: leave logits_at=None.")
@@ -387,7 +370,7 @@ class HookedQwen2VL(Generation, Tokens, TransformerLensWeights, HookedRootModule
                 "start_at_layer needs inputs=: without them the M-RoPE positions of the images and the padding are "
                 "unknown, and the numbers would be wrong."
             )
-        inputs = self._as_inputs(inputs, attention_mask)
+        inputs = self.as_inputs(inputs, attention_mask)
         if residual.shape[:2] != inputs.shape:
             raise ValueError(f"the residual stream is {tuple(residual.shape)} but the inputs are {tuple(inputs.shape)}.")
         return inputs, residual.to(self.cfg.device).clone()
@@ -490,7 +473,7 @@ class HookedQwen2VL(Generation, Tokens, TransformerLensWeights, HookedRootModule
     def _default_names(self, input: Any, vision: bool) -> Callable[[str], bool]:
         """What is cached when nothing is asked for: all that costs little."""
         flags = self.cfg
-        encoded = isinstance(input, Inputs) and input.encoded_by == self._encoder_stamp()
+        encoded = isinstance(input, Inputs) and self.is_encoded(input)
 
         def wanted(name: str) -> bool:
             if is_vision(name):

@@ -231,6 +231,10 @@ class Processor:
         if wrong:
             raise ValueError(f"this processor belongs to another checkpoint: {'; '.join(wrong)}.")
 
+    def line_breaks(self) -> tuple[int, ...]:
+        """Ids of the tokens that begin with a line break; byte-level tokenizers write it Ċ."""
+        return tuple(sorted(i for token, i in self.tokenizer.get_vocab().items() if token.startswith(("Ċ", "\n"))))
+
     def _pad_id(self) -> int:
         pad = self.tokenizer.pad_token_id
         return self.tokenizer.eos_token_id if pad is None else pad

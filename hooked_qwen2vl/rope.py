@@ -5,7 +5,8 @@ Source: Qwen2-VL technical report, section 2.1; `modeling_qwen2_vl.py` of transf
 
 from __future__ import annotations
 
-from typing import NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int

@@ -10,25 +10,37 @@ prompt, all of it `question`. A prompt built by `model.to_inputs` needs no guess
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
-from hooked_qwen2vl.config import HookedQwen2VLConfig
-from hooked_qwen2vl.positions import IMAGE, TEXT, VIDEO
+from .config import HookedQwen2VLConfig
+from .positions import IMAGE, TEXT, VIDEO
 
 PADDING = "padding"
 KINDS = {IMAGE: "image", VIDEO: "video"}
 
 
+_NAME = re.compile(
+    r"system|vision_start|vision_end|question|history|template|answer|padding|last|(image|video)(\[\d+\])?|video\[\d+\]\.frame\[\d+\]"
+)
+
+
+def is_segment_name(name: str) -> bool:
+    """Whether a prompt could have a segment of this name (see `Inputs.resolve`)."""
+    return _NAME.fullmatch(name) is not None
+
+
 def names_from_ids(tokens: Sequence[int], types: Sequence[int], cfg: HookedQwen2VLConfig) -> list[str]:
     """The part each position of one unpadded row belongs to.
 
-    Content that begins with a line break may be taken for the template's own.
+    Where content begins with line breaks, one token may hold them and the template's own: it is the template's.
 
     Args:
         tokens: the row's ids, padding left out.
         types: 0 text, 1 image, 2 video, for each.
     """
-    names = _chat_names(list(tokens), set(cfg.special.eos)) or ["question"] * len(tokens)
+    breaks = set(getattr(cfg.special, "line_breaks", ()))
+    names = _chat_names(list(tokens), set(cfg.special.eos), breaks) or ["question"] * len(tokens)
     vision = {cfg.vision_start_token_id: "vision_start", cfg.vision_end_token_id: "vision_end"}
     return [KINDS[kind] if kind != TEXT else vision.get(token, name) for token, kind, name in zip(tokens, types, names)]
 
@@ -48,14 +60,16 @@ def number_visuals(names: Sequence[str], types: Sequence[int], visuals: Sequence
     return [name if kind == TEXT else next(following) for name, kind in zip(names, types)]
 
 
-def _chat_names(tokens: list[int], ends: set[int]) -> list[str] | None:
-    """Names by turn, or None where the row is not a chat."""
+def _chat_names(tokens: list[int], ends: set[int], breaks: set[int]) -> list[str] | None:
+    """Names by turn, or None where the row is not a chat; `breaks` are the known tokens that begin with a line break."""
     starts = [index for index, token in enumerate(tokens) if token == tokens[0]]
     if len(starts) < 2:
         return None
     line_break = tokens[starts[1] - 1]
     turns = [tokens[a:b] for a, b in zip(starts, [*starts[1:], len(tokens)])]
-    parsed = [_turn(turn, ends, line_break, last=turn is turns[-1]) for turn in turns]
+    # The last turn's role is the longest word; where it is one token, and the tokenizer is not known, so are the others.
+    single = not breaks and turns[-1][2:3] == [line_break]
+    parsed = [_turn(turn, ends, line_break, breaks, single, last=turn is turns[-1]) for turn in turns]
     if None in parsed:
         return None
     called = _called([role for role, _, _ in parsed], still_open=parsed[-1][2] == 0)
@@ -68,13 +82,15 @@ def _chat_names(tokens: list[int], ends: set[int]) -> list[str] | None:
     return names
 
 
-def _turn(turn: list[int], ends: set[int], line_break: int, last: bool) -> tuple[tuple[int, ...], int, int] | None:
+def _turn(
+    turn: list[int], ends: set[int], line_break: int, breaks: set[int], single: bool, last: bool
+) -> tuple[tuple[int, ...], int, int] | None:
     """(role, length of the content, number of tokens that close the turn); None where it is not a turn."""
     closing = 2 if turn[-2:-1] and turn[-2] in ends and turn[-1] == line_break else 1 if turn[-1] in ends else 0
     body = turn[1 : len(turn) - closing]
-    if (closing < 2 and not last) or line_break not in body or ends & set(body):
+    if (closing < 2 and not last) or ends & set(body):
         return None
-    n_role = body.index(line_break)
+    n_role = 1 if single and len(body) > 1 else next((n for n, t in enumerate(body) if t == line_break or t in breaks), 0)
     return (tuple(body[:n_role]), len(body) - n_role - 1, closing) if n_role else None
 
 

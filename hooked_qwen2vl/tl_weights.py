@@ -7,7 +7,8 @@ and the composition scores expand them to one for each head.
 
 from __future__ import annotations
 
-from typing import Iterator, Literal
+from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -16,8 +17,8 @@ from transformer_lens import FactoredMatrix
 from transformer_lens.model_bridge.composition_scores import CompositionScores
 from transformer_lens.utilities import composition_scores
 
-from .devices import finite
 from .layers import no_bias, readable
+from .overflow import finite
 
 _BLOCK_WEIGHTS = ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O")
 _MLP_WEIGHTS = ("W_in", "W_gate", "W_out", "b_in", "b_out")
@@ -192,7 +193,7 @@ class Unembed(nn.Module):
     """Normed residual stream to logits; shares the embedding's weight where the checkpoint ties them.
 
     Raises:
-        ValueError: float16 logits, or what they are made from, that overflowed: whoever reads them would read garbage.
+        ValueError: the logits, or what they are made from, are not finite: whoever reads them would read garbage.
     """
 
     def __init__(self, d_model: int, d_vocab: int):

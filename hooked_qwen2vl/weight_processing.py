@@ -6,7 +6,8 @@
 
 Each block is computed in float32 and put back in the model's dtype, so a model needs one block's room more
 than its own copy. Every changed weight is a new tensor: the checkpoint's, a reference model's that shares
-storage, and a tied embedding stay as they are.
+storage, and a tied embedding stay as they are. The final norm keeps what was folded as `ln_final.folded_w`: what HF's last
+hidden state would be can be told only with it.
 
 Source: TransformerLens, `weight_processing.py` (the tests compare with it).
 """
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hooked_qwen2vl.layers import readable
+from .layers import readable
 
 
 @torch.no_grad()
@@ -37,7 +38,9 @@ def process_weights(
         if fold_value_biases:
             _fold_value_bias(block.attn)
     if fold_ln:
+        folded = model.ln_final.w.detach() * getattr(model.ln_final, "folded_w", 1.0)
         _fold(model.ln_final, model.unembed)
+        model.ln_final.register_buffer("folded_w", folded, persistent=False)
         model.cfg.normalization_type, model.cfg.layer_norm_folding = "RMSPre", True
     if center_unembed:
         weight = _wide(model.unembed.weight)

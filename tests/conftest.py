@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -15,8 +16,20 @@ from tiny import tiny_hf, tiny_processor
 from hooked_qwen2vl import HookedQwen2VL, Inputs
 
 
+def pytest_configure(config):
+    """pytest-randomly draws the order alone: the seeds are `seed`'s, so that a test meets the same numbers in every run."""
+    config.option.randomly_reset_seed = False
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """How to have this order again; -q hides the plugin's own line."""
+    if drawn := getattr(config.option, "randomly_seed", None):
+        terminalreporter.write_line(f"this order again: -p randomly --randomly-seed={drawn}")
+
+
 @pytest.fixture(autouse=True)
 def seed():
+    random.seed(0)
     torch.manual_seed(0)
     np.random.seed(0)
 

@@ -23,7 +23,8 @@ from analyses.domain_neurons import DomainNeurons, select_neurons
 from analyses.edge_attribution import EdgeAttribution
 from analyses.embedding_lens import Neighbours
 from analyses.experiments.compare import Comparison, Run
-from analyses.experiments.flips import SPANS, FlipStudy, LocalityStudy
+from analyses.experiments.flips import FlipStudy
+from analyses.experiments.locality import SPANS, LocalityStudy
 from analyses.experiments.grounding import METHODS, OWN_BOX, GroundingExperiment
 from analyses.experiments.hallucination import Hallucinations
 from analyses.experiments.max_activating import Fired, TopImages

@@ -1,4 +1,5 @@
-"""What the runs' tests run in processes of its own: real work of a tiny model, with random numbers in it; or a command."""
+"""What the runs' tests run in processes of its own, with one thread each: real work of a tiny model, with random numbers in
+it; or a command."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import time
 
 import torch
 from conftest import picture
+from same_runs import one_thread
 from tiny import tiny_hf, tiny_processor
 
 from analyses.data.examples import Example
@@ -16,7 +18,6 @@ from hooked_qwen2vl import HookedQwen2VL
 from hooked_qwen2vl.cli import main
 from hooked_qwen2vl.image_embeddings import Prefixes
 
-torch.set_num_threads(1)
 MODEL = HookedQwen2VL.from_hf(tiny_hf(), tiny_processor())
 SHAPES = [(56, 56), (84, 56), (140, 84)]
 QUESTIONS = ["what?", "which of them is red, and which of them is blue?", "go on"]
@@ -47,11 +48,13 @@ def answer_with(model: HookedQwen2VL, pause: float = 0.0):
     return work
 
 
+@one_thread()
 def command(*arguments: str) -> None:
     """A command of `hooked-qwen2vl`; its imports are done before the fork."""
     raise SystemExit(main(arguments))
 
 
+@one_thread()
 def full_run(out: str, n: int, pause: float = 0.0, **settings) -> None:
     """Batches small and parts many, so that a kill finds something half-done."""
     work = answer_with(MODEL, pause)

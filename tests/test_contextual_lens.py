@@ -187,7 +187,7 @@ def test_what_is_not_there(model, answered, batches):
         contextual_score(model, batches["image"])
     with pytest.raises(ValueError, match="0..3"):
         contextual_score(model, answered, image_layer=4)
-    with pytest.raises(ValueError, match="not there"):
+    with pytest.raises(ValueError, match="no position 10000"):
         contextual_score(model, answered, span=[10_000])
     with pytest.raises(ValueError, match="no row 7"):
         contextual_score(model, answered, row=7)
@@ -370,8 +370,8 @@ def test_runs_are_shared_and_change_nothing(model, answered, monkeypatch):
     separate = {
         name: score(model, Evidence(model, answered, 1, other=other)) for name, score in SCORES.items()
     }
-    runs, blocks = [], model._run_blocks
-    monkeypatch.setattr(model, "_run_blocks", lambda *a, **k: (runs.append(1), blocks(*a, **k))[1])
+    runs, blocks = [], model.run_blocks
+    monkeypatch.setattr(model, "run_blocks", lambda *a, **k: (runs.append(1), blocks(*a, **k))[1])
     together = all_scores(model, answered, 1, other=other)
     assert len(runs) == 3  # the answer, the blank image, the other image
     assert together == pytest.approx(separate, rel=1e-6)

@@ -98,7 +98,7 @@ def test_boxes_are_swapped_and_blurred():
     with pytest.raises(ValueError, match="one size"):
         swap_box(image, BOX, picture(84, 84))
     for box in ((0, 0, 200, 20), (30, 0, 30, 20), (-5, 0, 10, 10)):
-        with pytest.raises(ValueError, match="not inside"):
+        with pytest.raises(ValueError, match="not inside|outside the image|x0 < x1"):
             blur_box(image, box)
 
 

@@ -14,7 +14,6 @@ from PIL import Image
 from tiny import tiny_hf, tiny_processor
 from transformer_lens.model_bridge import TransformerBridge
 
-from analyses import neuron_experiment as experiment
 from analyses.data.examples import Example
 from analyses.domain_neurons import (
     SOURCES,
@@ -31,6 +30,7 @@ from analyses.domain_neurons import (
     select_neurons,
     token_sources,
 )
+from analyses.experiments import neurons as experiment
 from analyses.experiments.max_activating import top_images, written_tokens
 from analyses.experiments.neurons import FIRING, NONE, RANDOM, RANDOM_RATE, Ablations, Condition
 from analyses.logit_lens import logit_lens
@@ -285,8 +285,8 @@ def test_the_tower_runs_once_an_image(model, monkeypatch):
     one, other = (picture(84, 56, seed) for seed in (1, 2))
     data = [Example(f"{i}", text, "", (image,), "ab"[i % 2]) for i, (text, image) in
             enumerate([("what?", one), ("red?", one), ("what?", other)])]  # fmt: skip
-    calls, run_tower = [], type(model)._run_tower
-    monkeypatch.setattr(type(model), "_run_tower", lambda self, i: calls.append(1) or run_tower(self, i))
+    calls, run_tower = [], type(model).run_tower
+    monkeypatch.setattr(type(model), "run_tower", lambda self, i: calls.append(1) or run_tower(self, i))
     counts = count_firings(model, data, batch_size=2, progress=False)
     assert len(calls) == 2 and counts.tokens["vision"][:, 0].tolist() == [2 * 24, 24]
     alone = count_firings(model, data[1:2], progress=False)

@@ -368,8 +368,8 @@ def test_other_settings_pictures_and_captions_are_refused(model, items, tmp_path
 def test_an_image_is_encoded_once(model, items, monkeypatch):
     """Two questions about each of two pictures, with the control and the blank picture: three runs of the tower."""
     pair = [dataclasses.replace(item, id=f"{item.id}{n}", images=items[k].images) for k in range(2) for n, item in enumerate(items[:2])]
-    calls, run_tower = [], type(model)._run_tower
-    monkeypatch.setattr(type(model), "_run_tower", lambda self, i: calls.append(1) or run_tower(self, i))
+    calls, run_tower = [], type(model).run_tower
+    monkeypatch.setattr(type(model), "run_tower", lambda self, i: calls.append(1) or run_tower(self, i))
     result = detect_hallucinations(model, pair, "mine", [*FAST, "blind_difference"], max_new_tokens=1, progress=False)
     assert len(calls) == 3 and result.claims[[*FAST, "blind_difference"]].notna().all(axis=None)
     (claim,) = claims_of(pair[2:3], result.claims["answer"].tolist()[2:3])

@@ -245,7 +245,7 @@ def test_a_prefix_goes_with_its_rows(model, batches):
     inputs = batches["batch"]
     n_tokens = [visual.n_tokens for visual in inputs.visuals]
     prefix = torch.arange(sum(n_tokens) * 2.0).reshape(-1, 2)
-    encoded = inputs.with_prefix(prefix, ("somebody",))
+    encoded = inputs.with_image_embeddings(prefix, ("somebody",))
     assert inputs.image_embeds is None and "encoded" in repr(encoded)
     first, second, third, fourth = prefix.split(n_tokens)  # rows 0, 1, 1 and 3
     assert torch.equal(encoded[[3, 1, 2]].image_embeds, torch.cat((fourth, second, third)))
@@ -342,9 +342,9 @@ def test_the_edges_of_a_box(model):
     assert inputs.positions((0, 0, 28, 28)).tolist() == [first]  # touching is not overlapping
     assert inputs.positions((0, 0, 28.01, 28)).tolist() == [first, first + 1]
     assert inputs.positions((28, 28, 56, 56)).tolist() == [first + 6]
-    assert inputs.positions(torch.tensor([139.0, 83.0, 500.0, 500.0])).tolist() == [first + 14]
+    assert inputs.positions((139.0, 83.0, 150.0, 100.0)).tolist() == [first + 14]  # a token past the edge at most
     assert inputs.span((0, 0, 140, 28)) == slice(first, first + 5)
-    assert inputs.positions([-5, -5, 1000, 1000]).tolist() == inputs.positions("image[0]").tolist()
+    assert inputs.positions((-5, -5, 160, 100)).tolist() == inputs.positions("image[0]").tolist()
     for box in ((140, 0, 150, 10), (-10, 0, 0, 10)):
         with pytest.raises(ValueError, match="outside the image of 140×84"):
             inputs.positions(box)

@@ -50,7 +50,7 @@ def test_table_and_picture(model, batches, tmp_path):
 def test_positions_that_are_not_there(model, batches):
     with pytest.raises(ValueError, match="no part called"):
         logit_lens(model, batches["text"], "image")
-    with pytest.raises(ValueError, match="not all in the prompt"):
+    with pytest.raises(ValueError, match="no position 10000"):
         logit_lens(model, batches["text"], 10_000)
 
 

@@ -189,8 +189,8 @@ def test_the_lens_ends_at_the_logits(kind, model, batches):
 def test_the_prefix_is_computed_once(model, batches, monkeypatch):
     inputs = batches["two images"]
     calls = []
-    run = type(model)._run_tower
-    monkeypatch.setattr(type(model), "_run_tower", lambda self, i: calls.append(1) or run(self, i))
+    run = type(model).run_tower
+    monkeypatch.setattr(type(model), "run_tower", lambda self, i: calls.append(1) or run(self, i))
     encoded = model.encode(inputs)
     with torch.no_grad():
         expected, got = model(inputs), model(encoded)

@@ -12,7 +12,7 @@ from nbclient.exceptions import CellExecutionError
 FOLDER = Path(__file__).parents[1] / "notebooks"
 sys.path.insert(0, str(FOLDER))
 
-from build import SOURCES, execute, write_page
+from build import SOURCES, execute, write_page  # noqa: E402
 
 NAMES = [
     "01_logit_lens", "02_where_answers_flip", "03_patching", "04_compare_with_other_models", "05_domain_neurons",

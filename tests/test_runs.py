@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import picture
 from run_child import command, full_run, questions
+from same_runs import ONE_THREAD
 from tiny import tiny_hf
 
 from analyses.data.examples import Example
@@ -80,14 +81,15 @@ def test_a_rotated_photograph_has_the_size_it_is_seen_in(model, tmp_path):
 def processes():
     """Processes that start in no time: a server that has imported everything forks them."""
     context = get_context("forkserver")
-    path = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1]), path or ""])
-    context.set_forkserver_preload(["run_child"])
-    first = context.Process(target=time.sleep, args=(0,))
-    first.start()
-    first.join()
-    yield context
-    os.environ.pop("PYTHONPATH") if path is None else os.environ.update(PYTHONPATH=path)
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (ONE_THREAD | {"PYTHONPATH": os.pathsep.join(paths)}).items():
+            patch.setenv(name, value)
+        context.set_forkserver_preload(["run_child"])
+        first = context.Process(target=time.sleep, args=(0,))
+        first.start()
+        first.join()
+        yield context
 
 
 def test_killed_twenty_times_it_ends_as_if_never_stopped(processes, tmp_path):
@@ -336,8 +338,8 @@ def test_a_prefix_is_computed_once_an_image(model, monkeypatch):
     with torch.no_grad():
         assert torch.allclose(model(first), model(inputs), atol=1e-4)
     calls = []
-    run_tower = type(model)._run_tower
-    monkeypatch.setattr(type(model), "_run_tower", lambda self, i: calls.append(1) or run_tower(self, i))
+    run_tower = type(model).run_tower
+    monkeypatch.setattr(type(model), "run_tower", lambda self, i: calls.append(1) or run_tower(self, i))
     with torch.no_grad():
         model(prefixes(inputs))
     assert not calls  # the model takes it as its own

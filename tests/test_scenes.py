@@ -23,7 +23,8 @@ from hooked_qwen2vl.scenes.domains import DOMAINS
 from hooked_qwen2vl.scenes.drawing import draw, render
 from hooked_qwen2vl.scenes.evaluate import best_without_image, evaluate
 from hooked_qwen2vl.scenes.folder import CELL, SPECIAL_TOKENS, build_config, build_tokenizer
-from hooked_qwen2vl.scenes.train import Settings, forward, learning_rate, train
+from hooked_qwen2vl.scenes.forward import forward
+from hooked_qwen2vl.scenes.train import Settings, learning_rate, train
 from hooked_qwen2vl.scenes.words import ANSWERS, SHAPES, vocabulary
 from hooked_qwen2vl.scenes.world import make_scene, typical_color
 

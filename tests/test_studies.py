@@ -8,7 +8,9 @@ import torch
 
 from analyses.counterfactuals import check_pairs, scene_candidates
 from analyses.data.examples import examples
-from analyses.experiments.flips import SPANS, flip_study, knockout_study, locality_study
+from analyses.experiments.flips import flip_study
+from analyses.experiments.knockout import knockout_study
+from analyses.experiments.locality import SPANS, locality_study
 from analyses.flip_patching import ablate_flip, attribute_flip
 from analyses.knockout import Knockout
 from analyses.trajectory import answer_trajectory

@@ -88,7 +88,7 @@ def test_the_end_is_the_models_own_prediction(model, batches):
         assert int(item.top1[-1]) == int(logits[row, last].argmax())
         expected = logits[row, last].softmax(-1)[list(item.answer_ids)].sum()
         assert abs(float(item.answer_prob[-1]) - float(expected)) < 1e-5
-    assert len(answer_trajectory(model, inputs, "red", row=2).rest) == len(inputs.positions("answer", 2)) - 1
+    assert len(answer_trajectory(model, inputs, "red red", row=2).rest) == len(inputs.positions("answer", 2)) - 1
 
 
 def test_the_double_norm_is_a_different_prediction(model, batches):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from transformers import Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -36,9 +38,21 @@ def byte_symbols() -> list[str]:
     return [chr(b) for b in printable] + [chr(256 + n) for n in range(len(rest))]
 
 
-def tiny_tokenizer() -> Qwen2Tokenizer:
-    """Bytes, a few merges, and the real special tokens."""
+def merges_of(*words: str) -> list[tuple[str, str]]:
+    """Merges that make each word one token, its bytes joined from the left."""
+    symbols, merges = byte_symbols(), []
+    order = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    order += [byte for byte in range(256) if byte not in order]
+    for word in words:
+        letters = [symbols[order.index(byte)] for byte in (word if isinstance(word, bytes) else word.encode())]
+        merges += [("".join(letters[:n]), letters[n]) for n in range(1, len(letters))]
+    return list(dict.fromkeys(merges))
+
+
+def tiny_tokenizer(more: Sequence[str | bytes] = ()) -> Qwen2Tokenizer:
+    """Bytes, a few merges, and the real special tokens; `more` are further words that are one token."""
     merges = [("r", "e"), ("re", "d"), ("Ġ", "red"), ("b", "l"), ("u", "e"), ("bl", "ue"), ("Ġ", "blue"), ("t", "h")]
+    merges += [merge for merge in merges_of(*more) if merge not in merges]
     vocab = {symbol: i for i, symbol in enumerate(byte_symbols() + [a + b for a, b in merges])}
     tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges)
     tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL[1:]})
@@ -47,21 +61,22 @@ def tiny_tokenizer() -> Qwen2Tokenizer:
     return tokenizer
 
 
-def tiny_processor(min_pixels: int = 28 * 28, max_pixels: int = 28 * 28 * 64) -> Processor:
+def tiny_processor(min_pixels: int = 28 * 28, max_pixels: int = 28 * 28 * 64, tokenizer: Qwen2Tokenizer | None = None) -> Processor:
     size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
-    return Processor(tiny_tokenizer(), Qwen2VLImageProcessorPil(size=size), CHAT_TEMPLATE, size)
+    return Processor(tokenizer or tiny_tokenizer(), Qwen2VLImageProcessorPil(size=size), CHAT_TEMPLATE, size)
 
 
 def tiny_config(
-    n_heads: int = 4, n_key_value_heads: int = 2, tie: bool = False, n_layers: int = 3, vision_layers: int = 2
-) -> Qwen2VLConfig:
-    """d_vision ≠ d_model, uneven M-RoPE sections, few of everything, the tiny tokenizer's ids."""
-    tokenizer = tiny_tokenizer()
+    n_heads: int = 4, n_key_value_heads: int = 2, tie: bool = False, n_layers: int = 3, vision_layers: int = 2,
+    tokenizer: Qwen2Tokenizer | None = None, d_vocab: int | None = None,
+) -> Qwen2VLConfig:  # fmt: skip
+    """d_vision ≠ d_model, uneven M-RoPE sections, few of everything, the tokenizer's ids (the tiny one's)."""
+    tokenizer = tokenizer or tiny_tokenizer()
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
     d_head = 16
     return Qwen2VLConfig(
         text_config={
-            "vocab_size": len(tokenizer) + 3,
+            "vocab_size": d_vocab or len(tokenizer) + 3,
             "hidden_size": n_heads * d_head,
             "intermediate_size": 72,
             "num_hidden_layers": n_layers,

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from analyses.cli import (
     check,
@@ -31,11 +33,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code: 0; 1 when a check failed; 2 with a paragraph on what was wrong
     with the input."""
     options = _parser().parse_args(arguments)
-    try:
-        return options.run(options) or 0
-    except (ValueError, OSError) as error:
-        print(f"hooked-qwen2vl: {error}", file=sys.stderr)
-        return 2
+    with warnings.catch_warnings():
+        warnings.showwarning = _say
+        try:
+            return options.run(options) or 0
+        except (ValueError, OSError) as error:
+            print(f"hooked-qwen2vl: {error}", file=sys.stderr)
+            return 2
+
+
+def _say(message: Warning | str, category: type[Warning], filename: str, lineno: int, *more: Any) -> None:
+    """What a limit leaves out belongs to what a command prints; every other warning is shown as Python does."""
+    from analyses.data.examples import LeftOut
+
+    if issubclass(category, LeftOut):
+        print(message)
+    else:
+        print(warnings.formatwarning(message, category, filename, lineno), file=sys.stderr, end="")
 
 
 def _parser() -> argparse.ArgumentParser:

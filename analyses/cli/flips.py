@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from analyses.cli.shared import add_model, add_out, add_run, at_least_one, finished, load_model, out_folder, reports
+from analyses.cli.shared import add_model, add_out, add_run, at_least_one, finished, load_model, out_folder, reports, run_options
 
 NAME = "flips"
 HELP = "where the answer flips between layers, and what makes it"
@@ -49,6 +49,8 @@ def _one(options: argparse.Namespace) -> None:
     item.plot(out / "trajectory.png")
     print(item.to_dataframe().to_string(index=False, float_format=lambda x: f"{x:.3f}"))
     print("\n" + "\n".join(f"{name}: {value}" for name, value in item.summary().items()))
+    if item.label != item.answer:
+        print(f"\n{item.answer!r} is followed as: {item.label}; answer_log_prob is of the whole answer")
     for entry in item.eligible_flips if candidates else item.content_flips:
         flip = attribute_flip(model, inputs, entry, int(item.top1[entry]), int(item.top1[entry - 1]))
         print(f"\nentry {entry}: {flip.lost!r} → {flip.gained!r}, logit difference {flip.before:.3f} → {flip.after:.3f}; block {flip.layer}:")
@@ -58,25 +60,13 @@ def _one(options: argparse.Namespace) -> None:
 
 def _data_set(options: argparse.Namespace) -> None:
     from analyses.data.examples import examples
-    from analyses.experiments.flips import flip_work
-    from analyses.runs.engine import run, this_share
-    from hooked_qwen2vl.image_embeddings import CAPACITY
+    from analyses.experiments.flips import FlipExperiment
+    from analyses.runs.engine import this_share
 
     share = this_share(options.shard)  # before the model: it gives each process its GPU
-    model = load_model(options)
+    experiment = FlipExperiment(load_model(options), options.components, options.random)
     rows = options.out / NAME
-    state = run(
-        NAME,
-        lambda: examples(options.data, options.limit),
-        flip_work(model, options.components, options.random),
-        rows,
-        {"components": options.components, "random": options.random},
-        model=model,
-        batch_size=options.batch_size,
-        shard=share,
-        dry_run=options.dry_run,
-        prefixes=CAPACITY,
-    )
+    state = experiment.start(lambda: examples(options.data, options.limit), rows, **run_options(options, share))
     if options.dry_run:
         print(state.describe())
     elif finished(options, state) and reports(options, state):

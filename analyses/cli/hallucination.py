@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from analyses.cli.shared import add_model, add_out, add_run, at_least_one, finished, load_model, reports
+from analyses.cli.shared import add_model, add_out, add_run, at_least_one, finished, load_model, reports, run_options
 
 NAME = "hallucination"
 HELP = "scores of the model's answers against the truth, by category"
@@ -71,24 +71,12 @@ def run(options: argparse.Namespace) -> None:
 
 def _run(options: argparse.Namespace, items: Any, rows: Path, vocabulary: Any, share: tuple[int, int]) -> Any:
     """Answers and scores what is not there yet."""
-    from analyses.experiments.hallucination import hallucination_work, run_settings, with_controls
-    from analyses.runs.engine import run
-    from hooked_qwen2vl.image_embeddings import CAPACITY
+    from analyses.experiments.hallucination import HallucinationExperiment
 
     model = load_model(options)
-    settings = (options.methods, vocabulary, options.max_new_tokens, *_layers(options, model))
-    return run(
-        NAME,
-        lambda: with_controls(items),
-        hallucination_work(model, *settings),
-        rows,
-        run_settings(model, *settings),
-        model=model,
-        batch_size=options.batch_size,
-        shard=share,
-        dry_run=options.dry_run,
-        prefixes=CAPACITY,
-    )
+    layers = _layers(options, model)
+    experiment = HallucinationExperiment(model, options.methods, vocabulary, options.max_new_tokens, *layers)
+    return experiment.start(items, rows, **run_options(options, share))
 
 
 def _load(options: argparse.Namespace) -> tuple[Any, str]:

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     at_least_one(options, "limit")
     from analyses.data.examples import examples
-    from analyses.experiments.flips import knockout_study
+    from analyses.experiments.knockout import knockout_study
 
     result = knockout_study(load_model(options), examples("scenes", options.limit), options.window)
     out = out_folder(options)

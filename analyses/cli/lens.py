@@ -56,6 +56,8 @@ def run(options: argparse.Namespace) -> None:
         part.to_dataframe().to_csv(written[-1], index=False)
     print(f"question: {question}\nanswer:   {model.to_string(inputs.tokens[0, answer])}\n")
     print(_table(lens))
+    if lens.n_differs:
+        print(f"\nat {lens.n_differs} of {len(lens.positions)} positions the model's own logits put another token first than the lens in float32")
     print("\n" + "\n".join(f"wrote {path}" for path in written))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from analyses.cli.shared import add_model, add_out, add_run, at_least_one, finished, load_model, out_folder, reports
+from analyses.cli.shared import add_model, add_out, add_run, at_least_one, finished, load_model, out_folder, reports, run_options
 
 NAME = "neurons"
 HELP = "domain-specific neurons, and what switching them off costs"
@@ -28,57 +28,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    at_least_one(options, "test_limit", "seeds", "batch_size")
+    at_least_one(options, "limit", "test_limit", "seeds", "batch_size")
+    from analyses.experiments.neurons import AblationExperiment, EffectExperiment, FiringExperiment
     from analyses.runs.engine import this_share
 
     share = this_share(options.shard)  # before the model: it gives each process its GPU
     model = load_model(options)
     chosen, judged = _data(options)
-    stages = ["firings"] if options.only_select else ["firings", "effects"]
-    states = [_stage(options, model, share, stage, chosen) for stage in stages]
+    folder, how = options.out / NAME, run_options(options, share)
+    states = [FiringExperiment(model, options.generate).start(chosen, folder / "firings", **how)]
+    if not options.only_select:
+        states.append(EffectExperiment(model).start(chosen, folder / "effects", **how))
     if options.dry_run:
-        _describe(options, model, share, states, judged)
+        _describe(options, model, judged, states, how)
         return
     if not all(finished(options, state) for state in states):
         return
     neurons, wanted = _select(options)
     if not options.only_select:
-        states.append(_stage(options, model, share, "ablations", judged, wanted))
-        if not finished(options, states[-1]):
-            return
-    if reports(options, states[0]):
+        states.append(AblationExperiment(model, wanted).start(judged, folder / "ablations", **how))
+    if finished(options, states[-1]) and reports(options, states[0]):
         _report(options, model, neurons, wanted, judged)
 
 
-def _stage(options, model, share, stage: str, data: Any, wanted: Any = None) -> Any:
-    """One of the runs that this is made of: OUT/neurons/firings, effects and ablations."""
-    from analyses.domain_neurons import firing_work
-    from analyses.experiments.neurons import ablation_work, effect_work
-    from analyses.runs.engine import run
-    from analyses.runs.plan import size_by_model
-    from analyses.runs.sums import write_sums
-    from hooked_qwen2vl.image_embeddings import CAPACITY
-
-    name, out = f"{NAME}: {stage}", options.out / NAME / stage
-    common = {"model": model, "size": size_by_model(model, by_domain=True), "batch_size": options.batch_size,
-              "shard": share, "dry_run": options.dry_run}  # fmt: skip
-    if stage == "firings":
-        counting = firing_work(model, options.generate)
-        return run(name, data, counting, out, {"generate": options.generate}, prefixes=CAPACITY, write=write_sums, **common)
-    if stage == "effects":
-        return run(name, data, effect_work(model), out, gradients=True, write=write_sums, **common)
-    # a question is answered under every condition, so a single batch is a part
-    settings = {"conditions": _digest(wanted)}
-    return run(name, data, ablation_work(model, wanted or ()), out, settings, prefixes=CAPACITY, batches_per_part=1, **common)
-
-
-def _describe(options, model, share, states, judged) -> None:
+def _describe(options, model, judged, states, how) -> None:
     """What would be done; the conditions are known once firings and effects are there."""
+    from analyses.experiments.neurons import AblationExperiment
+
     print("\n".join(state.describe() for state in states))
     if options.only_select:
         return
     wanted = _select(options)[1] if all(state.complete for state in states) else None
-    print(_stage(options, model, share, "ablations", judged, wanted).describe())
+    print(AblationExperiment(model, wanted or ()).start(judged, options.out / NAME / "ablations", **how).describe())
     if wanted is None:
         print("each answered untouched and under conditions that follow from the firings and effects")
     else:
@@ -87,8 +68,7 @@ def _describe(options, model, share, states, judged) -> None:
 
 def _select(options: argparse.Namespace) -> tuple[Any, Any]:
     """(the neurons that the firings select, every condition to answer under)."""
-    from analyses.domain_neurons import read_firings
-    from analyses.experiments.neurons import conditions, read_effects
+    from analyses.experiments.neurons import conditions, read_effects, read_firings
 
     folder = options.out / NAME
     sources = [source for source in options.sources.split(",") if options.generate or source != "generated"]
@@ -98,23 +78,9 @@ def _select(options: argparse.Namespace) -> tuple[Any, Any]:
     return neurons, conditions(neurons, read_effects(folder / "effects", neurons.domains), options.seeds)
 
 
-def _digest(wanted: Any) -> str | None:
-    """Changes with any neuron that is switched off."""
-    from hashlib import sha256
-
-    if wanted is None:
-        return None
-    hashed = sha256()
-    for condition in wanted:
-        hashed.update(f"{condition.selection} {condition.module} {condition.target} {condition.seed}".encode())
-        for module, mask in condition.masks.items():
-            hashed.update(module.encode() + mask.numpy().tobytes())
-    return hashed.hexdigest()[:16]
-
-
 def _data(options: argparse.Namespace) -> tuple[Any, Any]:
     """(questions to select on, questions to judge on), on different images, each gone through as often as needed."""
-    from analyses.data.examples import examples
+    from analyses.data.examples import examples, spread
     from analyses.experiments.neurons import split_by_image
 
     if options.data == "scenes":
@@ -123,7 +89,9 @@ def _data(options: argparse.Namespace) -> tuple[Any, Any]:
     if options.test:
         return lambda: examples(options.data, options.limit), lambda: examples(options.test, options.test_limit)
     chosen, judged = split_by_image(examples(options.data))  # paths, not pictures
-    return chosen[: options.limit], judged[: options.test_limit]
+    return spread(chosen, options.limit), spread(judged, options.test_limit)
+
+
 def _report(options, model, neurons, wanted, judged) -> None:
     """Tables and pictures of the finished runs."""
     import pandas as pd
@@ -147,6 +115,7 @@ def _report(options, model, neurons, wanted, judged) -> None:
 
 def _experiment(options, model, neurons, wanted, judged, written) -> dict:
     """What switching off did: prints, draws, returns the tables."""
+    from analyses.data.examples import in_turn
     from analyses.experiments.max_activating import top_images, written_tokens
     from analyses.experiments.neurons import prepare, read_ablations, stream_by_layer
     from analyses.views.neurons import streams_plot
@@ -155,9 +124,13 @@ def _experiment(options, model, neurons, wanted, judged, written) -> dict:
     answered = set(ablations.outcomes["id"])
     questions = [example for example in (judged() if callable(judged) else judged) if example.id in answered]
     whole = "all" if len(neurons.modules) > 1 else next(iter(neurons.modules))
-    first = [example for domain in neurons.domains for example in _some(questions, domain, 2 * options.batch_size)]
+    n_read = 2 * options.batch_size
+    mixed = in_turn(questions)
+    some = [example for domain in neurons.domains for example in [e for e in mixed if e.domain == domain][:n_read]]
+    if len(some) < len(questions):
+        print(f"\nthe streams are read on up to {n_read} questions a domain, {len(some)} of {len(questions)}")
     off = [c for c in wanted if c.module == whole and c.seed == 0]
-    streams = stream_by_layer(model, prepare(model, first, 2 * options.batch_size), off)
+    streams = stream_by_layer(model, prepare(model, some, n_read), off)
     ablations.save(out / "neurons_outcomes.safetensors")
     ablations.to_dataframe().assign(model=ablations.model_name).to_csv(out / "neurons_outcomes.csv", index=False)
     ablations.plot(out / "neurons_accuracy.png")
@@ -179,10 +152,6 @@ def _experiment(options, model, neurons, wanted, judged, written) -> dict:
 
     return {"neurons_accuracy": accuracy, "neurons_against_controls": excess, "neurons_cross": cross.reset_index(),
             "neurons_streams": streams} | ({"neurons_write": pd.concat(tokens)} if tokens else {})  # fmt: skip
-
-
-def _some(questions: list, domain: str, n: int) -> list:
-    return [example for example in questions if example.domain == domain][:n]
 
 
 def _purest(neurons) -> list[tuple[str, int, int]]:

@@ -84,18 +84,21 @@ def _one(options: argparse.Namespace) -> None:
 
 def _many(options: argparse.Namespace) -> None:
     from analyses.counterfactuals import check_pairs, read_candidates, scene_candidates
-    from analyses.experiments.flips import locality_study
+    from analyses.data.examples import in_turn
+    from analyses.experiments.locality import locality_study
 
     if options.activation != "resid_pre" or options.direction != "denoise":
         raise ValueError("many pairs are patched at resid_pre, denoising: leave out --activation and --direction.")
     model = load_model(options)
-    candidates = scene_candidates(2 * options.n) if options.data == "scenes" else read_candidates(options.data)
+    candidates = scene_candidates(2 * options.n) if options.data == "scenes" else in_turn(read_candidates(options.data))
     pairs = check_pairs(model, candidates, n=options.n)
     study = locality_study(model, pairs, options.batch_size)
     out = out_folder(options)
     pairs.to_dataframe().to_csv(out / "pairs.csv", index=False)
     study.to_dataframe().to_csv(out / "locality.csv", index=False)
     study.plot(out / "locality.png")
+    if unseen := len(candidates) - len(pairs) - len(pairs.refused):
+        print(f"{unseen} of {len(candidates)} candidates were not looked at: --n pairs were found, domains and categories in turn")
     print(f"{len(pairs)} pairs kept; refused: {pairs.reasons or 'none'}; {study.skipped} change the whole image\n")
     print("\n".join(f"{name}: {value:.4g}" for name, value in study.summary().items()) + "\n")
     table = study.to_dataframe().pivot(index="layer", columns="span", values="recovery")

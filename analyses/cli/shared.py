@@ -33,6 +33,15 @@ def add_run(parser: argparse.ArgumentParser, batch_size: int) -> None:
     parser.add_argument("--dry-run", action="store_true", help="a data set: say what would be done, and do nothing")
 
 
+def run_options(options: argparse.Namespace, share: tuple[int, int]) -> dict[str, Any]:
+    """What these options are to `Experiment.start`.
+
+    Args:
+        share: of `this_share(options.shard)`, asked before the model is loaded.
+    """
+    return {"batch_size": options.batch_size, "shard": share, "dry_run": options.dry_run}
+
+
 def finished(options: argparse.Namespace, state: Any) -> bool:
     """Whether a run is complete: processes launched together wait until it is, a share of --shard says what is missing."""
     if _launched(options, state):
@@ -76,11 +85,11 @@ def out_folder(options: argparse.Namespace) -> Path:
 
 
 def at_least_one(options: argparse.Namespace, *names: str) -> None:
-    """Counts must be positive.
+    """Counts must be positive, where they are given.
 
     Raises:
         ValueError: one is not.
     """
     for name in names:
-        if getattr(options, name) < 1:
+        if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}.")

@@ -1,18 +1,25 @@
-"""What whole-vocabulary distributions say, without keeping them: top tokens, entropy, and where given tokens stand.
+"""How the residual stream is read through the vocabulary: the one path of every lens, trajectory, margin and score.
 
-1. Norm a chunk of vectors with the model's own final norm, and multiply by W_U in float32 (half-precision
-   weights are widened a block of words at a time) into slabs of words, which every chunk uses again.
+`readout` keeps of every whole-vocabulary distribution what is asked for: top tokens, entropy, and where given tokens stand.
+`logits_of` keeps all of it, for the few vectors of a trajectory. Both:
+
+1. Norm a chunk of vectors with the model's own final norm, in its own dtype, and multiply by W_U in float32
+   (half-precision weights are widened a block of words at a time; a product in half precision would tie words that
+   are not tied) into slabs of words, which every chunk uses again. Other TransformerLens models add b_U and what their
+   adapter does to logits (a soft cap, a scale).
 2. Of every slab z, a few rows at a time so that they stay in the processor's cache: the largest logit of every
    block of 64 words; m = max z, S = Σ exp(z−m), E = Σ exp(z−m)(z−m); how many logits are above a target's.
    The top k are in the k blocks with the largest maxima, ties to the lowest id.
 3. The slabs joined: m = max mᵢ, S = Σ exp(mᵢ−m) Sᵢ, E = Σ exp(mᵢ−m) (Eᵢ + (mᵢ−m) Sᵢ), ranks summed.
    log p = z − m − log S, and entropy = log S − E / S, nats. A token's rank is the number of words with a larger logit.
 
-`logit_readout` of TransformerLens gives the same numbers for any model and is used for every model but ours.
+A model that cannot be read so (an encoder, a head between norm and unembedding) is refused by TransformerLens's `logit_readout`.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -24,7 +31,7 @@ from tqdm.auto import tqdm
 from transformer_lens.tools.analysis import logit_readout
 
 from hooked_qwen2vl import HookedQwen2VL
-from hooked_qwen2vl.devices import finite
+from hooked_qwen2vl.overflow import finite
 
 BLOCK = 64  # words whose largest logit is kept
 SLAB = 32768  # words whose logits lie together, filled up to whole blocks; 16 MB for 128 rows
@@ -41,6 +48,7 @@ class Readout:
         probs: [row k] their probabilities.
         entropy: [row] nats.
         target_probs: [row target]; target_ranks: [row target], 0 the most probable.
+        target_log_probs: [row target] nats; finite also where the probability is too small for a float32.
     """
 
     ids: Int[Tensor, "row k"]
@@ -48,6 +56,7 @@ class Readout:
     entropy: Float[Tensor, "row"]
     target_probs: Float[Tensor, "row target"]
     target_ranks: Int[Tensor, "row target"]
+    target_log_probs: Float[Tensor, "row target"]
 
 
 @torch.no_grad()
@@ -81,6 +90,41 @@ def readout(
     return Readout(*(torch.cat(column).cpu() for column in zip(*parts)))
 
 
+@torch.no_grad()
+def logits_of(model: Any, vectors: Float[Tensor, "*axes d_model"], chunk_size: int = 128) -> Float[Tensor, "*axes d_vocab"]:
+    """All logits of vectors of the residual stream, float32 on the CPU: 4 bytes × words for each vector.
+
+    Args:
+        vectors: un-normed.
+    """
+    rows = vectors.flatten(0, -2)
+    logits = _Logits(model, min(chunk_size, len(rows)))
+    parts = []
+    for chunk in rows.split(chunk_size):
+        logits.compute(chunk)
+        parts.append(torch.cat([slab.z[:, : slab.n_words] for slab in logits.slabs(len(chunk))], dim=-1).cpu())
+    return torch.cat(parts).unflatten(0, vectors.shape[:-1])
+
+
+def final_norm(model: Any, vectors: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_model"]:
+    """The vectors through the model's own final norm, in its own dtype; as they are where it has none."""
+    vectors = vectors.to(model.W_U.device, model.W_U.dtype)
+    if getattr(model.cfg, "normalization_type", None) is None:
+        return vectors
+    return finite(model.ln_final(vectors[None])[0], "ln_final")
+
+
+def characters(model: Any, ids: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
+    """(the text of token ids, which of its characters each token is, or is a part of: from, to)."""
+    text, spans, before = model.tokenizer.decode(ids), [], 0
+    for n in range(1, len(ids) + 1):
+        so_far = model.tokenizer.decode(ids[:n])
+        agreed = len(os.path.commonprefix((text, so_far)))  # a character that is not whole yet shows as another
+        spans.append((before, min(len(text), agreed + (len(so_far) > agreed))))
+        before = agreed
+    return text, spans
+
+
 @dataclass(frozen=True)
 class _Slab:
     """Logits of a stretch of words for the rows of a chunk.
@@ -101,6 +145,10 @@ class _Logits:
     def __init__(self, model: Any, n_rows: int):
         self.model = model
         self.n_words, self.device = model.W_U.shape[1], model.W_U.device
+        self.bias = model.b_U if bool(model.b_U.any()) else None
+        self.transform = getattr(getattr(model, "adapter", None), "apply_output_logits_transform", None)
+        if not isinstance(model, HookedQwen2VL):
+            logit_readout(model, model.W_U.new_zeros(1, model.W_U.shape[0]), targets=[0])  # refuses what cannot be read so
         self.buffers = []
         for start in range(0, self.n_words, SLAB):
             n = min(SLAB, self.n_words - start)
@@ -113,17 +161,8 @@ class _Logits:
         return [_Slab(z[:n_rows], start, min(SLAB, self.n_words - start)) for z, start in zip(self.buffers, starts)]
 
     def compute(self, vectors: Float[Tensor, "row d_model"]) -> None:
-        """Fills the buffers."""
-        if isinstance(self.model, HookedQwen2VL):
-            return self._unembed(vectors)
-        read = logit_readout(self.model, vectors, return_type="log_probs", chunk_size=len(vectors))
-        for slab in self.slabs(len(vectors)):
-            slab.z[:, : slab.n_words] = read.values[:, slab.start : slab.start + slab.n_words]
-
-    def _unembed(self, vectors: Float[Tensor, "row d_model"]) -> None:
-        """In float32 also from half-precision weights: exact products, and on many CPUs several times faster."""
-        W_U = self.model.W_U
-        normalized = finite(self.model.ln_final(vectors[None].to(W_U.device, W_U.dtype))[0], "ln_final")
+        """Fills the buffers, in float32 also from half-precision weights: exact products, and on many CPUs several times faster."""
+        W_U, normalized = self.model.W_U, final_norm(self.model, vectors)
         narrow = W_U.dtype not in (torch.float32, torch.float64)
         normalized = normalized.float() if narrow else normalized
         step = WIDENED if narrow else SLAB
@@ -135,6 +174,10 @@ class _Logits:
                 torch.mm(normalized, weight, out=out)
             else:
                 out.copy_(normalized @ weight)
+            if self.bias is not None:
+                out += self.bias[start : start + step]
+            if self.transform is not None:
+                out.copy_(self.transform(out))
 
     def _widened(self, weight: Float[Tensor, "d_model word"]) -> Float[Tensor, "d_model word"]:
         return self._room[: weight.shape[1]].copy_(weight.T).T
@@ -155,9 +198,9 @@ def _summary(slabs: list[_Slab], targets: Int[Tensor, "row target"], top_k: int)
     total = (scale * totals).sum(0)
     entropy = total.log() - (scale * (weighted + shift * totals)).sum(0) / total
     values, ids = torch.cat(values, -1), torch.cat(ids, -1)  # of equal values, the lower id comes first
-    best = _first(values, top_k)
-    probs, target_probs = ((z - top[:, None]).exp() / total[:, None] for z in (values.gather(-1, best), at_targets))
-    return ids.gather(-1, best), probs, entropy, target_probs, larger.sum(0).long()
+    best = largest(values, top_k)
+    log_probs, target_log_probs = (z - top[:, None] - total.log()[:, None] for z in (values.gather(-1, best), at_targets))
+    return ids.gather(-1, best), log_probs.exp(), entropy, target_log_probs.exp(), larger.sum(0).long(), target_log_probs
 
 
 def _at(slabs: list[_Slab], ids: Int[Tensor, "row n"]) -> Float[Tensor, "row n"]:
@@ -197,12 +240,12 @@ def _few_rows(
 def _top_ids(z: Float[Tensor, "row word"], maxima: Float[Tensor, "row block"], top_k: int) -> Int[Tensor, "row k"]:
     """The k largest of each row. A word of the top k whose block were not among the k first would have k better
     words before it, one in each of those."""
-    blocks = _first(maxima, min(top_k, maxima.shape[1])).sort(-1).values
+    blocks = largest(maxima, min(top_k, maxima.shape[1])).sort(-1).values
     ids = (blocks[..., None] * BLOCK + torch.arange(BLOCK, device=z.device)).flatten(1)
-    return ids.gather(-1, _first(z.gather(-1, ids), top_k))
+    return ids.gather(-1, largest(z.gather(-1, ids), top_k))
 
 
-def _first(values: Float[Tensor, "row n"], k: int) -> Int[Tensor, "row k"]:
+def largest(values: Float[Tensor, "row n"], k: int) -> Int[Tensor, "row k"]:
     """Where the k largest are, the largest first; of equal ones the first, which only a sort of all can tell."""
     top = values.topk(k, dim=-1)
     tied = ((values >= top.values[:, -1:]).sum(-1) != k) | (top.values.diff(dim=-1) == 0).any(-1)

@@ -21,7 +21,6 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -29,7 +28,7 @@ import pandas as pd
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
 from analyses.common.result import Result
-from analyses.data.examples import Example, examples
+from analyses.data.examples import Example, examples, spread
 
 YES_NO, EXACT, OBJECTS, NEEDS_A_JUDGE = "yes/no", "exact", "objects", "needs a judge"
 HQH_TYPES = ("ocr", "action", "attribute", "comparison", "count", "environment", "existence", "relation")
@@ -84,15 +83,9 @@ class Benchmark(list[Question]):
         super().__init__(items)
         self.problems = tuple(problems)
 
-    def spread(self, limit: int | None) -> Benchmark:
-        """The first `limit` questions, categories in turn: files are often sorted by category."""
-        if limit is None or limit >= len(self):
-            return self
-        groups: dict[str, list[Question]] = {}
-        for item in self:
-            groups.setdefault(item.category, []).append(item)
-        turns = (item for turn in zip_longest(*groups.values()) for item in turn if item is not None)
-        return Benchmark([item for item, _ in zip(turns, range(limit))], self.problems)
+    def spread(self, limit: int | None, seed: int = 0) -> Benchmark:
+        """`limit` questions, categories in turn: files are often sorted by category (see `examples.spread`)."""
+        return Benchmark(spread(self, limit, seed), self.problems)
 
 
 # ---- loaders ----------------------------------------------------------------------------------------

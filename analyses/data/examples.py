@@ -8,15 +8,21 @@ A data set is named by a string:
 
 A line: {"image": "a.png" (or "images": [...]), "question": "...", "answer": "...", and optionally "id", "domain",
 "category", "candidates": ["red", "blue"]}.
+
+A limit takes questions of every domain and category in turn, drawn by a seed: files are often sorted by them. What it
+leaves out is said in a warning (`LeftOut`). A larger limit adds questions, it changes none.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from hooked_qwen2vl.image_hash import image_hash
@@ -24,6 +30,11 @@ from hooked_qwen2vl.scenes import sample
 
 LINES = "questions.jsonl"
 _CHUNK = 50
+_SHOWN = 12  # groups that a warning names
+
+
+class LeftOut(UserWarning):
+    """A limit has left questions out."""
 
 
 @dataclass(frozen=True)
@@ -56,27 +67,85 @@ def image_key(example: Example) -> str:
     return " ".join(names) or example.id
 
 
-def examples(data: str | Path = "scenes", limit: int | None = None, split: str = "test", seed: int = 0) -> Iterator[Example]:
+def examples(
+    data: str | Path | Iterable[Example] = "scenes", limit: int | None = None, split: str = "test", seed: int = 0
+) -> Iterator[Example]:
     """The questions of a data set, one by one; images of folders stay on disk until they are opened.
 
     Args:
-        data: as above. "scenes" has no end of its own: without a limit, 1,000 are made.
+        data: as above, or questions themselves (with a limit they are gone through to their end: the limit is spread
+            over all of them). "scenes" has no end of its own: without a limit, 1,000 are made.
+        limit: how many, spread over domains and categories (`spread`).
         split: of the embedded world, where `data` does not name it.
+        seed: of the embedded world, or of what the limit draws.
     Raises:
         ValueError: no such data, a line that is not as described (its file and number are named), or nothing there.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}.")
+    if not isinstance(data, (str, Path)):
+        yield from data if limit is None else spread(data, limit, seed)
+        return
     data = str(data)
     if data.split(":")[0] == "scenes" and not Path(data).exists():
         yield from _scenes(data.partition(":")[2] or split, 1000 if limit is None else limit, seed)
         return
-    found = islice(_files(Path(data)), limit)
+    stream = _files(Path(data))
+    found = stream if limit is None else iter(spread(stream, limit, seed))
     first = next(found, None)
     if first is None:
         raise ValueError(f"{data} has no questions.")
     yield first
     yield from found
+
+
+def spread(items: Iterable[Any], limit: int | None, seed: int = 0) -> list[Any]:
+    """`limit` of the items, as `in_turn` has them, with a warning that says what was left out; all as they are, where the
+    limit is None or leaves none out."""
+    items = list(items)
+    if limit is None or limit >= len(items):
+        return items
+    kept = in_turn(items, seed)[:limit]
+    warnings.warn(f"a limit leaves questions out: {_shares(items, kept)}.", LeftOut, stacklevel=2)
+    return kept
+
+
+def in_turn(items: Iterable[Any], seed: int = 0) -> list[Any]:
+    """The items, domains in turn, and in each its categories in turn; within these in an order that the seed draws."""
+    groups: dict[str, dict[str, list]] = {}
+    for item in items:
+        groups.setdefault(item.domain, {}).setdefault(item.category, []).append(item)
+    for domain, kinds in groups.items():
+        for kind, some in kinds.items():
+            Random(f"{seed} {domain} {kind}").shuffle(some)
+    return _turns(_turns(kinds.values()) for kinds in groups.values())
+
+
+def _turns(groups: Iterable[Sequence[Any]]) -> list[Any]:
+    return [item for turn in zip_longest(*groups) for item in turn if item is not None]
+
+
+def _shares(items: Sequence[Any], kept: Sequence[Any]) -> str:
+    """"150 of 960 are kept: cats 50 of 320, charts 50 of 320, dogs 50 of 320"."""
+    by = "domain" if len({item.domain for item in items}) > 1 else "category"
+    there, here = (Counter(getattr(item, by) or "none" for item in some) for some in (items, kept))
+    lines = [f"{name} {here[name]} of {n}" for name, n in there.items()]
+    rest = f", and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+    groups = f" ({by}: {', '.join(lines[:_SHOWN])}{rest})" if len(lines) > 1 else ""
+    return f"{len(kept)} of {len(items)} are kept{groups}"
+
+
+def in_batches(stream: Iterable[Any], size: int) -> Iterator[tuple[Any, ...]]:
+    """The stream's elements, `size` at a time.
+
+    Raises:
+        ValueError: a size below 1.
+    """
+    if size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {size}.")
+    stream = iter(stream)
+    while batch := tuple(islice(stream, size)):
+        yield batch
 
 
 def _scenes(split: str, n: int, seed: int) -> Iterator[Example]:

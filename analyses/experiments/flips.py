@@ -1,40 +1,29 @@
-"""The questions of this package asked of a whole data set: where do answers flip, which positions and flows carry them?
+"""Where do answers flip between layers, and which components make the flips?
 
-1. `flip_study`: trajectories of every prompt; every eligible flip (METHODS 2) is attributed and tested by ablation
-   beside random components.
-2. `locality_study`: a patching sweep for each counterfactual pair. Fixed beforehand: the position with the highest
-   recovery averaged over layers 0…L/4 should lie on the changed object's patches.
-3. `knockout_study`: attention knockout of the flows image → last, image → question, and the object's patches beside as
-   many other patches, over windows of layers.
+Trajectories of every prompt of a data set; every eligible flip (METHODS 2) is attributed and tested by ablation beside
+random components.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from random import Random
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
-from torch import Tensor
-from tqdm.auto import tqdm
 
 from analyses.common.result import Result
-from analyses.common.statistics import cluster_codes, n_different, share_interval, standard_error
-from analyses.counterfactuals import Pair, changed_positions
+from analyses.common.statistics import share_interval
 from analyses.data.examples import Example, image_key
+from analyses.experiments.experiment import Data, Done, Experiment
 from analyses.flip_patching import FlipTest, ablate_flip, attribute_flip
-from analyses.knockout import Knockout, attention_knockout
-from analyses.patching import patch_sweep
-from analyses.runs.engine import read_failures, read_results
-from analyses.runs.files import read_manifest
+from analyses.moved import moved_names
 from analyses.trajectory import answer_trajectory, outcomes_by_category
 from hooked_qwen2vl.image_embeddings import Prefixes
-from hooked_qwen2vl.image_hash import image_hash
+
+__getattr__ = moved_names(__name__)
 
 FLIP = "flip_"  # columns that hold a list, one value a flip
 FLIP_FIGURES = (
@@ -42,7 +31,6 @@ FLIP_FIGURES = (
     "entry_difference_random", "final_difference", "final_difference_ablated", "final_difference_random",
     "removed", "removed_by_random", "reversed", "reversed_by_random",
 )  # fmt: skip
-SPANS = ("changed object", "rest of the image", "question", "template after it", "last")
 
 
 @dataclass(frozen=True)
@@ -128,41 +116,58 @@ class FlipStudy(Result):
         return trajectories_plot(self.prompts, self.by_category(), path)
 
 
+class FlipExperiment(Experiment):
+    """A row a question that can be followed: `flip_row`."""
+
+    name = "flips"
+
+    def __init__(self, model: Any, n_components: int = 2, n_random: int = 10, seed: int = 0):
+        super().__init__(model, {"components": n_components, "random": n_random}, seed)
+        self.encode = Prefixes(model)
+
+    def __call__(self, batch: Sequence[Example]) -> Iterator[dict[str, Any]]:
+        options = self.settings["components"], self.settings["random"], self.seed
+        rows = (flip_row(self.model, example, *options, self.encode) for example in batch)
+        return (row for row in rows if row is not None)
+
+    @staticmethod
+    def result(done: Done) -> FlipStudy:
+        return FlipStudy.from_rows(done.rows, len(done.ids) - done.failed - len(done.rows))
+
+
 def flip_study(
-    model: Any, examples: Iterable[Example], n_components: int = 2, n_random: int = 10, seed: int = 0, progress: bool = True
-) -> FlipStudy:
+    model: Any,
+    examples: Data,
+    n_components: int = 2,
+    n_random: int = 10,
+    seed: int = 0,
+    progress: bool = True,
+    *,
+    out: str | Path | None = None,
+    batch_size: int = 8,
+    shard: tuple[int, int] | None = None,
+) -> FlipStudy | None:
     """Follows every answer that has candidates; attributes and tests every eligible flip.
 
+    Args:
+        n_components, n_random: components to ablate for a flip, and random draws of as many beside them.
+        out, batch_size, shard: a run in a folder, and its share (see `Experiment.run`); questions share no forward.
+    Returns:
+        None while parts of `out` that belong to other shares are missing.
     Raises:
         ValueError: no question could be followed.
     """
-    prefixes = Prefixes(model)
-    stream = tqdm(examples, desc="flips", unit="prompt", disable=not progress, delay=2)
-    rows = [flip_row(model, example, n_components, n_random, seed, prefixes) for example in stream]
-    followed = [row for row in rows if row is not None]
-    return FlipStudy.from_rows(pd.DataFrame(followed), len(rows) - len(followed))
-
-
-def flip_work(model: Any, n_components: int = 2, n_random: int = 10, seed: int = 0) -> Callable[[list[Example]], Iterator[dict]]:
-    """The same as the work of a run over a data set (`runs.run`): a row a question that can be followed."""
-    prefixes = Prefixes(model)
-
-    def work(batch: list[Example]) -> Iterator[dict]:
-        rows = (flip_row(model, example, n_components, n_random, seed, prefixes) for example in batch)
-        return (row for row in rows if row is not None)
-
-    return work
+    experiment = FlipExperiment(model, n_components, n_random, seed)
+    return experiment.run(examples, out, batch_size=batch_size, shard=shard, progress=progress)
 
 
 def read_flip_study(out: str | Path) -> FlipStudy:
-    """The study that a run with `flip_work` has written.
+    """The study that `flip_study` has written to a folder, without the model.
 
     Raises:
         ValueError: no run there, one that is not finished, or no question could be followed.
     """
-    rows = read_results(out)
-    skipped = read_manifest(out)["data"]["questions"] - len(rows) - len(read_failures(out))
-    return FlipStudy.from_rows(rows.drop(columns="item"), skipped)
+    return FlipExperiment.read(out)
 
 
 @torch.no_grad()
@@ -196,129 +201,3 @@ def flip_row(
 def _test_row(test: FlipTest) -> dict[str, Any]:
     entry, final = test.random.mean(0).tolist()
     return {**test.summary(), "entry_difference_random": entry, "final_difference_random": final}
-
-
-@dataclass(frozen=True)
-class LocalityStudy(Result):
-    """Patching sweeps of many counterfactual pairs.
-
-    Attributes:
-        hits: [pair] whether the best position lies on the changed object. chance: [pair] share of the prompt's
-            positions that do; image_chance: the same among the image's tokens only.
-        spans: [pair layer span] recovery of the named SPANS, patched whole.
-        early: how many layers the best position is averaged over.
-        skipped: pairs whose change covers the whole image (its background), where no place could be missed.
-        images: [pair] the clean image, the same for pairs made from one; () where each pair has its own.
-        model_name.
-    """
-
-    hits: tuple[bool, ...]
-    chance: tuple[float, ...]
-    image_chance: tuple[float, ...]
-    spans: Float[Tensor, "pair layer span"]
-    categories: tuple[str, ...]
-    early: int
-    skipped: int
-    model_name: str
-    images: tuple[str, ...] = ()
-
-    def summary(self) -> dict[str, float]:
-        """Share of hits with its 95 % interval, which resamples clean images with all their pairs, and chance beside it."""
-        share, low, high = share_interval(self.hits, self.images or None)
-        n_images = n_different(cluster_codes(self.images or None, len(self.hits)))
-        return {"pairs": len(self.hits), "images": n_images, "hits": sum(self.hits), "share": share, "low": low, "high": high,
-                "chance": float(np.mean(self.chance)), "chance_in_image": float(np.mean(self.image_chance))}  # fmt: skip
-
-    def to_dataframe(self) -> pd.DataFrame:
-        """Mean recovery by layer and span, with its standard error over clean images (with all their pairs)."""
-        n, mean = len(self.spans), self.spans.mean(0)
-        return pd.DataFrame(
-            {"layer": layer, "span": span, "recovery": float(mean[layer, i]),
-             "standard_error": standard_error(self.spans[:, layer, i].numpy(), self.images or None), "pairs": n}
-            for layer in range(self.spans.shape[1])
-            for i, span in enumerate(SPANS)
-        )  # fmt: skip
-
-    def plot(self, path: Any = None) -> Any:
-        """Recovery by layer, one line a span: how the answer's information moves."""
-        from analyses.views.experiments import locality_plot
-
-        return locality_plot(self, path)
-
-
-def locality_study(model: Any, pairs: Iterable[Pair], batch_size: int = 32, progress: bool = True) -> LocalityStudy:
-    """Sweeps `resid_pre` for every pair: each position over the early layers, each span over all layers.
-
-    Raises:
-        ValueError: no pair to patch.
-    """
-    early = model.cfg.n_layers // 4 + 1  # layers 0…L/4
-    hits, chance, image_chance, spans, categories, images, skipped = [], [], [], [], [], [], 0
-    for pair in tqdm(pairs, desc="locality", unit="pair", disable=not progress, delay=2):
-        rows = _spans(pair)
-        if not rows[SPANS[1]]:
-            skipped += 1
-            continue
-        prompts, gap = (model, pair.clean, pair.corrupted, pair.metric), pair.clean_difference - pair.corrupted_difference
-        options = {"batch_size": batch_size, "progress": False}
-        sweep = patch_sweep(*prompts, layers=range(early), **options)
-        best = int(sweep.values[..., 0].mean(0).argmax())
-        hits.append(best in pair.on_boxes.tolist())
-        chance.append(len(pair.on_boxes) / pair.clean.shape[1])
-        image_chance.append(len(pair.on_boxes) / len(pair.clean.positions("image")))
-        sweep = patch_sweep(*prompts, positions=rows, **options)
-        spans.append((sweep.values[..., 0] - pair.corrupted_difference) / gap)
-        categories.append(pair.source.category)
-        images.append(image_hash(pair.source.clean))
-    if not hits:
-        raise ValueError("there is no pair to patch: check_pairs kept none, or each changes the whole image.")
-    return LocalityStudy(
-        *(tuple(values) for values in (hits, chance, image_chance)), torch.stack(spans), tuple(categories), early,
-        skipped, str(model.cfg.model_name), tuple(images),
-    )  # fmt: skip
-
-
-def _spans(pair: Pair) -> dict[str, list[int]]:
-    """Positions of SPANS."""
-    inputs, own = pair.clean, sorted(set(pair.on_boxes.tolist()) | set(changed_positions(pair.clean, pair.corrupted).tolist()))
-    question = inputs.positions("question").tolist()
-    last = inputs.shape[1] - 1
-    rest = [place for place in inputs.positions("image").tolist() if place not in own]
-    template = [place for place in inputs.positions("template").tolist() if question[-1] < place < last]
-    return dict(zip(SPANS, (own, rest, question, template, [last])))
-
-
-@torch.no_grad()
-def knockout_study(
-    model: Any, examples: Iterable[Example], window: int | None = None, seed: int = 0, progress: bool = True
-) -> Knockout:
-    """Blocks flows for every item whose objects are known and whose answer is right and a single token.
-
-    Flows: image → last, image → question, question → last, and to everything after the image: the object's patches, and
-    as many other patches of the image drawn at random.
-
-    Raises:
-        ValueError: no item could be used.
-    """
-    done: list[Knockout] = []
-    for example in tqdm(examples, desc="knockout", unit="item", disable=not progress, delay=2):
-        things = example.item.depends_on if example.item is not None else ()
-        inputs = model.encode(model.to_inputs(example.question, images=list(example.images)))
-        image = inputs.positions("image").tolist()
-        own = sorted({place for thing in things for place in inputs.positions(thing.box).tolist()})
-        others = [place for place in image if place not in own]
-        tokens = model.tokenizer(example.answer, add_special_tokens=False)["input_ids"]
-        if not own or len(own) > len(others) or len(tokens) != 1:
-            continue
-        after = list(range(image[-1] + 1, inputs.shape[1]))
-        control = sorted(Random(f"{seed} {example.id}").sample(others, len(own)))
-        flows = {
-            "image → last": ("image", "last"),
-            "image → question": ("image", "question"),
-            "question → last": ("question", "last"),
-            "object → all after": (own, after),
-            "as many other patches → all after": (control, after),
-        }
-        one = attention_knockout(model, inputs, tokens, flows, window, progress=False)
-        done.append(replace(one, images=(image_key(example),) * len(one.baseline)))
-    return Knockout.join(done)

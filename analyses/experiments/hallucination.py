@@ -11,9 +11,6 @@
 
 Flipping the sign sets a noun's "yes" and "no" answers apart before anything is compared. So these are also reported
 apart ("existence: said no"), and "all, within categories" compares only answers of one category that said the same.
-
-In memory: `detect_hallucinations`. Over thousands of questions, in a folder that can be gone on with: a run
-(`analyses.runs.engine.run`) with `hallucination_work`, read with `read_hallucinations`.
 """
 
 from __future__ import annotations
@@ -21,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -37,13 +35,14 @@ from analyses.common.result import Result
 from analyses.common.statistics import detection, within
 from analyses.contextual_lens import LayerSweep, default_layers, sweep_layers, word_spans
 from analyses.data.benchmarks import OBJECTS, Question, judge, mentions, parse_yes_no
-from analyses.data.examples import image_key
-from analyses.domain_neurons import in_batches
-from analyses.runs.engine import describe_model, read_results
-from analyses.runs.files import PLAN, read_manifest
+from analyses.data.examples import image_key, in_batches
+from analyses.experiments.experiment import Done, Experiment
+from analyses.moved import moved_names
 from hooked_qwen2vl.image_embeddings import Prefixes
 from hooked_qwen2vl.image_hash import image_hash
 from hooked_qwen2vl.processor import open_image
+
+__getattr__ = moved_names(__name__)
 
 CONTROL = "contextual_control"
 ALL, WITHIN = "all", "all, within categories"
@@ -220,6 +219,56 @@ class Hallucinations(Result):
         yield ALL, self.judged
 
 
+class HallucinationExperiment(Experiment):
+    """A row a claim, with what it says and its scores.
+
+    Args:
+        methods: of `answer_scores.SCORES`; None takes all.
+        vocabulary: word -> object, for captions (`benchmarks.read_synonyms`).
+        image_layer, text_layer: lens entries of the contextual lens (see `choose_layers`); None takes its defaults.
+    Raises:
+        ValueError: an unknown method or layer; (when called) a question without image, or captions without a vocabulary.
+    """
+
+    name = "hallucination"
+
+    def __init__(
+        self,
+        model: Any,
+        methods: Sequence[str] | None = None,
+        vocabulary: Mapping[str, str] | None = None,
+        max_new_tokens: int = 32,
+        image_layer: int | None = None,
+        text_layer: int | None = None,
+    ):
+        words = None if vocabulary is None else hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()[:16]
+        self.layers = default_layers(model, image_layer, text_layer)
+        settings = {"methods": list(_methods(methods)), "vocabulary": words, "max_new_tokens": max_new_tokens}
+        super().__init__(model, settings | dict(zip(("image_layer", "text_layer"), self.layers)))
+        self.vocabulary, self.encode = vocabulary, Prefixes(model)
+
+    def asked(self, data: Iterable[Question]) -> Iterator[Asked]:
+        return with_controls(data)
+
+    @torch.no_grad()
+    def __call__(self, batch: Sequence[Asked]) -> Iterator[dict[str, Any]]:
+        if blind := [item.source or item.id for item in batch if not item.images]:
+            raise ValueError(f"{blind[0]} has no image: pass images=.")
+        answers = generate_answers(self.model, batch, self.settings["max_new_tokens"], self.encode)
+        for item, answer in zip(batch, answers):
+            for claim in claims_of([item], [answer.text], self.vocabulary):
+                scores = score_claim(self.model, claim, self.settings["methods"], item.other, *self.layers, self.encode)
+                yield {**_about(claim), **scores, "cut": answer.cut, "other_tokens": answer.other_tokens}
+
+    @staticmethod
+    def result(
+        done: Done, data: str, judgements: Mapping[str, bool] | None = None, n_boot: int = 1000, seed: int = 0
+    ) -> Hallucinations:
+        claims, settings = _as_claims(done.rows, set(done.ids), judgements), done.settings
+        methods, layers = tuple(settings["methods"]), (settings["image_layer"], settings["text_layer"])
+        return Hallucinations(claims, methods, data, done.model_name, n_boot, seed, weights=done.weights(), layers=layers)
+
+
 def detect_hallucinations(
     model: Any,
     items: Sequence[Question],
@@ -234,95 +283,46 @@ def detect_hallucinations(
     image_layer: int | None = None,
     text_layer: int | None = None,
     batch_size: int = 8,
-) -> Hallucinations:
+    *,
+    out: str | Path | None = None,
+    shard: tuple[int, int] | None = None,
+) -> Hallucinations | None:
     """Answers, judges, scores.
 
     Args:
         data: the data set's name.
-        methods, vocabulary, max_new_tokens, image_layer, text_layer: see `hallucination_work`.
+        methods, vocabulary, max_new_tokens, image_layer, text_layer: see `HallucinationExperiment`.
         judgements: id -> whether right, of a judge outside; they come before the benchmark's own.
         n_boot, seed: of the intervals.
+        out, shard: a run in a folder, and its share (see `Experiment.run`).
+    Returns:
+        None while parts of `out` that belong to other shares are missing.
     Raises:
         ValueError: no items, an item without an image that can be read, judgements of unknown ids, or as
-            `hallucination_work`.
+            `HallucinationExperiment`.
     """
-    work = hallucination_work(model, methods, vocabulary, max_new_tokens, image_layer, text_layer)
-    bar = tqdm(with_controls(items), total=len(items), desc="scoring", unit="question", disable=not progress, delay=2)
-    rows = pd.DataFrame([row for batch in in_batches(bar, batch_size) for row in work(batch)])
-    claims = _as_claims(rows, {item.id for item in items}, judgements)
-    about, layers = describe_model(model), default_layers(model, image_layer, text_layer)
-    return Hallucinations(
-        claims, _methods(methods), data, about["name"], n_boot, seed, weights=about["weights"], layers=layers
-    )
-
-
-def hallucination_work(
-    model: Any,
-    methods: Sequence[str] | None = None,
-    vocabulary: Mapping[str, str] | None = None,
-    max_new_tokens: int = 32,
-    image_layer: int | None = None,
-    text_layer: int | None = None,
-) -> Callable[[Sequence[Asked]], Iterator[dict[str, Any]]]:
-    """What a run does with a batch of `with_controls`' questions: a row a claim, with what it says and its scores.
-
-    Args:
-        methods: of `baselines.SCORES`; None takes all.
-        vocabulary: word -> object, for captions (`benchmarks.read_synonyms`).
-        image_layer, text_layer: lens entries of the contextual lens (see `choose_layers`); None takes its defaults.
-    Raises:
-        ValueError: an unknown method or layer; (when called) a question without image, or captions without a vocabulary.
-    """
-    methods = _methods(methods)
-    layers = default_layers(model, image_layer, text_layer)
-    encode = Prefixes(model)
-
-    @torch.no_grad()
-    def work(batch: Sequence[Asked]) -> Iterator[dict[str, Any]]:
-        if blind := [item.source or item.id for item in batch if not item.images]:
-            raise ValueError(f"{blind[0]} has no image: pass images=.")
-        for item, answer in zip(batch, generate_answers(model, batch, max_new_tokens, encode)):
-            for claim in claims_of([item], [answer.text], vocabulary):
-                scores = score_claim(model, claim, methods, item.other, *layers, encode)
-                yield {**_about(claim), **scores, "cut": answer.cut, "other_tokens": answer.other_tokens}
-
-    return work
-
-
-def run_settings(
-    model: Any,
-    methods: Sequence[str] | None = None,
-    vocabulary: Mapping[str, str] | None = None,
-    max_new_tokens: int = 32,
-    image_layer: int | None = None,
-    text_layer: int | None = None,
-) -> dict[str, Any]:
-    """What decides the rows of `hallucination_work`, with the same arguments, as `runs.run` takes settings.
-
-    Raises:
-        ValueError: an unknown method or layer.
-    """
-    words = None if vocabulary is None else hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()[:16]
-    layers = dict(zip(("image_layer", "text_layer"), default_layers(model, image_layer, text_layer)))
-    return {"methods": list(_methods(methods)), "vocabulary": words, "max_new_tokens": max_new_tokens, **layers}
+    experiment = HallucinationExperiment(model, methods, vocabulary, max_new_tokens, image_layer, text_layer)
+    about = {"data": data, "judgements": judgements, "n_boot": n_boot, "seed": seed}
+    return experiment.run(items, out, batch_size=batch_size, shard=shard, progress=progress, **about)
 
 
 def read_hallucinations(
     out: str | Path, data: str, judgements: Mapping[str, bool] | None = None, n_boot: int = 1000, seed: int = 0
 ) -> Hallucinations:
-    """The result of a run with `hallucination_work`, the parts of all its processes together.
+    """The result that `detect_hallucinations` has written to a folder, without the model.
 
     Args:
         data, judgements, n_boot, seed: as `detect_hallucinations` takes them.
     Raises:
         ValueError: no run there, one that is not finished, nothing to score, or judgements of unknown ids.
     """
-    manifest = read_manifest(out)
-    ids = set(pd.read_parquet(Path(out) / PLAN, columns=["id"])["id"])
-    claims = _as_claims(read_results(out).drop(columns="item"), ids, judgements)
-    settings, about = manifest["settings"], manifest["model"]
-    methods, layers = tuple(settings["methods"]), (settings["image_layer"], settings["text_layer"])
-    return Hallucinations(claims, methods, data, about["name"], n_boot, seed, weights=about["weights"], layers=layers)
+    return HallucinationExperiment.read(out, data=data, judgements=judgements, n_boot=n_boot, seed=seed)
+
+
+def run_settings(*arguments: Any, **more: Any) -> dict[str, Any]:
+    """The settings of `HallucinationExperiment`, which has them itself now."""
+    warnings.warn("run_settings(…) is now HallucinationExperiment(…).settings.", DeprecationWarning, stacklevel=2)
+    return HallucinationExperiment(*arguments, **more).settings
 
 
 def with_controls(items: Iterable[Question]) -> Iterator[Asked]:
@@ -399,7 +399,7 @@ def score_claim(
     """{method: score, …, "refused": ""}; a claim that cannot be scored has no scores, and `refused` says why.
 
     Args:
-        methods: of `baselines.SCORES`.
+        methods: of `answer_scores.SCORES`.
         other: the pictures that the control sees; without them it has no score.
         image_layer, text_layer: of the contextual lens.
         encode: a store of prefixes; None is `model.encode`.
@@ -554,7 +554,7 @@ def _about(claim: Claim) -> dict[str, Any]:
 
 
 def _as_claims(rows: pd.DataFrame, ids: set[str], judgements: Mapping[str, bool] | None) -> pd.DataFrame:
-    """The rows of `hallucination_work` as `Hallucinations.claims`; a judge outside comes before the benchmark."""
+    """The rows of `HallucinationExperiment` as `Hallucinations.claims`; a judge outside comes before the benchmark."""
     if rows.empty:
         raise ValueError("there is nothing to score: no question whose image can be read, or captions that name nothing.")
     judgements = dict(judgements or {})

@@ -21,8 +21,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from analyses.common.result import Result
-from analyses.data.examples import Example, examples
-from analyses.domain_neurons import SITES, in_batches, masks_of, write_weights
+from analyses.data.examples import Example, examples, in_batches
+from analyses.domain_neurons import SITES, masks_of, write_weights
 from hooked_qwen2vl.processor import open_image
 
 
@@ -74,7 +74,7 @@ class TopImages(Result):
 
 @torch.no_grad()
 def top_images(
-    model: Any, neuron: tuple[str, int, int], data: str | Path | Iterable[Example] = "scenes", limit: int | None = 200,
+    model: Any, neuron: tuple[str, int, int], data: str | Path | Iterable[Example] = "scenes", limit: int | None = None,
     n: int = 4, batch_size: int = 8,
 ) -> TopImages:
     """The n images that fire a neuron the most.
@@ -87,10 +87,9 @@ def top_images(
     masks_of(model, [neuron])  # says what is not there
     module, layer, index = neuron
     name = f"{SITES[module].format(layer)}.hook_pre"
-    stream = examples(data, limit) if isinstance(data, (str, Path)) else data
     best: list[tuple[float, int, Example, Tensor]] = []
     number = 0
-    for batch in in_batches((example for example in stream if example.images), batch_size):
+    for batch in in_batches((example for example in examples(data, limit) if example.images), batch_size):
         inputs = model.to_inputs([e.question for e in batch], images=[list(e.images) for e in batch])
         _, cache = model.run_with_cache(inputs, names_filter=[name], return_type=None)
         for row, example in enumerate(batch):

@@ -30,13 +30,15 @@ from transformer_lens.tools.analysis import logit_readout
 
 from analyses.common.result import Result
 from analyses.common.statistics import mean_interval, share_interval
-from analyses.data.examples import Example, image_key
-from analyses.domain_neurons import SITES, DomainNeurons, disable_neurons, hook_sites, in_batches, token_sources
+from analyses.common.sums import Sums
+from analyses.data.examples import Example, examples, image_key, in_batches
+from analyses.domain_neurons import SITES, DomainNeurons, Firings, disable_neurons, firing_terms, hook_sites, token_sources
+from analyses.experiments.experiment import Data, Done, Experiment
 from analyses.logit_lens import residual_stack
-from analyses.runs.engine import read_results
-from analyses.runs.files import read_manifest
-from analyses.runs.sums import add_up, read_sums
+from analyses.moved import moved_names
 from hooked_qwen2vl.image_embeddings import Prefixes
+
+__getattr__ = moved_names(__name__)
 
 ALL = "all"
 NONE = "none"
@@ -44,6 +46,64 @@ FIRING, EFFECT = "firing", "effect"
 RANDOM, RANDOM_RATE, RANDOM_EFFECT = "random", "random, same rate", "random for effect"
 CONTROLS = {FIRING: (RANDOM, RANDOM_RATE), EFFECT: (RANDOM_EFFECT,)}
 _SPARE_TOKENS = 2  # past the right answer's length: its end token, and a full stop before it
+
+
+# ---- counting ---------------------------------------------------------------------------------------
+
+
+class FiringExperiment(Experiment):
+    """A batch's firings, as terms of a sum: `firing_terms`."""
+
+    name = "neurons: firings"
+    summed = by_domain = True
+
+    def __init__(self, model: Any, generate: int = 0, modules: Sequence[str] | None = None):
+        super().__init__(model, {"generate": generate, "modules": _listed(modules)})
+        self.terms_of = firing_terms(model, generate, modules)
+
+    def __call__(self, batch: Sequence[Example]) -> Iterator[dict[str, Any]]:
+        return self.terms_of(batch)
+
+    @staticmethod
+    def result(done: Done) -> Firings:
+        return Firings.from_sums(done.rows, done.model_name)
+
+
+def count_firings(
+    model: Any,
+    data: str | Path | Iterable[Example] = "scenes:train",
+    limit: int | None = None,
+    modules: Sequence[str] | None = None,
+    batch_size: int = 8,
+    generate: int = 0,
+    progress: bool = True,
+    *,
+    out: str | Path | None = None,
+    shard: tuple[int, int] | None = None,
+) -> Firings | None:
+    """The counts of `analyses.domain_neurons.count_firings`, which has the arguments; with `out`, of a run in a folder.
+
+    Args:
+        out, shard: see `Experiment.run`.
+    Returns:
+        None while parts of `out` that belong to other shares are missing.
+    """
+    named = isinstance(data, (str, Path))
+    stream = (lambda: examples(data, limit, "train")) if named else list(examples(data, limit))
+    return FiringExperiment(model, generate, modules).run(stream, out, batch_size=batch_size, shard=shard, progress=progress)
+
+
+def read_firings(out: str | Path) -> Firings:
+    """The counts that `count_firings` has written to a folder, without the model.
+
+    Raises:
+        ValueError: no run there, one that is not finished, or nothing was counted.
+    """
+    return FiringExperiment.read(out)
+
+
+def _listed(names: Sequence[str] | None) -> list[str] | None:
+    return None if names is None else list(names)
 
 
 # ---- test questions ---------------------------------------------------------------------------------
@@ -212,62 +272,82 @@ def random_like(
     return drawn
 
 
-def effect_work(
-    model: Any, modules: Sequence[str] | None = None
-) -> Callable[[Sequence[Example]], Iterator[dict[str, Any]]]:
-    """What a run over a data set does with a batch (`runs.run` with `run_sums.write_sums`): its effects, as terms of a sum.
+class EffectExperiment(Experiment):
+    """A batch's effects, as terms of a sum: an item without an image counts for the tower too, whose neurons do nothing for it.
 
-    Args:
-        modules: as `ablation_effects` takes them.
     Raises:
-        ValueError: (when called) an example without a domain or an answer.
+        ValueError: a module that the model does not have; (when called) an example without a domain or an answer.
     """
-    sites = hook_sites(model, "hook_post", modules)
 
-    def work(batch: Sequence[Example]) -> Iterator[dict[str, Any]]:
+    name = "neurons: effects"
+    summed = by_domain = gradients = True
+
+    def __init__(self, model: Any, modules: Sequence[str] | None = None):
+        super().__init__(model, {"modules": _listed(modules)})
+        self.sites = hook_sites(model, "hook_post", modules)
+        self.widths = {"decoder": model.cfg.text.d_mlp, "vision": model.cfg.vision.d_mlp, "projector": model.cfg.vision.d_merge}
+
+    def __call__(self, batch: Sequence[Example]) -> Iterator[dict[str, Any]]:
         if lacking := [example.id for example in batch if not example.domain or not example.answer]:
             raise ValueError(f"example {lacking[0]} needs a domain and an answer.")
-        inputs = model.to_inputs(
+        inputs = self.model.to_inputs(
             [e.question for e in batch], images=[list(e.images) for e in batch], answers=[e.answer for e in batch]
         )
         first = {example.domain: example.id for example in reversed(batch)}
         domains = list(first)
         of_row = torch.tensor([domains.index(example.domain) for example in batch])
         counts = of_row.bincount(minlength=len(domains)).tolist()
-        for (module, layer), effect in _first_order(model, inputs, sites).items():
-            of_token = of_row.repeat_interleave(inputs.shape[1]) if module == "decoder" else _of_tower(inputs, of_row, module)
-            total = torch.zeros(len(domains), effect.shape[-1], dtype=torch.float64)
-            total.index_add_(0, of_token, effect.double().cpu())
+        effects = _first_order(self.model, inputs, self.sites)
+        for module, layer in self.sites.values():
+            total = torch.zeros(len(domains), self.widths[module], dtype=torch.float64)
+            if (module, layer) in effects:  # the tower does not run where there is no image
+                of_token = of_row.repeat_interleave(inputs.shape[1]) if module == "decoder" else _of_tower(inputs, of_row, module)
+                total.index_add_(0, of_token, effects[module, layer].double().cpu())
             for domain, n, values in zip(domains, counts, total.numpy()):
                 yield {"id": first[domain], "domain": domain, "source": "", "module": module, "layer": layer, "n": n, "values": values}
 
-    return work
+    @staticmethod
+    def result(done: Done, domains: Sequence[str]) -> dict[str, Tensor]:
+        return _effects(done.rows, domains)
 
 
 def ablation_effects(
-    model: Any, data: Iterable[Example], domains: Sequence[str], modules: Sequence[str] | None = None, batch_size: int = 16
-) -> dict[str, Float[Tensor, "domain layer neuron"]]:
+    model: Any,
+    data: Data,
+    domains: Sequence[str],
+    modules: Sequence[str] | None = None,
+    batch_size: int = 16,
+    *,
+    out: str | Path | None = None,
+    shard: tuple[int, int] | None = None,
+) -> dict[str, Float[Tensor, "domain layer neuron"]] | None:
     """First-order loss of log p(answer), in nats, when a neuron is set to 0: the mean over a domain's items of Σ_tokens a·∂log p/∂a.
 
-    The answer is teacher-forced, whole, without its end token. Positive: the neuron helps the domain's answers.
+    The answer is teacher-forced, whole, without its end token. Positive: the neuron helps the domain's answers. An item
+    without an image counts as 0 in the means of tower and projector.
 
+    Args:
+        domains: names, in the order of the result's domain axis.
+        out, shard: a run in a folder, and its share (see `Experiment.run`).
+    Returns:
+        None while parts of `out` that belong to other shares are missing.
     Raises:
         ValueError: an item of another domain, without an answer, or a domain without items.
     """
-    work = effect_work(model, modules)
-    return _effects(add_up(term for batch in in_batches(data, batch_size) for term in work(batch)), domains)
+    experiment = EffectExperiment(model, modules)
+    return experiment.run(data, out, batch_size=batch_size, shard=shard, progress=False, domains=domains)
 
 
 def read_effects(out: str | Path, domains: Sequence[str]) -> dict[str, Float[Tensor, "domain layer neuron"]]:
-    """The effects that a run with `effect_work` has summed, as `ablation_effects` gives them.
+    """The effects that `ablation_effects` has written to a folder, without the model.
 
     Raises:
         ValueError: no run there, one that is not finished, or as `ablation_effects`.
     """
-    return _effects(read_sums(out), domains)
+    return EffectExperiment.read(out, domains=domains)
 
 
-def _effects(sums: Mapping[tuple, tuple[int, Any]], domains: Sequence[str]) -> dict[str, Tensor]:
+def _effects(sums: Sums, domains: Sequence[str]) -> dict[str, Tensor]:
     seen = {domain for domain, *_ in sums}
     if seen != set(domains):
         raise ValueError(f"the items to attribute are of the domains {', '.join(sorted(seen))}, expected {', '.join(domains)}.")
@@ -408,47 +488,82 @@ class Ablations(Result):
         return outcomes[(outcomes["target"] == outcomes["domain"]) | (outcomes["selection"] == NONE)]
 
 
+class AblationExperiment(Experiment):
+    """A row a question and condition. Batches of one domain take the fewest forwards."""
+
+    name = "neurons: ablations"
+    by_domain = True
+    batches_per_part = 1  # a question is answered under every condition
+
+    def __init__(self, model: Any, wanted: Sequence[Condition], crossed: Sequence[str] = (FIRING,)):
+        super().__init__(model, {"conditions": _digest(wanted), "crossed": list(crossed)})
+        self.wanted, self.crossed, self.encode = wanted, crossed, Prefixes(model)
+
+    @torch.no_grad()
+    def __call__(self, batch: Sequence[Example]) -> list[dict[str, Any]]:
+        by_domain = [[e for e in batch if e.domain == domain] for domain in dict.fromkeys(e.domain for e in batch)]
+        encoded = [_encoded(self.model, some, self.encode) for some in by_domain]
+        rows = [row for some in encoded for row in _under_all(self.model, some, self.wanted, self.crossed)]
+        places = {example.id: place for place, example in enumerate(batch)}
+        return sorted(rows, key=lambda row: places[row["id"]])
+
+    @staticmethod
+    def result(done: Done) -> Ablations:
+        if done.rows.empty:
+            raise ValueError("no test question could be answered.")
+        return Ablations(done.rows, done.model_name)
+
+
 @torch.no_grad()
 def ablate(
-    model: Any, batches: Sequence[Batch], wanted: Sequence[Condition], crossed: Sequence[str] = (FIRING,), progress: bool = True
-) -> Ablations:
+    model: Any,
+    data: Sequence[Batch] | Data,
+    wanted: Sequence[Condition],
+    crossed: Sequence[str] = (FIRING,),
+    progress: bool = True,
+    *,
+    out: str | Path | None = None,
+    batch_size: int = 16,
+    shard: tuple[int, int] | None = None,
+) -> Ablations | None:
     """Answers every question untouched, and the questions of each condition's domain with its neurons off.
 
     Args:
+        data: questions; or the batches that `prepare` has made of them, in memory.
         crossed: selections judged on the other domains too, where all modules are off together.
+        out, batch_size, shard: a run in a folder, and its share (see `Experiment.run`).
+    Returns:
+        None while parts of `out` that belong to other shares are missing.
+    Raises:
+        ValueError: prepared batches with `out`, or as `prepare`.
     """
-    bar = tqdm(batches, desc="ablating", unit="batch", disable=not progress, delay=2)
+    if not isinstance(data, Sequence) or not all(isinstance(batch, Batch) for batch in data):
+        experiment = AblationExperiment(model, wanted, crossed)
+        return experiment.run(data, out, batch_size=batch_size, shard=shard, progress=progress)
+    if out is not None or shard is not None:
+        raise ValueError("a run in a folder opens and encodes the questions itself: pass examples, not what prepare made of them.")
+    bar = tqdm(data, desc="ablating", unit="batch", disable=not progress, delay=2)
     rows = [row for batch in bar for row in _under_all(model, batch, wanted, crossed)]
     return Ablations(pd.DataFrame(rows), str(model.cfg.model_name))
 
 
-def ablation_work(
-    model: Any, wanted: Sequence[Condition], crossed: Sequence[str] = (FIRING,)
-) -> Callable[[Sequence[Example]], Iterator[dict[str, Any]]]:
-    """The same as the work of a run over a data set (`runs.run`): a row a question and condition.
-
-    Batches of one domain (`size_by_model(model, by_domain=True)`) take the fewest forwards.
-    """
-    prefixes = Prefixes(model)
-
-    @torch.no_grad()
-    def work(batch: Sequence[Example]) -> list[dict[str, Any]]:
-        by_domain = [[e for e in batch if e.domain == domain] for domain in dict.fromkeys(e.domain for e in batch)]
-        return [row for some in by_domain for row in _under_all(model, _encoded(model, some, prefixes), wanted, crossed)]
-
-    return work
-
-
 def read_ablations(out: str | Path) -> Ablations:
-    """The outcomes that a run with `ablation_work` has written.
+    """The outcomes that `ablate` has written to a folder, without the model.
 
     Raises:
         ValueError: no run there, one that is not finished, or one in which nothing could be answered.
     """
-    outcomes = read_results(out)
-    if outcomes.empty:
-        raise ValueError(f"no test question of the run in {out} could be answered.")
-    return Ablations(outcomes.drop(columns="item"), read_manifest(out)["model"]["name"])
+    return AblationExperiment.read(out)
+
+
+def _digest(wanted: Sequence[Condition]) -> str:
+    """Changes with any neuron that is switched off."""
+    hashed = hashlib.sha256()
+    for condition in wanted:
+        hashed.update(f"{condition.selection} {condition.module} {condition.target} {condition.seed}".encode())
+        for module, mask in condition.masks.items():
+            hashed.update(module.encode() + mask.numpy().tobytes())
+    return hashed.hexdigest()[:16]
 
 
 def _under_all(model: Any, batch: Batch, wanted: Sequence[Condition], crossed: Sequence[str]) -> list[dict]:

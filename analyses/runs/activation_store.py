@@ -18,7 +18,6 @@ one part.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -34,11 +33,11 @@ from analyses.runs.engine import Data, Part, Run, prepare, settled, work_on
 from analyses.runs.files import PLAN, finished_parts, part_path, read_manifest
 from analyses.runs.plan import size_by_model
 from hooked_qwen2vl.image_embeddings import CAPACITY, Prefixes
+from hooked_qwen2vl.segments import is_segment_name
 
 SUFFIX = ".safetensors"
 LABELS = ("item", "position", "token", "is_image", "mrope")
 NOT_ROWS = ("hook_attn_scores", "hook_pattern")
-KEPT = re.compile(r"all|text|image|video|last|system|question|history|template|answer|vision_(start|end)|(image|video)\[\d+\]")
 Which = Literal["all", "image", "text"]
 
 
@@ -73,7 +72,7 @@ def store_activations(
     """
     names = [names] if isinstance(names, str) else list(names)
     _check_names(model, names)
-    if not KEPT.fullmatch(keep):
+    if keep not in ("all", "text") and not is_segment_name(keep):
         raise ValueError(f"keep must be 'all' or a part of the prompt ('image', 'text', 'question', 'last', …), got {keep!r}.")
     stored = model.cfg.dtype if dtype is None else _as_dtype(dtype)
     settings = {
@@ -234,8 +233,8 @@ def _rows_of(
         places = seen.nonzero()[:, 0]
     elif keep in ("image", "text"):
         places = (seen & ((inputs.token_types[row] > 0) == (keep == "image"))).nonzero()[:, 0]
-    elif keep == "last" or any(name == keep or name.startswith(f"{keep}[") for name in inputs.part_names(row)):
-        places = inputs.positions(keep, row).to(seen.device)
+    elif inputs.has_segment(keep, row):
+        places = inputs.resolve(keep, row).to(seen.device)
     else:
         places = torch.zeros(0, dtype=torch.long, device=seen.device)
     first = int(seen.long().argmax())

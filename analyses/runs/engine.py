@@ -374,7 +374,7 @@ def _do_part(
             if example is None or example.id != row.id or digest(example) != row.digest:
                 raise ValueError(f"question {row.item} is not what was planned ({row.id!r}): the data changed meanwhile.")
             try:
-                batch[row.item] = _opened(example)
+                batch[row.item] = opened(example)
             except (ValueError, OSError) as error:
                 part.failures.append(Failure(row.item, row.id, number, str(error)))
         if batch:
@@ -407,7 +407,12 @@ def _do_batch(part: Part, number: int, batch: Mapping[int, Example], work: Calla
         part.results.append((places[row["id"]], row["id"], number, row))
 
 
-def _opened(example: Example) -> Example:
+def opened(example: Example) -> Example:
+    """The question with its images read from their files.
+
+    Raises:
+        ValueError, OSError: an image that cannot be read.
+    """
     if not example.images:
         return example
     from hooked_qwen2vl.processor import open_image

@@ -1,7 +1,6 @@
 """Runs whose result is a sum by domain, not a row a question: counts, and anything else that is added up.
 
-1. `work` gives terms: rows {id, domain, source, module, layer, n, values}, where `values` is an array and `n` what it will be
-   divided by. Their number may be large: a few a batch.
+1. `work` gives terms (`analyses.common.sums`), each with the "id" of a question. They may be large: a few a batch.
 2. A part adds up its own terms, in the order of its batches, and writes the sums.
 3. Reading adds up the parts, in their order. The parts follow from data and settings alone, so that the sums are the same
    to the bit whoever wrote which part; of whole numbers they are exact anyway.
@@ -9,28 +8,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from analyses.common.sums import KEYS, Sums, add_up
 from analyses.runs.engine import Part, Run, read_part, write_rows
 from analyses.runs.files import finished_parts
-
-KEYS = ("domain", "source", "module", "layer")
-Sums = dict[tuple, tuple[int, np.ndarray]]
-
-
-def add_up(terms: Iterable[Mapping[str, Any]]) -> Sums:
-    """(domain, source, module, layer) -> (sum of n, sum of values), in the order of first appearance."""
-    sums: Sums = {}
-    for term in terms:
-        key, values = tuple(term[name] for name in KEYS), np.asarray(term["values"])
-        n, total = sums.get(key, (0, np.zeros_like(values)))
-        sums[key] = n + term["n"], total + values
-    return sums
 
 
 def write_sums(state: Run, number: int, part: Part, file: Path) -> None:

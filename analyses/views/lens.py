@@ -58,7 +58,8 @@ def heat_map(lens: Any, path: str | Path | None = None) -> Figure:
     many = len(lens.positions) > MOST_COLUMNS  # an image's placeholders are all alike
     columns = list(map(str, lens.positions)) if many else [visible(token) for token in lens.prompt_tokens]
     across = "position in the prompt" if many else "position (its own token; the lens reads the next)"
-    words = (f"Logit lens, {lens.model_name}", across, "entry of the residual stream", "probability of the top token")
+    differing = f"; the model's own top token is another at {lens.n_differs}" if lens.n_differs else ""
+    words = (f"Logit lens, {lens.model_name}", across + differing, "entry of the residual stream", "probability of the top token")
     return token_map(lens.top_probs[..., 0].numpy(), tokens, lens.layer_labels, columns, (0, 1), words, path)
 
 

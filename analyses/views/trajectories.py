@@ -16,12 +16,18 @@ _OUTCOMES = {"straight": "#0072b2", "wavered": "#56b4e9", "held then lost": "#d5
 
 
 def trajectory_plot(item: Any, path: str | Path | None = None) -> Figure:
-    """Probability of the answer and of its rival (left axis, 0..1) and entropy (right axis, nats); flips dotted."""
+    """Probability of the answer and of its rival (left axis, 0..1) and entropy (right axis, nats); flips dotted.
+
+    Where the answer is longer than what is followed, the legend says so and the whole answer's probability is drawn too.
+    """
     layers = range(item.n_layers + 1)
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.subplots()
-    axes.plot(layers, item.answer_prob, color=BLUE, marker="o", markersize=3, label=f"answer {visible(item.answer)}")
-    axes.plot(layers, item.rival_prob, color=ORANGE, marker="s", markersize=3, label=f"rival {visible(item.rival)}")
+    axes.plot(layers, item.answer_prob, color=BLUE, marker="o", markersize=3, label=f"answer: {visible(item.label, 40)}")
+    axes.plot(layers, item.rival_prob, color=ORANGE, marker="s", markersize=3, label=f"rival: {visible(item.rival)}")
+    if item.token_log_probs is not None and item.token_log_probs.shape[-1] > 1:
+        axes.plot(layers, item.answer_log_prob.exp(), color=BLUE, linewidth=1, linestyle="--", label=f"all of {visible(item.answer, 30)}")
+    drawn = axes.get_lines()
     for layer in item.flips:
         axes.axvline(layer, color="#444444", linewidth=0.8, linestyle=":" if layer in item.content_flips else (0, (1, 4)))
         axes.text(layer, 1.02, visible(item.top1_tokens[layer], 8), rotation=45, fontsize=6, ha="left", va="bottom")
@@ -32,9 +38,10 @@ def trajectory_plot(item: Any, path: str | Path | None = None) -> Figure:
     right.plot(layers, item.entropy, color="#777777", linewidth=1, linestyle="--", label="entropy")
     right.set_ylabel("entropy (nats)", color="#777777")
     right.set_ylim(bottom=0)
-    lines = [*axes.get_lines()[:2], right.get_lines()[0]]
-    figure.legend(lines, [line.get_label() for line in lines], frameon=False, fontsize=8, loc="outside lower center", ncols=3)
-    figure.titled(f"{line(item.question) or visible(item.answer)}: {item.outcome}")
+    lines = [*drawn, right.get_lines()[0]]
+    figure.legend(lines, [line.get_label() for line in lines], frameon=False, fontsize=8, loc="outside lower center", ncols=2 if item.label != item.answer or len(lines) > 3 else 3)
+    note = "\n(the model's own top token is another)" if item.differs_from_model else ""
+    figure.titled(f"{line(item.question) or visible(item.answer)}: {item.outcome}{note}")
     return figure.saved(path)
 
 

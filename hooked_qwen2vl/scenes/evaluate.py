@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from .batches import IGNORE, Packer
 from .folder import CHECKPOINT
-from .train import forward
+from .forward import forward
 from .world import Item, sample
 
 if TYPE_CHECKING:

@@ -23,7 +23,9 @@ from transformers import Qwen2VLForConditionalGeneration
 
 from ..files import whole_file
 from .batches import IGNORE, Batch, Packer, draw_batch, raise_level, start_levels
+from .card import write_card
 from .folder import CHECKPOINT, build_config, build_tokenizer, save_folder
+from .forward import forward
 from .tower import teach_tower
 from .world import pick_grid
 
@@ -64,21 +66,6 @@ def learning_rate(settings: Settings, step: int, seconds: float) -> float:
     """Warm-up by steps, constant, then linear to 0 over the last part of the time."""
     left = max(0.0, 1 - seconds / (60 * settings.minutes))
     return settings.lr * min(1.0, (step + 1) / settings.warmup) * min(1.0, left / settings.decay)
-
-
-def forward(model: Qwen2VLForConditionalGeneration, batch: Batch) -> torch.Tensor:
-    """[batch pos d_model] normed residual streams of a packed batch."""
-    inner = model.model
-    embeds = inner.language_model.embed_tokens(batch.tokens)
-    image = inner.visual(batch.pixels, grid_thw=batch.grid).pooler_output
-    is_image = batch.tokens[0] == model.config.image_token_id  # every row has the same prefix
-    embeds[:, is_image] = image.view(len(embeds), -1, embeds.shape[-1])
-    return inner.language_model(
-        inputs_embeds=embeds,
-        position_ids=batch.position_ids.expand(3, len(embeds), -1),
-        attention_mask=batch.mask,
-        use_cache=False,
-    ).last_hidden_state
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -215,8 +202,6 @@ def main() -> None:
     state, out, card_only = args.pop("state"), args.pop("out"), args.pop("card_only")
     if not card_only:
         train(Settings(**args), state, out)
-    from .card import write_card
-
     print(write_card(out).to_string())
 
 

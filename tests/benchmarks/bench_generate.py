@@ -81,11 +81,11 @@ def token_by_token(ours, theirs, n: int = 4) -> Pair:
 def tower_runs(model, call, size: str) -> Row:
     """How often the tower runs while decoding, and for how many positions the decoder computes rotations."""
     runs, positions = [], []
-    tower, blocks = model.vision_encoder.forward, model._run_blocks
+    tower, blocks = model.vision_encoder.forward, model.run_blocks
     model.vision_encoder.forward = lambda *args: (runs.append(1), tower(*args))[1]
-    model._run_blocks = lambda residual, *args: (positions.append(residual.shape[1]), blocks(residual, *args))[1]
+    model.run_blocks = lambda residual, *args: (positions.append(residual.shape[1]), blocks(residual, *args))[1]
     call()
-    del model.vision_encoder.forward, model._run_blocks
+    del model.vision_encoder.forward, model.run_blocks
     note = f"positions run, step by step: {positions[0]}, then {sorted(set(positions[1:]))}"
     return Row(5, "runs of the tower in one generation", size, len(runs), "", goal="≤ 1", note=note)
 

@@ -1,0 +1,109 @@
+"""Prompts of any TransformerLens model, looked at in one way: their tokens, their padding, and what a place means."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from hooked_qwen2vl import HookedQwen2VL, Inputs
+from hooked_qwen2vl.geometry import resolve_positions
+
+
+@dataclass(frozen=True)
+class TextPrompt:
+    """What `Inputs` says of a prompt, for a model that has none: tokens, and where they are.
+
+    Attributes:
+        tokens: [batch pos]. attention_mask: [batch pos], 1 where there is a token, 0 where there is padding.
+    """
+
+    tokens: Int[Tensor, "batch pos"]
+    attention_mask: Int[Tensor, "batch pos"]
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.tokens.shape
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def alone(self, row: int, position: int) -> tuple[TextPrompt, int, int]:
+        """(the row without its padding, where the position is in it, its number there)."""
+        real = self.attention_mask[row].bool()
+        tokens = self.tokens[row][real][None]
+        return TextPrompt(tokens, torch.ones_like(tokens)), int(real[:position].sum()), 0
+
+    def resolve(self, where: Any, row: int = 0) -> Int[Tensor, "n"]:
+        """Positions of a place in one row, as `Inputs.resolve`; a text has no segments but `last`, its last token.
+
+        Raises:
+            ValueError: no such row or position, padding, or the name of a segment.
+        """
+        if not -len(self) <= row < len(self):
+            raise ValueError(f"there is no row {row}: the batch has {len(self)}.")
+        real = self.attention_mask[row].bool().cpu().nonzero().flatten()
+        if isinstance(where, (str, tuple)) and where != "last":
+            raise ValueError(f"{where!r} is a part of an Inputs with a processor; a text has 'last', positions, slices and masks.")
+        if isinstance(where, str):
+            return real[-1:]
+        if isinstance(where, Tensor) and where.ndim == 2 and where.shape == self.shape:
+            where = where[row]
+        found = resolve_positions(where, self.shape[1], f"row {row}")
+        padded = ~torch.isin(found, real)
+        if isinstance(where, slice):
+            found, padded = found[~padded], padded[:0]
+        if not len(found):
+            raise ValueError(f"{where!r} selects no token of row {row}, which has {len(real)}.")
+        if bool(padded.any()):
+            raise ValueError(f"position {int(found[padded][0])} of row {row} is padding: its tokens are at {int(real[0])}..{int(real[-1])}.")
+        return found
+
+    def position(self, where: Any, row: int = 0) -> int:
+        """`resolve` of a place that is one position.
+
+        Raises:
+            ValueError: as `resolve`, or it is several.
+        """
+        found = self.resolve(where, row)
+        if len(found) != 1:
+            raise ValueError(f"expected one position, but {where!r} covers {len(found)} of row {row}.")
+        return int(found[0])
+
+
+def as_prompt(model: Any, inputs: Any) -> Inputs | TextPrompt:
+    """What a model is called with, as something that knows its tokens and places.
+
+    Args:
+        inputs: `Inputs`, a string, a list of strings, or token ids [pos] or [batch pos] without padding.
+    """
+    if isinstance(inputs, Inputs):
+        return inputs
+    if isinstance(model, HookedQwen2VL):
+        return model.as_inputs(inputs)
+    if isinstance(inputs, Tensor):
+        tokens = inputs if inputs.ndim == 2 else inputs[None]
+        return TextPrompt(tokens, torch.ones_like(tokens))
+    tokens = model.to_tokens(inputs)
+    return TextPrompt(tokens, _mask(model, tokens, [inputs] if isinstance(inputs, str) else inputs))
+
+
+def _mask(model: Any, tokens: Int[Tensor, "batch pos"], strings: Sequence[str]) -> Int[Tensor, "batch pos"]:
+    """Where each string's own tokens lie in its row: a string that is tokenised alone has no padding."""
+    mask = torch.ones_like(tokens)
+    if len(strings) == 1:
+        return mask
+    for row, string in enumerate(strings):
+        alone = model.to_tokens(string)[0].to(tokens.device)
+        n = len(alone)
+        if torch.equal(tokens[row, :n], alone):
+            mask[row, n:] = 0
+        elif torch.equal(tokens[row, len(tokens[row]) - n :], alone):
+            mask[row, : len(tokens[row]) - n] = 0
+        else:
+            raise ValueError(f"the tokenizer gives {string!r} other tokens in a batch than alone: pass it by itself.")
+    return mask

@@ -1,0 +1,174 @@
+"""A method over a data set: in memory, or in a folder, with one result.
+
+1. An experiment is work (a batch of questions to rows) that knows its name, the settings that decide the rows, and how a
+   result is made of them.
+2. `run(data)` works in memory, and the first error stops it. `run(data, out)` is a run in the folder `out`
+   (`analyses.runs`): it can be killed and started again, processes share it, and questions that fail are recorded.
+3. `read(out)` makes the result of a finished folder again, without the model.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from analyses.common.sums import Sums, add_up
+from analyses.data.examples import Example, in_batches
+from analyses.runs.engine import Run, describe_model, opened, read_failures, read_results, run, wait_for_all
+from analyses.runs.files import PLAN, read_manifest
+from analyses.runs.plan import size_by_model
+from analyses.runs.sums import read_sums, write_sums
+from hooked_qwen2vl.image_embeddings import CAPACITY
+
+Data = Iterable[Example] | Callable[[], Iterable[Example]]
+
+
+@dataclass(frozen=True)
+class Done:
+    """What an experiment has given, wherever it was done.
+
+    Attributes:
+        rows: a table in the order of the data, or sums.
+        ids: of every question that was asked.
+        failed: how many of them have no result (in a folder; `runs.read_failures` gives the reasons).
+        settings: of the experiment.
+        model_name: of the model. weights: gives their hash.
+    """
+
+    rows: pd.DataFrame | Sums
+    ids: tuple[str, ...]
+    failed: int
+    settings: Mapping[str, Any]
+    model_name: str
+    weights: Callable[[], str]
+
+
+class Experiment:
+    """Work on a data set; each experiment says what it does with a batch, and what its rows amount to.
+
+    Attributes:
+        name: of its runs.
+        summed: whether its rows are terms of a sum (`analyses.common.sums`), not kept one by one.
+        by_domain: whether a run's batches are of one domain each.
+        gradients: whether it takes gradients, for the estimate of memory.
+        batches_per_part: batches that a run writes together.
+        model: whose answers, neurons, … it is about.
+        settings: what decides the rows, as JSON can hold it. seed: of a run.
+    """
+
+    name: ClassVar[str]
+    summed: ClassVar[bool] = False
+    by_domain: ClassVar[bool] = False
+    gradients: ClassVar[bool] = False
+    batches_per_part: ClassVar[int] = 4
+
+    def __init__(self, model: Any, settings: Mapping[str, Any], seed: int = 0):
+        self.model, self.settings, self.seed = model, dict(settings), seed
+
+    def __call__(self, batch: Sequence[Example]) -> Iterable[Mapping[str, Any]]:
+        """The rows of some questions, whose images are opened, in their order; each row has the "id" of its question."""
+        raise NotImplementedError
+
+    @staticmethod
+    def result(done: Done, **about: Any) -> Any:
+        """What the rows amount to."""
+        raise NotImplementedError
+
+    def asked(self, data: Iterable[Example]) -> Iterable[Example]:
+        """The questions as they are worked on."""
+        return data
+
+    def run(
+        self,
+        data: Data,
+        /,
+        out: str | Path | None = None,
+        *,
+        batch_size: int = 8,
+        shard: tuple[int, int] | None = None,
+        progress: bool = True,
+        **about: Any,
+    ) -> Any:
+        """The result over a data set; with `out`, of a run in that folder, which goes on where it was stopped.
+
+        Args:
+            data: questions, or a function that gives a fresh iterator over them (a run goes through them twice; an
+                iterator is kept in memory).
+            shard: (k, n) for the k-th of n processes that share the folder, from 0; None asks the launcher (see
+                `runs.this_share`), and processes launched together wait for each other.
+            about: what `result` takes.
+        Returns:
+            None while parts that belong to other shares are missing.
+        Raises:
+            ValueError: a shard without a folder, or as `runs.run`.
+        """
+        if out is None:
+            if shard is not None:
+                raise ValueError(f"shard={shard} is a share of a run in a folder: pass out= too.")
+            return self.result(self._in_memory(data, batch_size, progress), **about)
+        state = self.start(data, out, batch_size=batch_size, shard=shard, progress=progress)
+        if shard is None and not state.complete:
+            wait_for_all(state)
+        elif not state.complete:
+            return None
+        if len(failures := read_failures(out)):
+            first = failures.iloc[0]
+            warnings.warn(
+                f"{len(failures)} questions failed and are not in the result, the first ({first['id']}): {first['error']} "
+                f"(analyses.runs.read_failures({str(out)!r}) has all)",
+                stacklevel=3,
+            )
+        return self.read(out, **about)
+
+    def start(
+        self, data: Data, out: str | Path, *, batch_size: int = 8, shard: tuple[int, int] | None = None,
+        dry_run: bool = False, progress: bool = True,
+    ) -> Run:
+        """Does what is not in the folder yet, or says what would be done (`dry_run`): the run as it stands then."""  # fmt: skip
+        again = data if callable(data) else partial(iter, data if isinstance(data, Sequence) else list(data))
+        return run(
+            self.name, lambda: self.asked(again()), self, out, self.settings, model=self.model,
+            size=size_by_model(self.model, by_domain=self.by_domain), batch_size=batch_size, seed=self.seed, shard=shard,
+            dry_run=dry_run, progress=progress, batches_per_part=self.batches_per_part, prefixes=CAPACITY,
+            gradients=self.gradients, write=write_sums if self.summed else None,
+        )  # fmt: skip
+
+    @classmethod
+    def read(cls, out: str | Path, **about: Any) -> Any:
+        """The result of a finished run.
+
+        Raises:
+            ValueError: no run there, one that is not finished, or of another experiment.
+        """
+        manifest = read_manifest(out)
+        try:
+            rows = read_sums(out) if cls.summed else read_results(out).drop(columns="item")
+            ids = tuple(pd.read_parquet(Path(out) / PLAN, columns=["id"])["id"])
+            model = manifest["model"]
+            done = Done(rows, ids, len(read_failures(out)), manifest["settings"], model["name"], lambda: model["weights"])
+            return cls.result(done, **about)
+        except KeyError as error:
+            raise ValueError(f"{out} holds {manifest['name']!r}, which has no {error}: expected a run of {cls.name!r}.") from error
+
+    def _in_memory(self, data: Data, batch_size: int, progress: bool) -> Done:
+        ids: list[str] = []
+        questions = self.asked(data() if callable(data) else data)
+        bar = tqdm(questions, desc=self.name, unit="question", disable=not progress, delay=2)
+        rows = (row for batch in in_batches(_opened(bar, ids), batch_size) for row in self(batch))
+        gathered = add_up(rows) if self.summed else pd.DataFrame(rows)
+        name = str(self.model.cfg.model_name)
+        return Done(gathered, tuple(ids), 0, self.settings, name, lambda: describe_model(self.model)["weights"])
+
+
+def _opened(data: Iterable[Example], ids: list[str]) -> Iterator[Example]:
+    """The questions, their images opened when it is their turn; their ids are noted."""
+    for example in data:
+        ids.append(example.id)
+        yield opened(example)

@@ -1,0 +1,343 @@
+"""What is where in a prompt: images and videos on their grids, named segments, boxes, and the one meaning of a place.
+
+A *place* is what every analysis takes where it asks for positions (see `Geometry.resolve`). Frames: a box is
+(x0, y0, x1, y1) in original pixels, origin top left; a grid is (t, h, w) in patches, or (rows, cols) in image tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .positions import IMAGE, VIDEO, raster_order
+from .segments import KINDS, PADDING
+
+
+class Box(NamedTuple):
+    """A rectangle of an image, in original pixels, origin top left; any tuple of four numbers is read as one."""
+
+    x0: float
+    y0: float
+    x1: float
+    y1: float
+
+
+_FRAME = re.compile(r"video\[(\d+)\]\.frame\[(\d+)\]")
+Place = str | Box | tuple[float, float, float, float] | int | slice | Sequence[int] | Tensor | np.ndarray
+
+
+@dataclass(frozen=True)
+class Visual:
+    """One image or video of a batch.
+
+    Attributes:
+        row: the prompt it belongs to.
+        kind: IMAGE or VIDEO.
+        grid: (t, h, w) in patches.
+        size: (width, height) in original pixels.
+        merge: side of a merge block, in patches.
+    """
+
+    row: int
+    kind: int
+    grid: tuple[int, int, int]
+    size: tuple[float, float]
+    merge: int
+
+    @property
+    def n_patches(self) -> int:
+        t, h, w = self.grid
+        return t * h * w
+
+    @property
+    def n_tokens(self) -> int:
+        return self.n_patches // self.merge**2
+
+    @property
+    def token_grid(self) -> tuple[int, int, int]:
+        """(t, rows, cols) in image tokens."""
+        t, h, w = self.grid
+        return t, h // self.merge, w // self.merge
+
+    @property
+    def token_size(self) -> tuple[float, float]:
+        """(width, height) of an image token, in original pixels."""
+        _, rows, cols = self.token_grid
+        return self.size[0] / cols, self.size[1] / rows
+
+
+class Geometry:
+    """Mixed into `Inputs`: reads its `tokens`, `attention_mask`, `names` and `visuals`."""
+
+    def has_segment(self, name: str, row: int = 0) -> bool:
+        """Whether the row has a segment of this name; every row has a `last`."""
+        names = self.part_names(row)
+        return name == "last" or name in names or any(part.startswith(f"{name}[") for part in names)
+
+    def resolve(self, where: Place, row: int = 0, image: int = 0) -> Int[Tensor, "n"]:
+        """Positions of a place in one row: the one meaning that all analyses share.
+
+        Args:
+            where: one of
+                - the name of a segment, one of those that partition a row (`system`, `vision_start`, `image[k]`,
+                  `video[k]`, `vision_end`, `question`, `history`, `template`, `answer`, `padding`); `image` or `video` for
+                  all of them; `video[k].frame[t]` (two frames of the video are one here); or `last`, the position that
+                  predicts the first answer token or, without an answer, the next token;
+                - a box: `Box(x0, y0, x1, y1)` or a tuple of four numbers, in original pixels of image `image`: the image
+                  tokens that it overlaps by any area at all;
+                - a position (an int), or several (a list, a range, an integer tensor or array), negative from the end;
+                - a slice of the row (padding is left out), or a mask [pos] (or [batch pos]: this row's).
+            image: which image of the row a box lies in.
+        Raises:
+            ValueError: no such row, segment, image or position; padding; a box that touches no token, reaches out of the
+                image or is in fractions of it; or nothing at all.
+        """
+        row = self._row(row)
+        if isinstance(where, str):
+            return self._positions_of_segment(where, row)
+        if isinstance(where, tuple):
+            return self._positions_of_box(where, row, image)
+        if isinstance(where, (Tensor, np.ndarray)) and where.ndim == 2 and tuple(where.shape) == tuple(self.shape):
+            where = where[row]
+        found = resolve_positions(where, self.shape[1], f"row {row}")
+        seen = self.attention_mask[row].cpu().bool()
+        if isinstance(where, slice):
+            found = found[seen[found]]
+        if not len(found):
+            raise ValueError(f"{_shown(where)} selects no token of row {row}, which has {int(seen.sum())}.")
+        if padded := found[~seen[found]].tolist():
+            first, last = seen.nonzero().flatten()[[0, -1]].tolist()
+            raise ValueError(f"position {padded[0]} of row {row} is padding: its tokens are at {first}..{last}.")
+        return found
+
+    def positions(self, name: Place, row: int = 0, image: int = 0) -> Int[Tensor, "n"]:
+        """`resolve`, under the name it has for segments and boxes."""
+        return self.resolve(name, row, image)
+
+    def span(self, name: Place, row: int = 0, image: int = 0) -> slice:
+        """`resolve` as a slice.
+
+        Raises:
+            ValueError: as `resolve`, or the place is not contiguous.
+        """
+        found = self.resolve(name, row, image).tolist()
+        if found != list(range(found[0], found[-1] + 1)):
+            raise ValueError(f"{name!r} is not contiguous in row {row}: use positions({name!r}, row={row}).")
+        return slice(found[0], found[-1] + 1)
+
+    def position(self, where: Place, row: int = 0) -> int:
+        """`resolve` of a place that is one position.
+
+        Raises:
+            ValueError: as `resolve`, or it is several.
+        """
+        found = self.resolve(where, row)
+        if len(found) != 1:
+            raise ValueError(f"expected one position, but {_shown(where)} covers {len(found)} of row {row}.")
+        return int(found[0])
+
+    @property
+    def image_grids(self) -> Int[Tensor, "image 3"]:
+        """(t, h, w) in patches of each image of the batch."""
+        grids = [visual.grid for visual in self.visuals if visual.kind == IMAGE]
+        return torch.tensor(grids, dtype=torch.long).reshape(-1, 3)
+
+    @property
+    def video_grids(self) -> Int[Tensor, "video 3"]:
+        """(t, h, w) in patches of each video of the batch."""
+        grids = [visual.grid for visual in self.visuals if visual.kind == VIDEO]
+        return torch.tensor(grids, dtype=torch.long).reshape(-1, 3)
+
+    @property
+    def grids(self) -> Int[Tensor, "visual 3"]:
+        """(t, h, w) in patches of each image and video, in the order of `pixels`."""
+        return torch.tensor([visual.grid for visual in self.visuals], dtype=torch.long).reshape(-1, 3)
+
+    @property
+    def labels(self) -> Int[Tensor, "batch pos"] | None:
+        """The answer's tokens, -100 elsewhere; None when no row has an answer."""
+        answer = torch.tensor([[name == "answer" for name in row] for row in self.names], device=self.device)
+        return self.tokens.masked_fill(~answer, -100) if answer.any() else None
+
+    def part_names(self, row: int = 0) -> list[str]:
+        """The names that partition this row (padding left out), in order of appearance."""
+        return list(dict.fromkeys(name for name in self.names[self._row(row)] if name != PADDING))
+
+    def grid(self, row: int = 0, image: int = 0, video: int | None = None) -> tuple[int, int]:
+        """(rows, cols) of an image, or of a video's frame, in image tokens.
+
+        Raises:
+            ValueError: no such row or image.
+        """
+        return self._image_or_video(row, image, video)[1].token_grid[1:]
+
+    def boxes(self, row: int = 0, image: int = 0, video: int | None = None) -> Float[Tensor, "image_token 4"]:
+        """Box (x0, y0, x1, y1) of each token of an image, or of a video's frame, in original pixels; raster order.
+
+        Origin top left. The image is resized to a multiple of the token's side, so the tokens tile it exactly.
+
+        Raises:
+            ValueError: no such row or image.
+        """
+        _, visual = self._image_or_video(row, image, video)
+        (_, rows, cols), (width, height) = visual.token_grid, visual.size
+        row_index, col_index = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")
+        corners = torch.stack((col_index, row_index, col_index + 1, row_index + 1), dim=-1).reshape(-1, 4)
+        return corners.double() * torch.tensor([width / cols, height / rows] * 2, dtype=torch.float64)
+
+    def unpack_image(
+        self, packed: Float[Tensor, "packed ..."], row: int = 0, image: int = 0, video: int | None = None
+    ) -> Float[Tensor, "rows cols ..."]:
+        """One image cut out of an activation of the tower, in raster order; a video gives [t rows cols …].
+
+        Args:
+            packed: over the batch's patches in the tower's order, or over its image tokens.
+        Raises:
+            ValueError: the activation is neither.
+        """
+        number, visual = self._image_or_video(row, image, video)
+        n_patches = sum(v.n_patches for v in self.visuals)
+        n_tokens = sum(v.n_tokens for v in self.visuals)
+        if len(packed) == n_tokens:
+            part = packed[self._slice(number, tokens=True)].unflatten(0, visual.token_grid)
+        elif len(packed) == n_patches:
+            t, h, w = visual.grid
+            part = packed[self._slice(number, tokens=False)].unflatten(0, (t, h * w))
+            part = part[:, raster_order(h, w, visual.merge).to(packed.device)].unflatten(1, (h, w))
+        else:
+            raise ValueError(
+                f"expected an activation over {n_patches} patches or {n_tokens} image tokens, got {len(packed)} rows."
+            )
+        return part if video is not None else part[0]
+
+    def _positions_of_segment(self, name: str, row: int) -> Int[Tensor, "n"]:
+        names = self.names[row]
+        if name == "last":
+            answer = [i for i, part in enumerate(names) if part == "answer"]
+            last = answer[0] - 1 if answer else max(i for i, part in enumerate(names) if part != PADDING)
+            if last < 0 or names[last] == PADDING:
+                raise ValueError(f"nothing predicts the answer of row {row}: it begins with its first token.")
+            return torch.tensor([last])
+        if frame := _FRAME.fullmatch(name):
+            number, t = int(frame[2]), self._visual(row, int(frame[1]), VIDEO)[1].token_grid[0]
+            if number >= t:
+                raise ValueError(f"video[{frame[1]}] has frames 0..{t - 1} (two video frames each), not {number}.")
+            return self._positions_of_segment(f"video[{frame[1]}]", row).reshape(t, -1)[number]
+        whole = name in ("image", "video")
+        found = [i for i, part in enumerate(names) if part == name or (whole and part.startswith(f"{name}["))]
+        if not found:
+            raise ValueError(f"row {row} has no part called {name!r}; it has {', '.join(self.part_names(row))}.")
+        return torch.tensor(found)
+
+    def _positions_of_box(self, box: tuple, row: int, image: int) -> Int[Tensor, "n"]:
+        visual = self._visual(row, image, IMAGE)[1]
+        x0, y0, x1, y1 = checked_box(box, visual.size, slack=visual.token_size)
+        boxes = self.boxes(row, image)
+        touched = (boxes[:, 0] < x1) & (boxes[:, 2] > x0) & (boxes[:, 1] < y1) & (boxes[:, 3] > y0)
+        if not touched.any():
+            raise ValueError(f"the box {box} lies outside the image of {_size(visual.size)} pixels.")
+        return self._positions_of_segment(f"image[{image}]", row)[touched]
+
+    def _visual(self, row: int, index: int, kind: int) -> tuple[int, Visual]:
+        """(place among all visuals, visual) of the index-th image or video of a row."""
+        row = self._row(row)
+        found = [(n, v) for n, v in enumerate(self.visuals) if v.row == row and v.kind == kind]
+        if not 0 <= index < len(found):
+            raise ValueError(f"row {row} has {len(found)} {KINDS[kind]}s, there is no {KINDS[kind]} {index}.")
+        return found[index]
+
+    def _image_or_video(self, row: int, image: int, video: int | None) -> tuple[int, Visual]:
+        return self._visual(row, image, IMAGE) if video is None else self._visual(row, video, VIDEO)
+
+    def _row(self, row: int) -> int:
+        if not -len(self) <= row < len(self):
+            raise ValueError(f"there is no row {row}: the batch has {len(self)}.")
+        return row % len(self)
+
+    def _slice(self, number: int, tokens: bool) -> slice:
+        """Where the number-th visual lies in `pixels` (or in `image_embeds`)."""
+        sizes = [visual.n_tokens if tokens else visual.n_patches for visual in self.visuals]
+        start = sum(sizes[:number])
+        return slice(start, start + sizes[number])
+
+
+def resolve_positions(where: Any, length: int, owner: str = "the prompt") -> Int[Tensor, "n"]:
+    """Positions given as numbers: the part of `Geometry.resolve` that needs no geometry.
+
+    Args:
+        where: a position, a list, a range, a slice, an integer tensor or array, or a mask [length].
+        length: of the row. owner: what errors call it.
+    Raises:
+        ValueError: none of these, or out of range.
+    """
+    if isinstance(where, slice):
+        try:
+            return torch.arange(length)[where]
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where} is no slice of positions ({error}).") from error
+    try:
+        array = np.asarray(where.detach().cpu() if isinstance(where, Tensor) else where)
+    except (ValueError, TypeError, RuntimeError) as error:  # ragged, or not numbers
+        raise _no_place(where, owner) from error
+    if array.dtype == bool and array.ndim == 1:
+        if len(array) != length:
+            raise ValueError(f"a mask of {len(array)} positions does not fit {owner}, which has {length}.")
+        return torch.from_numpy(array.nonzero()[0])
+    if array.ndim > 1 or array.dtype.kind not in "iu":
+        raise _no_place(where, owner)
+    chosen = array.reshape(-1).astype(np.int64)
+    wrong = chosen[(chosen < -length) | (chosen >= length)]
+    if len(wrong):
+        raise ValueError(f"there is no position {wrong[0]} in {owner}: it has {length}, 0..{length - 1} or {-length}..-1.")
+    return torch.from_numpy(chosen % length)
+
+
+def checked_box(box: Any, size: tuple[float, float], slack: tuple[float, float] = (1.0, 1.0)) -> Box:
+    """The box itself.
+
+    Args:
+        size: (width, height) of its image in pixels. slack: how far past the edges it may reach, in pixels.
+    Raises:
+        ValueError: not four finite numbers, no area, in fractions of the image, or out of it.
+    """
+    numbers = isinstance(box, tuple) and len(box) == 4 and all(isinstance(v, Real) and not isinstance(v, bool) for v in box)
+    if not numbers or not np.isfinite(box).all():
+        raise ValueError(
+            f"a tuple is a box (x0, y0, x1, y1) of four numbers in original pixels, got {_shown(box)}; give positions as a list."
+        )
+    x0, y0, x1, y1 = map(float, box)
+    (width, height), (across, down) = size, slack
+    if not (x0 < x1 and y0 < y1):
+        raise ValueError(f"expected a box (x0, y0, x1, y1) with x0 < x1 and y0 < y1, got {box}.")
+    if min(box) >= 0 and max(box) <= 1 and max(size) > 1:
+        raise ValueError(
+            f"the box {box} seems to be in fractions of the image; expected original pixels, here of {_size(size)}: multiply "
+            f"by width and height."
+        )
+    if x0 < -across or y0 < -down or x1 > width + across or y1 > height + down:
+        raise ValueError(f"the box {box} reaches far outside the image of {_size(size)} original pixels.")
+    return Box(x0, y0, x1, y1)
+
+
+def _no_place(where: Any, owner: str) -> ValueError:
+    return ValueError(
+        f"expected a place in {owner}: the name of a segment, a box (a tuple of four numbers), a position, a list or tensor of "
+        f"positions, a slice, or a mask; got {_shown(where)}."
+    )
+
+
+def _shown(where: Any) -> str:
+    text = f"a tensor {tuple(where.shape)} of {where.dtype}" if isinstance(where, (Tensor, np.ndarray)) else repr(where)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _size(size: tuple[float, float]) -> str:
+    return f"{size[0]:g}×{size[1]:g}"

@@ -1,0 +1,282 @@
+"""One meaning of a place: every public function that takes positions is given the same good and bad ones.
+
+The oracle is the list of positions that each good place means, worked out by hand; a function read at a place must give what
+it gives when it is read at that list.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from conftest import picture
+
+from analyses.common.prompts import as_prompt
+from analyses.contextual_lens import contextual_score, ground, sweep_layers, word_spans
+from analyses.embedding_lens import contextual_neighbours, embedding_lens, text_bank
+from analyses.flip_patching import attribute_flip
+from analyses.knockout import attention_knockout, knockout_hooks
+from analyses.logit_lens import logit_lens
+from analyses.model_patching import patch_between_models
+from analyses.patching import patch_sweep
+from analyses.trajectory import answer_trajectory
+from hooked_qwen2vl import HookedQwen2VL
+from hooked_qwen2vl.geometry import Box
+
+RED, BLUE = 258, 262
+
+
+class World(NamedTuple):
+    """A model, a prompt with an image of 3×5 tokens of exactly 28 pixels and a teacher-forced answer, and its like."""
+
+    model: HookedQwen2VL
+    other_model: HookedQwen2VL
+    inputs: object
+    other: object
+    bank: object
+
+
+@pytest.fixture(scope="module")
+def world(model):
+    from tiny import tiny_hf
+
+    inputs, other = (
+        model.encode(model.to_inputs("what?", images=[picture(140, 84, seed)], answers="red it")) for seed in (1, 2)
+    )
+    different = HookedQwen2VL.from_hf(tiny_hf(seed=5), model.processor)
+    return World(model, different, inputs, other, text_bank(model, ["red and blue", "it is red"], progress=False))
+
+
+def good(inputs) -> dict[str, tuple[object, list[int]]]:
+    """name -> (place, the positions it means)."""
+    n, first = inputs.shape[1], inputs.names[0].index("image[0]")
+    answer = inputs.names[0].index("answer")
+    mask = torch.zeros(n, dtype=torch.bool)
+    mask[[2, first]] = True
+    return {
+        "image": ("image", list(range(first, first + 15))),
+        "numbered image": ("image[0]", list(range(first, first + 15))),
+        "last": ("last", [answer - 1]),
+        "int": (3, [3]),
+        "numpy int": (np.int64(3), [3]),
+        "from the end": (-2, [n - 2]),
+        "list": ([1, first], [1, first]),
+        "list from the end": ([-1], [n - 1]),
+        "range": (range(2, 5), [2, 3, 4]),
+        "slice": (slice(2, 6, 2), [2, 4]),
+        "slice from the end": (slice(-3, None), [n - 3, n - 2, n - 1]),
+        "tensor": (torch.tensor([4, 2]), [4, 2]),
+        "array": (np.array([4, 2]), [4, 2]),
+        "mask": (mask, [2, first]),
+        "mask as an array": (mask.numpy(), [2, first]),
+        "mask as a list": (mask.tolist(), [2, first]),
+        "mask of the batch": (mask[None], [2, first]),
+        "box": (Box(28, 28, 84, 56), [first + 6, first + 7]),
+        "four numbers": ((28, 28, 84, 56), [first + 6, first + 7]),
+        "box past the edge": ((112.5, 60.0, 141.0, 85.0), [first + 14]),
+    }
+
+
+def bad(inputs) -> dict[str, tuple[object, str]]:
+    """name -> (place, what the error says)."""
+    n = inputs.shape[1]
+    return {
+        "misspelt": ("imgae", "no part called 'imgae'"),
+        "image that is not there": ("image[1]", "no part called"),
+        "past the end": (n, f"no position {n}"),
+        "before the start": (-n - 1, f"no position {-n - 1}"),
+        "list past the end": ([0, 999], "no position 999"),
+        "tensor past the end": (torch.tensor([999]), "no position 999"),
+        "nothing": ([], "no token|expected a place"),
+        "empty slice": (slice(5, 5), "selects no token"),
+        "empty mask": (torch.zeros(n, dtype=torch.bool), "selects no token"),
+        "short mask": (torch.ones(3, dtype=torch.bool), "mask of 3 positions"),
+        "bool": (True, "expected a place"),
+        "float": (1.5, "expected a place"),
+        "floats": ([1.0, 2.0], "expected a place"),
+        "none": (None, "expected a place"),
+        "names in a list": (["image", "last"], "expected a place"),
+        "two axes": (torch.zeros(2, 2, dtype=torch.long), "expected a place"),
+        "three numbers": ((1, 2, 3), "a tuple is a box"),
+        "box with a name": ((1, 2, 3, "x"), "a tuple is a box"),
+        "box of nothing": ((5, 5, 5, 9), "x0 < x1"),
+        "box turned round": ((9, 0, 3, 5), "x0 < x1"),
+        "box in fractions": ((0.1, 0.2, 0.5, 0.9), "fractions of the image"),
+        "box outside": ((200, 0, 220, 10), "outside the image"),
+        "box in thousandths": ((100, 200, 600, 900), "outside the image"),
+        "box not finite": ((0, 0, float("nan"), 9), "a tuple is a box"),
+    }
+
+
+def lens(w, place):
+    return logit_lens(w.model, w.inputs, positions=place).top_probs
+
+
+def neighbours(w, place):
+    return embedding_lens(w.model, w.inputs, positions=place, top_k=2).similarity
+
+
+def in_context(w, place):
+    return contextual_neighbours(w.model, w.inputs, w.bank, positions=place, top_k=2).similarity
+
+
+def score(w, place):
+    return contextual_score(w.model, w.inputs, span=place).scores
+
+
+def grounding(w, place):
+    return ground(w.model, w.inputs, span=place).similarity[0]
+
+
+def sweep(w, place):
+    return sweep_layers(w.model, [w.inputs, w.other], [True, False], span=place, progress=False).auroc
+
+
+def knocked_out_keys(w, place):
+    return attention_knockout(w.model, w.inputs, [RED], {"f": (place, "last")}, only_correct=False, progress=False).effects
+
+
+def hooks_of_queries(w, place):
+    return w.model.run_with_hooks(w.inputs, fwd_hooks=knockout_hooks(w.inputs, [0], place, [0, 1]))
+
+
+def patched(w, place):
+    metric = lambda logits: logits[:, -1, RED] - logits[:, -1, BLUE]  # noqa: E731
+    return patch_sweep(w.model, w.inputs, w.other, metric, positions={"row": place}, progress=False).values
+
+
+def between_models(w, place):
+    return patch_between_models(w.model, w.other_model, [w.inputs], spans=[place], progress=False).explained
+
+
+SEVERAL = (lens, neighbours, in_context, score, grounding, sweep, knocked_out_keys, hooks_of_queries, patched, between_models)
+
+
+def trajectory(w, place):
+    return answer_trajectory(w.model, w.inputs, "red", ["red", "blue"], position=place).entropy
+
+
+def attribution(w, place):
+    return attribute_flip(w.model, w.inputs, 1, RED, BLUE, position=place).heads
+
+
+def metric_at(w, place):
+    metric = lambda logits: logits[:, -1, RED] - logits[:, -1, BLUE]  # noqa: E731
+    return patch_sweep(w.model, w.inputs, w.other, metric, positions=["image"], metric_position=place, progress=False).values
+
+
+def one_position(w, place):
+    return torch.tensor(w.inputs.position(place))
+
+
+ONE = (trajectory, attribution, metric_at, one_position)
+
+
+def means_itself(inputs, place):
+    return inputs.resolve(place).tolist()
+
+
+@pytest.mark.parametrize("row", [0, 1, -1])
+def test_every_place_by_hand(world, row):
+    both = world.model.to_inputs(["what?"] * 2, images=[[picture(140, 84)], [picture(140, 84)]], answers=["red it"] * 2)
+    mask = torch.zeros(both.shape, dtype=torch.bool)
+    for name, (place, expected) in good(world.inputs).items():
+        if name == "mask of the batch":
+            mask[row, expected] = True
+            place = mask
+        assert both.resolve(place, row).tolist() == expected == both.positions(place, row).tolist(), name
+    for name, (place, message) in bad(world.inputs).items():
+        for resolve in (both.resolve, both.positions, both.span):
+            with pytest.raises(ValueError, match=message):
+                resolve(place, row)
+                pytest.fail(name)
+
+
+@pytest.mark.parametrize("function", SEVERAL, ids=lambda f: f.__name__)
+def test_functions_of_several_positions(world, function):
+    """What is read at a place is what is read at its positions; the bad places are refused in the same words."""
+    seen = {}
+    for name, (place, expected) in good(world.inputs).items():
+        key = tuple(expected)
+        if key not in seen:
+            seen[key] = function(world, list(expected))
+        ours = function(world, place)
+        assert ours.shape == seen[key].shape and torch.allclose(ours, seen[key], atol=1e-6, equal_nan=True), name
+    distinct = {tuple(value.flatten().tolist()) for value in seen.values()}
+    assert len(distinct) > 1 or function is sweep, "the function does not look where it is told"
+    for name, (place, message) in bad(world.inputs).items():
+        if function is between_models and name == "image that is not there":
+            message = "no prompt has a part called"
+        if function is between_models and name == "misspelt":
+            message = "no part called"
+        with pytest.raises(ValueError, match=message):
+            function(world, place)
+            pytest.fail(name)
+
+
+@pytest.mark.parametrize("function", ONE, ids=lambda f: f.__name__)
+def test_functions_of_one_position(world, function):
+    for name, (place, expected) in good(world.inputs).items():
+        if len(expected) == 1:
+            assert torch.allclose(function(world, place), function(world, expected[0]), atol=1e-6), name
+        else:
+            with pytest.raises(ValueError, match="one position"):
+                function(world, place)
+                pytest.fail(name)
+    for name, (place, message) in bad(world.inputs).items():
+        with pytest.raises(ValueError, match=message):
+            function(world, place)
+            pytest.fail(name)
+
+
+def test_rows_of_a_sweep(world):
+    """A list holds a place for each row; one name or box is one row; a slice, tensor or mask gives a row to each position."""
+    metric = lambda logits: logits[:, -1, RED]  # noqa: E731
+    first = world.inputs.names[0].index("image[0]")
+
+    def rows(positions):
+        result = patch_sweep(world.model, world.inputs, world.other, metric, layers=[0], positions=positions, progress=False)
+        return result.index_df["pos"].tolist()
+
+    assert rows("image") == ["image"] and rows((28, 28, 84, 56)) == [(28, 28, 84, 56)] and rows(3) == [3]
+    assert rows(slice(2, 5)) == [2, 3, 4] and rows(torch.tensor([first, 2])) == [first, 2]
+    assert rows(["image", (0, 0, 28, 28), [1, 2], -1]) == ["image", (0, 0, 28, 28), [1, 2], -1]
+    with pytest.raises(ValueError, match="no position to patch"):
+        rows([])
+
+
+def test_padding_is_no_place(model):
+    inputs = model.to_inputs(["the red thing", "go"], template=False)
+    short, n = 1, inputs.shape[1]
+    pad = int((inputs.attention_mask[short] == 0).sum())
+    assert pad > 0 and inputs.resolve(slice(None), short).tolist() == list(range(pad, n))
+    assert inputs.resolve("padding", short).tolist() == list(range(pad))
+    for place in (0, [0, n - 1], torch.arange(n), -n):
+        with pytest.raises(ValueError, match=f"position 0 of row 1 is padding: its tokens are at {pad}..{n - 1}"):
+            inputs.resolve(place, short)
+    with pytest.raises(ValueError, match="selects no token of row 1"):
+        inputs.resolve(slice(0, pad), short)
+    with pytest.raises(ValueError, match="is padding"):
+        logit_lens(model, inputs, positions=0, row=short)
+
+
+def test_words_in_a_part(world):
+    assert word_spans(world.model, world.inputs, ["red"])
+    with pytest.raises(ValueError, match="no part called 'imgae'"):
+        word_spans(world.model, world.inputs, ["red"], part="imgae")
+
+
+def test_a_text_has_no_segments(model):
+    """The counterpart for models without images: positions as in `Inputs`, and `last`."""
+    for prompt in ("the red thing", model.to_tokens("the red thing")):
+        n = as_prompt(model, prompt).shape[1]
+        assert torch.equal(
+            answer_trajectory(model, prompt, "red").entropy, answer_trajectory(model, prompt, "red", position=n - 1).entropy
+        )
+        for place in ("image", n, [0, 999], (0, 0, 28, 28)):
+            with pytest.raises(ValueError):
+                answer_trajectory(model, prompt, "red", position=place)
+            with pytest.raises(ValueError):
+                logit_lens(model, prompt, positions=place)
