@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from analyses.common.prompts import as_prompt
 from analyses.common.result import Result
 from analyses.common.vocabulary import characters, largest
-from analyses.logit_lens import _positions, residual_stack
+from analyses.logit_lens import residual_stack
 
 _CHUNK = 1024
 
