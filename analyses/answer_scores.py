@@ -33,6 +33,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from analyses.common.attention import attention_patterns
 from analyses.common.vocabulary import readout
 from analyses.contextual_lens import contextual_score, span_positions, yes_no_subject
 from analyses.logit_lens import residual_stack
@@ -111,15 +112,13 @@ class Evidence:
     @cached_property
     def _run(self) -> tuple[Tensor, Tensor]:
         image, before = self.item.positions("image"), torch.tensor([p - 1 for p in self.answer])
-        masses: list[Tensor] = []
 
-        def keep(pattern: Float[Tensor, "batch head pos key_pos"], hook: Any) -> None:
-            masses.append(pattern[0][:, before][..., image].float().sum(-1).cpu())
+        def on_image(pattern: Float[Tensor, "batch head pos key_pos"]) -> Float[Tensor, "head token"]:
+            return pattern[0][:, before][..., image].float().sum(-1).cpu()
 
-        names = [f"blocks.{layer}.attn.hook_pattern" for layer in range(self.model.cfg.n_layers)]
-        with torch.no_grad(), self.model.hooks(fwd_hooks=[(name, keep) for name in names]):
+        with torch.no_grad(), attention_patterns(self.model, on_image) as masses:
             stack, _ = residual_stack(self.model, self.item)
-        return stack[:, 0].cpu(), torch.stack(masses)
+        return stack[:, 0].cpu(), torch.stack(list(masses.values()))
 
 
 Score = Callable[..., float]

@@ -34,6 +34,7 @@ from transformer_lens.head_detector import (
     get_previous_token_head_detection_pattern,
 )
 
+from analyses.common.attention import attention_patterns
 from analyses.common.result import Result
 
 KINDS = {
@@ -147,14 +148,12 @@ def _image_scores(model: Any, inputs: Any) -> tuple[dict[str, Tensor], dict[str,
     patterns = {kind: pattern(places) * within for kind, pattern in KINDS.items()}
     patterns["image attention"] = torch.zeros_like(within)
     patterns["image attention"][after[:, None], image] = 1
-    sinks = torch.zeros(model.cfg.n_layers, model.cfg.n_heads)
 
-    def find_sink(layer: int, attention: Float[Tensor, "head pos key_pos"]) -> None:
-        sinks[layer] = attention[:, after][:, :, image].mean(1).max(-1).values
+    def sink(attention: Float[Tensor, "head pos key_pos"]) -> dict[str, Float[Tensor, "head"]]:
+        return {"image sink": attention[:, after][:, :, image].mean(1).max(-1).values}
 
-    scores = _scores(model, inputs, patterns, find_sink)
-    even = _even(patterns)
-    return scores | {"image sink": sinks}, even | {"image sink": even["image attention"] / len(image)}
+    scores, even = _scores(model, inputs, patterns, sink), _even(patterns)
+    return scores, even | {"image sink": even["image attention"] / len(image)}
 
 
 def _places(inputs: Any, first: Tensor, second: Tensor) -> Int[Tensor, "1 pos"]:
@@ -184,17 +183,12 @@ def _scores(
     model: Any, prompt: Any, patterns: Mapping[str, Float[Tensor, "pos key_pos"]], look: Any = None
 ) -> dict[str, Float[Tensor, "layer head"]]:
     """Each pattern's share of the attention of the queries it has keys for, by head; patterns are not kept."""
-    scores = {kind: torch.zeros(model.cfg.n_layers, model.cfg.n_heads) for kind in patterns}
 
-    def score(attention: Float[Tensor, "1 head pos key_pos"], hook: Any) -> None:
-        layer = hook.layer()
+    def score(attention: Float[Tensor, "1 head pos key_pos"]) -> dict[str, Float[Tensor, "head"]]:
         attention = attention[0].float().cpu()
-        for kind, pattern in patterns.items():
-            for head, values in enumerate(attention):
-                scores[kind][layer, head] = _share(values, pattern)
-        if look is not None:
-            look(layer, attention)
+        found = {kind: torch.tensor([_share(values, pattern) for values in attention]) for kind, pattern in patterns.items()}
+        return found if look is None else found | look(attention)
 
-    hooks = [(f"blocks.{layer}.attn.hook_pattern", score) for layer in range(model.cfg.n_layers)]
-    model.run_with_hooks(prompt, return_type=None, fwd_hooks=hooks)
-    return scores
+    with attention_patterns(model, score) as scores:
+        model(prompt, return_type=None)
+    return {kind: torch.stack([of_layer[kind] for of_layer in scores.values()]) for kind in scores[0]}

@@ -9,7 +9,6 @@ Corruption is another image, never noise on the embeddings (Zhang & Nanda 2024; 
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from analyses.common.result import Result
+from analyses.data.json_lines import read_rows
 from analyses.trajectory import word
 from hooked_qwen2vl.geometry import Box, checked_box
 from hooked_qwen2vl.processor import open_image
@@ -173,11 +173,11 @@ def read_candidates(path: str | Path) -> list[Candidate]:
     if file is None:
         raise ValueError(f"expected a .csv or .jsonl file of pairs, or a folder with pairs.csv or pairs.jsonl, got {path}.")
     if file.suffix == ".csv":
-        rows = pd.read_csv(file, dtype=str, keep_default_na=False).to_dict("records")
+        table = pd.read_csv(file, dtype=str, keep_default_na=False).to_dict("records")
+        rows = [(f"row {number}", row) for number, row in enumerate(table, 1)]
     else:
-        lines = file.read_text(encoding="utf-8").splitlines()
-        rows = [_json(line, file, number) for number, line in enumerate(lines, 1) if line.strip()]
-    return [_candidate(row, file, number) for number, row in enumerate(rows, 1)]
+        rows = [(f"line {line}", row) for line, row in read_rows(file)]
+    return [_candidate(row, file, where, number) for number, (where, row) in enumerate(rows, 1)]
 
 
 def swap_box(image: Any, box: Box, other: Any) -> Image.Image:
@@ -262,32 +262,22 @@ def _row(candidate: Candidate) -> dict[str, str]:
     return {name: getattr(candidate, name) for name in ("id", "question", "answer", "category", "domain")}
 
 
-def _candidate(row: dict[str, Any], file: Path, number: int) -> Candidate:
+def _candidate(row: dict[str, Any], file: Path, where: str, number: int) -> Candidate:
     missing = [name for name in ("question", "clean", "corrupted", "answer") if not row.get(name)]
     if missing:
-        raise ValueError(f"{file}, row {number}: no {', '.join(missing)}; each pair needs question, clean, corrupted, answer.")
+        raise ValueError(f"{file}, {where}: no {', '.join(missing)}; each pair needs question, clean, corrupted, answer.")
     box = row.get("box") or ()
     try:
         box = tuple(float(edge) for edge in (box.split(",") if isinstance(box, str) else box))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{file}, row {number}: box must be x0,y0,x1,y1 in original pixels, got {box!r}.") from error
+        raise ValueError(f"{file}, {where}: box must be x0,y0,x1,y1 in original pixels, got {box!r}.") from error
     if len(box) not in (0, 4):
-        raise ValueError(f"{file}, row {number}: box must be x0,y0,x1,y1 in original pixels, got {len(box)} numbers.")
+        raise ValueError(f"{file}, {where}: box must be x0,y0,x1,y1 in original pixels, got {len(box)} numbers.")
     return Candidate(
         row["question"], file.parent / row["clean"], file.parent / row["corrupted"], row["answer"],
         row.get("other") or None, (box,) if box else (), str(row.get("id") or f"{file.stem}-{number}"),
         str(row.get("category") or ""), str(row.get("domain") or ""),
     )  # fmt: skip
-
-
-def _json(line: str, file: Path, number: int) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}, line {number}: not JSON ({error.msg}).") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{file}, line {number}: expected an object, got {type(row).__name__}.")
-    return row
 
 
 def _rgb(image: Any) -> Image.Image:

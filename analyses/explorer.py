@@ -25,6 +25,7 @@ from torch import Tensor
 from transformer_lens.patching import PatchingResult
 from transformer_lens.tools.analysis import logit_readout
 
+from analyses.common.attention import attention_patterns
 from analyses.common.result import Result
 from analyses.logit_lens import LogitLens, logit_lens, residual_stack
 from analyses.patching import recovery
@@ -227,15 +228,9 @@ def _run(
     model: Any, inputs: Any, last: int
 ) -> tuple[Float[Tensor, "layer 1 pos d_model"], Float[Tensor, "block head pos"]]:
     """One forward: the residual stream, and of every pattern only the row of `last` (the squares would fill memory)."""
-    rows: list[Tensor] = []
-
-    def keep(pattern: Tensor, hook: Any) -> None:
-        rows.append(pattern[0, :, last].float().cpu())
-
-    hooks = [(f"blocks.{layer}.attn.hook_pattern", keep) for layer in range(model.cfg.n_layers)]
-    with model.hooks(fwd_hooks=hooks):
+    with attention_patterns(model, lambda pattern: pattern[0, :, last].float().cpu()) as rows:
         stack, _ = residual_stack(model, inputs)
-    return stack, torch.stack(rows)
+    return stack, torch.stack(list(rows.values()))
 
 
 def _many_tokens(

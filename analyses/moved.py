@@ -77,7 +77,7 @@ class MovedModules(MetaPathFinder, InspectLoader):
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         if spec.name in MOVED:
             warnings.warn(f"{spec.name} is now {MOVED[spec.name]}.", DeprecationWarning, stacklevel=2)
-        module = import_module(_home(spec.name))
+        module = import_module(current_path(spec.name))
         self._own_spec = module.__spec__
         return module
 
@@ -85,13 +85,14 @@ class MovedModules(MetaPathFinder, InspectLoader):
         module.__spec__ = self._own_spec  # the import system has put the old path's there
 
     def get_code(self, fullname: str) -> CodeType | None:
-        spec = find_spec(_home(fullname))
+        spec = find_spec(current_path(fullname))
         return spec.loader.get_code(spec.name)
 
     def get_source(self, fullname: str) -> str | None:
-        spec = find_spec(_home(fullname))
+        spec = find_spec(current_path(fullname))
         return spec.loader.get_source(spec.name)
 
 
-def _home(name: str) -> str:
-    return KEPT.get(name) or MOVED[name]
+def current_path(name: str) -> str:
+    """Where a module is now; its own name where it was never moved."""
+    return KEPT.get(name) or MOVED.get(name, name)

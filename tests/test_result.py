@@ -12,10 +12,15 @@ import torch
 from conftest import picture
 from every_result import RESULTS
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 
+from analyses.common.result import Result
 from analyses.counterfactuals import Candidate, Pair, Pairs
-from analyses.data.benchmarks import Chair
+from analyses.data.benchmarks import Chair, Mention
+from analyses.domain_neurons import DomainNeurons
 from analyses.experiments.max_activating import Fired, TopImages
+from analyses.flip_patching import FlipAttribution
 from analyses.knockout import Knockout
 from analyses.logit_lens import LogitLens, logit_lens
 
@@ -80,21 +85,52 @@ def test_tables_keep_their_types_gaps_and_index(tmp_path):
     again = Chair.load(Chair(table, 3).save(tmp_path / "a")).mentions
     pd.testing.assert_frame_equal(table, again, check_exact=True)
     assert again["mixed"].tolist()[:2] == [True, None] and again["text"].isna().tolist() == [False, True, False]
-    for empty in (pd.DataFrame(), pd.DataFrame({"a": pd.Series([], dtype=float), "b": pd.Series([], dtype=object)})):
+    for name in ("objects", None):
+        named = table.rename_axis(columns=name)
+        assert same(named, Chair.load(Chair(named, 3).save(tmp_path / "a")).mentions)
+    levels = pd.MultiIndex.from_tuples([("a", 1), ("b", 2)], names=["x", None])
+    for odd in (
+        pd.DataFrame([[1.5, 2], [np.inf, -0.0]], columns=levels, index=levels), pd.DataFrame({"u": np.arange(3, dtype=np.uint16)}),
+        pd.DataFrame({"f": np.array([0.1, np.nan], np.float32), "s": ["\x00", ""]}, index=["b", "a"]), pd.DataFrame(np.eye(3)),
+        pd.DataFrame({"o": pd.Series([(1, 2), {"a": [None]}, "x", 3, float("nan"), None], dtype=object)}).iloc[::2],
+    ):  # fmt: skip
+        assert same(odd, Chair.load(Chair(odd, 3).save(tmp_path / "a")).mentions)
+    for empty in (pd.DataFrame(columns=["a"]), pd.DataFrame(index=[3, 4]), pd.DataFrame(), pd.DataFrame({"a": pd.Series([], dtype=float), "b": pd.Series([], dtype=object)})):
         pd.testing.assert_frame_equal(Chair.load(Chair(empty, 3).save(tmp_path / "a")).mentions, empty)
     with pytest.raises(ValueError, match="of type datetime64"):
         Chair(pd.DataFrame({"when": pd.to_datetime(["2020-01-01"])}), 1).save(tmp_path / "a")
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "1", "P", "CMYK", "LA"])
+def kept(image: Image.Image, file: Path) -> Image.Image:
+    result = TopImages(("decoder", 0, 1), (Fired("a", "?", "d", image, torch.zeros(2, 2)),), ())
+    return TopImages.load(result.save(file)).examples[0].image
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "1", "P", "LA", "CMYK", "YCbCr", "HSV", "LAB", "F", "I", "I;16", "RGBX", "La"])
 def test_images_keep_their_pixels(mode, tmp_path):
-    given = picture(7, 5).convert(mode)
-    result = TopImages(("decoder", 0, 1), (Fired("a", "?", "d", given, torch.zeros(2, 2)),), ())
-    again = TopImages.load(result.save(tmp_path / "a")).examples[0].image
-    if mode == "P":
-        assert again.mode == "RGBA" and again.convert("RGB").tobytes() == given.convert("RGB").tobytes()
+    noise = np.random.default_rng(0).integers(0, 2**16, (5, 7, 3), dtype=np.uint16)
+    if mode in ("F", "I", "I;16", "LAB", "RGBX", "La"):  # numbers that no eight bits hold, modes that nothing is converted to
+        numbers = noise if mode == "I;16" else noise.astype(np.int32) * 977 if mode == "I" else noise.astype(np.float32) / 7
+        size = {"LAB": 3, "RGBX": 4, "La": 2, "I;16": 2}.get(mode, 4)
+        given = Image.frombytes(mode, (7, 5), (numbers.tobytes() * 2)[: 35 * size])
     else:
-        assert same(given, again)
+        given = Image.fromarray((noise >> 8).astype(np.uint8)).convert(mode)
+    again = kept(given, tmp_path / "a")
+    assert same(given, again) and type(again) is Image.Image
+    assert given.getpalette() == again.getpalette() and given.info.get("transparency") == again.info.get("transparency")
+
+
+def test_palettes_and_transparency_come_back_or_are_refused(tmp_path):
+    few = Image.new("P", (2, 3), 1)
+    few.putpalette([1, 2, 3, 250, 0, 9])
+    half = Image.new("L", (2, 2), 7)
+    half.info["transparency"] = 7
+    for given in (few, half, picture(7, 5).quantize(9)):
+        again = kept(given, tmp_path / "a")
+        assert same(given, again) and same(given.convert("RGBA"), again.convert("RGBA"))
+    with pytest.raises(ValueError, match="mode PA .* convert it first"):
+        kept(Image.new("PA", (2, 2)), tmp_path / "b")
+    assert not list(tmp_path.glob("b*")) and not list(tmp_path.glob(".*"))
 
 
 def test_a_prompt_comes_back_without_what_belongs_to_this_process(model, tmp_path):
@@ -106,6 +142,58 @@ def test_a_prompt_comes_back_without_what_belongs_to_this_process(model, tmp_pat
     with torch.no_grad():
         assert torch.equal(model(again.clean), model(inputs))
     assert (again.source.clean, again.source.corrupted) == ("a.png", Path("b.png"))
+
+
+def test_a_class_of_the_same_name_changes_nothing(tmp_path):
+    """Classes are found by module and name: a user's own `Selection` once broke `DomainNeurons.load`."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Selection(Result):
+        mine: int
+
+    neurons = RESULTS[DomainNeurons]()
+    assert same(neurons, DomainNeurons.load(neurons.save(tmp_path / "a")))
+    own = Selection.load(Selection(3).save(tmp_path / "b"))
+    assert own == Selection(3) and type(own) is Selection
+    theirs = next(iter(neurons.modules.values()))
+    with pytest.raises(ValueError, match=r"holds .*<locals>.Selection, not Selection"):
+        type(theirs).load(tmp_path / "b")
+
+
+def test_a_class_whose_module_moved_is_found(tmp_path, monkeypatch):
+    """As a file of before the move has it, inside and outside."""
+    nowhere = {kind: kind.__module__ for kind in (TopImages, Fired)}
+    for kind in nowhere:
+        monkeypatch.setattr(kind, "__module__", "analyses.neuron_pictures")
+    given = TopImages(("decoder", 0, 1), (Fired("a", "?", "d", picture(7, 5), torch.zeros(2, 2)),), ("x",))
+    given.save(tmp_path / "a")
+    for kind, module in nowhere.items():
+        monkeypatch.setattr(kind, "__module__", module)
+    assert same(given, TopImages.load(tmp_path / "a"))
+
+
+def test_named_tuples_stay_named(tmp_path):
+    box = Mention("dog", "dog", 1, 4)
+    candidate = Candidate("?", "a.png", "b.png", "a", None, (box, (1.0, 2.0, 3.0, 4.0)))
+    again = Candidate.load(candidate.save(tmp_path / "a"))
+    assert same(candidate, again) and type(again.boxes[0]) is Mention and type(again.boxes[1]) is tuple
+
+
+def test_a_file_of_the_format_before_says_who_wrote_it(lens, tmp_path):
+    """The file was written by hooked_qwen2vl 0.1."""
+    with pytest.raises(ValueError, match=r"written by hooked_qwen2vl 0\.1 \(hooked_qwen2vl result 1\).* Compute it again .* or read it with"):
+        FlipAttribution.load(Path(__file__).parent / "data" / "result_format_1.safetensors")
+    for change, message in (
+        ({"format": "hooked_qwen2vl result 3", "version": "9.1"}, r"written by hooked_qwen2vl 9\.1 .* Read it with that version"),
+        ({"format": "something"}, "holds no result"),
+        ({"value": '{"class": "analyses.knockout:Knockout", "fields": {"effects": 1, "gone": 2}}'}, "had the fields effects, gone, and has "),
+        ({"value": '{"class": "somewhere.else:Thing", "fields": {}}'}, "no class somewhere.else:Thing; import the module"),
+    ):
+        with safe_open(lens.save(tmp_path / "a"), framework="pt") as file:
+            header = file.metadata()
+        save_file({}, tmp_path / "a", header | change)
+        with pytest.raises(ValueError, match=message):
+            LogitLens.load(tmp_path / "a")
 
 
 def test_other_files_are_refused(lens, tmp_path):

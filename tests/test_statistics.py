@@ -17,8 +17,8 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from analyses.common.statistics import cluster_codes, detection, mean_interval, share_interval, standard_error, wilson, within
 from analyses.data.examples import Example, image_key
-from analyses.experiments.flips import LocalityStudy
 from analyses.experiments.hallucination import WITHIN, claims_of
+from analyses.experiments.locality import LocalityStudy
 from analyses.knockout import Knockout
 from hooked_qwen2vl.image_hash import image_hash
 

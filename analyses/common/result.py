@@ -1,13 +1,18 @@
-"""Results on disk: one safetensors file each, with its tensors as they are and everything else in its header.
+"""Results on disk: one safetensors file each. Its header holds, as JSON, the fields; what JSON cannot hold lies beside it.
 
-Nothing in a file is code: loading one made by somebody else runs nothing. A table keeps its columns' types; an image its
-pixels, losslessly; a prompt everything but its vision prefix, which is computed again.
+    tensors   as they are
+    tables    the bytes of a Parquet file
+    images    the bytes of a PNG file; pixels as they are where PNG has no such mode
+    prompts   everything but their vision prefix, which is computed again
+
+Nothing in a file is code, and none is imported because a file names it: classes are found, by module and name, among those
+there are.
 """
 
 from __future__ import annotations
 
+import io
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -21,9 +26,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from analyses.moved import current_path
+from hooked_qwen2vl.files import whole_file
 from hooked_qwen2vl.inputs import Inputs, Visual
+from hooked_qwen2vl.version import __version__
 
-FORMAT = "hooked_qwen2vl result 1"
+FORMAT = "hooked_qwen2vl result 2"
+_BEFORE = {"hooked_qwen2vl result 1": "0.1"}  # formats of earlier versions, and the last version that wrote and reads each
 
 
 class Result:
@@ -37,20 +46,18 @@ class Result:
                 of these.
         """
         tensors: dict[str, Tensor] = {}
-        header = {"format": FORMAT, "type": type(self).__name__, "value": json.dumps(_encode(self, tensors))}
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        save_file(tensors, partial, header)
-        os.replace(partial, path)
-        return path
+        value = json.dumps(_encode(self, tensors))
+        header = {"format": FORMAT, "version": __version__, "type": _name(type(self)), "value": value}
+        with whole_file(path) as file:
+            save_file(tensors, file, header)
+        return Path(path)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """The result that `save` wrote.
 
         Raises:
-            ValueError: no such file, not a result, or another kind of result.
+            ValueError: no such file, not a result, another kind of result, or one that another version wrote otherwise.
         """
         try:
             with safe_open(path, framework="pt") as file:
@@ -58,10 +65,41 @@ class Result:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, safe_open is no mapping
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path} cannot be read as a result ({error}): expected a file that save wrote.") from error
-        if header.get("format") != FORMAT or header.get("type") != cls.__name__:
-            found = header.get("type", "no result")
-            raise ValueError(f"{path} holds {found}, not {cls.__name__}: load it with the class that saved it.")
-        return _decode(json.loads(header["value"]), tensors)
+        _check_format(path, header)
+        found, wanted = _current(header["type"]), _name(cls)
+        if found != wanted:
+            short = [name.partition(":")[2] for name in (found, wanted)]
+            found, wanted = short if short[0] != short[1] else (found, wanted)
+            raise ValueError(f"{path} holds {found}, not {wanted}: load it with the class that saved it.")
+        try:
+            return _decode(json.loads(header["value"]), tensors)
+        except _Unknown as error:
+            raise ValueError(f"{path}, written by hooked_qwen2vl {header['version']}: {error}") from error
+
+
+class _Unknown(Exception):
+    """A class in a file that is not there, or has other fields now."""
+
+
+def _check_format(path: str | Path, header: Mapping[str, str]) -> None:
+    found = header.get("format", "")
+    if found == FORMAT:
+        return
+    if found in _BEFORE:
+        version = _BEFORE[found]
+        raise ValueError(
+            f"{path} was written by hooked_qwen2vl {version} ({found}), whose definitions differ; this is {__version__}, which reads "
+            f"{FORMAT}. Compute it again with this version, or read it with hooked_qwen2vl {version}."
+        )
+    if found.startswith("hooked_qwen2vl result "):
+        raise ValueError(
+            f"{path} was written by hooked_qwen2vl {header.get('version')} ({found}); this is {__version__}, which reads {FORMAT}. "
+            f"Read it with that version."
+        )
+    raise ValueError(f"{path} holds no result: expected a file that save wrote.")
+
+
+# ---- values -----------------------------------------------------------------------------------------
 
 
 def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:
@@ -72,15 +110,16 @@ def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Inputs):
         value = replace(value, image_embeds=None, encoded_by=None)  # named after the weights of this process
     if isinstance(value, (Result, Inputs, Visual)) and is_dataclass(value):
-        return {"result": type(value).__name__, "fields": {f.name: _encode(getattr(value, f.name), tensors) for f in fields(value)}}
+        encoded = {f.name: _encode(getattr(value, f.name), tensors) for f in fields(value)}
+        return {"class": _name(type(value)), "fields": encoded}
     if isinstance(value, pd.DataFrame):
         return {"table": _encode_table(value, tensors)}
     if isinstance(value, Image.Image):
-        value = value.convert("RGBA") if value.mode in ("P", "PA") else value  # a palette's numbers are of no use without it
-        pixels = torch.frombuffer(bytearray(value.tobytes()), dtype=torch.uint8)
-        return {"image": _encode(pixels, tensors), "mode": value.mode, "size": value.size}
+        return {"image": _encode_image(value, tensors)}
     if isinstance(value, Path):
         return {"path": str(value)}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return {"class": _name(type(value)), "fields": {name: _encode(item, tensors) for name, item in value._asdict().items()}}
     if isinstance(value, (tuple, list)):
         return {"tuple" if isinstance(value, tuple) else "list": [_encode(item, tensors) for item in value]}
     if isinstance(value, Mapping):
@@ -94,34 +133,17 @@ def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:
     )
 
 
-def _encode_table(table: pd.DataFrame, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    counted = isinstance(table.index, pd.RangeIndex) and table.index.equals(pd.RangeIndex(len(table)))
-    columns = []
-    for number, name in enumerate(table.columns):
-        column = table.iloc[:, number]
-        if column.dtype.kind in "biuf" and isinstance(column.dtype, np.dtype):
-            values = _encode(torch.from_numpy(column.to_numpy(copy=True)), tensors)
-        elif column.dtype in (object, "str"):
-            values = [_encode(value, tensors) for value in column.tolist()]
-        else:
-            raise ValueError(f"a table's columns can hold numbers and text, but {name!r} is of type {column.dtype}.")
-        columns.append([_encode(name, tensors), str(column.dtype), values])
-    index = None if counted else _encode(table.index.tolist(), tensors)
-    return {"columns": columns, "index": index, "index_name": table.index.name, "rows": len(table)}
-
-
 def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
     if not isinstance(value, dict):
         return value
     if "tensor" in value:
         return tensors[value["tensor"]]
-    if "result" in value:
-        kinds = {kind.__name__: kind for kind in (*_kinds(Result), Inputs, Visual)}
-        return kinds[value["result"]](**{name: _decode(item, tensors) for name, item in value["fields"].items()})
+    if "class" in value:
+        return _decode_class(value, tensors)
     if "table" in value:
         return _decode_table(value["table"], tensors)
     if "image" in value:
-        return Image.frombytes(value["mode"], tuple(value["size"]), _decode(value["image"], tensors).numpy().tobytes())
+        return _decode_image(value["image"], tensors)
     if "path" in value:
         return Path(value["path"])
     if "dict" in value:
@@ -130,21 +152,100 @@ def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
     return {"tuple": tuple, "list": list}[kind](_decode(item, tensors) for item in items)
 
 
-def _decode_table(about: dict[str, Any], tensors: dict[str, Tensor]) -> pd.DataFrame:
-    index = pd.RangeIndex(about["rows"]) if about["index"] is None else pd.Index(_decode(about["index"], tensors))
-    columns = []
-    for _, kind, values in about["columns"]:
-        found = _decode(values, tensors).numpy() if isinstance(values, dict) else [_decode(value, tensors) for value in values]
-        columns.append(pd.Series(found, index=index, dtype=kind))
-    if not columns:
-        return pd.DataFrame(index=index)
-    table = pd.concat(columns, axis=1)
-    table.columns = [_decode(name, tensors) for name, _, _ in about["columns"]]
-    return table.rename_axis(index=about["index_name"])
+def _bytes(content: bytes, tensors: dict[str, Tensor]) -> dict[str, str]:
+    return _encode(torch.frombuffer(bytearray(content), dtype=torch.uint8), tensors)
 
 
-def _kinds(kind: type) -> Iterator[type]:
+# ---- classes ----------------------------------------------------------------------------------------
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}:{kind.__qualname__}"
+
+
+def _current(name: str) -> str:
+    """The name of a class now, whose module may have been moved since."""
+    module, _, qualname = name.partition(":")
+    return f"{current_path(module)}:{qualname}"
+
+
+def _decode_class(value: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
+    name = _current(value["class"])
+    kinds = {_name(kind): kind for kind in (*_derived(Result), Inputs, Visual, *_derived(tuple))}
+    if name not in kinds:
+        raise _Unknown(f"there is no class {name}; import the module that defines it first.")
+    kind, given = kinds[name], list(value["fields"])
+    expected = [f.name for f in fields(kind)] if is_dataclass(kind) else list(kind._fields)
+    if set(given) != set(expected):
+        raise _Unknown(f"{name} had the fields {', '.join(given)}, and has {', '.join(expected)} now. Compute the result again.")
+    return kind(**{field: _decode(item, tensors) for field, item in value["fields"].items()})
+
+
+def _derived(kind: type) -> Iterator[type]:
     """All that is derived from a class, by however many steps."""
     for derived in kind.__subclasses__():
         yield derived
-        yield from _kinds(derived)
+        yield from _derived(derived)
+
+
+# ---- tables -----------------------------------------------------------------------------------------
+
+
+def _encode_table(table: pd.DataFrame, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Parquet bytes, and the columns' names, which need not be text; cells of mixed type are JSON texts in it."""
+    plain, mixed = table.copy(), []
+    plain.columns = [str(number) for number in range(table.shape[1])]
+    for name, (label, dtype) in zip(plain.columns, table.dtypes.items()):
+        if dtype == object:
+            mixed.append(name)
+            plain[name] = pd.Series([json.dumps(_encode(cell, tensors)) for cell in plain[name]], index=plain.index, dtype="str")
+        elif dtype != "str" and not (isinstance(dtype, np.dtype) and dtype.kind in "biuf"):
+            raise ValueError(f"a table's columns can hold numbers and text, but {label!r} is of type {dtype}.")
+    counted = isinstance(table.columns, pd.RangeIndex) and table.columns.equals(pd.RangeIndex(table.shape[1]))
+    columns = table.shape[1] if counted else [_encode(label, tensors) for label in table.columns]
+    names = [_encode(name, tensors) for name in table.columns.names]
+    return {"parquet": _bytes(plain.to_parquet(), tensors), "columns": columns, "names": names, "mixed": mixed}
+
+
+def _decode_table(about: dict[str, Any], tensors: dict[str, Tensor]) -> pd.DataFrame:
+    table = pd.read_parquet(io.BytesIO(_decode(about["parquet"], tensors).numpy().tobytes()))
+    for name in about["mixed"]:
+        cells = [_decode(json.loads(cell), tensors) for cell in table[name]]
+        table[name] = pd.Series(cells, index=table.index, dtype=object)
+    columns = about["columns"]
+    table.columns = pd.RangeIndex(columns) if isinstance(columns, int) else pd.Index([_decode(label, tensors) for label in columns])
+    table.columns.names = [_decode(name, tensors) for name in about["names"]]
+    return table
+
+
+# ---- images -----------------------------------------------------------------------------------------
+
+
+def _encode_image(image: Image.Image, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    png = _as_png(image)
+    if png is not None:
+        return {"png": _bytes(png, tensors)}
+    if image.palette is not None or "transparency" in image.info:
+        raise ValueError(
+            f"an image of mode {image.mode} with this palette or transparency cannot be kept as it is: convert it first, with "
+            f'image.convert("RGBA").'
+        )
+    return {"pixels": _bytes(image.tobytes(), tensors), "mode": image.mode, "size": image.size}
+
+
+def _as_png(image: Image.Image) -> bytes | None:
+    """PNG bytes; None where the image would come back with another mode, palette or pixels."""
+    file = io.BytesIO()
+    try:
+        image.save(file, "PNG")
+    except (OSError, ValueError):  # no such mode in PNG
+        return None
+    again = Image.open(io.BytesIO(file.getvalue()))
+    kept = [(one.tobytes(), one.mode, one.size, one.getpalette(), one.info.get("transparency")) for one in (image, again)]
+    return file.getvalue() if kept[0] == kept[1] else None
+
+
+def _decode_image(about: dict[str, Any], tensors: dict[str, Tensor]) -> Image.Image:
+    if "png" in about:
+        return Image.open(io.BytesIO(_decode(about["png"], tensors).numpy().tobytes())).copy()  # no file behind it
+    return Image.frombytes(about["mode"], tuple(about["size"]), _decode(about["pixels"], tensors).numpy().tobytes())

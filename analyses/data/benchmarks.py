@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -29,6 +29,7 @@ from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
 from analyses.common.result import Result
 from analyses.data.examples import Example, examples, spread
+from analyses.data.json_lines import read_rows, read_text, rows_and_errors
 
 YES_NO, EXACT, OBJECTS, NEEDS_A_JUDGE = "yes/no", "exact", "objects", "needs a judge"
 HQH_TYPES = ("ocr", "action", "attribute", "comparison", "count", "environment", "existence", "relation")
@@ -157,7 +158,7 @@ def load_amber(
     base = given if given.is_dir() else given.parent
     queries = _amber_queries(base) if given.is_dir() else [given]
     places = [base / "annotations.json", base / "data" / "annotations.json", base.parent / "annotations.json"]
-    notes = [row for _, row in _rows(next((p for p in places if p.is_file()), places[0]))]
+    notes = [row for _, row in read_rows(next((p for p in places if p.is_file()), places[0]))]
     roots = [base, base.parent] if base.name in ("query", "data") else [base]
     folders = _folders(images, *(root / name for root in roots for name in ("image", "images", ".")))
 
@@ -462,7 +463,7 @@ def read_synonyms(file: str | Path) -> dict[str, str]:
         ValueError: no such file, no words, or a word of two objects (its line is named).
     """
     words: dict[str, str] = {}
-    for number, line in enumerate(_read(Path(file)).splitlines(), 1):
+    for number, line in enumerate(read_text(file).split("\n"), 1):
         names = [word.strip().lower() for word in line.split(",") if word.strip()]
         for word in names:
             if words.setdefault(word, names[0]) != names[0]:
@@ -500,13 +501,12 @@ def _load(
     """Every row of the files through `question`; the rows that it refuses, and ids seen before, are the problems."""
     items, problems, seen = [], [], {}
     for file in [files] if isinstance(files, Path) else files:
-        for index, (line, row) in enumerate(_rows(file)):
+        for index, (line, row) in enumerate(rows_and_errors(file)):
+            if isinstance(row, ValueError):
+                problems.append(str(row))
+                continue
             where = f"{file}, line {line}"
             try:
-                if isinstance(row, json.JSONDecodeError):
-                    raise ValueError(f"not JSON ({row.msg})")
-                if not isinstance(row, dict):
-                    raise ValueError(f"expected an object, got {json.dumps(row)[:60]}")
                 values = question(row, index)
                 if values["id"] in seen:
                     raise ValueError(f"id {values['id']} is also that of {seen[values['id']]}")
@@ -525,50 +525,6 @@ def _load(
     if not items:
         raise ValueError(f"{files} has no {'good ' if problems else ''}rows.")
     return Benchmark(items, problems)
-
-
-def _rows(file: Path) -> Iterator[tuple[int, Any]]:
-    """(line, row) of a JSON array or of JSON lines; a line that is not JSON gives its error, and keeps its index."""
-    text = _read(file)
-    start = text.lstrip()[:1]
-    if start == "[":
-        yield from _array(text, file)
-    elif start == "{":
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                try:
-                    yield number, json.loads(line)
-                except json.JSONDecodeError as error:
-                    yield number, error
-    else:
-        raise ValueError(f"{file} begins with {start!r}: expected a JSON array '[' or JSON lines '{{'.")
-
-
-def _array(text: str, file: Path) -> Iterator[tuple[int, Any]]:
-    """The elements of an array with the line each begins on, which json.loads does not tell."""
-    decoder, space, line, counted = json.JSONDecoder(), re.compile(r"\s*"), 1, 0
-    try:
-        at = space.match(text, text.index("[") + 1).end()
-        while text[at : at + 1] != "]":
-            line, counted = line + text.count("\n", counted, at), at
-            row, at = decoder.raw_decode(text, at)
-            yield line, row
-            at = space.match(text, at).end()
-            if text[at : at + 1] == ",":
-                at = space.match(text, at + 1).end()
-            elif text[at : at + 1] != "]":
-                raise json.JSONDecodeError("expected ',' or ']'", text, at)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}, line {error.lineno}: not JSON ({error.msg}).") from error
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise ValueError(f"{file} is not a file: pass the benchmark's local copy.") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
 
 
 def _text(row: Mapping, key: str) -> str:
@@ -636,7 +592,7 @@ def _object_lists(objects: Any) -> dict[str, Any] | None:
     if isinstance(objects, Mapping):
         return {str(name): value if value is None else list(value) for name, value in objects.items()}
     try:
-        found = json.loads(_read(Path(objects)))
+        found = json.loads(read_text(objects))
     except json.JSONDecodeError as error:
         raise ValueError(f"{objects}, line {error.lineno}: not JSON ({error.msg}).") from error
     if not isinstance(found, dict):

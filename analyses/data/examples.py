@@ -3,7 +3,7 @@
 A data set is named by a string:
 
     scenes, scenes:train, scenes:validation     the embedded world
-    FILE.jsonl                                  one question a line; image paths relative to the file
+    FILE.jsonl                                  one question a line (or an array); image paths relative to the file
     DIR                                         a folder with questions.jsonl, or one such folder a domain
 
 A line: {"image": "a.png" (or "images": [...]), "question": "...", "answer": "...", and optionally "id", "domain",
@@ -15,7 +15,6 @@ leaves out is said in a warning (`LeftOut`). A larger limit adds questions, it c
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,6 +24,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from analyses.data.json_lines import read_rows
 from hooked_qwen2vl.image_hash import image_hash
 from hooked_qwen2vl.scenes import sample
 
@@ -170,20 +170,13 @@ def _files(path: Path) -> Iterator[Example]:
 
 
 def _lines(file: Path, domain: str) -> Iterator[Example]:
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield _example(line, file, number, domain)
+    for number, (line, values) in enumerate(read_rows(file), 1):
+        if not isinstance(values.get("question"), str):
+            raise ValueError(f'{file}, line {line}: expected an object with "image", "question" and "answer".')
+        yield _example(values, file, number, domain)
 
 
-def _example(line: str, file: Path, number: int, domain: str) -> Example:
-    where = f"{file}, line {number}"
-    try:
-        values = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error.msg}).") from error
-    if not isinstance(values, dict) or not isinstance(values.get("question"), str):
-        raise ValueError(f'{where}: expected an object with "image", "question" and "answer".')
+def _example(values: dict[str, Any], file: Path, number: int, domain: str) -> Example:
     images: Sequence[str] = values.get("images") or ([values["image"]] if values.get("image") else [])
     return Example(
         id=str(values.get("id", f"{domain or file.stem}-{number}")),

@@ -38,6 +38,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.tools.analysis import logit_readout
 
+from analyses.common.attention import attention_patterns
 from analyses.common.rectangles import Cells, heaviest_rectangle
 from analyses.common.result import Result
 from analyses.common.statistics import mean_interval, share_interval
@@ -177,13 +178,7 @@ def _heat_maps(
     """Heat maps of the methods that look, the contextual lens's own box, and whether the model answers rightly."""
     inputs, swapped = (model.to_inputs(item.question, images=[x.image], answers=item.answer) for x in (item, other))
     image, first = inputs.positions("image"), int(inputs.positions("answer")[0])
-    attention: list[Tensor] = []
-
-    def keep(pattern: Float[Tensor, "batch head pos key_pos"], hook: Any) -> None:
-        attention.append(pattern[0, :, first - 1, image].double().mean(0).cpu())
-
-    hooks = [(f"blocks.{layer}.attn.hook_pattern", keep) for layer in range(model.cfg.n_layers)]
-    with model.hooks(fwd_hooks=hooks):
+    with attention_patterns(model, lambda pattern: pattern[0, :, first - 1, image].double().mean(0).cpu()) as attention:
         stack = residual_stack(model, inputs)[0][:, 0].cpu()
     span = _span(model, inputs, item)
     ours = ground(model, inputs, 0, image_layer, text_layer, span, stack)
@@ -196,7 +191,7 @@ def _heat_maps(
     heats = {
         "contextual lens": ours.heat[0],
         "logit lens": probs.amax(0).double().reshape(item.grid),
-        "attention": torch.stack(attention).mean(0).reshape(item.grid),
+        "attention": torch.stack(list(attention.values())).mean(0).reshape(item.grid),
         "(shuffled image)": shuffled.heat[0],
     }
     return heats, ours.cells[0], right

@@ -36,6 +36,7 @@ from analyses.common.statistics import detection, within
 from analyses.contextual_lens import LayerSweep, default_layers, sweep_layers, word_spans
 from analyses.data.benchmarks import OBJECTS, Question, judge, mentions, parse_yes_no
 from analyses.data.examples import image_key, in_batches
+from analyses.data.json_lines import read_rows
 from analyses.experiments.experiment import Done, Experiment
 from analyses.moved import moved_names
 from hooked_qwen2vl.image_embeddings import Prefixes
@@ -482,20 +483,12 @@ def read_judgements(file: str | Path) -> dict[str, bool]:
     Raises:
         ValueError: no such file, or a line that is not like this (it is named).
     """
-    file, found = Path(file), {}
-    if not file.is_file():
-        raise ValueError(f'{file} is not a file: expected JSON lines {{"id": "…", "correct": true}}.')
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file}, line {number}: not JSON ({error.msg}).") from error
-        if not isinstance(row, dict) or "id" not in row or not isinstance(row.get("correct"), bool):
-            raise ValueError(f'{file}, line {number}: expected {{"id": "…", "correct": true or false}}.')
+    found: dict[str, bool] = {}
+    for line, row in read_rows(file):
+        if "id" not in row or not isinstance(row.get("correct"), bool):
+            raise ValueError(f'{file}, line {line}: expected {{"id": "…", "correct": true or false}}.')
         if str(row["id"]) in found:
-            raise ValueError(f"{file}, line {number}: {row['id']} is judged twice.")
+            raise ValueError(f"{file}, line {line}: {row['id']} is judged twice.")
         found[str(row["id"])] = row["correct"]
     return found
 

@@ -15,6 +15,7 @@ Source: MMNeuron (Huo et al., EMNLP 2024); the controls, intervals and step 5 ar
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

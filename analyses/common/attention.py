@@ -1,0 +1,23 @@
+"""Attention patterns of a forward, of which only what is asked for is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+@contextmanager
+def attention_patterns(model: Any, take: Callable[[Float[Tensor, "batch head pos key_pos"]], Any]) -> Iterator[dict[int, Any]]:
+    """layer -> what `take` makes of its pattern, for the forward run inside; whole patterns would fill memory."""
+    taken: dict[int, Any] = {}
+
+    def see(layer: int, pattern: Float[Tensor, "batch head pos key_pos"], hook: Any) -> None:
+        taken[layer] = take(pattern)
+
+    with model.hooks(fwd_hooks=[(f"blocks.{layer}.attn.hook_pattern", partial(see, layer)) for layer in range(model.cfg.n_layers)]):
+        yield taken
