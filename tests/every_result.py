@@ -24,9 +24,9 @@ from analyses.edge_attribution import EdgeAttribution
 from analyses.embedding_lens import Neighbours
 from analyses.experiments.compare import Comparison, Run
 from analyses.experiments.flips import FlipStudy
-from analyses.experiments.locality import SPANS, LocalityStudy
 from analyses.experiments.grounding import METHODS, OWN_BOX, GroundingExperiment
 from analyses.experiments.hallucination import Hallucinations
+from analyses.experiments.locality import SPANS, LocalityStudy
 from analyses.experiments.max_activating import Fired, TopImages
 from analyses.experiments.neurons import CONTROLS, NONE, Ablations
 from analyses.explorer import Explorer

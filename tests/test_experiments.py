@@ -15,8 +15,8 @@ from tiny import tiny_hf, tiny_processor
 from analyses.counterfactuals import check_pairs, scene_candidates
 from analyses.data.benchmarks import EXACT, Question
 from analyses.data.examples import Example, examples
-from analyses.domain_neurons import disable_neurons, mean_activations
 from analyses.domain_neurons import count_firings as count_in_memory
+from analyses.domain_neurons import disable_neurons, mean_activations
 from analyses.experiments.experiment import Experiment
 from analyses.experiments.flips import FlipExperiment, flip_study, read_flip_study
 from analyses.experiments.hallucination import HallucinationExperiment, detect_hallucinations, read_hallucinations
