@@ -188,39 +188,51 @@ def test_an_answer_is_judged_by_its_own_length(model):
 # ---- in memory, or in a folder ------------------------------------------------------------------------
 
 
-def in_a_folder(model, kind, out, **more):
-    """(the experiment's result in memory, of a run), each as figures."""
-    common = {"progress": False, "batch_size": 2}
-    if kind == "flips":
-        study = lambda **m: flip_study(model, questions(), n_random=2, **common, **m)  # noqa: E731
-        return study, lambda s: {"prompts": s.prompts, "flips": s.flips, "skipped": s.skipped}, lambda: read_flip_study(out)
-    if kind == "hallucinations":
-        run = lambda **m: detect_hallucinations(model, asked(), "d", FAST, max_new_tokens=4, n_boot=5, **common, **m)  # noqa: E731
-        return run, lambda h: {"claims": h.claims, "layers": h.layers, "items": len(h.weights)}, lambda: read_hallucinations(out, "d")
-    if kind == "firings":
-        run = lambda **m: count_firings(model, questions(), generate=3, **common, **m)  # noqa: E731
-        return run, lambda f: f.fired, lambda: read_firings(out)
-    if kind == "effects":
-        return (lambda **m: ablation_effects(model, questions(), DOMAINS, batch_size=2, **m)), dict, lambda: read_effects(out, DOMAINS)
-    return (lambda **m: ablate(model, questions(), off(), **common, **m)), lambda a: {"outcomes": a.outcomes}, lambda: read_ablations(out)
+def flips_of(model, **more):
+    return flip_study(model, questions(), n_random=2, batch_size=2, progress=False, **more)
 
 
-@pytest.mark.parametrize("kind", ["flips", "hallucinations", "firings", "effects", "ablations"])
-def test_a_folder_gives_what_memory_gives(model, tmp_path, kind):
+def hallucinations_of(model, **more):
+    return detect_hallucinations(model, asked(), "d", FAST, max_new_tokens=4, n_boot=5, batch_size=2, progress=False, **more)
+
+
+def firings_of(model, **more):
+    return count_firings(model, questions(), generate=3, batch_size=2, progress=False, **more)
+
+
+def effects_of(model, **more):
+    return ablation_effects(model, questions(), DOMAINS, batch_size=2, **more)
+
+
+def ablations_of(model, **more):
+    return ablate(model, questions(), off(), batch_size=2, progress=False, **more)
+
+
+RUNS = (  # (the experiment, how its folder is read, its figures)
+    (flips_of, read_flip_study, lambda study: {"prompts": study.prompts, "flips": study.flips, "skipped": study.skipped}),
+    (hallucinations_of, lambda out: read_hallucinations(out, "d"), lambda found: {"claims": found.claims, "layers": found.layers}),
+    (firings_of, read_firings, lambda counts: counts.fired | {f"{module} tokens": n for module, n in counts.tokens.items()}),
+    (effects_of, lambda out: read_effects(out, DOMAINS), dict),
+    (ablations_of, read_ablations, lambda found: {"outcomes": found.outcomes}),
+)
+
+
+@pytest.mark.parametrize(("do", "read", "figures"), RUNS, ids=lambda f: f.__name__)
+def test_a_folder_gives_what_memory_gives(model, tmp_path, do, read, figures):
     """In shares, the second of which finds all there; read again without the model; nothing is done twice."""
-    do, figures, read = in_a_folder(model, kind, tmp_path / "out")
-    expected = figures(do())
-    assert do(out=tmp_path / "out", shard=(1, 2)) is None  # the other share is missing
+    out = tmp_path / "out"
+    expected = figures(do(model))
+    assert do(model, out=out, shard=(1, 2)) is None  # the other share is missing
     with pytest.raises(ValueError, match="not finished"):
-        read()
-    assert_same(expected, figures(do(out=tmp_path / "out", shard=(0, 2))))
-    written = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").glob("part-*")}
+        read(out)
+    assert_same(expected, figures(do(model, out=out, shard=(0, 2))))
+    written = {file: file.stat().st_mtime_ns for file in out.glob("part-*")}
     assert len(written) > 1
-    assert_same(expected, figures(do(out=tmp_path / "out")))
-    assert_same(expected, figures(read()))
-    assert written == {file: file.stat().st_mtime_ns for file in (tmp_path / "out").glob("part-*")}
+    assert_same(expected, figures(do(model, out=out)))
+    assert_same(expected, figures(read(out)))
+    assert written == {file: file.stat().st_mtime_ns for file in out.glob("part-*")}
     with pytest.raises(ValueError, match="pass out="):
-        do(shard=(0, 2))
+        do(model, shard=(0, 2))
 
 
 def test_a_question_that_fails_is_said(model, tmp_path):
