@@ -14,7 +14,7 @@ from PIL import Image
 from tiny import tiny_hf, tiny_processor
 from transformer_lens.model_bridge import TransformerBridge
 
-from analyses.data.examples import Example
+from analyses.data.examples import Example, LeftOut
 from analyses.domain_neurons import (
     SOURCES,
     FiringCounter,
@@ -23,16 +23,14 @@ from analyses.domain_neurons import (
     disable_neurons,
     domain_entropy,
     find_domain_neurons,
-    firing_work,
     masks_of,
     mean_activations,
-    read_firings,
     select_neurons,
     token_sources,
 )
 from analyses.experiments import neurons as experiment
 from analyses.experiments.max_activating import top_images, written_tokens
-from analyses.experiments.neurons import FIRING, NONE, RANDOM, RANDOM_RATE, Ablations, Condition
+from analyses.experiments.neurons import FIRING, NONE, RANDOM, RANDOM_RATE, Ablations, Condition, FiringExperiment, read_firings
 from analyses.logit_lens import logit_lens
 from analyses.runs.engine import run
 from analyses.runs.plan import size_by_model
@@ -237,7 +235,7 @@ def counting_run(model, data, out, generate=2, **more):
     """A run in small parts, of batches of one domain."""
     size = size_by_model(model, by_domain=True)
     small = {"batch_size": 2, "batches_per_part": 2, "progress": False}
-    return run("firings", data, firing_work(model, generate), out, {"generate": generate}, model=model, size=size,
+    return run("firings", data, FiringExperiment(model, generate), out, {"generate": generate}, model=model, size=size,
                write=write_sums, **small, **more)  # fmt: skip
 
 
@@ -298,7 +296,7 @@ def test_sums_of_floats_do_not_depend_on_who_wrote_them(model, tmp_path):
     data = questions(8)
 
     def effects(out, **more):
-        return run("effects", data, experiment.effect_work(model), out, model=model, batch_size=2, batches_per_part=1,
+        return run("effects", data, experiment.EffectExperiment(model), out, model=model, batch_size=2, batches_per_part=1,
                    progress=False, write=write_sums, **more)  # fmt: skip
 
     effects(tmp_path / "one")
@@ -710,13 +708,13 @@ def test_what_a_neuron_writes(model):
         written_tokens(model, ("vision", 0, 0))
 
 
-def animals(tmp_path, n):
-    """A folder of two domains, n images each."""
-    for domain in ("cats", "dogs"):
+def animals(tmp_path, n, domains=("cats", "dogs")):
+    """A folder of domains, n images each."""
+    for number, domain in enumerate(reversed(domains)):
         (tmp_path / domain).mkdir()
         lines = []
         for i in range(n):
-            picture(56, 84, seed=i + n * (domain == "cats")).save(tmp_path / domain / f"{i}.png")
+            picture(56, 84, seed=i + n * number).save(tmp_path / domain / f"{i}.png")
             lines.append(json.dumps({"image": f"{i}.png", "question": "what?", "answer": "red"}))
         (tmp_path / domain / "questions.jsonl").write_text("\n".join(lines))
 
@@ -762,6 +760,32 @@ def test_the_command_in_shares_with_a_bad_image(tmp_path, capsys, model, monkeyp
         assert len(one)
 
 
+def test_limits_are_spread_over_the_domains(tmp_path, capsys, model, monkeypatch):
+    """Files in the order of their domains, limits below the size of the first: every domain is selected on and judged."""
+    animals(tmp_path, 8, ("ants", "bats", "cats"))
+    monkeypatch.setattr("analyses.cli.neurons.load_model", lambda options: model)
+    command = [*COMMAND, "--data", str(tmp_path), "--out", str(tmp_path / "out"), "--limit", "4", "--test-limit", "3"]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "4 of 12 are kept (domain: ants 2 of 4, bats 1 of 4, cats 1 of 4)" in said
+    assert "3 of 12 are kept (domain: ants 1 of 4, bats 1 of 4, cats 1 of 4)" in said
+    outcomes = pd.read_csv(tmp_path / "out" / "neurons_outcomes.csv")
+    assert outcomes.query("selection == 'none'")["domain"].tolist() == ["ants", "bats", "cats"]
+    assert pd.read_csv(tmp_path / "out" / "neurons_accuracy.csv").query("domain == 'all'")["items"].unique().tolist() == [3]
+    assert read_firings(tmp_path / "out" / "neurons" / "firings").domains == ("ants", "bats", "cats")
+    assert main([*command, "--limit", "0"]) == 2 and "--limit must be at least 1" in capsys.readouterr().err
+    files = [Example(f"{d}{i}", "what?", "red", (), d) for d in ("ants", "bats", "cats") for i in range(8)]
+    for counting in (count_firings, experiment.count_firings):
+        for data in (tmp_path, files):
+            with pytest.warns(LeftOut, match="5 of 24 are kept .domain: ants 2 of 8, bats 2 of 8, cats 1 of 8"):
+                assert counting(model, data, limit=5, progress=False).domains == ("ants", "bats", "cats")
+    with pytest.warns(LeftOut, match="1 of 24"):
+        means = mean_activations(model, files, limit=1)
+    assert torch.allclose(means["decoder"], mean_activations(model, [e for e in files if e.domain == "ants"][:1])["decoder"])
+    with pytest.warns(LeftOut, match="3 of 24"):
+        top_images(model, ("decoder", 0, 0), tmp_path, limit=3)
+
+
 def test_an_ablation_run_gives_what_memory_gives(model, tmp_path):
     """With several questions an image: they are one image in the intervals, as they are for files."""
     shots = [picture(56, 56, seed=i // 2) for i in range(4)]
@@ -771,9 +795,7 @@ def test_an_ablation_run_gives_what_memory_gives(model, tmp_path):
     files = [Example(e.id, e.question, e.answer, (tmp_path / f"{i // 2}.png",), e.domain) for i, e in enumerate(data)]
     own = Condition(FIRING, "decoder", "a", 0, {"decoder": torch.rand(3, 72) < 0.6})
     whole = experiment.ablate(model, experiment.prepare(model, data, batch_size=2), [own], progress=False)
-    run("ablations", files, experiment.ablation_work(model, [own]), tmp_path / "out", model=model, batch_size=2,
-        size=size_by_model(model, by_domain=True), progress=False)  # fmt: skip
-    ours, theirs = (table.outcomes.sort_values(["id", "selection"], ignore_index=True) for table in
-                    (experiment.read_ablations(tmp_path / "out"), whole))  # fmt: skip
+    found = experiment.ablate(model, files, [own], out=tmp_path / "out", batch_size=2, progress=False)
+    ours, theirs = (table.outcomes.sort_values(["id", "selection"], ignore_index=True) for table in (found, whole))
     pd.testing.assert_frame_equal(ours[theirs.columns], theirs, check_exact=False, rtol=0, atol=1e-5)
     assert ours["image"].nunique() == 2 and len(ours) == 4 + 4

@@ -97,6 +97,9 @@ def test_shares_of_a_folder_with_a_bad_image(expected, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "flips: 6 questions in 6 batches, 2 parts" in said and "memory" in said and not (tmp_path / "out").exists()
 
+    assert main([*command, "--limit", "4", "--out", str(tmp_path / "some")]) == 0  # gone through twice, said once
+    assert capsys.readouterr().out.count("a limit leaves questions out: 4 of 6 are kept") == 1
+
     assert main([*command, "--shard", "1/2"]) == 0
     assert "1 of 2 parts" in capsys.readouterr().out and not (tmp_path / "out" / "flips.csv").exists()
     assert main([*command, "--shard", "0/2"]) == 0

@@ -22,6 +22,7 @@ from analyses.experiments.hallucination import (
     WITHIN,
     Answer,
     Claim,
+    HallucinationExperiment,
     Hallucinations,
     _answer,
     choose_layers,
@@ -29,10 +30,8 @@ from analyses.experiments.hallucination import (
     claims_of,
     detect_hallucinations,
     generate_answers,
-    hallucination_work,
     read_hallucinations,
     read_judgements,
-    run_settings,
     score_claim,
     with_controls,
 )  # fmt: skip
@@ -294,8 +293,8 @@ SETTINGS = (FAST, None, LIMIT)  # methods, vocabulary, tokens
 
 def scored(model, items, out, **more):
     small = {"batch_size": 2, "batches_per_part": 1, "progress": False}
-    return run("hallucination", lambda: with_controls(items), hallucination_work(model, *SETTINGS), out,
-               run_settings(model, *SETTINGS), model=model, **small, **more)  # fmt: skip
+    experiment = HallucinationExperiment(model, *SETTINGS)
+    return run("hallucination", lambda: with_controls(items), experiment, out, experiment.settings, model=model, **small, **more)
 
 
 def test_a_run_gives_what_memory_gives(model, items, tmp_path):
@@ -360,9 +359,10 @@ def test_other_settings_pictures_and_captions_are_refused(model, items, tmp_path
     assert scored(model, elsewhere, tmp_path).complete
     for settings, named in (((FAST, None, 9), "max_new_tokens: 3 there, 9 now"), ((FAST[:1], None, LIMIT), "settings.methods"),
                             ((FAST, None, LIMIT, 1), "image_layer: 2 there, 1 now"), ((FAST, {"a": "b"}, LIMIT), "vocabulary")):  # fmt: skip
+        experiment = HallucinationExperiment(model, *settings)
         with pytest.raises(ValueError, match=named):
-            run("hallucination", lambda: with_controls(items), hallucination_work(model, *settings), tmp_path,
-                run_settings(model, *settings), model=model, batch_size=2, batches_per_part=1, progress=False)  # fmt: skip
+            run("hallucination", lambda: with_controls(items), experiment, tmp_path, experiment.settings, model=model,
+                batch_size=2, batches_per_part=1, progress=False)  # fmt: skip
 
 
 def test_an_image_is_encoded_once(model, items, monkeypatch):

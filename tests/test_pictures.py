@@ -25,6 +25,7 @@ from analyses.views.text import columns, drawable, families, line, readable, vis
 
 # Public dataclasses that are no results, and why.
 NO_RESULTS = {
+    "Done": "an experiment's rows, before a result is made of them",
     "Asked": "an encoded question, on the way to Hallucinations",
     "Answer": "what a model said, before it is judged",
     "Batch": "encoded questions, on the way to a result",

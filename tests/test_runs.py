@@ -22,7 +22,7 @@ from same_runs import ONE_THREAD
 from tiny import tiny_hf
 
 from analyses.data.examples import Example
-from analyses.experiments.neurons import effect_work
+from analyses.experiments.neurons import EffectExperiment
 from analyses.runs.engine import describe_model, read_composition, read_failures, read_results, run, seeded, this_share
 from analyses.runs.plan import make_plan, memory_for, size_by_model, size_by_pixels
 from hooked_qwen2vl import HookedQwen2VL
@@ -396,7 +396,7 @@ def test_the_estimate_of_memory_is_near_what_is_allocated(model, gradients):
     inputs = model.encode(model.to_inputs(["what is this?"] * 6, images=images))
     memory = memory_for(model, [(size_by_model(model)(data[0]), 6)], gradients=gradients)
     with torch.set_grad_enabled(gradients), torch.profiler.profile(profile_memory=True) as profile:
-        list(effect_work(model)(data)) if gradients else model(inputs)
+        list(EffectExperiment(model)(data)) if gradients else model(inputs)
     held = peak = 0
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":

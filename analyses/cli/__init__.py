@@ -10,6 +10,7 @@ import argparse
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from analyses.cli import (
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with the input."""
     options = _parser().parse_args(arguments)
     with warnings.catch_warnings():
-        warnings.showwarning = _say
+        warnings.showwarning = partial(_say, set())
         try:
             return options.run(options) or 0
         except (ValueError, OSError) as error:
@@ -42,12 +43,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
 
 
-def _say(message: Warning | str, category: type[Warning], filename: str, lineno: int, *more: Any) -> None:
-    """What a limit leaves out belongs to what a command prints; every other warning is shown as Python does."""
+def _say(said: set[str], message: Warning | str, category: type[Warning], filename: str, lineno: int, *more: Any) -> None:
+    """What a limit leaves out is printed, once, though a run goes through its data twice; other warnings as Python shows them."""
     from analyses.data.examples import LeftOut
 
     if issubclass(category, LeftOut):
-        print(message)
+        if str(message) not in said:
+            print(message)
+        said.add(str(message))
     else:
         print(warnings.formatwarning(message, category, filename, lineno), file=sys.stderr, end="")
 

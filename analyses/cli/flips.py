@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--answer", help="one prompt: the right answer")
     parser.add_argument("--candidates", default="", help="one prompt: possible answers, separated by commas")
     parser.add_argument("--data", default="scenes", help="a data set: 'scenes', a .jsonl file or a folder (see analyses.data.examples)")
-    parser.add_argument("--limit", type=int, default=200, help="questions of the data set to follow (default 200)")
+    parser.add_argument("--limit", type=int, default=200, help="questions of the data set to follow, domains and categories in turn (default 200)")
     parser.add_argument("--components", type=int, default=2, help="components to ablate for a flip (default 2)")
     parser.add_argument("--random", type=int, default=10, help="random draws beside them (default 10)")
     add_run(parser, 8)

@@ -46,7 +46,8 @@ NONE = "none"
 FIRING, EFFECT = "firing", "effect"
 RANDOM, RANDOM_RATE, RANDOM_EFFECT = "random", "random, same rate", "random for effect"
 CONTROLS = {FIRING: (RANDOM, RANDOM_RATE), EFFECT: (RANDOM_EFFECT,)}
-_SPARE_TOKENS = 2  # past the right answer's length: its end token, and a full stop before it
+_OUTCOMES = ("selection", "module", "target", "seed", "neurons", "id", "image", "domain", "right", "log_prob")
+_SPARE_TOKENS = 4  # past twice the right answer's length: a blank, a full stop, the end token
 
 
 # ---- counting ---------------------------------------------------------------------------------------
@@ -156,10 +157,10 @@ def _encoded(model: Any, some: Sequence[Example], encode: Callable[[Any], Any]) 
     return Batch(encode(inputs), ids, answers, tuple(map(image_key, some)), some[0].domain)
 
 
-def answer(model: Any, batch: Batch) -> tuple[list[str], Float[np.ndarray, "row"]]:
+def answer(model: Any, batch: Batch) -> tuple[list[str | None], Float[np.ndarray, "row"]]:
     """The model's greedy answers, and the log-probability (nats) of each right answer's first token.
 
-    Decoding stops a little after the right answer's length: what is longer is wrong anyway.
+    An answer that has not ended at twice the right answer's length, and a few tokens, is None: it is longer, so it is wrong.
     """
     first_logits: list[Tensor] = []
 
@@ -169,13 +170,21 @@ def answer(model: Any, batch: Batch) -> tuple[list[str], Float[np.ndarray, "row"
         return torch.zeros(len(tokens), dtype=torch.bool)
 
     wanted = [model.to_tokens(text, move_to_device=False)[0] for text in batch.answers]
-    texts = model.generate(
-        batch.inputs, max_new_tokens=max(map(len, wanted)) + _SPARE_TOKENS, do_sample=False, return_type="str",
-        stopping_criteria=listen, verbose=False,
-    )  # fmt: skip
+    limits = [2 * len(tokens) + _SPARE_TOKENS for tokens in wanted]  # a row's own, whatever else is in its batch
+    done = model.generate(
+        batch.inputs, max_new_tokens=max(limits), do_sample=False, return_type="tokens", stopping_criteria=listen, verbose=False
+    )
+    said = done[:, batch.inputs.shape[1] :].tolist()
     log_probs = first_logits[0].float().log_softmax(-1).cpu()
     at = torch.tensor([int(tokens[0]) for tokens in wanted])
-    return [texts] if isinstance(texts, str) else texts, log_probs.gather(-1, at[:, None])[:, 0].numpy()
+    texts = [_until_end(model, ids[:limit]) for ids, limit in zip(said, limits)]
+    return texts, log_probs.gather(-1, at[:, None])[:, 0].numpy()
+
+
+def _until_end(model: Any, ids: Sequence[int]) -> str | None:
+    """The text before the end token; None without one."""
+    length = next((place for place, token in enumerate(ids) if token in model.cfg.special.eos), None)
+    return None if length is None else model.tokenizer.decode(ids[:length], skip_special_tokens=True)
 
 
 def same_answer(said: str, answer: str) -> bool:
@@ -511,8 +520,8 @@ class AblationExperiment(Experiment):
     @staticmethod
     def result(done: Done) -> Ablations:
         if done.rows.empty:
-            raise ValueError("no test question could be answered.")
-        return Ablations(done.rows, done.model_name)
+            raise ValueError("there is no test question, or none could be answered.")
+        return Ablations(done.rows[list(_OUTCOMES)], done.model_name)
 
 
 @torch.no_grad()
@@ -584,7 +593,10 @@ def _under_all(model: Any, batch: Batch, wanted: Sequence[Condition], crossed: S
 
 def _outcomes(model: Any, batch: Batch) -> list[tuple[bool, float]]:
     texts, log_probs = answer(model, batch)
-    return [(same_answer(text, right), float(lp)) for text, right, lp in zip(texts, batch.answers, log_probs)]
+    return [
+        (text is not None and same_answer(text, right), float(log_prob))
+        for text, right, log_prob in zip(texts, batch.answers, log_probs)
+    ]
 
 
 def _rows(condition: Condition, batch: Batch, outcomes: Sequence[tuple[bool, float]]) -> list[dict]:

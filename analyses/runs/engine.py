@@ -1,6 +1,6 @@
 """Runs over thousands of questions that can be killed at any moment and started again.
 
-1. Plan: which questions form which batch and which part (see `run_plan`); the plan follows from data and settings.
+1. Plan: which questions form which batch and which part (see `runs.plan`); the plan follows from data and settings.
 2. Each part that is not there yet is worked on, batch by batch, and written as one Parquet file: under a temporary
    name first, moved to its own when it is whole. What has its name is done; what has not is done again.
 3. A question that cannot be answered (an unreadable image, a prompt too long) is kept with its reason.
@@ -86,7 +86,7 @@ class Run:
     Attributes:
         out: the folder.
         manifest: as in `run.json`.
-        plan: one row a question (see `run_plan.make_plan`).
+        plan: one row a question (see `runs.plan.make_plan`).
         share: (k, n): this process does every n-th part, from the k-th.
         done: parts that are written, by whichever process.
         memory: what the model's forward needs; None where no model was given.
