@@ -26,6 +26,12 @@ lint: install
 	.venv/bin/ruff check .
 	.venv/bin/lint-imports
 
+# Would the module's own tests notice a fault? A seeded sample of them, in a copy of the tree: out/mutants.
+N ?= 30
+SEED ?= 0
+mutants: install
+	.venv/bin/python tests/mutants/mutants.py $(MODULE) --n $(N) --seed $(SEED)
+
 # Threads pinned; about an hour. The table: tests/benchmarks/benchmarks.md. BENCH="--quick --only cache".
 bench: install
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv/bin/python tests/benchmarks/run_all.py $(BENCH)

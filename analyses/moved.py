@@ -72,7 +72,9 @@ class MovedModules(MetaPathFinder, InspectLoader):
     """Finds a module under the path it had before, also for `python -m`."""
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: Any = None) -> ModuleSpec | None:
-        return ModuleSpec(name, self) if name in KEPT or name in MOVED else None
+        if name not in KEPT and name not in MOVED:
+            return None
+        return ModuleSpec(name, self, origin=find_spec(_home(name)).origin)  # which `python -m` makes sys.argv[0]
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         if spec.name in MOVED:

@@ -54,11 +54,6 @@ def attention_segments(grid_thw: Int[Tensor, "image 3"]) -> Int[Tensor, "segment
     return (grid_thw[:, 1] * grid_thw[:, 2]).repeat_interleave(grid_thw[:, 0])
 
 
-def n_image_tokens(grid_thw: Int[Tensor, "image 3"], merge: int) -> list[int]:
-    """How many tokens each image or video is in the prompt."""
-    return (grid_thw.prod(-1) // merge**2).tolist()
-
-
 def mrope_positions(
     token_types: Int[Tensor, "batch pos"],
     attention_mask: Int[Tensor, "batch pos"],

@@ -9,6 +9,8 @@ from tiny import tiny_tokenizer
 from analyses.common.vocabulary import readout
 from analyses.logit_lens import logit_lens
 
+ORDER = 1e-5  # logits this close may change places, as the last bits of a product depend on its shape; measured: 1.2e-6
+
 
 @pytest.mark.parametrize("positions", ["last", "image", "question", slice(3, 9), -2])
 def test_the_lens_is_the_norm_and_unembedding_of_every_entry(model, batches, positions):
@@ -143,12 +145,15 @@ def test_the_readout_is_the_sorted_softmax(dtype, rows, top_k):
     logits[:, 200:260] = logits[:, 20:80]  # twins are equal to the last bit, whatever the product's order
     probs = logits.double().softmax(-1)
     order = logits.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
-    assert torch.equal(probs.gather(-1, ours.ids), probs.gather(-1, order))
+    best = probs.gather(-1, order)  # another word may stand there only if rounding tells the two apart
+    assert ((probs.gather(-1, ours.ids) - best).abs() <= ORDER * best).all()
+    assert all(len(set(row)) == top_k for row in ours.ids.tolist())
     assert torch.allclose(ours.probs.double(), probs.gather(-1, order), atol=1e-6)
     assert torch.allclose(ours.entropy.double(), torch.special.entr(probs).sum(-1), atol=1e-5)
     assert torch.allclose(ours.target_probs.double(), probs.gather(-1, targets), atol=1e-6)
-    theirs = (logits[:, None, :] > logits.gather(-1, targets)[..., None]).sum(-1)
-    assert torch.equal(ours.target_ranks, theirs)
+    ahead = logits[:, None, :] - logits.gather(-1, targets)[..., None]
+    least, most = (ahead > ORDER).sum(-1), (ahead > -ORDER).sum(-1) - 1  # -1: not the word itself
+    assert ((least <= ours.target_ranks) & (ours.target_ranks <= most)).all() and (least == most).float().mean() > 0.8
 
 
 @pytest.mark.usefixtures("slabs")

@@ -12,7 +12,6 @@ from hooked_qwen2vl.positions import (
     VIDEO,
     attention_segments,
     mrope_positions,
-    n_image_tokens,
     patch_coordinates,
     raster_order,
 )
@@ -84,7 +83,6 @@ def test_raster_order_reads_row_by_row(thw):
 
 def test_attention_stays_in_an_image_and_in_a_frame():
     assert attention_segments(grids(WIDE, SHORT_VIDEO, TALL)).tolist() == [60, 24, 24, 24, 32]
-    assert n_image_tokens(grids(WIDE, SHORT_VIDEO, TALL), MERGE) == [15, 18, 8]
 
 
 # ---- M-RoPE -----------------------------------------------------------------------------------
