@@ -567,13 +567,13 @@ def test_figures_by_hand():
 # ---- doubt beside its control ----------------------------------------------------------------------------
 
 
-def one(top1, answer="red", names=("red", "blue", "green", "grey"), question="?", seed=0, category="c"):
+def one(top1, answer="red", names=("red", "blue", "green", "grey"), question="?", seed=0, category="c", said=None):
     """A trajectory over made logits whose tokens are the candidates, in order, then others."""
     text = [*names, "other"]
     logits = made(top1, len(text))
     ids = [[i] for i in range(len(names))]
     return trajectory_of_logits(logits, None, ids[names.index(answer)], text.__getitem__, answer=answer, candidates=names,
-                                candidate_ids=ids, question=question, category=category, seed=seed)  # fmt: skip
+                                candidate_ids=ids, question=question, category=category, seed=seed, model_top1=said)  # fmt: skip
 
 
 def test_the_control_is_neither_the_answer_nor_what_is_said():
@@ -596,10 +596,10 @@ def test_doubt_beside_its_control_by_hand():
     """Six items; of each the answer is red, and the control is known or drawn from one."""
     three = ("red", "blue", "green")
     items = (
-        one([0, 2, 1], names=three),  # wrong, doubt; the control green was held once
+        one([0, 2, 1], names=three, said=1),  # wrong, doubt; the control green was held once
         one([2, 2, 1], names=three),  # wrong, no doubt; green held twice
-        one([0, 1, 1], names=three),  # wrong, doubt; green never held
-        one([0, 0, 0], names=three),  # right: the control is blue or green, and neither was held
+        one([0, 1, 1], names=three, said=2),  # wrong, doubt; green never held; the model itself says green
+        one([0, 0, 0], names=three, said=1),  # right: the control is blue or green, and neither was held
         one([0, 1, 1], names=three[:2]),  # wrong, doubt, no control
         one([2, 2, 1], names=three, category="d"),  # another category
     )
@@ -611,7 +611,7 @@ def test_doubt_beside_its_control_by_hand():
     assert (table.loc["c", "doubt"], table.loc["c", "control_doubt"]) == (pytest.approx(2 / 4), pytest.approx(2 / 4))
     assert (table.loc["c", "doubt_if_wrong"], table.loc["c", "control_doubt_if_wrong"]) == (pytest.approx(2 / 3), pytest.approx(2 / 3))
     assert (table.loc["d", "doubt_if_wrong"], table.loc["d", "control_doubt_if_wrong"]) == (0.0, 1.0)
-    assert table["differs_from_model"].tolist() == [0, 0]
+    assert table["differs_from_model"].tolist() == [2, 0]
     said = one([2, 1, 2], names=three)  # the control blue at the last entry would be what is said: green is said
     assert said.control == "blue" and said.control_held == [1]
     alone = doubt_beside_control(Trajectories(items[4:5]).to_dataframe())
