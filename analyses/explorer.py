@@ -23,10 +23,10 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 from transformer_lens.patching import PatchingResult
-from transformer_lens.tools.analysis import logit_readout
 
 from analyses.common.attention import attention_patterns
 from analyses.common.result import Result
+from analyses.common.vocabulary import logits_of
 from analyses.logit_lens import LogitLens, logit_lens, residual_stack
 from analyses.patching import recovery
 
@@ -237,7 +237,7 @@ def _many_tokens(
     model: Any, streams: Float[Tensor, "layer d_model"], keep: int
 ) -> tuple[Int[Tensor, "token"], Float[Tensor, "layer token"], Float[Tensor, "layer"]]:
     """The tokens that are most probable anywhere, their probabilities, and the most that any other has."""
-    probs = logit_readout(model, streams, return_type="log_probs").values.float().cpu().exp()
+    probs = logits_of(model, streams).softmax(-1)
     kept = probs.amax(0).topk(min(keep, probs.shape[1])).indices.sort().values
     others = probs.clone()
     others[:, kept] = 0

@@ -603,8 +603,8 @@ def _text(tokenizer: Any, token: int) -> str:
 def _variants(model: Any, answer: str) -> set[int]:
     """First tokens of an answer's forms; those that are blank (Qwen2 splits a space off before digits) or parts of
     characters say nothing and are left out."""
-    forms = {answer, answer.lower(), answer[:1].upper() + answer[1:]}
-    strings = {prefix + form.strip() for form in forms for prefix in ("", " ")}
+    bare = answer.strip()
+    strings = {prefix + form for form in (bare, bare.lower(), bare[:1].upper() + bare[1:]) for prefix in ("", " ")}
     texts = {token: model.tokenizer.decode([token]) for token in (_spelt(model, string)[0] for string in strings)}
     return {token for token, text in texts.items() if whole(text) and text.strip()}
 
@@ -649,17 +649,18 @@ def _js(p: Float[Tensor, "d_vocab"], q: Float[Tensor, "d_vocab"]) -> float:
 
 def _classed(moved: Float[Tensor, "d_vocab"], final: int, text: Callable[[int], str]) -> dict[str, float]:
     """A total variation by what the tokens are, the largest first; what is left at the end is counted as content."""
-    parts, word_at_last = {"form": 0.0, "function": 0.0, "content": 0.0}, text(final)
+    parts, last = {"form": 0.0, "function": 0.0, "content": 0.0}, text(final)
     amounts, order = moved.sort(descending=True)
     left = moved.sum() - amounts.cumsum(0)
     for token, amount in zip(order[: int((left > UNCLASSED).sum()) + 1].tolist(), amounts.tolist()):
         shown = text(token)
-        same = token == final or same_word(shown, word_at_last)
+        same = token == final or same_word(shown, last)
         parts["form" if same else "function" if _is_function(shown) else "content"] += amount
     parts["content"] += float(moved.sum()) - sum(parts.values())
     return parts
 
 
+@lru_cache(maxsize=2**18)
 def _is_function(token: str) -> bool:
     """A function word, punctuation, white space or a template token."""
     bare = word(token)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from tqdm.auto import trange
 from transformer_lens.tools.analysis import logit_readout
 
+from analyses.common.vocabulary import logits_of
 from analyses.logit_lens import residual_stack
 
 _CHUNK = 64
@@ -177,7 +178,7 @@ def _kl(
 
 
 def _log_probs(model: Any, vectors: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes d_vocab"]:
-    readout = logit_readout(
-        model, vectors, return_type="log_probs", chunk_size=10**9, enable_grad=torch.is_grad_enabled()
-    )
-    return readout.values.float()
+    """As every lens reads; while fitting, through TransformerLens's readout, which gradients pass."""
+    if not torch.is_grad_enabled():
+        return logits_of(model, vectors).log_softmax(-1)
+    return logit_readout(model, vectors, return_type="log_probs", chunk_size=10**9, enable_grad=True).values.float()

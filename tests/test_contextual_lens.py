@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import half_characters
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from conftest import picture
 from sklearn.metrics import roc_auc_score
+from tiny import byte_symbols
 
 from analyses.answer_scores import SCORES, Evidence, all_scores, blank_image, with_images
 from analyses.common.rectangles import best_rectangle, heaviest_rectangle, integral_image
@@ -178,6 +180,57 @@ def test_yes_and_no(model):
     assert abs(noun - contextual_score(model, yes, span=places[0]).score) > 1e-4
     with pytest.raises(ValueError, match="yes or no"):
         yes_no_score(model, model.to_inputs("red?", images=[image], answers="blue"), "red")
+
+
+def words_by_bytes(model, inputs, word, part="answer"):
+    """Positions of every mention of a word, by the bytes of the tokens: which of them share a byte with it."""
+    places, symbols = inputs.positions(part).tolist(), byte_symbols()
+    order = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    order += [b for b in range(256) if b not in order]
+    parts = [bytes(order[symbols.index(c)] for c in model.tokenizer.convert_ids_to_tokens(int(inputs.tokens[0, p]))) for p in places]
+    text, found, at = b"".join(parts), [], 0
+    ends = np.cumsum([len(piece) for piece in parts])
+    while (at := text.find(word.encode(), at)) >= 0:
+        inside = range(at, at + len(word.encode()))
+        found.append([p for p, end, piece in zip(places, ends, parts) if set(range(end - len(piece), end)) & set(inside)])
+        at += 1
+    return found
+
+
+@pytest.mark.parametrize(
+    "answer, word, mentions",
+    [
+        ("a café there", "café", 1),
+        ("𪚥", "𪚥", 1),
+        ("𪚥𪚥 and 𪚥", "𪚥", 3),
+        ("一只红猫坐在垫子上", "猫", 1),
+        ("一只红猫坐在垫子上", "垫子", 1),
+        ("一只红猫坐在垫子上", "一只红猫", 1),
+        ("猫和猫", "猫", 2),
+        ("我的iPhone在这里", "iPhone", 1),
+        ("고양이가 있다", "고양이", 1),
+        ("แมวสีแดง", "แมว", 1),
+        ("the naïve café.", "naïve", 1),
+        ("c++ is it", "c++", 1),
+        ("it is 5€", "5€", 1),
+    ],
+)
+def test_every_token_of_a_word(answer, word, mentions):
+    """Parts of characters too, in scripts with spaces between words and without; against the tokens' bytes."""
+    hard = half_characters.model()
+    inputs = hard.to_inputs("what?", images=[picture(56, 56)], answers=answer)
+    ours = list(word_spans(hard, inputs, [word]).values())
+    assert ours == words_by_bytes(hard, inputs, word) and len(ours) == mentions
+
+
+def test_what_is_no_word_of_its_own():
+    hard = half_characters.model()
+    for answer, word in (("cafés", "café"), ("a café", "caf"), ("cafe\u0301", "cafe"), ("scatter", "cat"), ("c++11", "c++"), ("猫a", "b")):
+        inputs = hard.to_inputs("what?", images=[picture(56, 56)], answers=answer)
+        with pytest.raises(ValueError, match="has no word"):
+            word_spans(hard, inputs, [word])
+    with pytest.raises(ValueError, match="empty one"):
+        word_spans(hard, inputs, ["", "a"])
 
 
 def test_what_is_not_there(model, answered, batches):
@@ -361,6 +414,20 @@ def test_doubt(model):
     assert doubt([(ids[0], 0.6), (ids[1], 0.8), (ids[0], 0.9)]) == pytest.approx(0.8)
     assert doubt([(ids[0], 0.6), (ids[2], 0.8), (ids[0], 0.9)]) == 0.0  # only the space differs: the same word
     assert doubt([(ids[0], 0.6), (ids[0], 0.8), (ids[1], 0.9)]) == 0.0  # the last entry is the model's answer, not a doubt
+
+
+def test_halves_of_characters_are_no_doubt_that_is_shared():
+    """Two tokens that both show as � are not the same word: the one was held, the answer begins with the other."""
+    hard = half_characters.model()
+    item = hard.to_inputs("what?", images=[picture(56, 56)], answers="子")
+    own, other = int(item.tokens[0, item.positions("answer")[0]]), hard.tokenizer("𪚥")["input_ids"][0]
+    assert hard.tokenizer.decode([own]) == hard.tokenizer.decode([other]) == "\ufffd"
+    for top, expected in ((other, -0.75), (own, 0.0)):
+        evidence = Evidence(hard, item)
+        evidence.__dict__["lens"] = {
+            "top1": torch.tensor([[top], [own]]), "top1_prob": torch.tensor([[0.75], [0.5]]), "rank": torch.tensor([[0], [0]])
+        }  # fmt: skip
+        assert SCORES["neg_doubt"](hard, evidence) == expected
 
 
 def test_runs_are_shared_and_change_nothing(model, answered, monkeypatch):

@@ -9,13 +9,14 @@ import json
 import re
 import struct
 
+import half_characters
 import numpy as np
 import pytest
 import torch
 from conftest import picture
 from explorer_pages import NASTY, large
 
-from analyses.explorer import explore, recovery_by_position
+from analyses.explorer import _many_tokens, explore, recovery_by_position
 from analyses.patching import patch_sweep
 from hooked_qwen2vl.cli import main
 
@@ -104,6 +105,22 @@ def test_a_padded_row_is_the_row_alone(model):
         assert torch.allclose(getattr(padded, field), getattr(alone, field), atol=1e-5), field
     assert torch.allclose(padded.lens.top_probs, alone.lens.top_probs, atol=1e-5)
     assert len(explore(model, batch, images[1], row=1).grids) == 2
+
+
+def test_the_answer_is_decoded_as_a_whole():
+    """A character of three tokens is one in the header, not three marks."""
+    hard = half_characters.model()
+    prompt = hard.to_inputs("what?", images=[picture(84, 56)], answers="一只𪚥 café")
+    assert explore(hard, prompt, [picture(84, 56)], top_k=2, keep=5).answer_text == "一只𪚥 café"
+
+
+def test_half_precision_is_read_in_float32():
+    hard = half_characters.model(dtype=torch.bfloat16)
+    streams = torch.randn(4, hard.cfg.d_model).bfloat16() * 5
+    _, probs, _ = _many_tokens(hard, streams, 10**6)
+    with torch.no_grad():
+        expected = (hard.ln_final(streams[None])[0].double() @ hard.W_U.double()).softmax(-1)
+    assert torch.allclose(probs.double(), expected, rtol=1e-5)
 
 
 def test_without_an_answer_there_is_no_contextual_map(model, batches):

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from dataclasses import FrozenInstanceError
 
+import half_characters
 import matplotlib.cbook
 import numpy as np
 import pytest
 import torch
 from conftest import picture
 from PIL import Image
-from tiny import CHAT_TEMPLATE, reference_batch, tiny_processor
+from tiny import CHAT_TEMPLATE, reference_batch, tiny_hf, tiny_processor
 from transformer_lens.tools.analysis.attribution_patching import attribution_patch
 from transformer_lens.tools.analysis.interchange import collect_activations
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from hooked_qwen2vl import Inputs
+from hooked_qwen2vl import HookedQwen2VL, Inputs
 from hooked_qwen2vl.positions import IMAGE
 
 
@@ -517,3 +518,15 @@ def test_a_damaged_image_file(model, tmp_path):
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(ValueError, match="not a readable image"):
         model.to_inputs("hi", images=[path])
+
+
+@pytest.mark.parametrize("question", ["\n\nwhat is it?", "\n\n\nwhat\nis it?", "\nwhat", "what\n\nis it?", "what?"])
+@pytest.mark.parametrize("known", [True, False], ids=["tokenizer", "ids alone"])
+def test_a_question_that_begins_with_a_line_break(question, known):
+    """Parts read off the ids are those that the template gave, which takes a token that begins in it."""
+    own = half_characters.tokenizer()
+    model = HookedQwen2VL.from_hf(tiny_hf(tokenizer=own), tiny_processor(tokenizer=own))
+    inputs = model.to_inputs(question)
+    cfg = model.cfg if known else HookedQwen2VL.from_hf(tiny_hf(tokenizer=own)).cfg
+    assert Inputs.from_tokens(inputs.tokens, cfg).names == inputs.names
+    assert {"system", "question", "template"} == set(inputs.part_names())

@@ -84,6 +84,21 @@ def test_anything_else_is_a_raw_prompt(tokens):
     assert parts(tokens) == {"question": tokens}
 
 
+MERGED = 97  # "\\n\\n": the template's line break and the content's in one token
+
+
+@pytest.mark.parametrize("content", [[12, 13], [12, BREAK, 13], [MERGED, 12], []])
+def test_content_that_begins_with_line_breaks(content, monkeypatch):
+    """Where the tokenizer is known, whatever the roles; where it is not, roles that are one token."""
+    for known, roles in (((BREAK, MERGED), (SYSTEM, USER, ASSISTANT)), ((), ([1], [2], [3]))):
+        monkeypatch.setattr(CFG.special, "line_breaks", known, raising=False)
+        system, user, assistant = roles
+        tokens = turn(system, [10]) + [START, *user, MERGED, *content, END, BREAK] + turn(assistant, [], closed=False)
+        found = parts(tokens)
+        assert found["system"] == [10] and found.get("question", []) == content
+        assert len(found["template"]) == len(tokens) - 1 - len(content)
+
+
 def test_a_raw_prompt_with_an_image():
     found = parts([VISION_START, PAD, VISION_END, 10, 11])
     assert found == {"vision_start": [VISION_START], "image": [PAD], "vision_end": [VISION_END], "question": [10, 11]}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import half_characters
 import pytest
 import torch
 from conftest import picture
+from tiny import tiny_hf, tiny_processor
 
 from analyses.embedding_lens import contextual_neighbours, embedding_lens, text_bank
 from analyses.logit_lens import logit_lens, residual_stack
 from analyses.project_away import project_away, project_away_hooks, text_direction
 from analyses.tuned_lens import TunedLens, fit_tuned_lens, kl_by_layer
+from hooked_qwen2vl import HookedQwen2VL
 
 CLOSE = 1e-5  # float32 by two routes; measured 1e-6
 
@@ -44,6 +47,24 @@ def test_the_embedding_lens_by_hand(model, batches, tmp_path):
         embedding_lens(model, inputs, top_k=10**6)
     with pytest.raises(ValueError, match="0..3"):
         embedding_lens(model, inputs, layers=[4])
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 70])
+def test_equal_embeddings_come_by_id(top_k):
+    """Sixty words with a twin, and thirty-four alike: the lower id first, as a stable sort of the same cosines has it."""
+    model = HookedQwen2VL.from_hf(tiny_hf(), tiny_processor())
+    with torch.no_grad():
+        model.embed.weight[200:260] = model.embed.weight[20:80]
+        model.embed.weight[100:134] = model.embed.weight[99]
+    inputs = model.to_inputs("what is this?", images=[picture(84, 56)])
+    found = embedding_lens(model, inputs, slice(None), top_k=top_k)
+    stack, _ = residual_stack(model, inputs)
+    unit = [torch.nn.functional.normalize(x, dim=-1) for x in (stack[:, 0], model.W_E.detach())]
+    table = (unit[0] @ unit[1].T).clamp(-1.0, 1.0)
+    table[..., 200:260], table[..., 100:134] = table[..., 20:80], table[..., 99:100]
+    order = table.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
+    same = (table.gather(-1, order).diff(dim=-1) == 0).any(-1) if top_k > 1 else torch.zeros(0)
+    assert torch.equal(found.indices, order) and (top_k == 1 or same.any())
 
 
 # ---- contextual neighbours --------------------------------------------------------------------------
@@ -84,6 +105,15 @@ def test_a_prefix_is_kept_once_and_a_first_token_never(model, bank):
     assert 0 not in bank.places
     with pytest.raises(ValueError, match="two tokens"):
         text_bank(model, ["a"])
+
+
+def test_a_part_of_a_character_in_context():
+    """The whole character is in the brackets, and the sentence is as it was."""
+    hard = half_characters.model()
+    bank = text_bank(hard, ["a 𪚥 子"], progress=False)
+    found = contextual_neighbours(hard, hard.to_tokens("a 𪚥 子"), bank, slice(1, None), top_k=1, layers=[2])
+    said = [at[0].split(": ", 1)[1] for at in found.contexts[0]]
+    assert said[1:4] == ["a [𪚥] 子"] * 3 and said[-1] == "a 𪚥 [子]"
 
 
 def test_image_tokens_have_neighbours(model, bank, batches, tmp_path):
@@ -172,6 +202,26 @@ def test_three_steps_of_fitting_by_hand(model, batches):
     moved = torch.stack(A).detach()
     assert torch.allclose(lens.A, moved, atol=0.02 * rate) and torch.allclose(lens.b, torch.stack(b).detach(), atol=0.02 * rate)
     assert moved.abs().max() > rate and not lens.A.requires_grad
+
+
+@pytest.mark.parametrize("setting", [torch.no_grad, lambda: torch.set_grad_enabled(False)])
+def test_fitting_needs_no_gradients_outside(model, batches, setting):
+    expected = fit_tuned_lens(model, [batches["image"]], steps=3, seed=4, progress=False)
+    with setting():
+        ours = fit_tuned_lens(model, [batches["image"]], steps=3, seed=4, progress=False)
+        assert not torch.is_grad_enabled()
+    assert torch.equal(ours.A, expected.A) and ours.losses == expected.losses and ours.A.abs().max() > 0
+
+
+def test_the_kl_of_a_half_precision_model(processor):
+    """Read in float32: from exact products of the rounded weights."""
+    model = HookedQwen2VL.from_hf(tiny_hf(dtype=torch.bfloat16), processor)
+    inputs = model.to_inputs("what is this?")
+    stack, _ = residual_stack(model, inputs)
+    with torch.no_grad():
+        p = [(model.ln_final(h)[0].double() @ model.W_U.double()).log_softmax(-1) for h in stack]
+    expected = [float((p[-1].exp() * (p[-1] - q)).sum(-1).mean()) for q in p[:-1]]
+    assert kl_by_layer(model, [inputs])["kl_nats"].tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_kl_by_hand(model, batches):

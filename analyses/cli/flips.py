@@ -86,6 +86,9 @@ def _report(rows: Path, out: Path) -> None:
     study.plot(out / "flips.png")
     study.plot_trajectories(out / "trajectories.png")
     print(tables["outcomes"].to_string(index=False, float_format=lambda x: f"{x:.2f}"))
+    doubt = study.doubt()
+    print(f"\n{doubt['wrong_with_control']:.0f} wrong answers with a control candidate: the right answer was held before in "
+          f"{doubt['doubt_if_wrong']:.2f} of them, the control in {doubt['control_doubt_if_wrong']:.2f}")  # fmt: skip
     print(f"\n{study.skipped} questions without candidates left out; {len(study.flips)} eligible flips\n")
     if len(failures):
         print(f"{len(failures)} questions failed, the first ({failures['id'][0]}): {failures['error'][0]}\n")

@@ -19,8 +19,12 @@ from analyses.common.statistics import share_interval
 from analyses.data.examples import Example, image_key
 from analyses.experiments.experiment import Data, Done, Experiment
 from analyses.flip_patching import FlipTest, ablate_flip, attribute_flip
+from analyses.knockout import Knockout, attention_knockout
 from analyses.moved import moved_names
-from analyses.trajectory import answer_trajectory, outcomes_by_category
+from analyses.patching import patch_sweep
+from analyses.runs.engine import read_failures, read_results
+from analyses.runs.files import read_manifest
+from analyses.trajectory import answer_trajectory, doubt_beside_control, outcomes_by_category
 from hooked_qwen2vl.image_embeddings import Prefixes
 
 __getattr__ = moved_names(__name__)
@@ -70,8 +74,12 @@ class FlipStudy(Result):
         return self.flips
 
     def by_category(self) -> pd.DataFrame:
-        """Share of each outcome, and mean depths, by category of question."""
+        """Share of each outcome, doubt beside its control, and mean depths, by category of question."""
         return outcomes_by_category(self.prompts)
+
+    def doubt(self) -> pd.Series:
+        """How often the answer was held then lost, beside a control candidate, over all questions; see `doubt_beside_control`."""
+        return doubt_beside_control(self.prompts)
 
     def summary(self) -> pd.DataFrame:
         """Flips removed (at their entry) and reversed (at the output) by ablating the found components and by random
