@@ -370,12 +370,7 @@ def answer_trajectory(
             other candidates are dropped.
     """
     ids, dropped = answer_ids(model, answer, candidates)
-    prompt = as_prompt(model, inputs)
-    at = prompt.position(position, row)
-    if isinstance(prompt, TextPrompt):
-        prompt, at, row = prompt.alone(row, at)
-    tokens = prompt.tokens[row]
-    inputs = prompt if isinstance(prompt, Inputs) else prompt.tokens
+    inputs, tokens, at, row = _one_row(model, inputs, position, row)
     stack, model_top1, token_log_probs = _run(model, inputs, tokens, _spelt(model, answer), at, row)
     once_more, reason = _normed_once_more(model, stack[-1:])
     item = trajectory_of_logits(
@@ -404,7 +399,7 @@ def answer_trajectory(
 
 @torch.no_grad()
 def answer_log_probs(
-    model: Any, inputs: Any, answer: str, position: str | int = "last", row: int = 0
+    model: Any, inputs: Any, answer: str, position: Place = "last", row: int = 0
 ) -> Float[Tensor, "layer token"]:
     """The lens's log-probability of every token of an answer, spelt as given, each read behind those before it; nats.
 
@@ -417,7 +412,7 @@ def answer_log_probs(
     """
     if not answer:
         raise ValueError("expected an answer to read, got an empty one.")
-    tokens, at = _place(model, inputs, position, row)
+    inputs, tokens, at, row = _one_row(model, inputs, position, row)
     return _run(model, inputs, tokens, _spelt(model, answer), at, row)[2]
 
 
@@ -678,6 +673,15 @@ def _normed_once_more(model: Any, last: Float[Tensor, "row d_model"]) -> tuple[F
     if torch.allclose(again.float(), normed.float(), rtol=max(1e-5, 4 * torch.finfo(normed.dtype).eps), atol=1e-6):
         return None, "the final norm's weight is folded into W_U and not kept, or constant: a second norm is no control"
     return normed, ""
+
+
+def _one_row(model: Any, inputs: Any, position: Place, row: int) -> tuple[Any, Int[Tensor, "pos"], int, int]:
+    """(what to run, the row's tokens, the position in them, the row's number); a text's row is run without its padding."""
+    prompt = as_prompt(model, inputs)
+    at = prompt.position(position, row)
+    if isinstance(prompt, TextPrompt):
+        prompt, at, row = prompt.alone(row, at)
+    return prompt if isinstance(prompt, Inputs) else prompt.tokens, prompt.tokens[row], at, row
 
 
 def _run(

@@ -196,7 +196,7 @@ def _encode_table(table: pd.DataFrame, tensors: dict[str, Tensor]) -> dict[str, 
     plain, mixed = table.copy(), []
     plain.columns = [str(number) for number in range(table.shape[1])]
     for name, (label, dtype) in zip(plain.columns, table.dtypes.items()):
-        if dtype == object:
+        if dtype == np.dtype(object):
             mixed.append(name)
             plain[name] = pd.Series([json.dumps(_encode(cell, tensors)) for cell in plain[name]], index=plain.index, dtype="str")
         elif dtype != "str" and not (isinstance(dtype, np.dtype) and dtype.kind in "biuf"):

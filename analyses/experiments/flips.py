@@ -19,11 +19,7 @@ from analyses.common.statistics import share_interval
 from analyses.data.examples import Example, image_key
 from analyses.experiments.experiment import Data, Done, Experiment
 from analyses.flip_patching import FlipTest, ablate_flip, attribute_flip
-from analyses.knockout import Knockout, attention_knockout
 from analyses.moved import moved_names
-from analyses.patching import patch_sweep
-from analyses.runs.engine import read_failures, read_results
-from analyses.runs.files import read_manifest
 from analyses.trajectory import answer_trajectory, doubt_beside_control, outcomes_by_category
 from hooked_qwen2vl.image_embeddings import Prefixes
 
