@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import FrozenInstanceError
+
+import half_characters
 import pytest
 import torch
 from tiny import tiny_tokenizer
 
-from analyses.common.vocabulary import readout
+from analyses.common.vocabulary import characters, readout
 from analyses.logit_lens import logit_lens
 
 ORDER = 1e-5  # logits this close may change places, as the last bits of a product depend on its shape; measured: 1.2e-6
@@ -47,6 +50,52 @@ def test_table_and_picture(model, batches, tmp_path):
     figure = lens.plot(tmp_path / "lens.png")
     assert (tmp_path / "lens.png").stat().st_size > 0
     assert len(figure.axes[0].texts) == (model.cfg.n_layers + 1) * len(lens.positions)
+
+
+def test_every_column_of_the_table(model, batches):
+    """Row by row from the fields; texts from the tokenizer."""
+    inputs = batches["two images"]
+    lens = logit_lens(model, inputs, "image[1]", top_k=2, targets=[0, 7])
+    assert lens.grid == inputs.grid(0, 1) != inputs.grid(0, 0)
+    assert logit_lens(model, inputs, "image[0]").grid == inputs.grid(0, 0)
+    assert lens.target_ids.tolist() == [0, 7] and lens.target_tokens == tuple(map(model.tokenizer.decode, ([0], [7])))
+    plain = logit_lens(model, inputs, "question")
+    assert plain.target_ids is None and plain.target_tokens == () and plain.grid is None and plain.target_probs is None
+    assert plain.prompt_tokens == tuple(model.tokenizer.decode([i]) for i in inputs.tokens[0, list(plain.positions)])
+    rows = iter(lens.to_dataframe().to_dict("records"))
+    for layer, label in enumerate(["0_pre", "1_pre", "2_pre", "final_post"]):
+        for index, position in enumerate(inputs.positions("image[1]").tolist()):
+            for rank in range(2):
+                token = int(lens.top_ids[layer, index, rank])
+                assert next(rows) == {
+                    "layer": layer, "entry": label, "position": position, "prompt_token": "<|image_pad|>", "rank": rank + 1,
+                    "token_id": token, "token": model.tokenizer.decode([token]),
+                    "probability": float(lens.top_probs[layer, index, rank]), "entropy_nats": float(lens.entropy[layer, index]),
+                    "differs_from_model": False,
+                }  # fmt: skip
+    assert next(rows, None) is None
+    with pytest.raises(FrozenInstanceError):
+        lens.grid = None
+
+
+def test_the_first_and_the_last_entry_there_is(model, batches):
+    L = model.cfg.n_layers
+    for layers, expected in (([-L - 1], (0,)), ([L], (L,)), ([-1, 0], (L, 0))):
+        assert logit_lens(model, batches["image"], layers=layers).layers == expected
+    for layers in ([L + 1], [-L - 2], []):
+        with pytest.raises(ValueError, match="layers must name entries"):
+            logit_lens(model, batches["image"], layers=layers)
+
+
+def test_the_characters_of_tokens():
+    """A token that is a part of a character is at that character, and so is the next part."""
+    hard = half_characters.model()
+    ids = hard.tokenizer("a𪚥 é红!")["input_ids"]
+    text, spans = characters(hard, ids)
+    assert text == "a𪚥 é红!" and len(spans) == len(ids)
+    assert spans == [(0, 1), (1, 2), (1, 2), (1, 2), (2, 3), (3, 4), (3, 4), (4, 5), (5, 6)]
+    half = hard.tokenizer("红 猫")["input_ids"][:2]  # ends with a part of a character
+    assert characters(hard, half) == ("红 \ufffd", [(0, 1), (1, 3)]) and characters(hard, []) == ("", [])
 
 
 def test_positions_that_are_not_there(model, batches):
