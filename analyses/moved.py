@@ -74,17 +74,17 @@ class MovedModules(MetaPathFinder, InspectLoader):
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: Any = None) -> ModuleSpec | None:
         if name not in KEPT and name not in MOVED:
             return None
-        return ModuleSpec(name, self, origin=find_spec(_home(name)).origin)  # which `python -m` makes sys.argv[0]
+        return ModuleSpec(name, self, origin=find_spec(current_path(name)).origin)  # which `python -m` makes sys.argv[0]
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         if spec.name in MOVED:
             warnings.warn(f"{spec.name} is now {MOVED[spec.name]}.", DeprecationWarning, stacklevel=2)
         module = import_module(current_path(spec.name))
-        self._own_spec = module.__spec__
+        spec.loader_state = module.__spec__
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__ = self._own_spec  # the import system has put the old path's there
+        module.__spec__ = module.__spec__.loader_state  # the import system has put the old path's there
 
     def get_code(self, fullname: str) -> CodeType | None:
         spec = find_spec(current_path(fullname))

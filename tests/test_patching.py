@@ -7,6 +7,7 @@ import torch
 from conftest import picture
 from tiny import tiny_hf
 from transformer_lens import patching
+from transformer_lens.utilities import get_act_name
 
 from analyses.patching import patch_sweep, recovery
 from hooked_qwen2vl import HookedQwen2VL
@@ -205,16 +206,103 @@ def test_an_interrupted_sweep_goes_on(model, pair, tmp_path, monkeypatch):
         model, *pair, lambda logits: calls.append(1) or difference(logits), checkpoint=file, progress=False
     )
     assert torch.allclose(resumed.values, whole.values, atol=1e-5)
-    assert len(calls) == 2 * pair[0].shape[1] + 1  # two of three layers, and the baseline
+    assert len(calls) == 2 * pair[0].shape[1] + 2  # two of three layers, and the two unpatched runs
     with pytest.raises(ValueError, match="another sweep"):
         patch_sweep(model, *pair, difference, "attn_out", checkpoint=file, progress=False)
 
 
 def test_prompts_that_do_not_correspond(model, pair):
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="do not correspond"):
         patch_sweep(model, pair[0], model.to_inputs("no"), difference)
     turned = model.to_inputs("is it red?", images=[picture(56, 84, 1)])
     with pytest.raises(ValueError, match="grid"):
         patch_sweep(model, pair[0], turned, difference)
     with pytest.raises(ValueError, match="one number for each"):
         patch_sweep(model, *pair, lambda logits: logits[0, -1], progress=False)
+
+
+@pytest.mark.parametrize("activation", ["resid_pre", "z", "pattern"])
+def test_places_after_the_one_that_is_read(model, pair, activation):
+    """A span that reaches past the metric's position is patched as far as it can change what is read."""
+    clean, corrupted = pair
+    at = int(clean.positions("question")[0])
+    spans = {"all": slice(None), "reaching past": slice(at - 4, at + 3), "after": slice(at + 1, None)}
+    options = {"metric_position": at, "positions": spans, "progress": False}
+    ours = patch_sweep(model, clean, corrupted, difference, activation, **options)
+    with torch.no_grad():
+        _, cache = model.run_with_cache(clean)
+        for layer in range(model.cfg.n_layers):
+            name = get_act_name(activation, layer)
+            for row, places in enumerate(spans.values()):
+                for head in range(ours.values.shape[2]) if activation != "resid_pre" else [None]:
+
+                    def put(x, hook, places=places, head=head, source=cache[name]):
+                        index = (slice(None), head, places) if activation == "pattern" else (slice(None), places) if head is None else (slice(None), places, head)
+                        x[index] = source[index]
+                        return x
+
+                    theirs = difference(model.run_with_hooks(corrupted, fwd_hooks=[(name, put)], logits_at=at))
+                    got = ours.values[(layer, row) if head is None else (layer, row, head)]
+                    assert (got - theirs).abs().max() < SAME, (layer, row, head)
+    for bad in (slice(-4, -1), [1, 2], 999, "image"):
+        with pytest.raises(ValueError, match="one position|no position"):
+            patch_sweep(model, clean, corrupted, difference, metric_position=bad, progress=False)
+
+
+def test_recovery_in_both_directions_by_hand(model, batch):
+    """(patched − corrupted) / (clean − corrupted), whichever run is patched; skipped pairs in neither average."""
+    clean, corrupted = batch
+    with torch.no_grad():
+        best, worst = (difference(model(inputs)) for inputs in batch)
+    for direction in ("denoise", "noise"):
+        sweep = patch_sweep(model, clean, corrupted, difference, positions=["last", slice(None)], direction=direction, progress=False)
+        source, target = (best, worst) if direction == "denoise" else (worst, best)
+        assert torch.allclose(sweep.source_metric, source, atol=1e-5) and torch.allclose(sweep.baseline, target, atol=1e-5)
+        found = recovery(sweep)
+        expected = (sweep.values - worst) / (best - worst)
+        assert torch.allclose(found["per_example"], expected, atol=1e-4) and found["skipped"] == 0
+        assert torch.allclose(found["mean_of_ratios"], expected.mean(-1), atol=1e-4)
+        assert torch.allclose(found["ratio_of_means"], (sweep.values - worst).mean(-1) / (best - worst).mean(), atol=1e-4)
+        assert torch.allclose(found["mean_of_ratios"][:, 1], torch.full((3,), float(direction == "denoise")), atol=1e-4)
+        assert torch.allclose(recovery(sweep, best)["per_example"], expected, atol=1e-3)
+        with pytest.raises(ValueError, match="clean run the metric was"):
+            recovery(sweep, worst)
+        gaps = (best - worst).abs()
+        between = float(gaps.mean())
+        kept = gaps >= between
+        assert kept.sum() == 1
+        some = recovery(sweep, epsilon=between)
+        assert some["skipped"] == 1 and some["per_example"][..., ~kept].isnan().all()
+        assert torch.allclose(some["mean_of_ratios"], expected[..., kept][..., 0], atol=1e-4)
+        assert torch.allclose(some["ratio_of_means"], expected[..., kept][..., 0], atol=1e-4)
+
+
+def test_transformer_lens_results_need_their_baselines(model, pair):
+    clean, corrupted = pair
+    with torch.no_grad():
+        _, cache = model.run_with_cache(clean)
+        theirs = patching.get_act_patch_attn_head_out_all_pos(model, corrupted, cache, lambda l: difference(l), reduce="none", baseline=True)
+        goal = difference(model(clean))
+    assert recovery(theirs, goal)["per_example"].isfinite().all()
+    with pytest.raises(ValueError, match="needs its baseline"):
+        recovery(theirs)
+
+
+def test_records_of_other_metrics_and_models_are_refused(model, pair, tmp_path, processor):
+    file = tmp_path / "sweep.safetensors"
+    options = {"layers": [0], "positions": ["last"], "checkpoint": file, "progress": False}
+    done = patch_sweep(model, *pair, difference, **options)
+    again = patch_sweep(model, *pair, difference, **options)
+    assert torch.equal(done.values, again.values)
+    with pytest.raises(ValueError, match="another metric"):
+        patch_sweep(model, *pair, lambda logits: logits[:, -1, 5] - logits[:, -1, 8], **options)
+    other = HookedQwen2VL.from_hf(tiny_hf(), processor)
+    with torch.no_grad():
+        other.blocks[2].ln2.w.mul_(1.01)
+    with pytest.raises(ValueError, match="another sweep"):
+        patch_sweep(other, *pair, difference, **options)
+    whole = file.read_bytes()
+    for damage in (whole[: len(whole) // 2], b"", b"x" * 100):
+        file.write_bytes(damage)
+        with pytest.raises(ValueError, match="delete it"):
+            patch_sweep(model, *pair, difference, **options)
