@@ -61,7 +61,7 @@ def test_a_shared_tensor_is_stored_once(model, batches, tmp_path):
     names = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_pre", "blocks.1.hook_resid_mid"]
     cache = run(model, batches["image"], names_filter=names)
     path = cache.save(tmp_path / "run.safetensors")
-    assert sorted(load_file(path)) == [names[0], names[2]]
+    assert sorted(load_file(path)) == [names[0], names[2], "prompt.attention_mask", "prompt.position_ids"]
     back = HookedCache.load(path, model)
     assert list(back.keys()) == names
     assert back[names[0]].data_ptr() == back[names[1]].data_ptr() != back[names[2]].data_ptr()

@@ -89,7 +89,7 @@ def test_integrated_gradients_are_complete(model, pair):
 
 
 def test_bad_input(model, pair):
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="do not correspond"):
         edge_attribution(model, pair[0], model.to_inputs("blue and red?"), metric)
     with pytest.raises(ValueError, match="scalar"):
         edge_attribution(model, *pair, lambda logits: logits[0, -1])

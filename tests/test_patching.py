@@ -249,9 +249,11 @@ def test_places_after_the_one_that_is_read(model, pair, activation):
             patch_sweep(model, clean, corrupted, difference, metric_position=bad, progress=False)
 
 
-def test_recovery_in_both_directions_by_hand(model, batch):
+def test_recovery_in_both_directions_by_hand(model):
     """(patched − corrupted) / (clean − corrupted), whichever run is patched; skipped pairs in neither average."""
-    clean, corrupted = batch
+    clean, corrupted = batch = tuple(
+        model.to_inputs(["is it?"] * 2, images=[[picture(84, 56, s)], [picture(84, 56, s + 10)]]) for s in (1, 2)
+    )
     with torch.no_grad():
         best, worst = (difference(model(inputs)) for inputs in batch)
     for direction in ("denoise", "noise"):

@@ -25,6 +25,7 @@ from analyses.views.text import columns, drawable, families, line, readable, vis
 
 # Public dataclasses that are no results, and why.
 NO_RESULTS = {
+    "Sweep": "TransformerLens's result of a patching sweep, with its tables and plots",
     "Done": "an experiment's rows, before a result is made of them",
     "Asked": "an encoded question, on the way to Hallucinations",
     "Answer": "what a model said, before it is judged",

@@ -3,8 +3,8 @@
 TESTS = {
     "analyses/answer_scores.py": "test_hallucination",
     "analyses/attention_heads.py": "test_compare",
-    "analyses/common/detection.py": "test_hallucination",
     "analyses/common/rectangles.py": "test_contextual_lens",
+    "analyses/common/statistics.py": "test_statistics",
     "analyses/common/vocabulary.py": "test_logit_lens test_readouts",
     "analyses/contextual_lens.py": "test_contextual_lens",
     "analyses/counterfactuals.py": "test_counterfactuals",
