@@ -52,7 +52,7 @@ class FlipAttribution(Result):
         entry: l, the first lens entry that prefers a. gained, lost: tokens a and b, as text; ids beside them.
         before, after: LD_{l−1} and LD_l.
         heads: [head] of block l−1. bias: the attention's output bias. mlp. norm: the rescaling of what was there.
-        position: where the lens is read.
+        position: where the lens is read. row: of which prompt of the batch.
     """
 
     entry: int
@@ -67,6 +67,7 @@ class FlipAttribution(Result):
     mlp: float
     norm: float
     position: int
+    row: int = 0
 
     @property
     def layer(self) -> int:
@@ -189,6 +190,7 @@ def attribute_flip(
         mlp=float(mlp @ direction / r_post),
         norm=float(before * (r_pre / r_post - 1)),
         position=at,
+        row=row % len(inputs),
     )
 
 
@@ -197,18 +199,18 @@ def component_effects(model: Any, inputs: Any, flip: FlipAttribution, counterfac
     """Each component of the flip's block: direct attribution, and causal effect on the final logit difference.
 
     Args:
-        inputs: one prompt. counterfactual: a prompt of the same shape whose activations are put in; None leaves
-            that column out.
+        inputs: the prompts that the flip was attributed in; its row is read. counterfactual: prompts of the same shape whose
+            activations are put in; None leaves that column out.
     Returns:
         component, attribution, ablated and patched: the change of z_L(a) − z_L(b) when the component at the flip's
         position is set to 0, and when it is the counterfactual's.
     """
-    inputs = model.encode(inputs)
+    inputs = _its_row(model, inputs, flip)
     base = _differences(model, inputs, flip, [])[1]
     table = pd.DataFrame([(c, value) for c, value in flip.ranked()], columns=["component", "attribution"])
     table["ablated"] = [_differences(model, inputs, flip, [c])[1] - base for c in table["component"]]
     if counterfactual is not None:
-        effect = _patched(model, inputs, flip, counterfactual)
+        effect = _patched(model, inputs, flip, _its_row(model, counterfactual, flip))
         table["patched"] = [effect[c] - base for c in table["component"]]
     return table.assign(component=table["component"].map(str))
 
@@ -223,15 +225,12 @@ def ablate_flip(
         n_components: at most so many of those whose attribution is positive.
         n_random: draws of the control.
     """
-    inputs = model.encode(inputs)
+    inputs = _its_row(model, inputs, flip)
     found = [component for component, value in flip.ranked() if value > 0][:n_components]
     rng = Random(f"{seed} {flip.entry} {flip.gained_id} {flip.lost_id}")
     draws = [_differences(model, inputs, flip, _random_like(model, found, flip.layer, rng)) for _ in range(n_random)]
     entry, final = _differences(model, inputs, flip, [])
     return FlipTest(flip, tuple(found), entry, final, _differences(model, inputs, flip, found), torch.tensor(draws))
-
-
-
 
 
 def ablation_hooks(components: Sequence[Component], position: int) -> list[tuple[str, Callable]]:
@@ -252,6 +251,11 @@ def ablation_hooks(components: Sequence[Component], position: int) -> list[tuple
         (f"blocks.{layer}.hook_mlp_out", of_mlp) if head is None else (f"blocks.{layer}.attn.hook_z", of_head(head))
         for layer, head in components
     ]
+
+
+def _its_row(model: Any, inputs: Any, flip: FlipAttribution) -> Any:
+    """The prompt that the flip was attributed in, encoded: its row of a batch, or the one there is."""
+    return model.encode(inputs if len(inputs) == 1 else inputs[flip.row])
 
 
 def _differences(model: Any, inputs: Any, flip: FlipAttribution, ablated: Sequence[Component]) -> tuple[float, float]:

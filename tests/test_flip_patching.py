@@ -113,3 +113,21 @@ def test_its_picture_has_every_part(model, prompts, tmp_path):
     assert [bar.get_width() for bar in axes.patches] == flip.to_dataframe()["attribution"].tolist()
     assert [label.get_text() for label in axes.get_yticklabels()] == flip.to_dataframe()["component"].tolist()
     assert (tmp_path / "flip.png").stat().st_size > 0
+
+
+def test_a_row_of_a_batch_is_itself(model, prompts):
+    """Whatever is asked of row 1 is what that prompt gives alone; the rows are of different length."""
+    questions, seeds = ["is the thing in it red?", "is it?"], (1, 2)
+    batch, other = (
+        model.to_inputs(questions, images=[[picture(84, 56, s)], [picture(84, 56, s + 4)]]) for s in seeds
+    )
+    alone, other_alone = (model.to_inputs(questions[1], images=[picture(84, 56, s + 4)]) for s in seeds)
+    ours, theirs = (attribute_flip(model, x, 2, GAINED, LOST, row=row) for x, row in ((batch, 1), (alone, 0)))
+    assert torch.allclose(ours.heads, theirs.heads, atol=EXACT) and abs(ours.after - theirs.after) < EXACT
+    tables = component_effects(model, batch, ours, other), component_effects(model, alone, theirs, other_alone)
+    for column in ("ablated", "patched"):
+        assert abs(tables[0][column] - tables[1][column]).max() < EXACT
+        assert abs(tables[0][column]).max() > 100 * EXACT
+    tests = ablate_flip(model, batch, ours), ablate_flip(model, alone, theirs)
+    assert abs(torch.tensor(tests[0].ablated) - torch.tensor(tests[1].ablated)).max() < EXACT
+    assert (tests[0].random - tests[1].random).abs().max() < EXACT
