@@ -8,6 +8,7 @@ vision tower (HF `vision_config.embed_dim`).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
@@ -230,6 +231,12 @@ def _unsupported_values(hf: Qwen2VLConfig) -> list[str]:
             problems.append(f"{key} = {value!r} (expected {expected})")
 
     rope = text.rope_parameters or {}
+    vision_base = (vision.rope_parameters or {}).get("rope_theta", 10_000.0)
+    for key, value in (
+        ("rms_norm_eps", text.rms_norm_eps), ("rope_theta", rope.get("rope_theta")),
+        ("vision_config.rope_parameters.rope_theta", vision_base),
+    ):  # fmt: skip
+        expect(isinstance(value, Real) and 0 < value < float("inf"), key, value, "a number above 0")
     section = rope.get("mrope_section", [16, 24, 24])
     d_head = text.hidden_size // text.num_attention_heads
     head_dim = getattr(text, "head_dim", None)

@@ -478,6 +478,13 @@ def _image_processor(settings: dict[str, Any]) -> Qwen2VLImageProcessorPil:
         "do_resize", "size", "min_pixels", "max_pixels", "resample", "do_rescale", "rescale_factor", "do_normalize",
         "image_mean", "image_std", "do_convert_rgb", "patch_size", "temporal_patch_size", "merge_size",
     }  # fmt: skip
+    mean, std = (settings.get(key) or [0.5] * 3 for key in ("image_mean", "image_std"))
+    numbers = [value for value in (*mean, *std, settings.get("rescale_factor", 1.0))]
+    if not np.isfinite(numbers).all() or min(std) <= 0:
+        raise ValueError(
+            f"the image settings have image_mean {mean}, image_std {std} and rescale_factor {numbers[-1]}: expected finite numbers, and "
+            f"an image_std above 0 to divide by."
+        )
     return Qwen2VLImageProcessorPil(**{key: value for key, value in settings.items() if key in known})
 
 

@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import GenerationConfig
 
 from .inputs import Inputs
 from .positions import IMAGE, VIDEO
@@ -58,7 +59,7 @@ def self_check(model: Any, hf: Any) -> pd.DataFrame:
     rows.append(("logits of a left-padded batch", padded, tolerance))
     settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "stop_at_eos": False, "verbose": False}
     hf.model.rope_deltas = None
-    expected = hf.generate(**reference_batch(batch), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=-1)
+    expected = _reference_tokens(hf, batch)
     for cached in (True, False):
         tokens = model.generate(batch, use_past_kv_cache=cached, return_type="tokens", **settings)
         wrong = (tokens[:, -NEW_TOKENS:] != expected[:, -NEW_TOKENS:]).float().mean().item()
@@ -66,6 +67,15 @@ def self_check(model: Any, hf: Any) -> pd.DataFrame:
     table = pd.DataFrame(rows, columns=["stage", "error", "tolerance"])
     table["ok"] = table["error"] <= table["tolerance"]
     return table
+
+
+def _reference_tokens(hf: Any, batch: Inputs) -> Tensor:
+    """Greedy tokens of the reference; the checkpoint's own settings (penalties, forbidden n-grams) stand aside meanwhile."""
+    theirs, hf.generation_config = hf.generation_config, GenerationConfig(pad_token_id=0)
+    try:
+        return hf.generate(**reference_batch(batch), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=-1)
+    finally:
+        hf.generation_config = theirs
 
 
 def reference_batch(inputs: Inputs) -> dict[str, Tensor]:

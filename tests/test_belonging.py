@@ -4,6 +4,7 @@ threads; and numbers that are not finite."""
 from __future__ import annotations
 
 import copy
+import json
 import threading
 from dataclasses import replace
 from functools import partial
@@ -11,13 +12,14 @@ from functools import partial
 import pytest
 import torch
 from conftest import picture
-from tiny import tiny_hf
+from tiny import tiny_config, tiny_hf
 from transformer_lens import patching
 
 from analyses.direct_path import direct_path_patch
 from analyses.edge_attribution import edge_attribution
 from analyses.patching import patch_sweep
-from hooked_qwen2vl import HookedCache, HookedQwen2VL
+from hooked_qwen2vl import HookedCache, HookedQwen2VL, Processor
+from hooked_qwen2vl.config import convert_config
 
 
 def metric(logits):
@@ -249,6 +251,27 @@ def test_pixels_and_edits_that_are_not_finite(model):
         stream[0, 0, 0] = float("nan")
         model(stream, inputs=inputs, start_at_layer=1)
     model(inputs)  # and nothing is left behind
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize(("part", "key"), [("text", "rms_norm_eps"), ("text", "rope_theta"), ("vision", "rope_theta")])
+def test_settings_that_are_no_numbers_to_compute_with(part, key, value):
+    config = tiny_config()
+    half = config.text_config if part == "text" else config.vision_config
+    if key == "rope_theta":
+        half.rope_parameters = {**half.rope_parameters, "rope_theta": value}
+    else:
+        setattr(half, key, value)
+    with pytest.raises(ValueError, match=f"{key} = .*expected a number above 0"):
+        convert_config(config)
+
+
+@pytest.mark.parametrize("settings", [{"image_std": [0.5, 0.0, 0.5]}, {"image_mean": [0.5, float("nan"), 0.5]}])
+def test_image_settings_that_give_no_numbers(settings, model, tmp_path):
+    model.tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="image_std"):
+        Processor.from_folder(tmp_path)
 
 
 # ---- threads ----------------------------------------------------------------------------------------

@@ -40,6 +40,14 @@ def test_the_first_wrong_stage_is_named(pair, weight, stage):
     assert table[~table["ok"]].iloc[0]["stage"] == stage
 
 
+def test_the_checkpoints_generation_settings_are_not_the_models(pair):
+    """A repetition penalty or forbidden n-grams of `generation_config.json` change the reference's tokens, not its logits."""
+    model, hf = pair
+    theirs = hf.generation_config
+    theirs.repetition_penalty, theirs.no_repeat_ngram_size, theirs.suppress_tokens = 3.0, 1, list(range(200))
+    assert self_check(model, hf)["ok"].all() and hf.generation_config is theirs
+
+
 def test_the_command_on_the_embedded_model(capsys):
     assert main(["check"]) == 0
     assert "every stage agrees" in capsys.readouterr().out
