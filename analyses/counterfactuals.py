@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from PIL import Image, ImageFilter
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers.image_transforms import convert_to_rgb
 
 from analyses.common.result import Result
 from analyses.data.json_lines import read_rows
@@ -281,7 +282,8 @@ def _candidate(row: dict[str, Any], file: Path, where: str, number: int) -> Cand
 
 
 def _rgb(image: Any) -> Image.Image:
-    return open_image(image).convert("RGB")
+    """As the processor sees it: transparency on white."""
+    return Image.fromarray(convert_to_rgb(open_image(image), return_numpy=True))
 
 
 def _edges(box: Sequence[float], image: Image.Image) -> tuple[int, int, int, int]:

@@ -29,6 +29,7 @@ from analyses.common.result import Result
 from analyses.common.vocabulary import logits_of
 from analyses.logit_lens import LogitLens, logit_lens, residual_stack
 from analyses.patching import recovery
+from analyses.views.figure import refuse_other_picture
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def explore(
     names = inputs.names[0]
     places = [place for place, name in enumerate(names) if name != "padding"]
     parts = tuple(names[place] for place in places)
-    starts, grids = _images(inputs, parts, images)
+    starts, grids = _images(model, inputs, parts, images)
     last = int(inputs.positions("last"))
     ends = set(model.cfg.special.eos)
     own = [p for p in places if names[p] == "answer" and int(inputs.tokens[0, p]) not in ends]
@@ -213,15 +214,29 @@ def recovery_by_position(
     return filled
 
 
-def _images(inputs: Any, parts: Sequence[str], images: Sequence[Any]) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
+def _images(model: Any, inputs: Any, parts: Sequence[str], images: Sequence[Any]) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
     """Where each image's tokens begin, and its grid."""
     n = sum(1 for part in dict.fromkeys(parts) if part.startswith("image["))
     if n == 0:
         raise ValueError("the prompt has no image to explore: build it with model.to_inputs(question, images=[…]).")
     if len(images) != n:
         raise ValueError(f"the prompt has {n} images, got {len(images)} to draw: pass the same ones, in order.")
+    for k, image in enumerate(images):
+        _refuse_another(model, inputs, k, image)
     starts = tuple(parts.index(f"image[{k}]") for k in range(n))
     return starts, tuple(inputs.grid(0, k) for k in range(n))
+
+
+def _refuse_another(model: Any, inputs: Any, number: int, image: Any) -> None:
+    """A picture that is not the prompt's, as far as its proportions and, at the processor's own size, its pixels tell."""
+    refuse_other_picture(image, inputs.grid(0, number))
+    if model.processor is None:
+        return
+    given = model.to_inputs("x", images=[image], template=False)
+    if given.grid() == inputs.grid(0, number):
+        ours, theirs = (x.unpack_image(x.pixels.cpu(), 0, k) for x, k in ((given, 0), (inputs, number)))
+        if not torch.allclose(ours, theirs, atol=0.1):
+            raise ValueError(f"image {number} to draw is not image {number} of the prompt: pass the prompt's own, in its order.")
 
 
 def _run(

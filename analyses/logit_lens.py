@@ -113,7 +113,7 @@ class LogitLens(Result):
         Args:
             image: the picture, in original pixels.
         Raises:
-            ValueError: the lens was not read at one whole image.
+            ValueError: the lens was not read at one whole image, or not at one of these proportions.
         """
         from analyses.views.lens import image_overlay
 

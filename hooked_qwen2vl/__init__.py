@@ -16,9 +16,10 @@ from .version import __version__
 if TYPE_CHECKING:
     from .cache import HookedCache, cache_image
     from .config import HookedQwen2VLConfig
+    from .geometry import Box
     from .inputs import Inputs
     from .model import HookedQwen2VL
-    from .processor import Processor
+    from .processor import Processor, open_image
 
 _HOMES = {
     "HookedCache": "cache",
@@ -26,9 +27,13 @@ _HOMES = {
     "HookedQwen2VLConfig": "config",
     "Inputs": "inputs",
     "Processor": "processor",
+    "Box": "geometry",
+    "open_image": "processor",
     "cache_image": "cache",
 }
-__all__ = ["HookedCache", "HookedQwen2VL", "HookedQwen2VLConfig", "Inputs", "Processor", "__version__", "cache_image"]
+__all__ = [
+    "Box", "HookedCache", "HookedQwen2VL", "HookedQwen2VLConfig", "Inputs", "Processor", "__version__", "cache_image", "open_image",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -277,6 +277,9 @@ class Processor:
         return mixed.reshape(t * h * w, -1), (t, h, w), frames[0].size
 
 
+_LOSSY = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F", "LAB")  # what PIL's convert("RGB") clips or wraps
+
+
 def open_image(image: ImageLike) -> Image.Image:
     """A picture from a PIL image, a path, or an array or tensor [h w 3] or [3 h w] of bytes.
 
@@ -284,7 +287,7 @@ def open_image(image: ImageLike) -> Image.Image:
     (where it has transparency, the image processor puts it on white).
 
     Raises:
-        ValueError: missing or corrupt file, no pixels, an extreme aspect ratio, or another kind of thing.
+        ValueError: missing or corrupt file, no pixels, an extreme aspect ratio, more than 8 bits a channel, or another kind of thing.
     """
     if isinstance(image, (str, Path)):
         picture = _open_file(image)
@@ -292,6 +295,8 @@ def open_image(image: ImageLike) -> Image.Image:
         picture = _from_array(image)
     elif isinstance(image, Image.Image):
         picture = image
+        if picture.mode in _LOSSY:
+            raise ValueError(_lossy(picture.mode))
     else:
         raise ValueError(f"expected an image (PIL, path, or array [h, w, 3] of bytes), got {type(image).__name__}.")
     width, height = picture.size
@@ -309,11 +314,21 @@ def open_image(image: ImageLike) -> Image.Image:
     return picture
 
 
+def _lossy(mode: str) -> str:
+    return (
+        f"an image of mode {mode!r} would lose its content as 8-bit RGB: scale its numbers to 0..255 yourself, for instance "
+        f"Image.fromarray((255 * (a - a.min()) / (a.max() - a.min())).astype('uint8')).convert('RGB') of a = numpy.asarray(image)"
+        + (", or use PIL.ImageCms for LAB." if mode == "LAB" else ".")
+    )
+
+
 def _open_file(path: str | Path) -> Image.Image:
     if str(path).startswith(("http://", "https://")):
         raise ValueError(f"{path} is a web address: download the image and pass its path.")
     try:
         with Image.open(str(path).removeprefix("file://")) as picture:
+            if picture.mode in _LOSSY:
+                raise ValueError(_lossy(picture.mode))
             return ImageOps.exif_transpose(picture).convert("RGB")
     except FileNotFoundError as error:
         raise ValueError(f"there is no image at {path}: check the path.") from error

@@ -9,16 +9,22 @@ import threading
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from conftest import picture
+from PIL import Image
 from tiny import tiny_config, tiny_hf
 from transformer_lens import patching
 
+from analyses.contextual_lens import ground
+from analyses.counterfactuals import blur_box, changed_positions, swap_box
 from analyses.direct_path import direct_path_patch
 from analyses.edge_attribution import edge_attribution
+from analyses.explorer import explore
+from analyses.logit_lens import logit_lens
 from analyses.patching import patch_sweep
-from hooked_qwen2vl import HookedCache, HookedQwen2VL, Processor
+from hooked_qwen2vl import HookedCache, HookedQwen2VL, Processor, open_image
 from hooked_qwen2vl.config import convert_config
 
 
@@ -272,6 +278,58 @@ def test_image_settings_that_give_no_numbers(settings, model, tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match="image_std"):
         Processor.from_folder(tmp_path)
+
+
+# ---- pictures ---------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_what_is_drawn_is_drawn_on_the_picture_that_was_read(model, tmp_path):
+    """A portrait photograph with EXIF orientation 6 lies on its side until it is opened as the model opens it."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "portrait.jpg"
+    picture(168, 84).save(path, exif=exif)
+    inputs = model.to_inputs("what?", images=[path], answers="red")
+    assert inputs.grid() == (6, 3)
+    lens, found = logit_lens(model, inputs, "image"), ground(model, inputs)
+    for draw in (lens.plot_image, lambda image: found.plot(images=[image]), lambda image: explore(model, inputs, [image])):
+        draw(open_image(path))
+        with pytest.raises(ValueError, match="168×84 pixels was not read as 3 columns and 6 rows.*open_image"):
+            draw(Image.open(path))
+
+
+@torch.no_grad()
+def test_pictures_in_another_order_are_not_explored(model):
+    first, second = picture(84, 84, 1), picture(84, 84, 2)
+    inputs = model.to_inputs("which?", images=[first, second], answers="red")
+    assert explore(model, inputs, [first, second]).grids == ((3, 3), (3, 3))
+    with pytest.raises(ValueError, match="image 0 to draw is not image 0"):
+        explore(model, inputs, [second, first])
+
+
+def test_a_box_of_a_transparent_picture_changes_its_own_tokens(model):
+    image = picture(168, 168).convert("RGBA")
+    image.putalpha(Image.fromarray(np.tile(np.linspace(0, 255, 168).astype(np.uint8), (168, 1))))
+    plain = model.to_inputs("what?", images=[image])
+    box = (30, 30, 80, 80)
+    touched = plain.resolve(box).tolist()
+    for edited in (blur_box(image, box), swap_box(image, box, picture(168, 168, 5))):
+        changed = changed_positions(plain, model.to_inputs("what?", images=[edited])).tolist()
+        assert 0 < len(touched) < 36 and set(changed) <= set(touched)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F", "LAB"])
+def test_pictures_of_more_than_eight_bits_are_refused(mode, tmp_path):
+    image = Image.fromarray(np.full((56, 84), 40_000, np.uint16)) if mode == "I;16" else Image.new(mode, (84, 56))
+    assert image.mode == mode
+    with pytest.raises(ValueError, match=f"mode '{mode}'.*would lose|mode '{mode}' would lose"):
+        open_image(image)
+    if mode in ("I;16", "F"):
+        path = tmp_path / ("deep.png" if mode == "I;16" else "deep.tiff")
+        image.save(path)
+        with pytest.raises(ValueError, match="would lose its content"):
+            open_image(path)
 
 
 # ---- threads ----------------------------------------------------------------------------------------

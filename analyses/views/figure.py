@@ -178,3 +178,20 @@ def spread_over(n: int, most: int) -> list[int]:
 def largest(values: Any) -> float:
     """The largest absolute value, 1 where there is none: for a symmetric scale."""
     return float(np.nan_to_num(np.abs(np.asarray(values, dtype=float))).max(initial=0.0)) or 1.0
+
+
+def refuse_other_picture(image: Any, grid: tuple[int, int]) -> None:
+    """A picture that the token grid cannot have been read from: of other proportions, turned on its side for one.
+
+    Args:
+        image: PIL. grid: (rows, cols) of image tokens, near the picture's own proportions.
+    Raises:
+        ValueError: it is.
+    """
+    (width, height), (rows, cols) = image.size, grid
+    if abs((width * rows) / (height * cols) - 1) > 1 / min(rows, cols):
+        raise ValueError(
+            f"a picture of {width}×{height} pixels was not read as {cols} columns and {rows} rows of image tokens: draw on the picture "
+            f"that the model was given. A file's EXIF orientation is applied when it is read: hooked_qwen2vl.open_image(path) gives that "
+            f"picture."
+        )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.patches import Patch, Rectangle
 
-from analyses.views.figure import BLUE, GREY, ORANGE, Figure, bars, colour_bar, intervals, label_ticks, panels_of
+from analyses.views.figure import BLUE, GREY, ORANGE, Figure, bars, colour_bar, intervals, label_ticks, panels_of, refuse_other_picture
 from analyses.views.text import line, visible
 
 _FOUND, _TRUE = ORANGE, "#ffffff"
@@ -24,11 +24,13 @@ def grounding_plot(
         images: PIL images in original pixels, one for each.
         truth: known boxes (x0, y0, x1, y1) of the first image, dashed.
     Raises:
-        ValueError: another number of images.
+        ValueError: another number of images, or one of other proportions.
     """
     n = len(result.heat)
     if images is not None and len(images) != n:
         raise ValueError(f"expected {n} images, one for each heat map, got {len(images)}.")
+    for image, heat in zip(images or (), result.heat):
+        refuse_other_picture(image, tuple(heat.shape))
     columns = 1 if images is None else 2
     aspects = [height / width for width, height in result.sizes]
     side = 3.2

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from analyses.views.figure import Figure, colour_bar, label_ticks, length, on_image, picture, spread_over, write_cells
+from analyses.views.figure import Figure, colour_bar, label_ticks, length, on_image, picture, refuse_other_picture, spread_over, write_cells
 from analyses.views.text import visible
 
 MOST_COLUMNS = 32  # of a map whose cells hold tokens: more would not be readable at any printable width
@@ -78,11 +78,12 @@ def image_overlay(lens: Any, image: Any, path: str | Path | None = None, n_panel
     Args:
         image: in original pixels; the token grid is stretched over it, as the model's resizing does.
     Raises:
-        ValueError: the lens was not read at one whole image.
+        ValueError: the lens was not read at one whole image, or not at one of these proportions.
     """
     if lens.grid is None:
         raise ValueError("the overlay needs a lens read at one whole image: logit_lens(model, inputs, 'image[0]').")
     rows, cols = lens.grid
+    refuse_other_picture(image, lens.grid)
     layers = spread_over(len(lens.layer_labels), n_panels)
     written = rows * cols <= MOST_LABELS
     side = max(3.6, 0.4 * cols) if written else 3.6
