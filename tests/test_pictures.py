@@ -49,6 +49,7 @@ NO_RESULTS = {
     "Selection": "one module's part of DomainNeurons",
     "Size": "of a question, part of a run's plan",
     "Strip": "a prompt as circuitsvis shows it",
+    "TextPrompt": "a prompt of a model that has no Inputs",
     "TextBank": "embeddings to compare with; Neighbours is the result",
 }  # fmt: skip
 
