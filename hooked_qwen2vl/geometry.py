@@ -160,16 +160,7 @@ class Geometry:
             return self._positions_of_box(where, row, image)
         if isinstance(where, (Tensor, np.ndarray)) and where.ndim == 2 and tuple(where.shape) == tuple(self.shape):
             where = where[row]
-        found = resolve_positions(where, self.shape[1], f"row {row}")
-        seen = self.attention_mask[row].cpu().bool()
-        if isinstance(where, slice):
-            found = found[seen[found]]
-        if not len(found):
-            raise ValueError(f"{_shown(where)} selects no token of row {row}, which has {int(seen.sum())}.")
-        if padded := found[~seen[found]].tolist():
-            first, last = seen.nonzero().flatten()[[0, -1]].tolist()
-            raise ValueError(f"position {padded[0]} of row {row} is padding: its tokens are at {first}..{last}.")
-        return found
+        return resolve_positions(where, self.attention_mask[row], row)
 
     def positions(self, name: Place, row: int = 0, image: int = 0) -> Int[Tensor, "n"]:
         """`resolve`, under the name it has for segments and boxes."""
@@ -322,15 +313,29 @@ class Geometry:
         return slice(start, start + sizes[number])
 
 
-def resolve_positions(where: Any, length: int, owner: str = "the prompt") -> Int[Tensor, "n"]:
+def resolve_positions(where: Any, attention_mask: Int[Tensor, "pos"], row: int = 0) -> Int[Tensor, "n"]:
     """Positions given as numbers: the part of `Geometry.resolve` that needs no geometry.
 
     Args:
-        where: a position, a list, a range, a slice, an integer tensor or array, or a mask [length].
-        length: of the row. owner: what errors call it.
+        where: a position, a list, a range, a slice (padding is left out), an integer tensor or array, or a mask [pos].
+        attention_mask: of the row, 0 where there is padding. row: its number, for the errors.
     Raises:
-        ValueError: none of these, or out of range.
+        ValueError: none of these, out of range, padding, or nothing at all.
     """
+    seen = attention_mask.cpu().bool()
+    found = _numbers(where, len(seen), f"row {row}")
+    if isinstance(where, slice):
+        found = found[seen[found]]
+    if not len(found):
+        raise ValueError(f"{_shown(where)} selects no token of row {row}, which has {int(seen.sum())}.")
+    if padded := found[~seen[found]].tolist():
+        first, last = seen.nonzero().flatten()[[0, -1]].tolist()
+        raise ValueError(f"position {padded[0]} of row {row} is padding: its tokens are at {first}..{last}.")
+    return found
+
+
+def _numbers(where: Any, length: int, owner: str) -> Int[Tensor, "n"]:
+    """The positions, negative ones counted from the end."""
     if isinstance(where, slice):
         try:
             return torch.arange(length)[where]

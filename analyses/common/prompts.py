@@ -51,22 +51,13 @@ class TextPrompt:
         """
         if not -len(self) <= row < len(self):
             raise ValueError(f"there is no row {row}: the batch has {len(self)}.")
-        real = self.attention_mask[row].bool().cpu().nonzero().flatten()
         if isinstance(where, (str, tuple)) and where != "last":
             raise ValueError(f"{where!r} is a part of an Inputs with a processor; a text has 'last', positions, slices and masks.")
         if isinstance(where, str):
-            return real[-1:]
+            return self.attention_mask[row].bool().cpu().nonzero().flatten()[-1:]
         if isinstance(where, Tensor) and where.ndim == 2 and where.shape == self.shape:
             where = where[row]
-        found = resolve_positions(where, self.shape[1], f"row {row}")
-        padded = ~torch.isin(found, real)
-        if isinstance(where, slice):
-            found, padded = found[~padded], padded[:0]
-        if not len(found):
-            raise ValueError(f"{where!r} selects no token of row {row}, which has {len(real)}.")
-        if bool(padded.any()):
-            raise ValueError(f"position {int(found[padded][0])} of row {row} is padding: its tokens are at {int(real[0])}..{int(real[-1])}.")
-        return found
+        return resolve_positions(where, self.attention_mask[row], row)
 
     def position(self, where: Any, row: int = 0) -> int:
         """`resolve` of a place that is one position.
