@@ -410,6 +410,14 @@ def test_everything_behind_the_change_gives_the_sources_logits(model, tuned, sho
         assert (logits - wanted).abs().max() < CLOSE * spread(wanted) and (plain - wanted).abs().max() > 0.1 * spread(wanted)
 
 
+def test_unpatched_agreement_is_of_the_same_prompts(model, tuned, shown):
+    """A span that only some prompts have is compared with those prompts unpatched, not with all."""
+    result = patch_between_models(model, tuned, shown, spans=("all", "image"), progress=False)
+    result = dataclasses.replace(result, top_agrees=torch.tensor([1.0, 0.0]))
+    table = result.to_dataframe().groupby("span")[["same_top_unpatched", "items"]].first()
+    assert table.loc["all"].tolist() == [0.5, 2] and table.loc["image"].tolist() == [1.0, 1]
+
+
 def test_a_fully_tuned_model_and_its_tower(model, processor, shown):
     """Everything but final norm and unembedding differs: the stream after the last block still says it all."""
     hf = tiny_hf(seed=0)

@@ -532,3 +532,27 @@ def test_the_command(tmp_path, capsys):
     for wrong in (["--image", "x.png"], ["--question", "what?"], ["--answer", "red", "--text-layer", "99"]):
         assert main(["ground", *wrong, "--out", out]) == 2 and "hooked-qwen2vl: " in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
+
+
+def test_rows_of_a_grounding_lie_where_their_tokens_lie(model):
+    """Columns of boxes against the prompt's own geometry: pictures that are not square, of different sizes."""
+    inputs = model.to_inputs("which?", images=[picture(150, 84), picture(60, 115)], answers="red")
+    found = ground(model, inputs)
+    table = found.to_dataframe()
+    for image in range(2):
+        rows = table[table["image"] == image]
+        assert np.allclose(rows[["x0", "y0", "x1", "y1"]], inputs.boxes(image=image), atol=1e-9)
+        assert np.allclose(rows["heat"], found.heat[image].flatten()) and np.allclose(rows["cosine"], found.similarity[image].flatten())
+        inside = rows[rows["in_box"]]
+        box = (inside["x0"].min(), inside["y0"].min(), inside["x1"].max(), inside["y1"].max())
+        assert np.allclose(box, found.boxes[image], atol=1e-9)
+
+
+@pytest.mark.parametrize("cols", [6, 7])
+def test_of_equal_rectangles_the_largest_is_taken(cols):
+    """A strip of 1×6 and a block of 3×3 fit equally well: area decides, not the sum of the sides; at even and odd widths."""
+    vectors = torch.zeros(5, cols, 4)
+    vectors[..., 1] = 1.0
+    vectors[0, :6], vectors[2:5, cols - 3 :] = torch.eye(4)[0], torch.eye(4)[0]
+    cells, score = best_rectangle(vectors, torch.eye(4)[0])
+    assert cells == (2, cols - 3, 5, cols) and score == pytest.approx(1.0)

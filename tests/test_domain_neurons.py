@@ -17,6 +17,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from analyses.data.examples import Example, LeftOut
 from analyses.domain_neurons import (
     SOURCES,
+    DomainNeurons,
     FiringCounter,
     Firings,
     count_firings,
@@ -569,6 +570,22 @@ def test_every_condition_is_there():
         assert condition.n_neurons == sum(int(m.sum()) for m in neurons.masks(condition.target, list(condition.masks)).values())
         if condition.selection in (RANDOM, RANDOM_RATE):
             assert not any((mask & neurons.modules[m].selected).any() for m, mask in condition.masks.items())
+
+
+def test_a_control_matches_the_rates_of_its_own_domain():
+    """The rate-matched control of each domain is drawn by that domain's rates, not by another's."""
+    generator = torch.Generator().manual_seed(0)
+    rates = torch.rand(2, 400, 3, generator=generator, dtype=torch.float64)
+    neurons = DomainNeurons({"decoder": select_neurons(rates, 0.05)}, ("a", "b", "c"), ("text",), "m")
+    for condition in experiment.conditions(neurons, seeds=2):
+        if condition.selection == RANDOM_RATE:
+            own, drawn = neurons.masks(condition.target)["decoder"], condition.masks["decoder"]
+            gaps = []
+            for domain in range(3):
+                pairs = [(rates[layer, own[layer], domain].sort().values, rates[layer, drawn[layer], domain].sort().values) for layer in range(2)]
+                gaps.append(float(torch.cat([(x - y).abs() for x, y in pairs]).mean()))
+            wanted = neurons.domains.index(condition.target)
+            assert gaps[wanted] < 0.05 and gaps[wanted] == min(gaps), (condition.target, gaps)
 
 
 def test_answers_one_by_one(model, batches_of_questions):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 import torch
 from conftest import picture
 from tiny import tiny_hf
 
 from analyses.flip_patching import Component, ablate_flip, ablation_hooks, attribute_flip, component_effects
+from analyses.flip_patching import _random_like as random_like
 from analyses.logit_lens import residual_stack
 from hooked_qwen2vl import HookedQwen2VL
 
@@ -131,3 +134,14 @@ def test_a_row_of_a_batch_is_itself(model, prompts):
     tests = ablate_flip(model, batch, ours), ablate_flip(model, alone, theirs)
     assert abs(torch.tensor(tests[0].ablated) - torch.tensor(tests[1].ablated)).max() < EXACT
     assert (tests[0].random - tests[1].random).abs().max() < EXACT
+
+
+def test_controls_come_from_every_block_up_to_the_flips(model):
+    """As many heads and MLPs as were found, none of them, from blocks 0 to that of the flip."""
+    found = [Component(2, 0), Component(2, 3), Component(2, None)]
+    draws = [random_like(model, found, 2, Random(seed)) for seed in range(60)]
+    for draw in draws:
+        assert [c.head is None for c in draw] == [False, False, True] and not set(draw) & set(found) and len(set(draw)) == 3
+    assert {c.layer for draw in draws for c in draw if c.head is not None} == {0, 1, 2}
+    assert {c.layer for draw in draws for c in draw if c.head is None} == {0, 1}  # that of block 2 was found
+    assert {c.layer for seed in range(60) for c in random_like(model, found[:1], 0, Random(seed))} == {0}
