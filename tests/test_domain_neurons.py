@@ -759,6 +759,7 @@ def test_the_command(tmp_path, capsys, model, monkeypatch):
     assert main([*command, "--generate", "1"]) == 2 and "settings.generate: 2 there, 1 now" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_command_in_shares_with_a_bad_image(tmp_path, capsys, model, monkeypatch):
     """Each stage waits for all of the one before; the tables are those of one process."""
     animals(tmp_path, 8)
@@ -777,6 +778,7 @@ def test_the_command_in_shares_with_a_bad_image(tmp_path, capsys, model, monkeyp
         assert len(one)
 
 
+@pytest.mark.slow
 def test_limits_are_spread_over_the_domains(tmp_path, capsys, model, monkeypatch):
     """Files in the order of their domains, limits below the size of the first: every domain is selected on and judged."""
     animals(tmp_path, 8, ("ants", "bats", "cats"))

@@ -63,6 +63,7 @@ def test_same_seed_same_items_in_another_process(items):
     assert [i.scene for i in sample(20, seed=8)] != [i.scene for i in items[:20]]
 
 
+@pytest.mark.slow
 def test_splits_share_no_scene():
     seen = {
         name: {dataclasses.replace(i.scene, noise=0) for i in load_split(name, 400)}
