@@ -44,6 +44,7 @@ NAMES = {  # module -> name of earlier versions -> module and name now
         "LocalityStudy": "analyses.experiments.locality:LocalityStudy",
         "locality_study": "analyses.experiments.locality:locality_study",
         "SPANS": "analyses.experiments.locality:SPANS",
+        "wilson": "analyses.common.statistics:wilson",
     },
     "analyses.experiments.hallucination": {
         "hallucination_work": "analyses.experiments.hallucination:HallucinationExperiment",
@@ -51,6 +52,7 @@ NAMES = {  # module -> name of earlier versions -> module and name now
     "analyses.experiments.neurons": {
         "ablation_work": "analyses.experiments.neurons:AblationExperiment",
         "effect_work": "analyses.experiments.neurons:EffectExperiment",
+        "wilson": "analyses.common.statistics:wilson",
     },
 }
 
