@@ -62,7 +62,7 @@ class Evidence:
     @cached_property
     def item(self) -> Any:
         """The row alone, its image encoded once."""
-        return self.model.encode(self.inputs[self.row])
+        return self.model.encode(self.inputs.row(self.row))
 
     @cached_property
     def answer(self) -> list[int]:

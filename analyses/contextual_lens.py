@@ -126,8 +126,9 @@ class Grounding(Result):
     """Where in its images an answer is.
 
     Attributes:
-        heat: for each image [rows cols], max over entries ≥ 1 of the cosine with the answer, in [-1, 1].
-        similarity: for each image [rows cols], the cosine at the box's entries; its maximum is the contextual score.
+        heat: for each image [rows cols], max over entries ≥ 1 of the cosine with the answer, in [-1, 1]: the paper's heat map.
+        similarity: for each image [rows cols], the cosine at the box's entries; its maximum is the contextual score. The box
+            belongs to this map; it need not hold the hottest token of `heat`.
         cells: for each image its best rectangle (row0, col0, row1, col1) in image tokens, ends excluded.
         boxes: [image 4] the same rectangles (x0, y0, x1, y1) in original pixels of their image.
         box_scores: [image] their cosines.
@@ -216,7 +217,7 @@ def contextual_score(
         raise ValueError("expected at least one span, got none.")
     places = {name: span_positions(model, inputs, part, row) for name, part in spans.items()}
     images = inputs.positions("image", row)
-    stack = row_stack(model, inputs, row) if stack is None else stack
+    stack = row_stack(model, inputs, row, stack)
     targets = torch.stack([stack[layers[1], p].double().mean(0) for p in places.values()])
     similarity = cosines(targets, stack[layers[0], images])
     grids = [inputs.boxes(row, image) for image in range(n_images(inputs, row))]
@@ -312,7 +313,7 @@ def ground(
     """
     layers = default_layers(model, image_layer, text_layer)
     places = span_positions(model, inputs, span, row)
-    stack = row_stack(model, inputs, row) if stack is None else stack
+    stack = row_stack(model, inputs, row, stack)
     answers = stack[:, places].double().mean(1)
     heat, similarity, cells, boxes, scores, sizes = [], [], [], [], [], []
     for image in range(n_images(inputs, row)):
@@ -393,9 +394,16 @@ def default_layers(model: Any, image_layer: int | None, text_layer: int | None) 
     return image_layer, text_layer
 
 
-def row_stack(model: Any, inputs: Any, row: int) -> Float[Tensor, "layer pos d_model"]:
-    """The residual stream of one row, run alone, un-normed, on the CPU."""
-    return residual_stack(model, inputs[row])[0][:, 0].cpu()
+def row_stack(model: Any, inputs: Any, row: int, stack: Float[Tensor, "layer pos d_model"] | None = None) -> Tensor:
+    """The residual stream of one row, run alone, un-normed, on the CPU: [layer pos d_model]; or the one at hand.
+
+    Raises:
+        ValueError: no such row, or the stack at hand is not one of these prompts and this model.
+    """
+    expected = (model.cfg.n_layers + 1, inputs.shape[1], model.cfg.d_model)
+    if stack is not None and tuple(stack.shape) != expected:
+        raise ValueError(f"expected a residual stream [layer pos d_model] of shape {expected}, got {tuple(stack.shape)}.")
+    return (residual_stack(model, inputs.row(row))[0][:, 0] if stack is None else stack).cpu()
 
 
 def span_positions(model: Any, inputs: Any, span: Span, row: int) -> list[int]:

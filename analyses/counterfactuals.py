@@ -26,7 +26,7 @@ from transformers.image_transforms import convert_to_rgb
 from analyses.common.result import Result
 from analyses.data.json_lines import read_rows
 from analyses.trajectory import word
-from hooked_qwen2vl.geometry import Box, checked_box
+from hooked_qwen2vl.geometry import Box, checked_box, refuse_unaligned
 from hooked_qwen2vl.processor import open_image
 from hooked_qwen2vl.scenes import counterfactual_pairs
 
@@ -213,7 +213,16 @@ def blur_box(image: Any, box: Box, radius: float | None = None) -> Image.Image:
 
 
 def changed_positions(clean: Any, corrupted: Any, row: int = 0) -> Int[Tensor, "n"]:
-    """Positions of the image tokens any of whose patches differ between two prompts of one grid."""
+    """Positions of the image tokens any of whose patches differ between two prompts of one grid.
+
+    Raises:
+        ValueError: the prompts do not correspond position by position, hold no image, or have no such row.
+    """
+    refuse_unaligned(clean, corrupted, "the clean and the corrupted prompts")
+    if clean.pixels is None or corrupted.pixels is None:
+        raise ValueError("expected two prompts with images, got one without: there is no image token to compare.")
+    if not -len(clean) <= row < len(clean):
+        raise ValueError(f"there is no row {row}: the batch has {len(clean)}.")
     differs = (clean.pixels != corrupted.pixels).any(-1)
     is_image = clean.token_types > 0
     window = len(differs) // int(is_image.sum())

@@ -150,7 +150,7 @@ def explore(
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1, got {keep}.")
-    inputs = inputs[row]
+    inputs = inputs.row(row)
     names = inputs.names[0]
     places = [place for place, name in enumerate(names) if name != "padding"]
     parts = tuple(names[place] for place in places)

@@ -255,7 +255,7 @@ def ablation_hooks(components: Sequence[Component], position: int) -> list[tuple
 
 def _its_row(model: Any, inputs: Any, flip: FlipAttribution) -> Any:
     """The prompt that the flip was attributed in, encoded: its row of a batch, or the one there is."""
-    return model.encode(inputs if len(inputs) == 1 else inputs[flip.row])
+    return model.encode(inputs if len(inputs) == 1 else inputs.row(flip.row))
 
 
 def _differences(model: Any, inputs: Any, flip: FlipAttribution, ablated: Sequence[Component]) -> tuple[float, float]:

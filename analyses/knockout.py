@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from analyses.common.result import Result
 from analyses.common.statistics import standard_error
 from hooked_qwen2vl.geometry import Place
+from hooked_qwen2vl.layers import running_prompt
 
 FLOWS = {"image→question": ("image", "question"), "image→last": ("image", "last"), "question→last": ("question", "last")}
 
@@ -146,15 +147,22 @@ def knockout_hooks(
     """Hooks that stop attention from `source` (keys) to `target` (queries), in a plain run and in cached generation.
 
     Args:
-        row: the prompt whose spans are meant; the hooks act on every row of what is run.
+        row: the prompt whose spans are meant; the hooks act on every row of what is run, so all must be laid out like it.
         generated: also block every token generated after the prompt from seeing `source`.
     Raises:
-        ValueError: (when run) a query is left without any key.
+        ValueError: (when run) a query is left without any key, or the prompts that are run do not begin as `inputs[row]` does:
+            other padding, or images of another grid or place.
     """
     keys, queries = inputs.resolve(source, row), inputs.resolve(target, row)
-    prompt = inputs.shape[1]
+    prompt, shape = inputs.shape[1], inputs.prompt_shape.rows(row)
 
     def hook(scores: Tensor, hook: Any) -> Tensor:
+        running = running_prompt.get()
+        if running is not None and (why := shape.difference(running.beginning(prompt))):
+            raise ValueError(
+                f"{hook.name}: these knockout hooks were made for a prompt whose positions are not those of the prompts that are "
+                f"run: {why}. Make them with knockout_hooks of the prompt that you run; rows that differ are run one by one."
+            )
         n_queries, n_keys = scores.shape[-2:]
         first = n_keys - n_queries  # in cached generation the queries are the last positions
         rows = queries[(queries >= first) & (queries < n_keys)]

@@ -157,13 +157,20 @@ def logit_lens(
         layers: entries to read, 0 (the embedding) … L (after the last block), negative from the end; None reads all.
         translator: a tuned lens (`analyses.tuned_lens`): what each entry becomes before it is read.
     Raises:
-        ValueError: no such part, position or layer, or more top_k than words.
+        ValueError: no such row, part, position or layer, more top_k than words, or a tuned lens of another model.
     """
     prompt = as_prompt(model, inputs)
-    tokens, chosen = prompt.tokens[row], prompt.resolve(positions, row).tolist()
+    chosen = prompt.resolve(positions, row).tolist()
+    tokens = prompt.tokens[row]
     read_layers = _layers(layers, model.cfg.n_layers)
     entries, model_ids = read_entries(model, inputs, sorted({*read_layers, model.cfg.n_layers}), chosen, row)
     if translator is not None:
+        fitted_to = getattr(translator, "model_name", "")
+        if fitted_to and fitted_to != str(model.cfg.model_name):
+            raise ValueError(
+                f"this lens was fitted to {fitted_to}, the model is {model.cfg.model_name}: fit one to it, or set "
+                f"lens.model_name = '' to read one model with another's translators on purpose."
+            )
         entries = {layer: translator.translate(vectors, layer) for layer, vectors in entries.items()}
     wanted = [] if targets is None else to_token_ids(model, targets)
     shared = torch.tensor(wanted, dtype=torch.long).expand(len(chosen), -1)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from tqdm.auto import trange
 from transformer_lens.tools.analysis import logit_readout
 
+from analyses.common.prompts import as_prompt
 from analyses.common.vocabulary import logits_of
 from analyses.logit_lens import residual_stack
 
@@ -156,8 +157,7 @@ def _streams(model: Any, prompts: Iterable[Any]) -> tuple[Float[Tensor, "entry n
     parts = []
     for prompt in prompts:
         stack, _ = residual_stack(model, prompt)
-        mask = getattr(prompt, "attention_mask", None)
-        parts.append(stack.flatten(1, 2) if mask is None else stack[:, mask.bool().to(stack.device)])
+        parts.append(stack[:, as_prompt(model, prompt).attention_mask.bool().to(stack.device)])
     if not parts:
         raise ValueError("expected at least one prompt to fit the lens on, got none.")
     stack = torch.cat(parts, dim=1).float()

@@ -94,6 +94,10 @@ class PromptShape:
         kept = batch_slice.apply(torch.arange(len(self.attention_mask)), dim=0).reshape(-1)
         return PromptShape(self.position_ids[:, kept], self.attention_mask[kept], self.sliced)
 
+    def beginning(self, n: int) -> PromptShape:
+        """That of the first n positions: a prompt and what follows it begin alike."""
+        return PromptShape(self.position_ids[..., :n], self.attention_mask[:, :n], self.sliced)
+
     def difference(self, other: PromptShape) -> str | None:
         """Why positions of one are not those of the other; None where they are. One prompt fits every row like it."""
         ours, theirs = self.attention_mask, other.attention_mask.to(self.attention_mask.device)
@@ -302,6 +306,8 @@ class Geometry:
         return self._visual(row, image, IMAGE) if video is None else self._visual(row, video, VIDEO)
 
     def _row(self, row: int) -> int:
+        if isinstance(row, bool) or not hasattr(row, "__index__"):
+            raise ValueError(f"expected the number of a row, got {row!r}.")
         if not -len(self) <= row < len(self):
             raise ValueError(f"there is no row {row}: the batch has {len(self)}.")
         return row % len(self)

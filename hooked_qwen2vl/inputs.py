@@ -332,6 +332,14 @@ class Inputs(Geometry):
             encoded_pixels=tuple(digests),
         )
 
+    def row(self, row: int) -> Inputs:
+        """One row with its images, a batch of one, [1 pos].
+
+        Raises:
+            ValueError: no such row.
+        """
+        return self[self._row(row)]
+
     def repeat(self, *sizes: int) -> Inputs:
         """The batch n times over, as `tensor.repeat(n, 1)`.
 

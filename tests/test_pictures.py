@@ -162,10 +162,16 @@ def flips(figure, result):
 
 
 def grounding(figure, result):
+    """One quantity for map and box; the maximum over layers beside it, by name and without the box."""
     drawn = maps(figure)
-    low, high = min(float(h.min()) for h in result.heat), max(float(h.max()) for h in result.heat)
-    assert all(shows(d, heat, low, high) for d, heat in zip(drawn, result.heat)) and len(drawn) == 2
-    assert [tuple(p.get_bbox().extents) for p in figure.axes[1].patches] == [tuple(result.boxes[1].tolist())] * 2
+    for start, values in ((0, result.similarity), (1, result.heat)):
+        low, high = min(float(v.min()) for v in values), max(float(v.max()) for v in values)
+        assert all(shows(drawn[start + 2 * image], v, low, high) for image, v in enumerate(values))
+    assert len(drawn) == 4
+    for image, box in enumerate(result.boxes.tolist()):
+        at_layers, over_layers = figure.axes[2 * image : 2 * image + 2]
+        assert [tuple(p.get_bbox().extents) for p in at_layers.patches] == [tuple(box)] * 2 and not over_layers.patches
+        assert f"box {result.box_scores[image]:.3f}" in at_layers.get_title() and "maximum over layers" in over_layers.get_title()
 
 
 def grounding_experiment(figure, result):

@@ -13,15 +13,18 @@ import pytest
 import torch
 from conftest import picture
 
+from analyses.answer_scores import SCORES
 from analyses.common.prompts import as_prompt
 from analyses.contextual_lens import contextual_score, ground, sweep_layers, word_spans
+from analyses.counterfactuals import changed_positions
 from analyses.embedding_lens import contextual_neighbours, embedding_lens, text_bank
-from analyses.flip_patching import attribute_flip
+from analyses.explorer import explore
+from analyses.flip_patching import attribute_flip, component_effects
 from analyses.knockout import attention_knockout, knockout_hooks
-from analyses.logit_lens import logit_lens
+from analyses.logit_lens import logit_lens, residual_stack
 from analyses.model_patching import patch_between_models
 from analyses.patching import patch_sweep
-from analyses.trajectory import answer_trajectory
+from analyses.trajectory import answer_log_probs, answer_trajectory
 from hooked_qwen2vl import HookedQwen2VL
 from hooked_qwen2vl.geometry import Box
 
@@ -245,6 +248,113 @@ def test_rows_of_a_sweep(world):
     assert rows(["image", (0, 0, 28, 28), [1, 2], -1]) == ["image", (0, 0, 28, 28), [1, 2], -1]
     with pytest.raises(ValueError, match="no position to patch"):
         rows([])
+
+
+# ---- rows -------------------------------------------------------------------------------------------
+
+QUESTIONS = ["what?", "what is the red thing there?", "the red"]
+ANSWERS = ["red it", "blue", "red"]
+
+
+@pytest.fixture(scope="module")
+def batch(model):
+    """Rows of three lengths and two grids, so that no row's places are another's; each carries an answer."""
+    images = [[picture(84, 56, 1)], [picture(56, 112, 2)], [picture(84, 56, 3)]]
+    return model.to_inputs(QUESTIONS, images=images, answers=ANSWERS)
+
+
+def row_scores(w, inputs, row):
+    names = [name for name in SCORES if name != "contextual_control"]
+    return torch.tensor([SCORES[name](w.model, inputs, row) for name in names])
+
+
+def row_explored(w, inputs, row):
+    grid = inputs.grid(row)
+    seeds = (1, 3) if grid == (2, 3) else (2,)
+    pictures = [picture(28 * grid[1], 28 * grid[0], seed) for seed in seeds]
+    own = next(p for p in pictures if torch.equal(w.model.to_inputs("x", images=[p]).pixels, inputs.row(row).pixels))
+    page = explore(w.model, inputs, [own], row=row)
+    return torch.cat([page.kept_probs.flatten(), page.contextual.flatten(), page.lens.top_probs.flatten()])
+
+
+def row_words(w, inputs, row):
+    places = torch.tensor(word_spans(w.model, inputs, ["the"], row, "question")["the"])
+    return places - inputs.positions("question", row)[0]
+
+
+ROWS = {
+    "logit_lens": lambda w, x, row: logit_lens(w.model, x, "image", row=row, targets=[RED]).target_probs,
+    "embedding_lens": lambda w, x, row: embedding_lens(w.model, x, row=row).similarity,
+    "contextual_neighbours": lambda w, x, row: contextual_neighbours(w.model, x, w.bank, row=row).similarity,
+    "contextual_score": lambda w, x, row: contextual_score(w.model, x, row).similarity,
+    "ground": lambda w, x, row: torch.cat([ground(w.model, x, row).heat[0].flatten(), ground(w.model, x, row).boxes[0]]),
+    "answer_trajectory": lambda w, x, row: answer_trajectory(w.model, x, "red", ["red", "blue"], row=row).entropy,
+    "answer_log_probs": lambda w, x, row: answer_log_probs(w.model, x, "red it", row=row),
+    "attribute_flip": lambda w, x, row: attribute_flip(w.model, x, 1, RED, BLUE, row=row).heads,
+    "component_effects": lambda w, x, row: torch.tensor(
+        component_effects(w.model, x, attribute_flip(w.model, x, 1, RED, BLUE, row=row))["ablated"].tolist()
+    ),
+    "SCORES": row_scores,
+    "explore": row_explored,
+    "word_spans": row_words,
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_row_of_a_batch_is_that_row_alone(world, batch, name):
+    """Whatever takes `row=` gives what the row gives by itself, without its padding; a row that is not there is refused."""
+    rows = (1, 2, -2) if name == "word_spans" else (0, 1, 2, -2)
+    alone = {}
+    for row in rows:
+        image = picture(56, 112, 2) if row in (1, -2) else picture(84, 56, row + 1)
+        one = world.model.to_inputs(QUESTIONS[row], images=[image], answers=ANSWERS[row])
+        alone[row] = ROWS[name](world, one, 0)
+        ours = ROWS[name](world, batch, row)
+        assert ours.shape == alone[row].shape and torch.allclose(ours, alone[row], atol=2e-5, rtol=1e-4, equal_nan=True), row
+    assert alone[1].shape != alone[2].shape or not torch.allclose(alone[1], alone[2], atol=1e-3), "the rows are alike"
+    for row in (3, -4):
+        with pytest.raises(ValueError, match=f"no row {row}"):
+            ROWS[name](world, batch, row)
+
+
+def test_rows_of_two_prompts(model, batch):
+    """What changed between two prompts, row by row; prompts that do not correspond, and rows that are not there, are refused."""
+    images = [[picture(84, 56, 1)], [picture(56, 112, 5)], [picture(84, 56, 3)]]
+    other = model.to_inputs(QUESTIONS, images=images, answers=ANSWERS)
+    changed = [changed_positions(batch, other, row).tolist() for row in range(3)]
+    assert changed == [[], batch.positions("image", 1).tolist(), []]
+    with pytest.raises(ValueError, match="no row 3"):
+        changed_positions(batch, other, 3)
+    square, wide = (model.to_inputs("what?", images=[picture(*size)]) for size in ((112, 84), (84, 112)))
+    with pytest.raises(ValueError, match="differ in grid"):
+        changed_positions(square, wide)
+    with pytest.raises(ValueError, match="without"):
+        changed_positions(model.to_inputs("what?"), model.to_inputs("what?"))
+
+
+def test_knockout_hooks_are_of_their_own_prompt(model, batch):
+    """Hooks act on every row of what is run: rows that are laid out otherwise, and other prompts, are refused."""
+    x, wide = (model.to_inputs("what?", images=[picture(*size)]) for size in ((112, 84), (84, 112)))
+    hooks = knockout_hooks(x, "image", "last", [0])
+    pair = model.to_inputs(["what?"] * 2, images=[[picture(112, 84, 4)], [picture(112, 84, 5)]])
+    together = model.run_with_hooks(pair, fwd_hooks=hooks)
+    assert torch.allclose(together[1], model.run_with_hooks(pair[1], fwd_hooks=hooks)[0], atol=1e-5)
+    for other in (wide, batch, model.to_inputs("what is the red thing?", images=[picture(84, 112)])):
+        with pytest.raises(ValueError, match="made for a prompt whose positions"):
+            model.run_with_hooks(other, fwd_hooks=hooks)
+    with pytest.raises(ValueError, match="made for a prompt whose positions"):
+        model.run_with_hooks(batch, fwd_hooks=knockout_hooks(batch, "image", "last", [0], row=1))
+
+
+def test_a_stream_at_hand_is_of_this_prompt(world, batch):
+    stack, _ = residual_stack(world.model, batch[1])
+    own = contextual_score(world.model, batch, 1, stack=stack[:, 0])
+    assert torch.allclose(own.similarity, contextual_score(world.model, batch, 1).similarity, atol=1e-6)
+    for read in (contextual_score, ground):
+        with pytest.raises(ValueError, match="expected a residual stream"):
+            read(world.model, batch, 1, stack=stack[:, 0, 1:])
+        with pytest.raises(ValueError, match="expected a residual stream"):
+            read(world.model, batch, 1, stack=stack)
 
 
 def test_padding_is_no_place(model):

@@ -47,5 +47,7 @@ def run(options: argparse.Namespace) -> None:
     print(f"score:    {score:.3f}, the cosine with the closest image token (low: hallucinated)")
     for image, (box, cosine) in enumerate(zip(result.boxes.tolist(), result.box_scores.tolist())):
         corners = ", ".join(f"{x:.0f}" for x in box)
-        print(f"image {image}:  best box ({corners}) in original pixels, cosine {cosine:.3f}")
+        places = zip(("at these layers", "maximum over layers"), (result.similarity[image], result.heat[image]))
+        hottest = "; ".join(f"{name}: token {tuple(divmod(int(m.argmax()), m.shape[1]))}, {float(m.max()):.3f}" for name, m in places)
+        print(f"image {image}:  best box ({corners}) in original pixels, cosine {cosine:.3f}\n          hottest {hottest}")
     print(f"\nwrote {out / 'grounding.png'}\nwrote {out / 'grounding.csv'}")

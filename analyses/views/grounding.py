@@ -18,7 +18,10 @@ _FOUND, _TRUE = ORANGE, "#ffffff"
 def grounding_plot(
     result: Any, path: str | Path | None = None, images: Sequence[Any] | None = None, truth: Sequence[Any] = ()
 ) -> Figure:
-    """For each image: the picture (where given) and the heat map on it, with the best box.
+    """A row for each image: the picture (where given), the cosine whose best rectangle is the box, and the paper's heat map.
+
+    The box is drawn on the picture and on the map that it was found in: the cosine at the two layers of the score. The
+    maximum over layers is another quantity, so it has a panel and a colour bar of its own and no box.
 
     Args:
         images: PIL images in original pixels, one for each.
@@ -31,33 +34,36 @@ def grounding_plot(
         raise ValueError(f"expected {n} images, one for each heat map, got {len(images)}.")
     for image, heat in zip(images or (), result.heat):
         refuse_other_picture(image, tuple(heat.shape))
-    columns = 1 if images is None else 2
+    columns = 2 + (images is not None)
     aspects = [height / width for width, height in result.sizes]
-    side = 3.2
-    figure = Figure(figsize=(columns * side + 1.2, side * sum(aspects) + 0.5 * n + 0.6), layout="constrained")
+    side = 2.6
+    figure = Figure(figsize=(columns * side + 1.8, side * sum(aspects) + 0.5 * n + 0.9), layout="constrained")
     grid = figure.subplots(n, columns, squeeze=False, height_ratios=aspects)
-    low = min(float(heat.min()) for heat in result.heat)
-    high = max(float(heat.max()) for heat in result.heat)
-    colours = None
-    for image, heat in enumerate(result.heat):
-        width, height = result.sizes[image]
-        extent = (0, width, height, 0)
+    for column, maps in ((-2, result.similarity), (-1, result.heat)):
+        low, high = min(float(m.min()) for m in maps), max(float(m.max()) for m in maps)
+        for axes, values, (width, height) in zip(grid[:, column], maps, result.sizes):
+            colours = axes.imshow(values.numpy(), extent=(0, width, height, 0), cmap="cividis", vmin=low, vmax=high)
+        colour_bar(figure, colours, list(grid[:, column]), "cosine with the answer", shrink=0.85)
+    for image, (panels, (width, height)) in enumerate(zip(grid, result.sizes)):
         if images is not None:
-            grid[image, 0].imshow(images[image], extent=extent)
-            grid[image, 0].set_title(f"image {image}; box: entry {result.image_layer}, answer {result.text_layer}", fontsize=8)
-        axes = grid[image, -1]
-        colours = axes.imshow(heat.numpy(), extent=extent, cmap="cividis", vmin=low, vmax=high)
-        axes.set_title(f"cosine of the box {float(result.box_scores[image]):.3f}", fontsize=8)
-        for panel in grid[image]:
+            panels[0].imshow(images[image], extent=(0, width, height, 0))
+            panels[0].set_title(f"image {image}", fontsize=8)
+        panels[-2].set_title(
+            f"image tokens at layer {result.image_layer}, answer at {result.text_layer}\n"
+            f"box {float(result.box_scores[image]):.3f}, best token {float(result.similarity[image].max()):.3f}",
+            fontsize=8,
+        )
+        panels[-1].set_title(f"maximum over layers (each with itself)\nbest token {float(result.heat[image].max()):.3f}", fontsize=8)
+        for panel in panels:
             for box in truth if image == 0 else ():
                 _draw(panel, box, _TRUE, "--")
-            _draw(panel, result.boxes[image].tolist(), _FOUND, "-")
             panel.set_xticks([0, width]), panel.set_yticks([0, height])
             panel.tick_params(labelsize=7)
-    grid[-1, -1].set_xlabel("pixels of the original image", fontsize=8)
-    colour_bar(figure, colours, list(grid[:, -1]), "max over entries of the cosine\nwith the answer", shrink=0.85)
+        for panel in panels[:-1]:
+            _draw(panel, result.boxes[image].tolist(), _FOUND, "-")
+    figure.supxlabel("pixels of the original image", fontsize=8)
     known = [Patch(edgecolor="#222222", facecolor="none", linestyle="--", label="what the answer depends on")] if truth else []
-    found = Patch(edgecolor=_FOUND, facecolor="none", linewidth=2, label="best box")
+    found = Patch(edgecolor=_FOUND, facecolor="none", linewidth=2, label="best box at the two layers")
     figure.legend(handles=[found, *known], loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     figure.titled(f"Where is “{line(result.text, 40)}”? {result.model_name}")
     return figure.saved(path)
