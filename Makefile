@@ -14,8 +14,9 @@ install: .venv/installed
 demo: install
 	.venv/bin/hooked-qwen2vl lens
 
+# A file's tests stay together (they share models), one process a core, one thread each (tests/conftest.py).
 test: install
-	.venv/bin/python -m pytest -m "not slow"
+	.venv/bin/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
 
 # The 2B geometry and every notebook.
 test-slow: install

@@ -6,6 +6,13 @@ import argparse
 
 from analyses.cli.shared import add_model, load_model
 
+# Said wherever pixels are compared: which of transformers' two image processors these are.
+PIXELS = (
+    "pixels: both models are given this package's, which equal those of transformers' PIL image processor. With torchvision\n"
+    "installed transformers resizes in torch by default, up to 2 grey levels apart (with random weights up to 6 % of the logits'\n"
+    'spread); AutoProcessor.from_pretrained(…, backend="pil") gives the same pixels as here. torchvision is {} here.\n'
+)
+
 NAME = "check"
 HELP = "compare with transformers' own model, stage by stage"
 
@@ -17,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from transformers import Qwen2VLForConditionalGeneration
+    from transformers.utils import is_torchvision_available
 
     from hooked_qwen2vl.checkpoint import open_checkpoint
     from hooked_qwen2vl.selfcheck import self_check
@@ -24,6 +32,7 @@ def run(options: argparse.Namespace) -> int:
     model = load_model(options)
     folder = open_checkpoint(options.model).folder
     reference = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=model.cfg.dtype).eval().to(model.cfg.device)
+    print(PIXELS.format("installed" if is_torchvision_available() else "not installed"))
     table = self_check(model, reference)
     print(table.to_string(index=False, float_format=lambda x: f"{x:.1e}"))
     failed = table[~table["ok"]]
