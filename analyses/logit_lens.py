@@ -107,17 +107,19 @@ class LogitLens(Result):
                     )
         return pd.DataFrame(rows)
 
-    def plot_image(self, image: Any, path: Any = None) -> Any:
-        """The image with its token grid: what each image token reads as, at the layers of a row of panels.
+    def plot_image(self, image: Any, path: Any = None, every_token: bool = False) -> Any:
+        """The image with what its tokens read as, at some layers: a word in each cell, or, of a photograph's hundreds of
+        tokens, regions of one reading named once, a key of the most frequent, and a part of it close up.
 
         Args:
             image: the picture, in original pixels.
+            every_token: a word in every cell of a photograph too, at its last layer; the picture is as large as that needs: save it as PDF.
         Raises:
             ValueError: the lens was not read at one whole image, or not at one of these proportions.
         """
         from analyses.views.lens import image_overlay
 
-        return image_overlay(self, image, path)
+        return image_overlay(self, image, path, every_token)
 
     def page(self, path: Any) -> None:
         """A circuitsvis page that opens without network: top-k tokens by layer, tokens coloured by probability."""

@@ -6,20 +6,25 @@ import dataclasses
 import importlib
 import pkgutil
 import warnings
+from dataclasses import replace
+from io import BytesIO
 
 import numpy as np
 import pytest
 import torch
 from every_result import COLS, DOMAINS, HARD, HEADS, LAYERS, POSITIONS, QUESTION, RESULTS, ROWS, flip_study, hallucinations, image, lens
 from every_result import ablations as every_ablation
-from matplotlib import font_manager
+from matplotlib import colormaps, font_manager
+from matplotlib.colors import to_hex
 from matplotlib.text import Text
+from PIL import Image
+from scipy import ndimage
 
 import analyses
 from analyses.common.result import Result
 from analyses.views import text as views_text
 from analyses.views.attention import attention_on_image
-from analyses.views.figure import LONGEST, Figure
+from analyses.views.figure import LONGEST, Figure, on_image
 from analyses.views.patching import recovery_map, recovery_on_image
 from analyses.views.text import columns, drawable, families, line, readable, visible
 
@@ -168,10 +173,10 @@ def grounding(figure, result):
         low, high = min(float(v.min()) for v in values), max(float(v.max()) for v in values)
         assert all(shows(drawn[start + 2 * image], v, low, high) for image, v in enumerate(values))
     assert len(drawn) == 4
-    for image, box in enumerate(result.boxes.tolist()):
-        at_layers, over_layers = figure.axes[2 * image : 2 * image + 2]
+    for k, box in enumerate(result.boxes.tolist()):
+        at_layers, over_layers = figure.axes[2 * k : 2 * k + 2]
         assert [tuple(p.get_bbox().extents) for p in at_layers.patches] == [tuple(box)] * 2 and not over_layers.patches
-        assert f"box {result.box_scores[image]:.3f}" in at_layers.get_title() and "maximum over layers" in over_layers.get_title()
+        assert f"box {result.box_scores[k]:.3f}" in at_layers.get_title() and "maximum over layers" in over_layers.get_title()
 
 
 def grounding_experiment(figure, result):
@@ -377,3 +382,83 @@ def test_fonts_that_have_chinese_draw_it(monkeypatch):
         warnings.simplefilter("error")
         figure.draw_without_rendering()
     assert text.get_text() == only and "STIXGeneral" in text.get_family()
+
+
+# ---- many image tokens ------------------------------------------------------------------------------
+
+
+def photograph_lens(rows, cols, seed=0):
+    """A lens of a photograph's grid: four regions of one reading, and single tokens of their own in between."""
+    rng = np.random.default_rng(seed)
+    grid = np.full((rows, cols), "grass", dtype=object)
+    grid[: rows // 2] = "sky"
+    grid[:, : cols // 3] = "tree"
+    grid[rows // 3 : rows // 3 + 3, cols // 2 : cols // 2 + 5] = "house"
+    for _ in range(rows):
+        grid[rng.integers(rows), rng.integers(cols)] = f"w{rng.integers(1000)}"
+    made = lens(rows * cols, (rows, cols))
+    tokens = tuple(tuple((t, *rest[1:]) for t, rest in zip(grid.flat, layer)) for layer in made.top_tokens)
+    return grid, replace(made, top_tokens=tokens)
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(18, 24), (40, 36), (12, 40)])
+def test_a_photograph_is_drawn_with_words(rows, cols):
+    """Every region that has room is named once, in its own cells; the titles' counts are those of a brute-force count."""
+    grid, made = photograph_lens(rows, cols)
+    picture = Image.new("RGB", (28 * cols, 28 * rows))
+    figure = made.plot_image(picture)
+    figure.draw_without_rendering()
+    whole = figure.axes[2]
+    key = {text.get_text().rsplit(" ", 1)[0]: to_hex(patch.get_facecolor()) for text, patch in zip(*_legend(figure))}
+    assert {"sky", "grass", "tree"} <= set(key) and len(set(key.values())) == len(key)
+    named = {}
+    for text in whole.texts:
+        x, y = text.get_position()
+        named.setdefault(text.get_text(), []).append((int(y // 28), int(x // 28)))
+    for token in ("sky", "grass", "tree", "house"):
+        regions, n = ndimage.label(grid == token)
+        found = [regions[place] for place in named[token]]
+        assert 0 not in found and len(set(found)) == len(found), "a name outside its region, or a region named twice"
+        large = [r for r in range(1, n + 1) if (regions == r).sum(1).max() >= 4]
+        assert set(large) <= set(found)
+    told = sum(token in key for token in grid.flat)
+    for token, places in named.items():
+        if token not in key:
+            regions = ndimage.label(grid == token)[0]
+            told += sum(int((regions == regions[place]).sum()) for place in places)
+    assert f"{told} of {rows * cols} tokens" in whole.get_title()
+    assert told > 0.9 * rows * cols
+    boxes = [text.get_window_extent(figure._get_renderer()) for text in whole.texts]
+    assert not [1 for i, a in enumerate(boxes) for b in boxes[:i] if a.shrunk(0.9, 0.7).overlaps(b.shrunk(0.9, 0.7))]
+    close = figure.axes[-1]
+    inside = [t for t in close.texts if close.get_xlim()[0] < t.get_position()[0] < close.get_xlim()[1]]
+    assert len(inside) == len(close.texts) == 10 * 8, "a word in every cell of the part that is drawn close up"
+
+
+def _legend(figure):
+    (legend,) = figure.legends
+    return legend.get_texts()[:-1], legend.get_patches()[:-1]
+
+
+def test_every_token_of_a_photograph():
+    grid, made = photograph_lens(18, 24)
+    figure = made.plot_image(Image.new("RGB", (24 * 28, 18 * 28)), every_token=True)
+    (axes,) = [axes for axes in figure.axes if axes.texts]
+    assert [text.get_text() for text in axes.texts] == list(grid.flat)
+
+
+def test_colours_can_be_told_on_a_dark_picture():
+    """On black, white and noise the colours keep their order, and none is darkened by more than half."""
+    values = np.linspace(0, 1, 9)[None]
+    for light in (0, 255, None):
+        noise = np.random.default_rng(0).integers(0, 256, (10, 90), dtype=np.uint8)
+        picture = Image.fromarray(noise if light is None else np.full_like(noise, light))
+        figure = Figure(figsize=(9, 1), dpi=100)
+        axes = figure.add_axes((0, 0, 1, 1))
+        on_image(axes, values, picture.convert("RGB"), "cividis", 0, 1)
+        axes.set_aspect("auto"), axes.set_axis_off()
+        buffer = BytesIO()
+        figure.savefig(buffer, format="png", dpi=100)
+        seen = np.asarray(Image.open(buffer).convert("RGB")).reshape(100, 9, 100, 3).mean((0, 2)) / 255
+        bar = colormaps["cividis"](values[0])[:, :3]
+        assert (np.diff(seen.sum(-1)) > 0).all() and np.abs(seen - bar).max() < 0.5, light

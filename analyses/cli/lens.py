@@ -30,6 +30,7 @@ def run(options: argparse.Namespace) -> None:
     at_least_one(options, "top_k")
     from analyses.explorer import explore
     from analyses.logit_lens import logit_lens
+    from analyses.views.lens import MOST_LABELS
     from hooked_qwen2vl.processor import open_image
 
     model = load_model(options)
@@ -52,6 +53,9 @@ def run(options: argparse.Namespace) -> None:
         written.append(out / f"lens_image{suffix}.png")
         part = logit_lens(model, inputs, f"image[{number}]", top_k=options.top_k)
         part.plot_image(open_image(image), written[-1])
+        if len(part.positions) > MOST_LABELS:
+            written.append(out / f"lens_image{suffix}.pdf")
+            part.plot_image(open_image(image), written[-1], every_token=True)
         written.append(out / f"lens_image{suffix}.csv")
         part.to_dataframe().to_csv(written[-1], index=False)
     print(f"question: {question}\nanswer:   {model.to_string(inputs.tokens[0, answer])}\n")

@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib import figure
 from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator
+from PIL import Image, ImageOps
 
 from analyses.views.text import columns, drawable, families, line
 
@@ -21,6 +22,7 @@ BLUE, ORANGE = COLOURS[:2]
 GREY, NO_VALUE = "#999999", "#d9d9d9"
 LONGEST = 22.0  # inches of an axis
 _LONGEST_BAR = 5.0
+_SHADE = 0.45  # how much a black place of the image darkens what is drawn over it
 _LINE = 1.3 / 72  # inches of a line of text, a point of its size
 _DIGIT = 0.64 / 72
 
@@ -148,19 +150,29 @@ def bars(axes: Any, names: Sequence[str], values: Any, colours: Any = BLUE, size
     rule(axes, x=0)
 
 
-def on_image(
-    axes: Any, values: Any, image: Any, colours: str, low: float, high: float, alpha: float = 0.7
-) -> Any:
-    """A map [row col], stretched over the image in grey (original pixels); places without a value stay as they are.
+def on_image(axes: Any, values: Any, image: Any, colours: str, low: float, high: float) -> Any:
+    """A map [row col], stretched over the image (original pixels); places without a value show the image alone.
 
-    Under a signed map the image is pale, so that 0 is nearly white.
+    The map is drawn as opaque as its colour bar, and the image as a shade over it, evened out and never so dark that a colour
+    could be taken for another's: so a dark photograph can be read, and its colours too.
     """
     width, height = image.size
     extent = (0, width, height, 0)
-    axes.imshow(image.convert("L"), cmap="gray", vmin=0, vmax=255, extent=extent, alpha=0.35 if low < 0 else 1.0)
-    drawn = axes.imshow(np.asarray(values), cmap=colours, vmin=low, vmax=high, extent=extent, alpha=alpha, interpolation="nearest")
+    values = np.ma.masked_invalid(np.asarray(values, dtype=float))
+    grey_below(axes, image)
+    drawn = axes.imshow(values, cmap=colours, vmin=low, vmax=high, extent=extent, interpolation="nearest")
+    there = Image.fromarray(np.uint8(255 * ~np.ma.getmaskarray(values))).resize(image.size, Image.Resampling.NEAREST)
+    light = np.asarray(ImageOps.equalize(image.convert("L"))) / 255
+    shade = np.zeros((*light.shape, 4))
+    shade[..., 3] = _SHADE * (1 - light) * (np.asarray(there) > 0)
+    axes.imshow(shade, extent=extent)
     no_ticks(axes)
     return drawn
+
+
+def grey_below(axes: Any, image: Any, pale: bool = False) -> None:
+    """The image in grey, for what is drawn over it; pale, its blacks are light enough for the colours over them."""
+    axes.imshow(image.convert("L"), cmap="gray", vmin=-220 if pale else 0, vmax=255, extent=(0, image.width, image.height, 0))
 
 
 def picture(axes: Any, image: Any, title: str = "", size: float = 9) -> None:

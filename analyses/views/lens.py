@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from analyses.views.figure import Figure, colour_bar, label_ticks, length, on_image, picture, refuse_other_picture, spread_over, write_cells
+from analyses.views.readings import RIM, readings_on_image
 from analyses.views.text import visible
 
 MOST_COLUMNS = 32  # of a map whose cells hold tokens: more would not be readable at any printable width
@@ -72,11 +73,14 @@ def neighbours_plot(result: Any, path: str | Path | None = None) -> Figure:
     return token_map(cosines, tokens, result.layers, list(map(str, result.positions)), scale, words, path)
 
 
-def image_overlay(lens: Any, image: Any, path: str | Path | None = None, n_panels: int = 4) -> Figure:
-    """The image, and it again at evenly spaced layers, each image token coloured by its top token's probability and labelled.
+def image_overlay(lens: Any, image: Any, path: str | Path | None = None, every_token: bool = False) -> Figure:
+    """The image, and it again at some layers with what its tokens read as.
+
+    Up to MOST_LABELS tokens a word stands in every cell, coloured by its probability; beyond, regions of one reading are named.
 
     Args:
         image: in original pixels; the token grid is stretched over it, as the model's resizing does.
+        every_token: a word in every cell whatever their number, at the last layer, in as large a picture as that needs (as PDF, to zoom into).
     Raises:
         ValueError: the lens was not read at one whole image, or not at one of these proportions.
     """
@@ -84,27 +88,36 @@ def image_overlay(lens: Any, image: Any, path: str | Path | None = None, n_panel
         raise ValueError("the overlay needs a lens read at one whole image: logit_lens(model, inputs, 'image[0]').")
     rows, cols = lens.grid
     refuse_other_picture(image, lens.grid)
-    layers = spread_over(len(lens.layer_labels), n_panels)
-    written = rows * cols <= MOST_LABELS
-    side = max(3.6, 0.4 * cols) if written else 3.6
-    figure = Figure(figsize=(side * (len(layers) + 1) + 0.6, side * image.height / image.width + 0.7), layout="constrained")
-    panels = figure.subplots(1, len(layers) + 1, squeeze=False)[0]
-    picture(panels[0], image, "image")
-    for axes, layer in zip(panels[1:], layers):
+    small = rows * cols <= MOST_LABELS
+    n = len(lens.layer_labels)
+    if not small and not every_token:
+        return readings_on_image(lens, image, sorted({n // 2, n - 1}), path)
+    layers = spread_over(n, 4) if small else [n - 1]
+    side, across = max(3.6, 0.4 * cols), len(layers) + small
+    tall = side * image.height / image.width
+    if image.width > 2 * image.height:  # one below the other
+        figure = Figure(figsize=(side + 1.2, (tall + 0.3) * across + 0.6), layout="constrained")
+        panels = figure.subplots(across, 1, squeeze=False)[:, 0]
+    else:
+        figure = Figure(figsize=(side * across + 0.6, tall + 0.7), layout="constrained")
+        panels = figure.subplots(1, across, squeeze=False)[0]
+    if small:
+        picture(panels[0], image, "image")
+    for axes, layer in zip(panels[small:], layers):
         values = lens.top_probs[layer, :, 0].reshape(rows, cols)
-        drawn = on_image(axes, values, image, "cividis", 0, 1, alpha=0.6)
-        if written:
-            _write_tokens(axes, [at[0] for at in lens.top_tokens[layer]], values, image, min(7.0, 12.5 * side / cols))
+        drawn = on_image(axes, values, image, "cividis", 0, 1)
+        _write_tokens(axes, [at[0] for at in lens.top_tokens[layer]], values, image, min(7.0, 12.5 * side / cols), rim=small)
         axes.set_title(lens.layer_labels[layer], fontsize=9)
     figure.titled(f"What the image tokens read as, {lens.model_name}", 10)
     colour_bar(figure, drawn, list(panels), "probability of the top token", shrink=0.8)
     return figure.saved(path)
 
 
-def _write_tokens(axes: Any, tokens: Sequence[str], values: Any, image: Any, size: float) -> None:
+def _write_tokens(axes: Any, tokens: Sequence[str], values: Any, image: Any, size: float, rim: bool) -> None:
+    """A word in every cell; without a rim, which is drawn as outlines, the text of a PDF stays small and can be searched."""
     rows, cols = values.shape
     for token, text in enumerate(tokens):
         row, col = divmod(token, cols)
         centre = ((col + 0.5) * image.width / cols, (row + 0.5) * image.height / rows)
-        shade = "white" if values[row, col] < 0.55 else "black"
-        axes.text(*centre, visible(text, 8), ha="center", va="center", fontsize=size, color=shade)
+        style = {"color": "white", "path_effects": RIM} if rim else {"color": "white" if values[row, col] < 0.6 else "black"}
+        axes.text(*centre, visible(text, 8), ha="center", va="center", fontsize=size, in_layout=False, **style)

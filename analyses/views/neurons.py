@@ -146,7 +146,7 @@ def top_images_plot(top: Any, path: str | Path | None = None) -> Figure:
     for (above, below), example in zip(panels.T, top.examples):
         values = np.where(example.activations.numpy() > 0, example.activations.numpy(), np.nan)
         picture(above, example.image.convert("RGB"), "\n".join(wrap(line(f"{example.domain}: {example.question}"), 30)), 7)
-        colours = on_image(below, values, example.image, "viridis", 0, max(highest, 1e-9), alpha=0.75)
+        colours = on_image(below, values, example.image, "viridis", 0, max(highest, 1e-9))
     colour_bar(figure, colours, list(panels.flat), "activation before its function\n(no colour: does not fire)", shrink=0.6)
     module, layer, neuron = top.neuron
     writes = f"; writes {', '.join(visible(t) for t in top.writes[:6])}" if top.writes else ""

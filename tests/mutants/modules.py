@@ -18,7 +18,7 @@ TESTS = {
     "analyses/experiments/hallucination.py": "test_hallucination",
     "analyses/experiments/neurons.py": "test_domain_neurons",
     "analyses/flip_patching.py": "test_flip_patching",
-    "analyses/knockout.py": "test_knockout",
+    "analyses/knockout.py": "test_knockout test_places",
     "analyses/logit_lens.py": "test_logit_lens",
     "analyses/model_patching.py": "test_compare",
     "analyses/patched_runs.py": "test_patching",

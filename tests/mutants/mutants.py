@@ -1,8 +1,9 @@
 """Would the tests notice? `make mutants MODULE=analyses/trajectory.py [N=30 SEED=0]`.
 
-Each mutant is the module with one small fault, made by cosmic-ray's operators and one of ours (SWAPPED). The module's own
-tests (`modules.py`) run on it, in a copy of the tree under out/mutants; the working tree is never touched. A mutant is
-killed when a test fails or does not end in time, and survives otherwise. The sample takes places of the source at
+Each mutant is the module with one small fault, made by cosmic-ray's operators and one of ours (SWAPPED). Of the module's own
+tests (`modules.py`) those that reach the fault's statement (coverage.py, in a first run) run on it, in a copy of the tree under
+out/mutants; the working tree is never touched. A mutant is killed when a test fails or does not end in time, and survives
+otherwise. The sample takes places of the source at
 random, one fault at each. What is known is kept in a file beside the table, so that an interrupted run goes on; a change
 to the module or its tests begins anew.
 
@@ -12,6 +13,7 @@ Left out, as no test could or should see them: annotations, the texts of errors,
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import hashlib
 import json
@@ -23,6 +25,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -187,10 +190,31 @@ def import_what_is_slow() -> None:
     assert not ours, ours
 
 
-def run_tests(tree: Path, tests: list[str], timeout: float) -> tuple[int | None, float, str]:
+def reaching(tree: Path, module: str, tests: list[str]) -> Callable[[int], list[str]]:
+    """line -> the tests that ran its statement, as the run that left .coverage in the tree found; all where an import did."""
+    from coverage import CoverageData
+
+    data = CoverageData(str(tree / ".coverage"))
+    data.read()
+    contexts = data.contexts_by_lineno(str(tree / module))
+    statements = [node for node in ast.walk(ast.parse((tree / module).read_text())) if isinstance(node, ast.stmt)]
+
+    def of(line: int) -> list[str]:
+        around = [s for s in statements if s.lineno <= line <= s.end_lineno]
+        start = max((s.lineno for s in around), default=line)
+        ran = {context for at in range(start, line + 1) for context in contexts.get(at, [])}
+        if "" in ran or not ran:
+            return tests
+        files = {name.partition("::")[0] for name, _, when in (c.rpartition("|") for c in ran) if when != "run"}  # fixtures are shared
+        return sorted(files | {name for name, _, _ in (c.rpartition("|") for c in ran) if name.partition("::")[0] not in files})
+
+    return of
+
+
+def run_tests(tree: Path, tests: list[str], timeout: float, *options: str) -> tuple[int | None, float, str]:
     """(pytest's exit code or None when it did not end, seconds, its output) in a forked process of its own group."""
     log = tree / "pytest.log"
-    process = multiprocessing.get_context("fork").Process(target=_child, args=(tree, tests, log))
+    process = multiprocessing.get_context("fork").Process(target=_child, args=(tree, [*options, *tests], log))
     began = time.monotonic()
     process.start()
     process.join(timeout)
@@ -260,16 +284,17 @@ def judge(module: str, n: int, seed: int) -> list[Mutant]:
         import_what_is_slow()
         tree = folder / "tree"
         copy_tree(tree)
-        code, seconds, said = run_tests(tree, tests, 3600)
+        code, seconds, said = run_tests(tree, tests, 3600, "--cov=analyses", "--cov=hooked_qwen2vl", "--cov-context=test", "--cov-report=")
         if code != 0:
             raise ValueError(f"the tests of {module} fail without any fault:\n{said[-3000:]}")
+        of = reaching(tree, module, tests)
         print(f"{module}: {len(mutants)} mutants, {seconds:.0f} s a run of {' '.join(tests)}", flush=True)
     for number, mutant in enumerate(mutants, 1):
         if not mutant.outcome:
             code = mutated(source, mutant)
             mutant.change = change(source, code)
             (tree / module).write_text(code)
-            code, mutant.seconds, _ = run_tests(tree, tests, 60 + 3 * seconds)
+            code, mutant.seconds, _ = run_tests(tree, of(mutant.line), 60 + 3 * seconds)
             mutant.outcome = outcome(code)
             with open(results, "a") as file:
                 file.write(json.dumps(asdict(mutant)) + "\n")

@@ -1,0 +1,145 @@
+"""What the tokens of a large image read as: a photograph has too many for a word in every cell.
+
+1. Neighbouring image tokens that read as one token are one region, outlined, and named once where the name fits.
+2. The tokens that are read most have a colour each, the same in every panel, and stand in the key; the surer, the stronger.
+3. The part of the image with the surest rare readings is drawn again, close up, with a word in every cell.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.collections import LineCollection
+from matplotlib.colors import to_rgb
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.patheffects import withStroke
+from scipy import ndimage
+
+from analyses.views.figure import COLOURS, GREY, Figure, grey_below, no_ticks, picture
+from analyses.views.text import columns, visible
+
+_KEY = (*(c for c in COLOURS if c != "#000000"), "#8c510a", "#f0e442", "#762a83", "#1b7837")
+_SIDE = 4.4  # inches of a panel
+_CLOSE = 10  # image tokens across the part that is drawn close up
+_SIZES = (8.0, 5.0)  # points: the largest and the smallest name
+_SHORTEST = 14.0  # points of a row of cells with a name
+RIM = [withStroke(linewidth=1.6, foreground="black")]
+
+
+def readings_on_image(lens: Any, image: Any, layers: Sequence[int], path: str | Path | None = None) -> Figure:
+    """The image, and at each of the layers its regions; below, a part of each close up.
+
+    Args:
+        lens: a logit lens of one image. image: PIL, original pixels. layers: places in the lens's layers.
+    """
+    rows, cols = lens.grid
+    shown = {layer: np.array([at[0] for at in lens.top_tokens[layer]], dtype=object).reshape(rows, cols) for layer in layers}
+    sure = {layer: np.asarray(lens.top_probs[layer, :, 0]).reshape(rows, cols) for layer in layers}
+    most = Counter(token for layer in layers for token in shown[layer].flat).most_common(len(_KEY))
+    colours = {token: colour for (token, _), colour in zip(most, _KEY)}
+    window = _interesting(shown[layers[-1]], sure[layers[-1]])
+    n = len(layers) + 1
+    aspects = [image.height / image.width, (window[1] - window[0]) / rows * image.height / ((window[3] - window[2]) / cols * image.width)]
+    figure = Figure(figsize=(_SIDE * n, _SIDE * sum(aspects) + 1.5), layout="constrained")
+    panels = figure.subplots(2, n, squeeze=False, height_ratios=aspects)
+    picture(panels[0, 0], image, "image")
+    picture(panels[1, 0], image, "the part with the surest rare readings")
+    panels[0, 0].add_patch(Rectangle(*_corner_and_size(window, lens.grid, image), fill=False, edgecolor=_KEY[1], linewidth=2))
+    for whole, close, layer in zip(panels[0, 1:], panels[1, 1:], layers):
+        for axes in (whole, close):
+            _paint(axes, shown[layer], sure[layer], colours, image)
+        named = _name_regions(whole, shown[layer], image, _SIDE * 72 / cols, colours)
+        whole.set_title(f"{lens.layer_labels[layer]}: {named} of {rows * cols} tokens named or in the key", fontsize=9)
+        _name_cells(close, shown[layer], image, window)
+        close.set_title(f"{lens.layer_labels[layer]}, close up", fontsize=9)
+    (x, y), width, height = _corner_and_size(window, lens.grid, image)
+    for axes in panels[1]:
+        axes.set_xlim(x, x + width), axes.set_ylim(y + height, y)
+    _key(figure, most, colours, len(layers) * rows * cols, _SIDE * n)
+    figure.titled(f"What the image tokens read as, {lens.model_name} (stronger colour: higher probability)", 10)
+    return figure.saved(path)
+
+
+def _paint(axes: Any, tokens: np.ndarray, sure: np.ndarray, colours: dict[str, str], image: Any) -> None:
+    """Every cell in its token's colour on the grey image, and a line where the reading changes."""
+    grey_below(axes, image, pale=True)
+    paint = np.zeros((*tokens.shape, 4))
+    for place, token in np.ndenumerate(tokens):
+        paint[place] = (*to_rgb(colours.get(token, GREY)), (0.2 + 0.55 * sure[place]) if token in colours else 0.15)
+    axes.imshow(paint, extent=(0, image.width, image.height, 0), interpolation="nearest")
+    rows, cols = tokens.shape
+    w, h = image.width / cols, image.height / rows
+    across = [((c * w, r * h), ((c + 1) * w, r * h)) for r in range(1, rows) for c in range(cols) if tokens[r - 1, c] != tokens[r, c]]
+    down = [((c * w, r * h), (c * w, (r + 1) * h)) for r in range(rows) for c in range(1, cols) if tokens[r, c - 1] != tokens[r, c]]
+    axes.add_collection(LineCollection(across + down, colors="white", linewidths=0.5, alpha=0.8))
+    no_ticks(axes)
+
+
+def _name_regions(axes: Any, tokens: np.ndarray, image: Any, cell: float, colours: dict[str, str]) -> int:
+    """Writes each region's token in the middle of its longest row, where it fits; how many cells are named or in the key."""
+    rows, cols = tokens.shape
+    told = sum(token in colours for token in tokens.flat)
+    for token in dict.fromkeys(tokens.flat):
+        regions, n = ndimage.label(tokens == token)
+        text = visible(token, 14)
+        for region in range(1, n + 1):
+            row, start, length = _longest_row(regions == region)
+            size = min(_SIZES[0], cell * 0.9, (length * cell - 1) / max(columns(text) * 0.62, 1))
+            if size < _SIZES[1] or length * cell < _SHORTEST:
+                continue
+            told += int((regions == region).sum()) if token not in colours else 0
+            middle = ((start + length / 2) * image.width / cols, (row + 0.5) * image.height / rows)
+            axes.text(*middle, text, ha="center", va="center", fontsize=size, color="white", path_effects=RIM, in_layout=False)
+    return told
+
+
+def _longest_row(mask: np.ndarray) -> tuple[int, int, int]:
+    """(row, first column, length) of the longest run of a region; of equals the one nearest its middle."""
+    middle = float(np.nonzero(mask)[0].mean())
+    best = (0, 0.0, 0, 0)
+    for row in np.flatnonzero(mask.any(1)):
+        edges = np.flatnonzero(np.diff(np.concatenate(([0], mask[row].astype(int), [0]))))
+        for start, end in zip(edges[::2], edges[1::2]):
+            best = max(best, (int(end - start), -abs(row - middle), int(row), int(start)))
+    length, _, row, start = best
+    return row, start, length
+
+
+def _name_cells(axes: Any, tokens: np.ndarray, image: Any, window: tuple[int, int, int, int]) -> None:
+    rows, cols = tokens.shape
+    size = min(8.0, 12.5 * _SIDE / (window[3] - window[2]))
+    for row in range(window[0], window[1]):
+        for col in range(window[2], window[3]):
+            centre = ((col + 0.5) * image.width / cols, (row + 0.5) * image.height / rows)
+            text = visible(tokens[row, col], 8)
+            axes.text(*centre, text, ha="center", va="center", fontsize=size, color="white", path_effects=RIM, clip_on=True, in_layout=False)
+
+
+def _interesting(tokens: np.ndarray, sure: np.ndarray) -> tuple[int, int, int, int]:
+    """(row0, row1, col0, col1) of the window in which sure readings that are rare in the image weigh most."""
+    rows, cols = tokens.shape
+    counts = Counter(tokens.flat)
+    weight = sure * np.array([[1 - counts[token] / tokens.size for token in row] for row in tokens])
+    width = min(cols, _CLOSE)
+    height = min(rows, max(3, ceil(width * 0.8)))
+    sums = np.zeros((rows + 1, cols + 1))
+    sums[1:, 1:] = weight.cumsum(0).cumsum(1)
+    totals = sums[height:, width:] - sums[:-height, width:] - sums[height:, :-width] + sums[:-height, :-width]
+    row, col = np.unravel_index(totals.argmax(), totals.shape)
+    return int(row), int(row) + height, int(col), int(col) + width
+
+
+def _corner_and_size(window: tuple[int, int, int, int], grid: tuple[int, int], image: Any) -> tuple[tuple[float, float], float, float]:
+    w, h = image.width / grid[1], image.height / grid[0]
+    return (window[2] * w, window[0] * h), (window[3] - window[2]) * w, (window[1] - window[0]) * h
+
+
+def _key(figure: Figure, most: list[tuple[str, int]], colours: dict[str, str], n: int, inches: float) -> None:
+    handles = [Patch(facecolor=colours[token], label=f"{visible(token, 14)} {count / n:.0%}") for token, count in most]
+    handles.append(Patch(facecolor=GREY, alpha=0.4, label="other tokens"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=max(1, int(inches / 1.45)), frameon=False, fontsize=8)
