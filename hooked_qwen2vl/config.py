@@ -102,6 +102,7 @@ class HookedQwen2VLConfig(TransformerLensConfig):
     model_name: str = "Qwen2-VL"
     original_architecture: str = ARCHITECTURE
     tokenizer_name: str | None = None
+    adapter: str | None = None  # what LoRA adapter is merged into the weights
     d_vocab_out: int = -1
     rotary_base: float = 1_000_000.0
     rotary_dim: int | None = None

@@ -26,6 +26,7 @@ from transformer_lens import HookedRootModule
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 from transformer_lens.utilities import Slice, SliceInput
 
+from .adapters import adapted_model, is_adapted, merge_adapter, merged_weights
 from .attention import Causal
 from .block import decoder_block
 from .cache import HookedCache, is_vision
@@ -92,8 +93,12 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         offload_folder: str | Path | None = None,
         revision: str | None = None,
         local_files_only: bool = False,
+        adapter: str | Path | bool | None = None,
     ) -> HookedQwen2VL:
         """Loads "scenes" (the embedded model), a Qwen2-VL folder, or a hub id, straight from safetensors.
+
+        A folder with a LoRA adapter in it, beside weights or by itself, is the tuned model: `model.cfg.adapter` says which
+        adapter is merged.
 
         Args:
             dtype: of the weights; None keeps the checkpoint's own, and then nothing is copied.
@@ -102,6 +107,8 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
             max_memory: for a device_map that is not a map: device -> bytes or "10GiB".
             offload_folder: an empty or new folder for what the device_map puts on "disk".
             revision, local_files_only: for hub ids, as in transformers.
+            adapter: a PEFT folder or hub id, merged by peft (`pip install hooked-qwen2vl[adapters]`) into the weights, in the
+                dtype that is asked for; False leaves out an adapter that lies in the folder.
         Raises:
             ValueError: another architecture, an unsupported configuration, missing, unused, misshapen or quantised
                 weights, damaged files, no network, an unknown dtype, or a device_map that cannot be had.
@@ -111,11 +118,15 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
             raise ValueError("pass device= or device_map=, not both.")
         if device_map is None and (max_memory is not None or offload_folder is not None):
             raise ValueError("max_memory= and offload_folder= belong to a device_map=, such as 'auto'.")
-        checkpoint = open_checkpoint(name, revision, local_files_only)
+        checkpoint = open_checkpoint(name, revision, local_files_only, adapter)
         refuse_quantised(checkpoint.config, checkpoint.name)
         cfg = convert_config(checkpoint.config, checkpoint.name, checkpoint.generation)
         processor = Processor.from_folder(checkpoint.folder) if _has_processor(checkpoint.folder) else None
-        model = cls._from_weights(cfg, checkpoint, processor, str(checkpoint.folder))
+        source: Any = checkpoint
+        if checkpoint.adapter is not None:
+            source = merge_adapter(cfg, checkpoint.config, checkpoint, checkpoint.adapter, wanted)
+            _say_adapted(cfg, str(checkpoint.adapter if adapter is None else adapter), source)
+        model = cls._from_weights(cfg, source, processor, str(checkpoint.folder))
         if wanted is not None:
             model.to(wanted)
         if device_map is not None:
@@ -126,12 +137,18 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
     def from_hf(cls, hf_model: Any, processor: Any = None) -> HookedQwen2VL:
         """Hooks a Qwen2VLForConditionalGeneration in memory; the weights are shared, not copied.
 
+        Of a model with LoRA adapters (a PeftModel, or transformers' own `add_adapter`) those at work are merged, in copies;
+        `model.cfg.adapter` has their names.
+
         Args:
             processor: transformers' Qwen2VLProcessor or a `Processor`; without one, pass `Inputs` or tokens.
         Raises:
             ValueError: another architecture, an unsupported configuration, or weights that are not plain
                 floating-point tensors in memory (quantised, or spread over devices by accelerate).
         """
+        adapted, adapter = is_adapted(hf_model), None
+        if adapted:
+            hf_model, adapter = adapted_model(hf_model)
         name = getattr(hf_model.config, "name_or_path", "") or type(hf_model).__name__
         refuse_quantised(hf_model.config.to_dict(), name)
         refuse_far_weights(hf_model, name)
@@ -139,7 +156,10 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
             processor = Processor.from_hf(processor)
         generation = hf_model.generation_config.to_dict() if hf_model.generation_config is not None else {}
         cfg = convert_config(hf_model.config, name, {k: v for k, v in generation.items() if v is not None})
-        return cls._from_weights(cfg, hf_model.state_dict(), processor, name)
+        source = merged_weights(hf_model) if adapted else hf_model.state_dict()
+        if adapter is not None:
+            _say_adapted(cfg, adapter, source)
+        return cls._from_weights(cfg, source, processor, name)
 
     @classmethod
     def _from_weights(cls, cfg: HookedQwen2VLConfig, source: Any, processor: Processor | None, where: str):
@@ -576,6 +596,14 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
     def _refuse_both(self, on: bool, flag: str, other: str) -> None:
         if on and getattr(self.cfg, other):
             raise ValueError(f"{flag} and {other} exclude each other, as in TransformerLens: turn {other} off first.")
+
+
+def _say_adapted(cfg: HookedQwen2VLConfig, adapter: str, weights: dict[str, Tensor]) -> None:
+    """The configuration of a tuned model: its name tells it from its base, and a head of its own is no longer the embedding."""
+    cfg.adapter, cfg.model_name = adapter, f"{cfg.model_name} + {adapter}"
+    head, embedding = weights.get("lm_head.weight"), weights["model.language_model.embed_tokens.weight"]
+    if head is not None and head.data_ptr() != embedding.data_ptr() and not torch.equal(head, embedding):
+        cfg.text = replace(cfg.text, tie_word_embeddings=False)
 
 
 def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

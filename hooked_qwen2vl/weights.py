@@ -73,6 +73,13 @@ def canonical(name: str) -> str:
     return f"language_model.{name}"
 
 
+def few(names: Iterable[str], most: int = 10, between: str = ", ") -> str:
+    """The first of the names, and how many more there are."""
+    names = list(names)
+    more = [f"and {len(names) - most} more"] if len(names) > most else []
+    return between.join([*names[:most], *more])
+
+
 def conversion_table(cfg: HookedQwen2VLConfig) -> dict[str, tuple[str, ...]]:
     """Canonical HF name -> our parameter names, every layer written out."""
     table = {**_unroll(TEXT_TABLE, cfg.text.n_layers), **_unroll(VISION_TABLE, cfg.vision.n_layers)}
