@@ -78,6 +78,7 @@ class SpecialTokens:
 
     Attributes:
         line_breaks: tokens that begin with a line break; () where the tokenizer is not known.
+        pad: what pads a row: the tokenizer's, without one the checkpoint's; None where neither names one.
     """
 
     image: int
@@ -86,6 +87,7 @@ class SpecialTokens:
     vision_end: int
     eos: tuple[int, ...]
     line_breaks: tuple[int, ...] = ()
+    pad: int | None = None
 
 
 @dataclass(repr=False)
@@ -332,4 +334,5 @@ def _special(hf: Qwen2VLConfig, generation: dict[str, Any]) -> SpecialTokens:
         vision_start=hf.vision_start_token_id,
         vision_end=hf.vision_end_token_id,
         eos=() if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (eos,),
+        pad=generation.get("pad_token_id", hf.text_config.pad_token_id),
     )

@@ -10,6 +10,7 @@ without their images, so torch refuses it by type, and `.tokens` says when ids a
 
 from __future__ import annotations
 
+import copy
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -123,13 +124,20 @@ class Inputs(Geometry):
         tokens: Int[Tensor, "batch pos"] | Int[Tensor, "pos"],
         cfg: HookedQwen2VLConfig,
         attention_mask: Int[Tensor, "batch pos"] | None = None,
+        padding_side: str | None = None,
     ) -> Inputs:
         """Text-only prompts from token ids.
 
+        Args:
+            attention_mask: None reads the padding off the ids (see `padding_mask`).
+            padding_side: on which side a run of the padding id is padding, where that is not plain from the batch.
         Raises:
-            ValueError: the tokens hold image or video placeholders: their images are not here.
+            ValueError: the tokens hold image or video placeholders: their images are not here. Or the padding id could be text.
         """
-        return cls.build(tokens[None] if tokens.ndim == 1 else tokens, cfg, attention_mask)
+        tokens = tokens[None] if tokens.ndim == 1 else tokens
+        if attention_mask is None:
+            attention_mask = padding_mask(tokens, cfg.special.pad, padding_side)
+        return cls.build(tokens, cfg, attention_mask)
 
     @classmethod
     def from_processor(
@@ -151,9 +159,9 @@ class Inputs(Geometry):
         if "input_ids" not in batch:
             raise ValueError(f"expected the processor's mapping with 'input_ids', got keys {sorted(batch)}.")
         tokens = _rectangle(batch["input_ids"], "input_ids")
-        mask = batch.get("attention_mask")
-        mask = torch.ones_like(tokens) if mask is None else _rectangle(mask, "attention_mask")
         _check_shape(tokens)
+        mask = batch.get("attention_mask")
+        mask = padding_mask(tokens, cfg.special.pad) if mask is None else _rectangle(mask, "attention_mask")
         _check_mask(mask, tokens)
         packs = {
             IMAGE: _unpack(batch, "pixel_values", "image_grid_thw"),
@@ -238,7 +246,14 @@ class Inputs(Geometry):
 
     def left_padded(self) -> Inputs:
         """The same rows with all their padding on the left, as decoding needs them; positions stay the tokens' own."""
-        order = self.attention_mask.argsort(dim=-1, stable=True)
+        return self._in_order(self.attention_mask.argsort(dim=-1, stable=True))
+
+    def right_padded(self) -> Inputs:
+        """The same rows with all their padding on the right."""
+        return self._in_order((1 - self.attention_mask).argsort(dim=-1, stable=True))
+
+    def _in_order(self, order: Int[Tensor, "batch pos"]) -> Inputs:
+        """Each row with its positions in another order; M-RoPE positions stay the tokens' own."""
         if torch.equal(order, torch.arange(self.shape[1], device=self.device).expand_as(order)):
             return self
         names = tuple(tuple(row[place] for place in places) for row, places in zip(self.names, order.tolist()))
@@ -416,6 +431,45 @@ class Inputs(Geometry):
         videos = len(self.visuals) - images
         encoded = ", encoded" if self.image_embeds is not None else ""
         return f"Inputs(batch {len(self)}, pos {self.shape[1]}, images {images}, videos {videos}{encoded})"
+
+
+def padding_left(tokenizer: Any) -> Any:
+    """The tokenizer, or a copy of it, that pads on the left until its `padding_side` is set."""
+    if tokenizer.padding_side != "left":
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def padding_mask(
+    tokens: Int[Tensor, "batch pos"], pad: int | None, padding_side: str | None = None
+) -> Int[Tensor, "batch pos"]:
+    """1 where a row has a token, 0 where the padding id stands at its ends.
+
+    Args:
+        pad: the padding id; None: nothing is padding.
+        padding_side: "left" or "right" where only that end is padded, and is, whatever else the batch looks like.
+    Raises:
+        ValueError: the id could be text: it stands at the same end of every row, or inside a row too.
+    """
+    mask = torch.ones_like(tokens)
+    if pad is None or tokens.ndim != 2:
+        return mask
+    text = tokens != pad
+    before, after = text.cumsum(-1) == 0, text.flip(-1).cumsum(-1).flip(-1) == 0
+    padding = {"left": before, "right": after}.get(padding_side, before | after)
+    if padding_side is None and bool(padding.any()):
+        for suspect, where in (
+            (before[:, 0].all(), "every row begins with it"),
+            (after[:, -1].all(), "every row ends with it"),
+            ((~text & ~padding).any(), "it stands at the end of one row and inside another"),
+        ):
+            if suspect:
+                raise ValueError(
+                    f"token {pad} is the padding's, and {where}: the ids do not tell whether it is text there. Pass "
+                    f"attention_mask=, [batch pos], 1 where there is a token: torch.ones_like(tokens) if it is text."
+                )
+    return mask.masked_fill(padding, 0)
 
 
 def _pad_left(rows: Int[Tensor, "batch pos"], width: int, value: int) -> Int[Tensor, "batch width"]:

@@ -9,6 +9,7 @@ and `modeling_qwen2_vl.py` of transformers.
 
 from __future__ import annotations
 
+import inspect
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -42,7 +43,7 @@ from .overflow import finite_check
 from .processor import Processor
 from .rope import text_rotation
 from .tl_weights import TransformerLensWeights, Unembed
-from .tokens import Tokens
+from .tokens import Tokens, _check_side
 from .vision import VisionEncoder, VisionProjector
 from .weight_processing import process_weights
 from .weights import load_weights, refuse_quantised
@@ -64,8 +65,7 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
     def __init__(self, cfg: HookedQwen2VLConfig, processor: Processor | None = None):
         super().__init__()
         self.cfg, self.processor = cfg, processor
-        if processor is not None:
-            cfg.special = replace(cfg.special, line_breaks=processor.line_breaks())
+        self._follow_tokenizer()
         self.vision_encoder = VisionEncoder(cfg.vision)
         self.vision_projector = VisionProjector(cfg.vision)
         self.embed = nn.Embedding(cfg.d_vocab, cfg.d_model)
@@ -229,26 +229,46 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         )
         return inputs.to(self.cfg.device)
 
-    def as_inputs(self, input: Any, attention_mask: Tensor | None = None) -> Inputs:
+    def as_inputs(
+        self,
+        input: Any,
+        attention_mask: Tensor | None = None,
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+    ) -> Inputs:
         """Whatever the model is called with, as Inputs.
 
+        Args:
+            attention_mask: of bare tokens; None reads the padding off the ids (see `inputs.padding_mask`).
+            prepend_bos: True warns once and prepends nothing: Qwen has no BOS.
+            padding_side: to which side strings and Inputs are padded (None: strings to the tokenizer's, Inputs stay as they
+                are); of bare tokens, on which side the padding id is padding.
         Raises:
-            ValueError: none of what it takes, or bare tokens with image placeholders.
+            ValueError: none of what it takes, bare tokens with image placeholders, or padding that could be text.
         """
-        if isinstance(input, Inputs):
-            if attention_mask is not None:
-                raise ValueError("Inputs carry their own attention mask: pass none beside them.")
-            return input.to(self.cfg.device)
-        if isinstance(input, (str, list, tuple)):
-            strings = [input] if isinstance(input, str) else list(input)
-            if not all(isinstance(string, str) for string in strings):
-                raise ValueError("expected Inputs, a string, a list of strings, or a tensor of token ids.")
-            if self.processor is None:
-                self._tokenizer()  # says what is missing
-            return self.processor.to_inputs(self.cfg, strings, template=False).to(self.cfg.device)
+        self._explain_bos(prepend_bos)
+        _check_side(padding_side)
         if isinstance(input, Tensor):
-            return Inputs.from_tokens(input, self.cfg, attention_mask).to(self.cfg.device)
-        raise ValueError(f"expected Inputs, a string, a list of strings, or token ids, got {type(input).__name__}.")
+            return Inputs.from_tokens(input, self.cfg, attention_mask, padding_side).to(self.cfg.device)
+        if attention_mask is not None:
+            raise ValueError("text and Inputs carry their own attention mask: pass one with bare tokens only.")
+        if isinstance(input, (str, list, tuple)):
+            input = self._texts(input)
+            padding_side = padding_side or self._tokenizer().padding_side
+        if not isinstance(input, Inputs):
+            raise ValueError(f"expected Inputs, a string, a list of strings, or token ids, got {type(input).__name__}.")
+        if padding_side is not None:
+            input = input.right_padded() if padding_side == "right" else input.left_padded()
+        return input.to(self.cfg.device)
+
+    def _texts(self, input: str | Sequence[str]) -> Inputs:
+        strings = [input] if isinstance(input, str) else list(input)
+        if not all(isinstance(string, str) for string in strings):
+            raise ValueError("expected Inputs, a string, a list of strings, or a tensor of token ids.")
+        if self.processor is None:
+            encoded = self._encode(strings, "left", truncate=False)
+            return Inputs.from_tokens(encoded["input_ids"], self.cfg, encoded["attention_mask"])
+        return self.processor.to_inputs(self.cfg, strings, template=False)
 
     # ---- running ------------------------------------------------------------------------------
 
@@ -273,20 +293,19 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
             return_type: "logits" [batch pos d_vocab], "loss" (mean next-token cross-entropy in nats), "both", or
                 None to run only for the hooks.
             loss_per_token: [batch pos-1] instead of the mean; 0 where there is no target.
+            prepend_bos, padding_side, attention_mask: see `as_inputs`.
             stop_at_layer: return the residual stream that would enter this block, instead of logits.
             logits_at: unembed only these positions (an int keeps its axis); the whole sequence still runs.
         Raises:
             ValueError: placeholders without images, a layer out of range, or an unknown return type.
         """
-        if prepend_bos or padding_side == "right":
-            raise ValueError("Qwen2-VL has no BOS token and batches are padded on the left: drop these arguments.")
         if return_type not in ("logits", "loss", "both", None):
             raise ValueError(f"return_type must be 'logits', 'loss', 'both' or None, got {return_type!r}.")
         layers = self._layers(start_at_layer, stop_at_layer)
         if start_at_layer is None:
-            inputs = self.as_inputs(input, attention_mask)
+            inputs = self.as_inputs(input, attention_mask, prepend_bos, padding_side)
         else:
-            inputs, residual = self._resume(input, inputs, attention_mask)
+            inputs, residual = self._resume(input, inputs, attention_mask, padding_side)
         with self.watched_run(inputs):
             if start_at_layer is None:
                 images = self.image_embeddings(inputs)
@@ -387,16 +406,25 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         return loss if return_type == "loss" else (logits, loss)
 
     def loss_fn(
-        self, logits: Float[Tensor, "batch pos d_vocab"], inputs: Inputs, per_token: bool = False
+        self,
+        logits: Float[Tensor, "batch pos d_vocab"],
+        tokens: Inputs | str | list[str] | Int[Tensor, "batch pos"],
+        attention_mask: Int[Tensor, "batch pos"] | None = None,
+        per_token: bool = False,
     ) -> Float[Tensor, ""] | Float[Tensor, "batch pos-1"]:
         """Next-token cross-entropy in nats, in float32.
 
         Targets are the answer's tokens where there is an answer, else every text token; image placeholders
         and padding are never targets.
 
+        Args:
+            tokens: the prompts that the logits are of, as the model takes them, with their mask.
         Raises:
-            ValueError: there is no target.
+            ValueError: there is no target, or the logits are not of these prompts.
         """
+        inputs = self.as_inputs(tokens, attention_mask)
+        if logits.shape[:2] != inputs.shape:
+            raise ValueError(f"expected logits [batch pos d_vocab] of the prompts {tuple(inputs.shape)}, got {tuple(logits.shape)}.")
         targets = inputs.labels
         if targets is None:
             is_text = (inputs.token_types == 0) & inputs.attention_mask.bool()
@@ -416,7 +444,9 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
                 raise ValueError(f"{name} must be in {-n_layers}..{n_layers}, got {layer}.")
         return range(n_layers)[slice(start, stop)]
 
-    def _resume(self, residual: Any, inputs: Inputs | None, attention_mask: Tensor | None) -> tuple[Inputs, Tensor]:
+    def _resume(
+        self, residual: Any, inputs: Inputs | None, attention_mask: Tensor | None, padding_side: str | None
+    ) -> tuple[Inputs, Tensor]:
         """A residual stream to go on from; copied, because hooks may write in place."""
         if not isinstance(residual, Tensor) or residual.ndim != 3 or residual.shape[-1] != self.cfg.d_model:
             raise ValueError(f"start_at_layer takes a residual stream [batch, pos, {self.cfg.d_model}].")
@@ -425,7 +455,7 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
                 "start_at_layer needs inputs=: without them the M-RoPE positions of the images and the padding are "
                 "unknown, and the numbers would be wrong."
             )
-        inputs = self.as_inputs(inputs, attention_mask)
+        inputs = self.as_inputs(inputs, attention_mask, padding_side=padding_side)
         if residual.shape[:2] != inputs.shape:
             raise ValueError(f"the residual stream is {tuple(residual.shape)} but the inputs are {tuple(inputs.shape)}.")
         return inputs, residual.to(self.cfg.device).clone()
@@ -457,8 +487,10 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
             return_cache_object, remove_batch_dim, device, incl_bwd, reset_hooks_end, clear_contexts: as in
                 TransformerLens.
         """
-        if "start_at_layer" not in kwargs:
-            input = self.as_inputs(input, kwargs.pop("attention_mask", None))
+        kwargs = inspect.signature(self.forward).bind(input, *args, **kwargs).arguments
+        input = kwargs.pop("input")
+        if kwargs.get("start_at_layer") is None:
+            input = self.as_inputs(input, *(kwargs.pop(name, None) for name in ("attention_mask", "prepend_bos", "padding_side")))
         names_filter = self._default_names(input, vision) if names_filter is None else names_filter
         batch = len(input) if isinstance(input, (Inputs, list)) else input.shape[0] if isinstance(input, Tensor) else 1
         if remove_batch_dim and batch != 1 and not (isinstance(input, Tensor) and input.ndim == 1):
@@ -468,7 +500,6 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         device = self.cfg.device if device is None and spread_over(self) > 1 else device
         result, cache = super().run_with_cache(
             input,
-            *args,
             names_filter=names_filter,
             device=device,
             remove_batch_dim=remove_batch_dim,

@@ -27,7 +27,7 @@ from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from .config import HookedQwen2VLConfig
-from .inputs import Inputs, Visual
+from .inputs import Inputs, Visual, padding_left
 from .positions import IMAGE, VIDEO
 
 ImageLike = Image.Image | str | Path | np.ndarray | Tensor
@@ -68,6 +68,9 @@ class Processor:
     image_processor: Qwen2VLImageProcessorPil
     chat_template: str | None = None
     video_size: dict[str, int] | None = None
+
+    def __post_init__(self) -> None:
+        self.tokenizer = padding_left(self.tokenizer)
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Processor:
@@ -230,10 +233,6 @@ class Processor:
         wrong = [f"{key} is {mine} here and {its} in the model" for key, (mine, its) in pairs.items() if mine != its]
         if wrong:
             raise ValueError(f"this processor belongs to another checkpoint: {'; '.join(wrong)}.")
-
-    def line_breaks(self) -> tuple[int, ...]:
-        """Ids of the tokens that begin with a line break; byte-level tokenizers write it Ċ."""
-        return tuple(sorted(i for token, i in self.tokenizer.get_vocab().items() if token.startswith(("Ċ", "\n"))))
 
     def _pad_id(self) -> int:
         pad = self.tokenizer.pad_token_id
