@@ -21,12 +21,13 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from .config import HookedQwen2VLConfig
+from .files import open_regular
 from .inputs import Inputs, Visual, padding_left
 from .positions import IMAGE, VIDEO
 
@@ -325,16 +326,19 @@ def _open_file(path: str | Path) -> Image.Image:
     if str(path).startswith(("http://", "https://")):
         raise ValueError(f"{path} is a web address: download the image and pass its path.")
     try:
-        with Image.open(str(path).removeprefix("file://")) as picture:
+        with open_regular(str(path).removeprefix("file://")) as file, Image.open(file) as picture:
             if picture.mode in _LOSSY:
                 raise ValueError(_lossy(picture.mode))
             return ImageOps.exif_transpose(picture).convert("RGB")
     except FileNotFoundError as error:
-        raise ValueError(f"there is no image at {path}: check the path.") from error
+        raise ValueError(f"there is no image at {str(path)[:300]}: check the path.") from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"{path} is too large to open safely ({error}): make it smaller.") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{path} is not a readable image ({error}): it is damaged or of another kind.") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise anything: KeyError, struct.error, ZeroDivisionError, …
+        why = getattr(error, "strerror", None) or str(error).replace(str(path), "it")
+        raise ValueError(f"{str(path)[:300]} is not a readable image ({why}): it is damaged or of another kind.") from error
 
 
 def _from_array(array: np.ndarray | Tensor) -> Image.Image:
