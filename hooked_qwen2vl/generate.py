@@ -23,8 +23,7 @@ from transformer_lens.utilities import sample_logits
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from .cache import HookedCache, is_vision
-from .image_embeddings import merge
+from .cache import HookedCache, heads_first, is_vision
 from .inputs import Inputs
 
 ROOM = 128  # positions that keys and values have room for when it is made anew
@@ -273,10 +272,11 @@ class Generation:
         """Logits of the next token: of the whole sequence, or of its last position on top of the past."""
         with self.watched_run(prompt):
             if past is None or sequence is prompt:
-                start, embedded = 0, merge(self.embed(sequence.tokens), self.image_embeddings(sequence), sequence)
+                start, (residual, images) = 0, self.embed_prompts(sequence)
             else:
-                start, embedded = sequence.shape[1] - 1, self.embed(sequence.tokens[:, -1:])
-            residual = self.run_blocks(self.hook_embed(embedded), sequence, past=past, start=start)
+                start, images = sequence.shape[1] - 1, None
+                residual = self.hook_embed(self.embed(sequence.tokens[:, -1:]))
+            residual = self.run_blocks(residual, sequence, past=past, start=start, images=images)
             return self.unembed(self.ln_final(residual)[:, -1:])[:, 0].to(sequence.device)  # ln_final's hooks see every position
 
     # ---- stopping, and what comes back --------------------------------------------------------
@@ -415,8 +415,9 @@ class Collector:
         if is_vision(name):
             return chunks[-1]
         if not name.endswith(("hook_attn_scores", "hook_pattern")):
-            grown = len(chunks) > 1 and chunks[-1].shape[1] > 1
-            return chunks[-1] if grown else torch.cat(chunks, dim=1)
+            axis = 2 if heads_first(name) else 1
+            grown = len(chunks) > 1 and chunks[-1].shape[axis] > 1
+            return chunks[-1] if grown else torch.cat(chunks, dim=axis)
         if len(chunks) > 1 and chunks[-1].shape[-2] > 1:
             return chunks[-1]
         n_keys = max(chunk.shape[-1] for chunk in chunks)

@@ -1,10 +1,11 @@
-"""Qwen2-VL as a hooked model: a vision prefix before a TransformerLens decoder.
+"""Qwen2-VL and its line as a hooked model: a vision prefix before a TransformerLens decoder.
 
-    pixels ─► vision_encoder ─► vision_projector ─► (image embeddings) ┐
-    tokens ─► embed ────────────────────────────────────────────────► merge ─► blocks ─► ln_final ─► unembed ─► logits
+    pixels ─► vision_encoder ─► vision_projector ─► (image embeddings) ┐      (and in Qwen3-VL DeepStack ┐)
+    tokens ─► embed ────────────────────────────────────────────────► merge ─► blocks, the first of them + ─► ln_final ─► unembed
 
-Nothing is kept between forwards. Source of the architecture: Qwen2-VL technical report (Wang et al., 2024)
-and `modeling_qwen2_vl.py` of transformers.
+The configuration chooses the parts: which tower (`TOWERS`), how many DeepStack mergers, which norms and biases. Nothing is
+kept between forwards. Source of the architecture: technical reports of Qwen2-VL (Wang et al., 2024), Qwen2.5-VL (Bai et al.,
+2025) and Qwen3-VL (2025), and `modeling_qwen2_vl.py`, `modeling_qwen2_5_vl.py` and `modeling_qwen3_vl.py` of transformers.
 """
 
 from __future__ import annotations
@@ -27,24 +28,24 @@ from transformer_lens import HookedRootModule
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 from transformer_lens.utilities import Slice, SliceInput
 
+from . import vision, vision_qwen3, vision_qwen25
 from .adapters import adapted_model, is_adapted, merge_adapter, merged_weights
 from .attention import Causal
 from .block import decoder_block
-from .cache import HookedCache, is_vision
+from .cache import HookedCache, heads_first, is_vision
 from .checkpoint import open_checkpoint
 from .config import HookedQwen2VLConfig, convert_config
 from .devices import beside, dispatch, refuse_far_weights, spread_over
 from .export import export_text_model
 from .generate import Generation
-from .image_embeddings import ImageEmbeddings, merge
+from .image_embeddings import ImageEmbeddings, deepstack_terms, merge
 from .inputs import Inputs
-from .layers import HookPoint, RMSNorm, running_prompt
+from .layers import HookPoint, RMSNorm, listened, running_prompt
 from .overflow import finite_check
 from .processor import Processor
 from .rope import text_rotation
 from .tl_weights import TransformerLensWeights, Unembed
 from .tokens import Tokens, _check_side
-from .vision import VisionEncoder, VisionProjector
 from .weight_processing import process_weights
 from .weights import load_weights, refuse_quantised
 
@@ -52,10 +53,11 @@ NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 ReturnType = Literal["logits", "loss", "both"] | None
 _SPLIT_INPUTS = ("attn.hook_q_input", "attn.hook_k_input", "attn.hook_v_input")
 PREFIX_HOOK = "vision_projector.hook_out"
+TOWERS = {"qwen2_vl": vision, "qwen2_5_vl": vision_qwen25, "qwen3_vl": vision_qwen3}
 
 
 class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights, HookedRootModule):
-    """Qwen2-VL with TransformerLens's hooks, names and shapes.
+    """Qwen2-VL, Qwen2.5-VL or Qwen3-VL with TransformerLens's hooks, names and shapes.
 
     Attributes:
         cfg: a TransformerLensConfig that carries the numbers of both halves.
@@ -66,11 +68,14 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         super().__init__()
         self.cfg, self.processor = cfg, processor
         self._follow_tokenizer()
-        self.vision_encoder = VisionEncoder(cfg.vision)
-        self.vision_projector = VisionProjector(cfg.vision)
+        tower = TOWERS[cfg.vision.tower]
+        self.vision_encoder = tower.VisionEncoder(cfg.vision)
+        self.vision_projector = tower.VisionProjector(cfg.vision)
         self.embed = nn.Embedding(cfg.d_vocab, cfg.d_model)
         self.hook_embed = HookPoint()  # [batch, pos, d_model], images merged in
         self.blocks = nn.ModuleList(decoder_block(cfg.text) for _ in range(cfg.n_layers))
+        for layer, _ in enumerate(cfg.vision.deepstack_layers):
+            self.blocks[layer].hook_deepstack = HookPoint()  # [batch, pos, d_model], added after the block
         self.ln_final = RMSNorm(cfg.d_model, cfg.eps)
         self.unembed = Unembed(cfg.d_model, cfg.d_vocab)
         if cfg.text.tie_word_embeddings:
@@ -203,6 +208,7 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         system: str | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        fps: float | Sequence[float] | None = None,
     ) -> Inputs:
         """One prompt, several, or chat messages, with their images and videos.
 
@@ -214,7 +220,10 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
             messages: a chat in HF's format (or several), which carries its own images.
             template: whether to use the chat template; without it the images come first, then the text.
             system: system prompt; None takes the template's own.
-            min_pixels, max_pixels: areas in pixels between which each image is resized, as Qwen2-VL has them.
+            min_pixels, max_pixels: areas in pixels between which each image is resized, as Qwen2-VL has them; of a video in
+                Qwen3-VL, all its frames together.
+            fps: how many of the given frames there are a second, one number for all videos or one for each: Qwen2.5-VL and
+                Qwen3-VL are told when a frame is shown, and ask for it. Qwen2-VL is not, and refuses it.
         Raises:
             ValueError: an empty prompt, images and placeholders that do not match, an unreadable or
                 extreme image, a prompt past the context, or a model without a processor.
@@ -225,7 +234,7 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
                 "Inputs.from_processor(batch, model.cfg)."
             )
         inputs = self.processor.to_inputs(
-            self.cfg, prompt, images, videos, answers, messages, template, system, min_pixels, max_pixels
+            self.cfg, prompt, images, videos, answers, messages, template, system, min_pixels, max_pixels, fps
         )
         return inputs.to(self.cfg.device)
 
@@ -308,9 +317,10 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
             inputs, residual = self._resume(input, inputs, attention_mask, padding_side)
         with self.watched_run(inputs):
             if start_at_layer is None:
-                images = self.image_embeddings(inputs)
-                residual = self.hook_embed(merge(self.embed(inputs.tokens), images, inputs))
-            residual = self.run_blocks(residual, inputs, layers)
+                residual, images = self.embed_prompts(inputs)
+            else:
+                images = None
+            residual = self.run_blocks(residual, inputs, layers, images=images)
             if stop_at_layer is not None:
                 return residual
             return self.read_out(residual, inputs, return_type, loss_per_token, logits_at)
@@ -346,6 +356,14 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         finally:
             self._hooking_threads.remove(thread)
 
+    def embed_prompts(
+        self, inputs: Inputs
+    ) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, "stream image_token d_model"] | None]:
+        """The stream that enters the first block, and what the projector wrote (see `image_streams`)."""
+        images = self.image_streams(inputs)
+        embedded = merge(self.embed(inputs.tokens), None if images is None else images[0], inputs)
+        return self.hook_embed(embedded), images
+
     def run_blocks(
         self,
         residual: Float[Tensor, "rows pos d_model"],
@@ -353,30 +371,57 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         layers: range | None = None,
         past: TransformerLensKeyValueCache | None = None,
         start: int = 0,
+        images: Float[Tensor, "stream image_token d_model"] | None = None,
     ) -> Float[Tensor, "rows pos d_model"]:
-        """The residual stream after these blocks of the decoder.
+        """The residual stream after these blocks of the decoder, with what DeepStack adds to it after the first.
 
         Args:
             residual: the stream that enters the first of them, at positions `start`, `start` + 1, … of the prompts. The batch
                 may come several times over, one copy after another (a sweep's cells).
             layers: None runs all blocks.
             past: keys and values of the positions before `start`.
+            images: what the projector wrote for these prompts, or for every copy of them; None takes the prompts' own (encoded,
+                or from the tower), where DeepStack needs it.
         Raises:
             ValueError: the stream is not finite; the first block after which it was not is named.
         """
         text, stop = self.cfg.text, start + residual.shape[1]
         copies = len(residual) // len(inputs)
         position_ids = inputs.position_ids[..., start:stop].repeat(1, copies, 1)
-        rotation = text_rotation(position_ids, text.rotary_base, text.d_head, text.mrope_section, residual.dtype)
+        rotation = text_rotation(
+            position_ids, text.rotary_base, text.d_head, text.mrope_section, residual.dtype, text.mrope_interleaved
+        )
         seen = inputs.attention_mask[:, :stop].bool().repeat(copies, 1).to(residual.device)
         visible = Causal(residual.shape[1], stop, residual.device, None if bool(seen.all()) else seen)
+        layers = range(self.cfg.n_layers) if layers is None else layers
+        added = self._deepstack(residual, inputs, layers, slice(start, stop), images)
         with finite_check() as check:
-            check.note(residual, "hook_embed" if layers is None or layers.start == 0 else f"the stream before blocks.{layers.start}")
-            for layer in range(self.cfg.n_layers) if layers is None else layers:
+            check.note(residual, "hook_embed" if layers.start == 0 else f"the stream before blocks.{layers.start}")
+            for layer in layers:
                 entry = None if past is None else beside(past.entries[layer], self.blocks[layer])
                 residual = self.blocks[layer](residual, rotation, visible, entry)
+                if layer in added:
+                    residual = residual + self.blocks[layer].hook_deepstack(added[layer].to(residual.device))
                 check.note(residual, f"blocks.{layer}")
         return residual
+
+    def _deepstack(
+        self,
+        residual: Float[Tensor, "rows pos d_model"],
+        inputs: Inputs,
+        layers: range,
+        positions: slice,
+        images: Float[Tensor, "stream image_token d_model"] | None,
+    ) -> dict[int, Float[Tensor, "rows pos d_model"]]:
+        """Layer -> what is added after it; nothing where no image lies among the positions, unless somebody listens."""
+        merged = [layer for layer in layers if layer < len(self.cfg.vision.deepstack_layers)]
+        if not merged:
+            return {}
+        if not bool((inputs.token_types[:, positions] > 0).any()):
+            return {l: torch.zeros_like(residual) for l in merged if listened(self.blocks[l].hook_deepstack)}
+        images = self.image_streams(inputs) if images is None else images
+        terms = deepstack_terms(images, inputs, len(residual) // len(inputs), positions, residual)
+        return {layer: terms[layer] for layer in merged}
 
     def read_out(
         self,
@@ -564,13 +609,13 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
 
     def _default_names(self, input: Any, vision: bool) -> Callable[[str], bool]:
         """What is cached when nothing is asked for: all that costs little."""
-        flags = self.cfg
+        flags, prefix = self.cfg, [hook.name for hook in self.vision_projector.out_hooks]
         encoded = isinstance(input, Inputs) and self.is_encoded(input)
 
         def wanted(name: str) -> bool:
             if is_vision(name):
-                in_text = name == PREFIX_HOOK or (not encoded and name.startswith("vision_projector."))
-                return vision or in_text
+                of_projector = name.startswith("vision_projector.")
+                return vision or (of_projector and (not encoded or name in prefix))
             if name.endswith("hook_result"):
                 return flags.use_attn_result
             if name.endswith(_SPLIT_INPUTS):
@@ -661,7 +706,8 @@ def _as_predicate(names_filter: NamesFilter) -> Callable[[str], bool]:
 
 
 def _position_axis(name: str) -> int:
-    return -2 if name.endswith(("hook_attn_scores", "hook_pattern")) else 1
+    """Heads come before positions in patterns, and in normed queries and keys."""
+    return -2 if heads_first(name) else 1
 
 
 def _keep_axis(position: int | slice, length: int) -> slice:
