@@ -292,7 +292,7 @@ def blank_image(inputs: Any, noise: bool = False, seed: int = 0) -> Any:
     """The same prompts with nothing to see: every pixel the mean colour, or (noise=True) normal noise of its spread."""
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randn(inputs.pixels.shape, generator=generator) if noise else torch.zeros(inputs.pixels.shape)
-    return replace(inputs, pixels=pixels.to(inputs.pixels), image_embeds=None, encoded_by=None)
+    return replace(inputs, pixels=pixels.to(inputs.pixels), image_embeds=None, deepstack_embeds=None, encoded_by=None)
 
 
 def with_images(inputs: Any, donor: Any) -> Any:
@@ -304,7 +304,7 @@ def with_images(inputs: Any, donor: Any) -> Any:
     ours, theirs = [v.grid for v in inputs.visuals], [v.grid for v in donor.visuals]
     if ours != theirs:
         raise ValueError(f"the prompt's images have grids {ours}, the donor's {theirs}: use model.to_inputs with the other image.")
-    return replace(inputs, pixels=donor.pixels.to(inputs.pixels), image_embeds=None, encoded_by=None)
+    return replace(inputs, pixels=donor.pixels.to(inputs.pixels), image_embeds=None, deepstack_embeds=None, encoded_by=None)
 
 
 def _next_images(evidence: Evidence) -> Any:

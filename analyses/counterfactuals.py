@@ -9,8 +9,10 @@ Corruption is another image, never noise on the embeddings (Zhang & Nanda 2024; 
 
 from __future__ import annotations
 
+import csv
+import io
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,8 @@ from tqdm.auto import tqdm
 from transformers.image_transforms import convert_to_rgb
 
 from analyses.common.result import Result
-from analyses.data.json_lines import read_rows
+from analyses.data.json_lines import read_text, rows_and_errors
+from analyses.data.schema import PAIR, tell_unknown
 from analyses.trajectory import word
 from hooked_qwen2vl.geometry import Box, checked_box, refuse_unaligned
 from hooked_qwen2vl.processor import open_image
@@ -41,6 +44,7 @@ class Candidate(Result):
             answers there (after a blur nobody knows what is right).
         boxes: what was changed, original pixels; () where unknown.
         id, category, domain: for tables.
+        problem: of a row that is no pair: file, line and reason; it is refused with that.
     """
 
     question: str
@@ -52,6 +56,7 @@ class Candidate(Result):
     id: str = ""
     category: str = ""
     domain: str = ""
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -128,15 +133,18 @@ def check_pairs(
     Args:
         min_gap: least LD_clean − LD_corrupted, in logits.
         n: stop when so many are kept.
-    Raises:
-        ValueError: an image that cannot be read.
+    Returns:
+        the pairs kept; the others are in `refused`, with the reason: also an image that cannot be read, or a row that is no pair.
     """
     kept, refused = [], []
     with tqdm(total=n, desc="checking pairs", unit="pair", disable=not progress, delay=2) as bar:
         for candidate in candidates:
             if n is not None and len(kept) >= n:
                 break
-            pair = _check(model, candidate, min_gap)
+            try:
+                pair = candidate.problem or _check(model, candidate, min_gap)
+            except (ValueError, OSError) as error:
+                pair = str(error)
             if isinstance(pair, str):
                 refused.append((candidate, pair))
             else:
@@ -160,25 +168,66 @@ def scene_candidates(n: int, seed: int = 0, **restrictions: Any) -> list[Candida
     ]  # fmt: skip
 
 
-def read_candidates(path: str | Path) -> list[Candidate]:
+def read_candidates(path: str | Path, keep_bad: bool = False) -> list[Candidate]:
     """Pairs from a table: CSV, or JSON lines, with columns question, clean, corrupted (images, relative to the file),
-    answer, other (may be left out), and optionally id, category, domain, and box as "x0,y0,x1,y1" or a list.
+    answer, other (may be left out), and optionally id, category, domain, and box as "x0,y0,x1,y1" or a list
+    (`analyses.data.schema.PAIR`; an empty cell of a CSV is left out).
 
     Args:
         path: the file, or a folder that has pairs.csv or pairs.jsonl.
+        keep_bad: give a row that is no pair as a candidate that only has a `problem`, instead of raising.
     Raises:
-        ValueError: no such file, or a row without what is needed.
+        ValueError: no such file, or a row that is not as described (it is named).
     """
     path = Path(path)
     file = next((f for f in (path, path / "pairs.csv", path / "pairs.jsonl") if f.is_file()), None)
     if file is None:
         raise ValueError(f"expected a .csv or .jsonl file of pairs, or a folder with pairs.csv or pairs.jsonl, got {path}.")
-    if file.suffix == ".csv":
-        table = pd.read_csv(file, dtype=str, keep_default_na=False).to_dict("records")
-        rows = [(f"row {number}", row) for number, row in enumerate(table, 1)]
-    else:
-        rows = [(f"line {line}", row) for line, row in read_rows(file)]
-    return [_candidate(row, file, where, number) for number, (where, row) in enumerate(rows, 1)]
+    found, unknown = [], {}
+    for number, (where, row) in enumerate(_csv_rows(file) if file.suffix == ".csv" else _json_rows(file), 1):
+        try:
+            if isinstance(row, ValueError):
+                raise row
+            found.append(_candidate(row, file, where, number))
+            unknown |= dict.fromkeys(PAIR.unknown(row))
+        except ValueError as error:
+            if not keep_bad:
+                raise
+            found.append(Candidate("", None, None, "", None, id=f"{file.stem}-{number} ({where})", problem=str(error)))
+    tell_unknown(file, unknown)
+    return found
+
+
+def _csv_rows(file: Path) -> Iterator[tuple[str, dict[str, Any] | ValueError]]:
+    """("row 1", its cells that are not empty); a box is a list."""
+    reader = csv.DictReader(io.StringIO(read_text(file), newline=""), strict=True)
+    try:
+        for number, row in enumerate(reader, 1):
+            where = f"row {number}"
+            if None in row:
+                yield where, ValueError(f"{file}, {where}: {len(row[None])} cells more than the header has columns.")
+                continue
+            cells = {name: cell for name, cell in row.items() if cell}
+            if "box" in cells:
+                cells["box"] = _numbers(cells["box"])
+            yield where, cells
+    except csv.Error as error:
+        raise ValueError(f"{file}, line {reader.line_num}: not CSV ({error}).") from error
+
+
+def _json_rows(file: Path) -> Iterator[tuple[str, dict[str, Any] | ValueError]]:
+    for line, row in rows_and_errors(file):
+        if isinstance(row, dict) and isinstance(row.get("box"), str):
+            row = row | {"box": _numbers(row["box"])}
+        yield f"line {line}", row
+
+
+def _numbers(text: str) -> list[float] | str:
+    """"x0,y0,x1,y1" as a list; as it is where it is something else."""
+    try:
+        return [float(edge) for edge in text.split(",")]
+    except ValueError:
+        return text
 
 
 def swap_box(image: Any, box: Box, other: Any) -> Image.Image:
@@ -273,20 +322,18 @@ def _row(candidate: Candidate) -> dict[str, str]:
 
 
 def _candidate(row: dict[str, Any], file: Path, where: str, number: int) -> Candidate:
-    missing = [name for name in ("question", "clean", "corrupted", "answer") if not row.get(name)]
+    missing = [name for name in PAIR.needed if name not in row]
     if missing:
         raise ValueError(f"{file}, {where}: no {', '.join(missing)}; each pair needs question, clean, corrupted, answer.")
-    box = row.get("box") or ()
     try:
-        box = tuple(float(edge) for edge in (box.split(",") if isinstance(box, str) else box))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{file}, {where}: box must be x0,y0,x1,y1 in original pixels, got {box!r}.") from error
-    if len(box) not in (0, 4):
-        raise ValueError(f"{file}, {where}: box must be x0,y0,x1,y1 in original pixels, got {len(box)} numbers.")
+        values = PAIR.read(row)
+    except ValueError as error:
+        hint = "; a box is x0,y0,x1,y1 in original pixels" if '"box"' in str(error) else ""
+        raise ValueError(f"{file}, {where}: {error}{hint}.") from error
     return Candidate(
-        row["question"], file.parent / row["clean"], file.parent / row["corrupted"], row["answer"],
-        row.get("other") or None, (box,) if box else (), str(row.get("id") or f"{file.stem}-{number}"),
-        str(row.get("category") or ""), str(row.get("domain") or ""),
+        values["question"], file.parent / values["clean"], file.parent / values["corrupted"], values["answer"],
+        values.get("other"), (values["box"],) if "box" in values else (), values.get("id", f"{file.stem}-{number}"),
+        values.get("category", ""), values.get("domain", ""),
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
 
-from .layers import HookPoint, listened, readable
+from .layers import HeadNorm, HookPoint, bias_of, listened, readable
 from .rope import Rotation, rotate
 
 
@@ -90,18 +90,21 @@ Visibility = Causal | Segments
 
 
 class Attention(nn.Module):
-    """Multi-head attention with grouped keys and values.
+    """Multi-head attention with grouped keys and values; with or without biases, and norms of queries and keys.
 
     `hook_q_input`, `hook_k_input` and `hook_v_input` carry the residual stream once per head when
     something listens to them (see `Block`).
     """
 
-    def __init__(self, d_model: int, n_heads: int, n_key_value_heads: int, d_head: int):
+    def __init__(
+        self, d_model: int, n_heads: int, n_key_value_heads: int, d_head: int, bias: bool = True, norm_eps: float | None = None
+    ):
+        """bias: of queries, keys and values. norm_eps: of the norms of queries and keys; None for none."""
         super().__init__()
         self.d_model, self.n_heads, self.n_key_value_heads, self.d_head = d_model, n_heads, n_key_value_heads, d_head
-        self.q_proj = nn.Linear(d_model, n_heads * d_head)
-        self.k_proj = nn.Linear(d_model, n_key_value_heads * d_head)
-        self.v_proj = nn.Linear(d_model, n_key_value_heads * d_head)
+        self.q_proj = nn.Linear(d_model, n_heads * d_head, bias=bias)
+        self.k_proj = nn.Linear(d_model, n_key_value_heads * d_head, bias=bias)
+        self.v_proj = nn.Linear(d_model, n_key_value_heads * d_head, bias=bias)
         self.o_proj = nn.Linear(n_heads * d_head, d_model)
         self.hook_q_input = HookPoint()  # [batch, pos, head, d_model]
         self.hook_k_input = HookPoint()  # [batch, pos, kv_head, d_model]
@@ -115,6 +118,11 @@ class Attention(nn.Module):
         self.hook_pattern = HookPoint()  # [batch, head, pos, key_pos]
         self.hook_z = HookPoint()  # [batch, pos, head, d_head]
         self.hook_result = HookPoint()  # [batch, pos, head, d_model], only when listened to
+        self.q_norm = self.k_norm = None
+        if norm_eps is not None:
+            self.q_norm, self.k_norm = HeadNorm(d_head, norm_eps), HeadNorm(d_head, norm_eps)
+            self.hook_q_normed, self.hook_k_normed = HookPoint(), HookPoint()  # [batch, (kv_)head, pos, d_head]
+            self.hook_q_normed.pos_dim = self.hook_k_normed.pos_dim = 2
 
     def forward(
         self,
@@ -133,6 +141,9 @@ class Attention(nn.Module):
         q = self.hook_q(self._project(self.q_proj, query_input, self.n_heads))
         k = self.hook_k(self._project(self.k_proj, key_input, self.n_key_value_heads))
         v = self.hook_v(self._project(self.v_proj, value_input, self.n_key_value_heads))
+        if self.q_norm is not None:
+            q = self.hook_q_normed(self.q_norm(q.transpose(1, 2))).transpose(1, 2)
+            k = self.hook_k_normed(self.k_norm(k.transpose(1, 2))).transpose(1, 2)
         q = self.hook_rot_q(rotate(q, rotation))
         k = self.hook_rot_k(rotate(k, rotation))
         if past is not None:
@@ -199,15 +210,15 @@ class Attention(nn.Module):
 
     @property
     def b_Q(self) -> Float[Tensor, "head d_head"]:
-        return readable(self.q_proj.bias, "b_Q").unflatten(0, (self.n_heads, self.d_head))
+        return bias_of(self.q_proj, "b_Q").unflatten(0, (self.n_heads, self.d_head))
 
     @property
     def b_K(self) -> Float[Tensor, "kv_head d_head"]:
-        return readable(self.k_proj.bias, "b_K").unflatten(0, (self.n_key_value_heads, self.d_head))
+        return bias_of(self.k_proj, "b_K").unflatten(0, (self.n_key_value_heads, self.d_head))
 
     @property
     def b_V(self) -> Float[Tensor, "kv_head d_head"]:
-        return readable(self.v_proj.bias, "b_V").unflatten(0, (self.n_key_value_heads, self.d_head))
+        return bias_of(self.v_proj, "b_V").unflatten(0, (self.n_key_value_heads, self.d_head))
 
     @property
     def b_O(self) -> Float[Tensor, "d_model"]:

@@ -67,9 +67,10 @@ class Block(nn.Module):
 
 def decoder_block(cfg: TextConfig) -> Block:
     """A block of the text decoder: RMSNorm, grouped-query attention with M-RoPE, SwiGLU; weights still to be loaded."""
+    norm_eps = cfg.eps if cfg.qk_norm else None
     return Block(
         ln1=RMSNorm(cfg.d_model, cfg.eps),
-        attn=Attention(cfg.d_model, cfg.n_heads, cfg.n_key_value_heads, cfg.d_head),
+        attn=Attention(cfg.d_model, cfg.n_heads, cfg.n_key_value_heads, cfg.d_head, cfg.qkv_bias, norm_eps),
         ln2=RMSNorm(cfg.d_model, cfg.eps),
         mlp=GatedMLP(cfg.d_model, cfg.d_mlp),
     )

@@ -12,6 +12,7 @@ the settings, and the shape of the model, so that it is not read as another mode
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,14 @@ _PROMPT = "prompt."  # before the names of what tells the prompts' shape
 def is_vision(name: str) -> bool:
     """Whether a hook or cache key belongs to the tower or the projector."""
     return name.startswith(VISION_PREFIXES)
+
+
+def heads_first(name: str) -> bool:
+    """Whether an activation is [batch head pos …]: scores and patterns, and (Qwen3-VL) normed queries and keys."""
+    return name.endswith(("hook_attn_scores", "hook_pattern", "hook_q_normed", "hook_k_normed")) or bool(_HEAD_NORM.search(name))
+
+
+_HEAD_NORM = re.compile(r"\.[qk]_norm\.hook_\w+$")
 
 
 class HookedCache(ActivationCache):

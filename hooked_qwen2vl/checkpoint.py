@@ -19,6 +19,7 @@ from torch import Tensor
 
 SCENES = Path(__file__).parent / "scenes" / "checkpoint"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 WANTED = ["*.json", "*.safetensors", "*.txt", "*.jinja"]  # no *.bin, no *.py
 
 
@@ -32,6 +33,7 @@ class Checkpoint(Mapping[str, Tensor]):
         config: the parsed `config.json`.
         generation: the parsed `generation_config.json`, empty where there is none.
         files: HF parameter name -> the safetensors file that holds it.
+        adapter: the PEFT folder whose adapter belongs on these weights, None where there is none.
     """
 
     folder: Path
@@ -39,6 +41,7 @@ class Checkpoint(Mapping[str, Tensor]):
     config: dict[str, Any]
     generation: dict[str, Any]
     files: dict[str, Path]
+    adapter: Path | None = None
 
     def __getitem__(self, key: str) -> Tensor:
         with _open(self.files[key]) as file:
@@ -57,22 +60,99 @@ class Checkpoint(Mapping[str, Tensor]):
         return len(self.files)
 
 
-def open_checkpoint(name: str | Path, revision: str | None = None, local_files_only: bool = False) -> Checkpoint:
+def open_checkpoint(
+    name: str | Path, revision: str | None = None, local_files_only: bool = False, adapter: str | Path | bool | None = None
+) -> Checkpoint:
     """Finds a checkpoint and lists its tensors, reading none.
+
+    An adapter that lies in the folder belongs to it, as in transformers: on the folder's own weights where it has a
+    config.json, else on the base that `adapter_config.json` names.
 
     Args:
         name: "scenes" (the embedded model), a folder, or a hub id; a folder of that name wins.
         revision: branch, tag or commit of a hub id.
         local_files_only: look only in the hub's local cache.
+        adapter: a PEFT folder or hub id; False leaves out one that lies in the folder.
     Raises:
         ValueError: nothing there, no network for a hub id, a shard missing or truncated, a tensor in
-            the wrong shard, or weights in pickle form only.
+            the wrong shard, weights in pickle form only, two adapters, or one that is no LoRA.
     """
     folder = _find(str(name), revision, local_files_only)
+    folder, adapter = _with_adapter(folder, revision, local_files_only, adapter)
     config = _read_json(folder / "config.json", "the model's configuration")
     settings = folder / "generation_config.json"
     generation = _read_json(settings, "how it ends an answer") if settings.exists() else {}
-    return Checkpoint(folder, str(name), config, generation, _list_tensors(folder))
+    return Checkpoint(folder, str(name), config, generation, _list_tensors(folder), adapter)
+
+
+def _with_adapter(
+    folder: Path, revision: str | None, local_files_only: bool, adapter: str | Path | bool | None
+) -> tuple[Path, Path | None]:
+    """(folder of the base, folder of its adapter)."""
+    whole, own = (folder / "config.json").exists(), (folder / ADAPTER_CONFIG).exists()
+    if adapter is True or (adapter is False and own and not whole):
+        raise ValueError(
+            f"adapter={adapter} with {folder}: expected a PEFT folder or hub id, None, or (for a folder with weights of its own) False."
+        )
+    if not own and (folder / ADAPTER_WEIGHTS).exists() and adapter is not False:
+        raise ValueError(f"{folder} has {ADAPTER_WEIGHTS} but no {ADAPTER_CONFIG}, which says how to apply it: add it, or pass adapter=False.")
+    if not own or adapter is False:
+        if adapter in (None, False):
+            return folder, None
+        tuned = _find(str(adapter), None, local_files_only)
+        _read_adapter(tuned)
+        return folder, tuned
+    if adapter is not None:
+        raise ValueError(
+            f"{folder} has an adapter of its own ({ADAPTER_CONFIG}), and adapter={str(adapter)!r} is another: transformers would apply both. "
+            f"Pass one: the folder by itself, or the base and adapter=."
+        )
+    settings = _read_adapter(folder)
+    if whole:
+        return folder, folder
+    base = settings.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"{folder / ADAPTER_CONFIG} names no base model: pass from_pretrained(base, adapter={str(folder)!r}).")
+    try:
+        base_folder = _find(base, settings.get("revision"), local_files_only)
+    except ValueError as error:
+        raise ValueError(
+            f"{folder} is an adapter of {base!r} (base_model_name_or_path), which could not be found; pass "
+            f"from_pretrained(base, adapter={str(folder)!r}). {error}"
+        ) from error
+    if (base_folder / ADAPTER_CONFIG).exists():
+        raise ValueError(f"{folder} is an adapter of {base!r}, which has an adapter itself: merge that one first.")
+    return base_folder, folder
+
+
+def _read_adapter(folder: Path) -> dict[str, Any]:
+    """The parsed `adapter_config.json` of a folder whose adapter can be merged.
+
+    Raises:
+        ValueError: no such file or weights, weights in pickle form only, or an adapter that is no LoRA.
+    """
+    if not (folder / ADAPTER_CONFIG).exists():
+        raise ValueError(f"{folder} has no {ADAPTER_CONFIG}: expected a folder that peft's save_pretrained wrote.")
+    settings = _read_json(folder / ADAPTER_CONFIG, "how the adapter is applied")
+    refuse_other_adapters(settings.get("peft_type"), str(folder))
+    if settings.get("alora_invocation_tokens"):
+        raise ValueError(f"{folder} is an activated LoRA (alora_invocation_tokens): it acts on some positions only and cannot be merged.")
+    if not (folder / ADAPTER_WEIGHTS).exists():
+        pickled = (folder / "adapter_model.bin").exists()
+        raise ValueError(
+            f"{folder} has {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}"
+            + (": adapter_model.bin is a pickle, which is never opened; save it with safe_serialization=True." if pickled else ".")
+        )
+    return settings
+
+
+def refuse_other_adapters(kind: Any, where: str) -> None:
+    """Raises ValueError for an adapter (peft's `peft_type`) that is no LoRA."""
+    if kind != "LORA":
+        raise ValueError(
+            f"{where} is an adapter of type {str(kind)!r}: only 'LORA' can be merged into plain weights here. Merge it with peft "
+            f"(merge_and_unload()) if its type can be, and load the merged model."
+        )
 
 
 def _find(name: str, revision: str | None, local_files_only: bool) -> Path:

@@ -1,19 +1,23 @@
-"""HF's Qwen2-VL configuration as frozen numbers, and `model.cfg`, a TransformerLensConfig that carries them.
+"""HF's configuration of a model of the line as frozen numbers, and `model.cfg`, a TransformerLensConfig that carries them.
 
-Axis words: `d_model` is the width of the text decoder's residual stream (HF `hidden_size`; HF's
-`vision_config.hidden_size` is the merger's *output* and equals it); `d_vision` is the width of the
-vision tower (HF `vision_config.embed_dim`).
+Three model types are read: Qwen2-VL, Qwen2.5-VL and Qwen3-VL (`FAMILIES`). What they differ in is said by numbers and
+flags of `VisionConfig` and `TextConfig`, which choose the parts of the model.
+
+Axis words: `d_model` is the width of the text decoder's residual stream (HF `hidden_size`; the projector writes it: HF's
+`vision_config.hidden_size` in Qwen2-VL, `out_hidden_size` in its successors); `d_vision` is the width of the
+vision tower (HF `vision_config.embed_dim` in Qwen2-VL, `hidden_size` in its successors).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
 import torch
 from transformer_lens.config import TransformerLensConfig
-from transformers import PretrainedConfig, Qwen2VLConfig
+from transformers import PretrainedConfig, Qwen2_5_VLConfig, Qwen2VLConfig, Qwen3VLConfig
 
 ARCHITECTURE = "Qwen2VLForConditionalGeneration"
 VISION_LAYER_NORM_EPS = 1e-6  # fixed in the reference code, not in the configuration
@@ -42,6 +46,18 @@ class VisionConfig:
     spatial_merge_size: int  # patches
     rotary_base: float
     eps: float = VISION_LAYER_NORM_EPS
+    tower: str = "qwen2_vl"  # whose diagram it is: "qwen2_vl", "qwen2_5_vl" or "qwen3_vl"
+    window: int | None = None  # side of an attention window, in image tokens; None: attention spans the image
+    full_attention_layers: tuple[int, ...] = ()  # where there are windows: blocks whose attention spans the image
+    tokens_per_second: float | None = None  # steps of a video's time positions; None: one a frame
+    position_side: int | None = None  # side of the table of learned position embeddings
+    deepstack_layers: tuple[int, ...] = ()  # blocks whose merged streams are added after the decoder's first blocks
+    timestamps: bool = False  # whether every frame of a video stands behind its time in words
+
+    @property
+    def needs_fps(self) -> bool:
+        """Whether a prompt with a video depends on how many frames a second it has."""
+        return self.timestamps or self.tokens_per_second is not None
 
     @property
     def d_patch(self) -> int:
@@ -70,6 +86,9 @@ class TextConfig:
     rotary_base: float
     mrope_section: tuple[int, int, int]
     tie_word_embeddings: bool
+    mrope_interleaved: bool = False  # frequencies dealt in turns (t, row, col, t, …) instead of in sections
+    qkv_bias: bool = True
+    qk_norm: bool = False  # RMSNorm of every head's query and key
 
 
 @dataclass(frozen=True)
@@ -78,6 +97,7 @@ class SpecialTokens:
 
     Attributes:
         line_breaks: tokens that begin with a line break; () where the tokenizer is not known.
+        pad: what pads a row: the tokenizer's, without one the checkpoint's; None where neither names one.
     """
 
     image: int
@@ -86,6 +106,7 @@ class SpecialTokens:
     vision_end: int
     eos: tuple[int, ...]
     line_breaks: tuple[int, ...] = ()
+    pad: int | None = None
 
 
 @dataclass(repr=False)
@@ -102,6 +123,7 @@ class HookedQwen2VLConfig(TransformerLensConfig):
     model_name: str = "Qwen2-VL"
     original_architecture: str = ARCHITECTURE
     tokenizer_name: str | None = None
+    adapter: str | None = None  # what LoRA adapter is merged into the weights
     d_vocab_out: int = -1
     rotary_base: float = 1_000_000.0
     rotary_dim: int | None = None
@@ -136,7 +158,7 @@ def convert_config(
     name: str = "Qwen2-VL",
     generation: dict[str, Any] | None = None,
 ) -> HookedQwen2VLConfig:
-    """Reads a Qwen2-VL configuration, old layout (flat) or new (with `text_config`).
+    """Reads the configuration of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL, old layout (flat) or new (with `text_config`).
 
     Args:
         config: the parsed `config.json`, or the configuration of a model in memory.
@@ -147,16 +169,16 @@ def convert_config(
             each is named with its value.
     """
     config = config.to_dict() if isinstance(config, PretrainedConfig) else dict(config)
-    _refuse_other_architectures(config, name)
-    problems = _unknown_keys(config)
-    hf = Qwen2VLConfig.from_dict(config)
-    problems += _unsupported_values(hf)
+    family = _family(config, name)
+    problems = _unknown_keys(config, family)
+    hf = family.config.from_dict(config)
+    problems += _unsupported_values(hf) + family.unsupported(hf)
     if problems:
         raise ValueError(
             f"{name}: this configuration asks for what hooked_qwen2vl does not compute, so its numbers would be "
             f"wrong:\n  " + "\n  ".join(problems)
         )
-    text, vision, special = _text(hf), _vision(hf), _special(hf, generation or {})
+    text, vision, special = family.text(hf), family.vision(hf), _special(hf, generation or {})
     return HookedQwen2VLConfig(
         d_model=text.d_model,
         d_head=text.d_head,
@@ -179,6 +201,7 @@ def convert_config(
         rotary_dim=text.d_head,
         attn_scale=text.d_head**0.5,
         model_name=name,
+        original_architecture=family.architecture,
         tokenizer_name=name,
         device="cpu",
         dtype=torch.float32,
@@ -188,26 +211,26 @@ def convert_config(
     )
 
 
-def _refuse_other_architectures(config: dict, name: str) -> None:
+def _family(config: dict, name: str) -> Family:
+    """The model type's own reading of the configuration."""
     model_type = config.get("model_type")
-    architectures = config.get("architectures") or [ARCHITECTURE]
-    if model_type == "qwen2_vl" and architectures == [ARCHITECTURE]:
-        return
-    hint = ""
-    if model_type == "qwen2_5_vl":
-        hint = " Qwen2.5-VL is not Qwen2-VL: its tower has window attention, RMSNorm and a gated MLP."
+    family = FAMILIES.get(model_type)
+    architectures = config.get("architectures") or ([family.architecture] if family else [])
+    if family is not None and architectures == [family.architecture]:
+        return family
+    known = ", ".join(f"{key!r} ({family.architecture})" for key, family in FAMILIES.items())
+    why = f" {_REFUSED[model_type]}" if model_type in _REFUSED else ""
     raise ValueError(
-        f"{name}: expected model_type 'qwen2_vl' with architectures ['{ARCHITECTURE}'], got model_type "
-        f"{model_type!r} with architectures {architectures!r}.{hint} Load a Qwen2-VL checkpoint "
-        f"(2B, 7B or 72B, base or instruct)."
+        f"{name}: expected model_type {known}; got model_type {model_type!r} with architectures {architectures!r}.{why} "
+        f"Load a Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint (base, instruct or thinking)."
     )
 
 
-def _unknown_keys(config: dict) -> list[str]:
-    """Keys that neither HF's Qwen2-VL configuration nor the published files know, with their values."""
-    reference = Qwen2VLConfig().to_dict()
+def _unknown_keys(config: dict, family: Family) -> list[str]:
+    """Keys that neither HF's configuration of this type nor the published files know, with their values."""
+    reference = family.config().to_dict()
     text, vision = reference["text_config"], reference["vision_config"]
-    text = {**text, "rope_theta": None, "rope_scaling": None}
+    text = {**text, **dict.fromkeys(("rope_theta", "rope_scaling", "eos_token_id", "bos_token_id", "pad_token_id"))}
     known = {**reference, **text}
     parts = [("", config, known)]
     for part, keys in (("text_config", text), ("vision_config", vision)):
@@ -222,30 +245,31 @@ def _unknown_keys(config: dict) -> list[str]:
     ]
 
 
-def _unsupported_values(hf: Qwen2VLConfig) -> list[str]:
-    """One line for each value the port does not compute."""
-    text, vision, problems = hf.text_config, hf.vision_config, []
+class _Problems(list):
+    """One line for each value that is not what the port computes."""
 
-    def expect(holds: bool, key: str, value: Any, expected: str) -> None:
+    def expect(self, holds: bool, key: str, value: Any, expected: str) -> None:
         if not holds:
-            problems.append(f"{key} = {value!r} (expected {expected})")
+            self.append(f"{key} = {value!r} (expected {expected})")
 
+
+def _unsupported_values(hf: PretrainedConfig) -> list[str]:
+    """One line for each value the port does not compute, whatever the model type."""
+    text, vision, problems = hf.text_config, hf.vision_config, _Problems()
+    expect = problems.expect
     rope = text.rope_parameters or {}
-    vision_base = (vision.rope_parameters or {}).get("rope_theta", 10_000.0)
     for key, value in (
         ("rms_norm_eps", text.rms_norm_eps), ("rope_theta", rope.get("rope_theta")),
-        ("vision_config.rope_parameters.rope_theta", vision_base),
+        ("vision_config.rope_parameters.rope_theta", _vision_base(vision)),
     ):  # fmt: skip
         expect(isinstance(value, Real) and 0 < value < float("inf"), key, value, "a number above 0")
     section = rope.get("mrope_section", [16, 24, 24])
-    d_head = text.hidden_size // text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None)
+    d_head = _d_head(text)
     expect(text.hidden_act == "silu", "hidden_act", text.hidden_act, "'silu'")
-    expect(not text.use_sliding_window, "use_sliding_window", text.use_sliding_window, "False")
-    expect(
-        all(kind == "full_attention" for kind in text.layer_types), "layer_types", text.layer_types, "full_attention"
-    )
-    expect(len(text.layer_types) == text.num_hidden_layers, "layer_types", text.layer_types, "one for each layer")
+    expect(not getattr(text, "use_sliding_window", False), "use_sliding_window", getattr(text, "use_sliding_window", None), "False")
+    layer_types = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    expect(all(kind == "full_attention" for kind in layer_types), "layer_types", layer_types, "full_attention")
+    expect(len(layer_types) == text.num_hidden_layers, "layer_types", layer_types, "one for each layer")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     expect(rope_type in ("default", "mrope"), "rope_scaling.type", rope_type, "'mrope' or 'default'")
     expect(
@@ -255,29 +279,10 @@ def _unsupported_values(hf: Qwen2VLConfig) -> list[str]:
         f"three numbers that sum to d_head / 2 = {d_head // 2}",
     )
     expect(
-        text.hidden_size % text.num_attention_heads == 0 and head_dim in (None, d_head),
-        "num_attention_heads",
-        text.num_attention_heads,
-        f"a divisor of hidden_size = {text.hidden_size}, and no head_dim of its own (got {head_dim})",
-    )
-    expect(
         text.num_attention_heads % text.num_key_value_heads == 0,
         "num_key_value_heads",
         text.num_key_value_heads,
         f"a divisor of num_attention_heads = {text.num_attention_heads}",
-    )
-    expect(vision.hidden_act == "quick_gelu", "vision_config.hidden_act", vision.hidden_act, "'quick_gelu'")
-    expect(
-        vision.embed_dim % (4 * vision.num_heads) == 0,
-        "vision_config.num_heads",
-        vision.num_heads,
-        f"embed_dim = {vision.embed_dim} split into heads whose width is a multiple of 4 (2-D rotary)",
-    )
-    expect(
-        vision.hidden_size == text.hidden_size,
-        "vision_config.hidden_size",
-        vision.hidden_size,
-        f"the decoder's hidden_size = {text.hidden_size}",
     )
     for key in ("patch_size", "temporal_patch_size"):
         expect(isinstance(getattr(vision, key), int), f"vision_config.{key}", getattr(vision, key), "one number")
@@ -288,14 +293,96 @@ def _unsupported_values(hf: Qwen2VLConfig) -> list[str]:
     return problems
 
 
-def _text(hf: Qwen2VLConfig) -> TextConfig:
+def _expect_heads_of_the_stream(text: PretrainedConfig, expect: Callable) -> None:
+    """Qwen2's decoder: the heads share the stream's width, and M-RoPE comes in sections."""
+    head_dim, rope = getattr(text, "head_dim", None), text.rope_parameters or {}
+    expect(
+        text.hidden_size % text.num_attention_heads == 0 and head_dim in (None, _d_head(text)),
+        "num_attention_heads",
+        text.num_attention_heads,
+        f"a divisor of hidden_size = {text.hidden_size}, and no head_dim of its own (got {head_dim})",
+    )
+    expect(not rope.get("mrope_interleaved"), "rope_scaling.mrope_interleaved", rope.get("mrope_interleaved"), "False")
+
+
+def _expect_tower(hf: PretrainedConfig, width: str, writes: str, activation: str, expect: Callable) -> None:
+    """What every tower keeps: its activation, heads that 2-D rotary can turn, and the decoder's width at its end."""
+    vision, d_vision = hf.vision_config, getattr(hf.vision_config, width)
+    expect(vision.hidden_act == activation, "vision_config.hidden_act", vision.hidden_act, repr(activation))
+    expect(
+        d_vision % (4 * vision.num_heads) == 0,
+        "vision_config.num_heads",
+        vision.num_heads,
+        f"{width} = {d_vision} split into heads whose width is a multiple of 4 (2-D rotary)",
+    )
+    expect(
+        getattr(vision, writes) == hf.text_config.hidden_size,
+        f"vision_config.{writes}",
+        getattr(vision, writes),
+        f"the decoder's hidden_size = {hf.text_config.hidden_size}",
+    )
+
+
+def _unsupported_2(hf: Qwen2VLConfig) -> list[str]:
+    problems = _Problems()
+    _expect_heads_of_the_stream(hf.text_config, problems.expect)
+    _expect_tower(hf, "embed_dim", "hidden_size", "quick_gelu", problems.expect)
+    return problems
+
+
+def _unsupported_25(hf: Qwen2_5_VLConfig) -> list[str]:
+    problems, vision = _Problems(), hf.vision_config
+    expect = problems.expect
+    _expect_heads_of_the_stream(hf.text_config, expect)
+    _expect_tower(hf, "hidden_size", "out_hidden_size", "silu", expect)
+    token = vision.patch_size * vision.spatial_merge_size
+    expect(vision.window_size >= token, "vision_config.window_size", vision.window_size, f"at least an image token's {token} pixels")
+    rate = vision.tokens_per_second
+    expect(isinstance(rate, Real) and 0 < rate < float("inf"), "vision_config.tokens_per_second", rate, "a number above 0")
+    return problems
+
+
+def _unsupported_3(hf: Qwen3VLConfig) -> list[str]:
+    problems, text, vision = _Problems(), hf.text_config, hf.vision_config
+    expect = problems.expect
+    _expect_tower(hf, "hidden_size", "out_hidden_size", "gelu_pytorch_tanh", expect)
+    interleaved = (text.rope_parameters or {}).get("mrope_interleaved", True)
+    expect(interleaved is True, "rope_scaling.mrope_interleaved", interleaved, "True: transformers interleaves whatever it says")
+    expect(not text.attention_bias, "attention_bias", text.attention_bias, "False")
+    n_positions = vision.num_position_embeddings
+    expect(round(n_positions**0.5) ** 2 == n_positions, "vision_config.num_position_embeddings", n_positions, "the square of a side")
+    layers = list(vision.deepstack_visual_indexes)
+    expect(
+        layers == sorted(set(layers)) and all(0 <= layer < vision.depth for layer in layers),
+        "vision_config.deepstack_visual_indexes",
+        layers,
+        f"blocks of the tower, in order, in 0..{vision.depth - 1}",
+    )
+    expect(
+        len(layers) < text.num_hidden_layers,
+        "vision_config.deepstack_visual_indexes",
+        layers,
+        f"fewer than the decoder's {text.num_hidden_layers} blocks: what is added after the last would miss resid_post",
+    )
+    return problems
+
+
+def _d_head(text: PretrainedConfig) -> int:
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
+def _vision_base(vision: PretrainedConfig) -> float:
+    return (vision.rope_parameters or {}).get("rope_theta", 10_000.0)
+
+
+def _text(hf: PretrainedConfig, **parts: Any) -> TextConfig:
     text, rope = hf.text_config, hf.text_config.rope_parameters
     return TextConfig(
         n_layers=text.num_hidden_layers,
         d_model=text.hidden_size,
         n_heads=text.num_attention_heads,
         n_key_value_heads=text.num_key_value_heads,
-        d_head=text.hidden_size // text.num_attention_heads,
+        d_head=_d_head(text),
         d_mlp=text.intermediate_size,
         d_vocab=text.vocab_size,
         n_ctx=text.max_position_embeddings,
@@ -303,32 +390,102 @@ def _text(hf: Qwen2VLConfig) -> TextConfig:
         rotary_base=float(rope["rope_theta"]),
         mrope_section=tuple(rope.get("mrope_section", (16, 24, 24))),
         tie_word_embeddings=bool(hf.tie_word_embeddings),
+        **parts,
     )
 
 
-def _vision(hf: Qwen2VLConfig) -> VisionConfig:
+def _text_3(hf: Qwen3VLConfig) -> TextConfig:
+    return _text(hf, mrope_interleaved=True, qkv_bias=False, qk_norm=True)
+
+
+def _vision(hf: PretrainedConfig, d_vision: int, d_mlp: int, d_out: int, **parts: Any) -> VisionConfig:
     vision = hf.vision_config
     return VisionConfig(
         n_layers=vision.depth,
-        d_vision=vision.embed_dim,
+        d_vision=d_vision,
         n_heads=vision.num_heads,
-        d_head=vision.embed_dim // vision.num_heads,
-        d_mlp=int(vision.embed_dim * vision.mlp_ratio),
-        d_out=vision.hidden_size,
+        d_head=d_vision // vision.num_heads,
+        d_mlp=d_mlp,
+        d_out=d_out,
         in_channels=vision.in_channels,
         patch_size=vision.patch_size,
         temporal_patch_size=vision.temporal_patch_size,
         spatial_merge_size=vision.spatial_merge_size,
-        rotary_base=float((vision.rope_parameters or {}).get("rope_theta", 10_000.0)),
+        rotary_base=float(_vision_base(vision)),
+        tower=hf.model_type,
+        **parts,
     )
 
 
-def _special(hf: Qwen2VLConfig, generation: dict[str, Any]) -> SpecialTokens:
-    eos = generation.get("eos_token_id", hf.text_config.eos_token_id)
+def _vision_2(hf: Qwen2VLConfig) -> VisionConfig:
+    vision = hf.vision_config
+    return _vision(hf, vision.embed_dim, int(vision.embed_dim * vision.mlp_ratio), vision.hidden_size)
+
+
+def _vision_25(hf: Qwen2_5_VLConfig) -> VisionConfig:
+    vision = hf.vision_config
+    return _vision(
+        hf,
+        vision.hidden_size,
+        vision.intermediate_size,
+        vision.out_hidden_size,
+        window=vision.window_size // vision.spatial_merge_size // vision.patch_size,
+        full_attention_layers=tuple(vision.fullatt_block_indexes),
+        tokens_per_second=vision.tokens_per_second,
+    )
+
+
+def _vision_3(hf: Qwen3VLConfig) -> VisionConfig:
+    vision = hf.vision_config
+    return _vision(
+        hf,
+        vision.hidden_size,
+        vision.intermediate_size,
+        vision.out_hidden_size,
+        position_side=round(vision.num_position_embeddings**0.5),
+        deepstack_layers=tuple(vision.deepstack_visual_indexes),
+        timestamps=True,
+    )
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the configurations of one model type are read.
+
+    Attributes:
+        architecture: HF's name of its class.
+        config: HF's class of its configuration.
+        text, vision: its numbers. unsupported: one line for each value that this port does not compute.
+    """
+
+    architecture: str
+    config: type[PretrainedConfig]
+    text: Callable[[Any], TextConfig]
+    vision: Callable[[Any], VisionConfig]
+    unsupported: Callable[[Any], list[str]]
+
+
+FAMILIES = {
+    "qwen2_vl": Family(ARCHITECTURE, Qwen2VLConfig, _text, _vision_2, _unsupported_2),
+    "qwen2_5_vl": Family("Qwen2_5_VLForConditionalGeneration", Qwen2_5_VLConfig, _text, _vision_25, _unsupported_25),
+    "qwen3_vl": Family("Qwen3VLForConditionalGeneration", Qwen3VLConfig, _text_3, _vision_3, _unsupported_3),
+}
+_REFUSED = {
+    "qwen3_vl_moe": "Qwen3-VL-MoE has experts in place of the decoder's MLPs, which this port does not compute.",
+    "qwen2_5_omni": "Qwen2.5-Omni hears and speaks: its audio half is not computed here.",
+    "qwen3_omni_moe": "Qwen3-Omni hears and speaks, and has experts: neither is computed here.",
+    "qwen3_5": "Qwen3.5 has linear-attention blocks, which this port does not compute.",
+    "qwen3_5_moe": "Qwen3.5-MoE has linear-attention blocks and experts, which this port does not compute.",
+}
+
+
+def _special(hf: PretrainedConfig, generation: dict[str, Any]) -> SpecialTokens:
+    eos = generation.get("eos_token_id", getattr(hf.text_config, "eos_token_id", None))
     return SpecialTokens(
         image=hf.image_token_id,
         video=hf.video_token_id,
         vision_start=hf.vision_start_token_id,
         vision_end=hf.vision_end_token_id,
         eos=() if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (eos,),
+        pad=generation.get("pad_token_id", hf.text_config.pad_token_id),
     )

@@ -1,6 +1,7 @@
-"""The text decoder as a Qwen2 folder that any tool loads: the same weights, the same numbers on text.
+"""The text decoder as a Qwen2 folder (of a Qwen3-VL: a Qwen3 folder) that any tool loads: the same weights, the same numbers
+on text.
 
-On text the three M-RoPE streams are equal, so plain rotary embeddings compute the same.
+On text the three M-RoPE streams are equal, so plain rotary embeddings compute the same; and DeepStack adds nothing.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import Qwen2Config
+from transformers import Qwen2Config, Qwen3Config
 
 from .layers import readable
-from .weights import OUR_ZEROS, TEXT_TABLE
+from .weights import OUR_ZEROS, text_table
 
 
 def export_text_model(model: Any, folder: str | Path) -> Path:
@@ -32,14 +33,28 @@ def export_text_model(model: Any, folder: str | Path) -> Path:
     text = model.cfg.text
     tensors = dict(model.named_parameters(remove_duplicate=False))
     if any(bool(weight.any()) for name, weight in tensors.items() if OUR_ZEROS.match(name)):
-        raise ValueError("value biases have been folded into b_O, which a Qwen2 lacks: export before process_weights.")
+        raise ValueError("value biases have been folded into b_O, which a Qwen2 or Qwen3 lacks: export before process_weights.")
     tied = model.unembed.weight is model.embed.weight
     exported = {} if tied else {"lm_head.weight": tensors["unembed.weight"]}
-    for theirs, (ours,) in TEXT_TABLE.items():
+    for theirs, (ours,) in text_table(text).items():
         for layer in range(text.n_layers) if "{l}" in theirs else (0,):
             name = theirs.format(l=layer).replace("language_model.", "model.")
             exported[name] = readable(tensors[ours.format(l=layer)], ours)
-    config = Qwen2Config(
+    config = _config(model, tied)
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(folder)
+    with torch.no_grad():
+        save_file({n: w.detach().contiguous() for n, w in exported.items()}, folder / "model.safetensors", {"format": "pt"})
+    if model.tokenizer is not None:
+        model.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _config(model: Any, tied: bool) -> Qwen2Config | Qwen3Config:
+    """Queries and keys are normalised in Qwen3, and its heads have a width of their own."""
+    text = model.cfg.text
+    kind, own = (Qwen3Config, {"head_dim": text.d_head, "attention_bias": text.qkv_bias}) if text.qk_norm else (Qwen2Config, {})
+    config = kind(
         vocab_size=text.d_vocab,
         hidden_size=text.d_model,
         intermediate_size=text.d_mlp,
@@ -53,12 +68,7 @@ def export_text_model(model: Any, folder: str | Path) -> Path:
         bos_token_id=None,
         eos_token_id=list(model.cfg.special.eos) or None,
         dtype=str(model.cfg.dtype).removeprefix("torch."),
+        **own,
     )
-    config.architectures = ["Qwen2ForCausalLM"]
-    folder.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(folder)
-    with torch.no_grad():
-        save_file({n: w.detach().contiguous() for n, w in exported.items()}, folder / "model.safetensors", {"format": "pt"})
-    if model.tokenizer is not None:
-        model.tokenizer.save_pretrained(folder)
-    return folder
+    config.architectures = [f"{kind.__name__.removesuffix('Config')}ForCausalLM"]
+    return config

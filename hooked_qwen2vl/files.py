@@ -1,15 +1,51 @@
-"""Files written whole or not at all."""
+"""Files written whole or not at all, and read only where they are files."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 _TEMPORARY = ".writing-"
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """A file to read, as bytes; pipes and devices, which may never end, are not opened.
+
+    Raises:
+        ValueError: not a regular file, or a name that no file can have.
+        OSError: no such file, or one that may not be read.
+    """
+    path = Path(path)
+    try:
+        mode = path.stat().st_mode
+    except ValueError as error:
+        raise ValueError(f"no file can be called {_short(path)} ({error}).") from error
+    _refuse_special(path, mode)
+    file = os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb")
+    try:
+        _refuse_special(path, os.fstat(file.fileno()).st_mode)  # what was a file a moment ago
+    except ValueError:
+        file.close()
+        raise
+    return file
+
+
+def _refuse_special(path: Path, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
+        raise ValueError(f"{_short(path)} is not a file but {kinds.get(stat.S_IFMT(mode), 'something else')}.")
+
+
+def _short(path: Path) -> str:
+    text = ascii(str(path))
+    return text if len(text) < 200 else f"{text[:80]}…{text[-40:]} ({len(text)} characters)"
 
 
 @contextlib.contextmanager
@@ -45,10 +81,11 @@ def _flush(path: Path) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes what killed processes of this machine left half-written."""
-    for file in folder.glob(f"{_TEMPORARY}{socket.gethostname()}-*"):
-        process = int(file.name.removeprefix(f"{_TEMPORARY}{socket.gethostname()}-").split("-")[0])
-        if process != os.getpid() and not _alive(process):
+    """Removes what killed processes of this machine left half-written; what is called alike is left alone."""
+    ours = re.compile(rf"{re.escape(_TEMPORARY + socket.gethostname())}-(\d{{1,9}})-[0-9a-f]{{32}}(\..*)?")
+    for file in folder.glob(f"{_TEMPORARY}*"):
+        named = ours.fullmatch(file.name)
+        if named and file.is_file() and int(named[1]) != os.getpid() and not _alive(int(named[1])):
             file.unlink(missing_ok=True)
 
 

@@ -7,6 +7,7 @@ when its id is an image placeholder's.
 
 from __future__ import annotations
 
+import os.path
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,11 +20,10 @@ from tqdm.auto import tqdm
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
 from transformer_lens.utilities import sample_logits
-from transformers import StoppingCriteriaList
-from transformers.generation import StopStringCriteria
+from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput
 
-from .cache import HookedCache, is_vision
-from .image_embeddings import merge
+from .cache import HookedCache, heads_first, is_vision
 from .inputs import Inputs
 
 ROOM = 128  # positions that keys and values have room for when it is made anew
@@ -53,13 +53,18 @@ class Sampling:
             raise ValueError("temperature and freq_penalty must not be negative, repetition_penalty must be positive.")
 
     def choose(
-        self, logits: Float[Tensor, "batch d_vocab"], tokens: Int[Tensor, "batch pos"], step: int
+        self, logits: Float[Tensor, "batch d_vocab"], sequence: Inputs, step: int
     ) -> Int[Tensor, "batch"]:
         """The next token of each row; with a seed, the same whatever else draws random numbers."""
         temperature = self.temperature if self.do_sample else 0.0
+        logits, tokens = logits.float(), sequence.tokens
+        penalised = self.freq_penalty > 0 or self.repetition_penalty != 1
+        if penalised and not bool(sequence.attention_mask.all()):  # padding is no token that was said: a column of its own
+            tokens = tokens.masked_fill(sequence.attention_mask == 0, logits.shape[-1])
+            logits = torch.nn.functional.pad(logits, (0, 1), value=float("-inf"))
         with _seeded(None if self.seed is None else self.seed * 1_000_003 + step, logits.device):
             return sample_logits(
-                logits.float(),
+                logits,
                 top_k=self.top_k,
                 top_p=self.top_p,
                 temperature=temperature,
@@ -75,7 +80,7 @@ class Generation:
     @torch.no_grad()
     def generate(
         self,
-        input: Inputs | str | list[str] | Int[Tensor, "batch pos"],
+        input: Inputs | str | list[str] | Int[Tensor, "batch pos"] = "",
         max_new_tokens: int = 10,
         stop_at_eos: bool = True,
         eos_token_id: int | Sequence[int] | None = None,
@@ -90,17 +95,24 @@ class Generation:
         padding_side: str | None = None,
         return_type: Literal["input", "str", "tokens", "inputs"] = "input",
         verbose: bool = True,
-        fwd_hooks: Hooks = (),
+        output_logits: bool = False,
         return_cache: bool = False,
+        return_input_tokens: bool = False,
         names_filter: Any = None,
         device: torch.device | str | None = None,
+        pixel_values: None = None,
         stop_strings: str | Sequence[str] | None = None,
         stopping_criteria: Any = None,
+        attention_mask: Int[Tensor, "batch pos"] | None = None,
+        forced_bos_token_id: None = None,
+        *,
+        fwd_hooks: Hooks = (),
         seed: int | None = None,
     ) -> Any:
         """Continues each prompt; TransformerLens's arguments (it samples by default, as TransformerLens does).
 
         Args:
+            prepend_bos, padding_side, attention_mask: of the prompt, see `as_inputs`; decoding pads on the left.
             eos_token_id: what ends a row; None takes the checkpoint's generation settings.
             use_past_kv_cache: False runs the whole sequence anew at every step: the same tokens, slower.
             return_type: "tokens" [batch pos+new], the prompt included, filled after the end with the padding
@@ -110,36 +122,48 @@ class Generation:
             fwd_hooks: hooks for this call, at the prefill and at every step.
             return_cache: also the activations named by `names_filter`, over prompt and generated tokens, as they
                 were when those tokens were run (with hooks, the hooked ones), on `device`.
+            output_logits: the continuation as transformers' `GenerateDecoderOnlyOutput`, whatever the return_type: its
+                `sequences` are the tokens, its `logits` those of each new token, [batch d_vocab] each.
+            return_input_tokens: also the prompt's tokens as they were run, [batch pos].
+            stop_strings: a row stops after the token with which one of them is complete; [] stops nothing.
+            stopping_criteria: transformers' criteria, called with (tokens, logits of the last token).
+            pixel_values, forced_bos_token_id: refused: images travel in `Inputs`, and Qwen has no BOS.
             seed: makes sampling repeatable.
         Returns:
-            the continuation, or (continuation, HookedCache).
+            the continuation; with return_cache or return_input_tokens (continuation, HookedCache, tokens), those asked for.
         Raises:
-            ValueError: a continuation past the context, contradictory sampling settings, or placeholders
-                without images.
+            ValueError: a continuation past the context, contradictory sampling settings, placeholders
+                without images, or an argument that is refused.
         """
         if return_type not in ("input", "str", "tokens", "inputs"):
             raise ValueError(f"return_type must be 'input', 'str', 'tokens' or 'inputs', got {return_type!r}.")
-        if prepend_bos or padding_side == "right":
-            raise ValueError("Qwen2-VL has no BOS token and batches are padded on the left: drop these arguments.")
-        prompt = self.as_inputs(input).left_padded()
+        if pixel_values is not None:
+            raise ValueError("pixel_values= is not taken: pass model.to_inputs(prompt, images=[…]), which carries the images.")
+        _refuse_forced_bos(forced_bos_token_id)
+        prompt = self.as_inputs(input, attention_mask, prepend_bos, padding_side).left_padded()
         sampling = Sampling(do_sample, top_k, top_p, temperature, freq_penalty, repetition_penalty, seed)
         stop = self._stopping(stop_at_eos, eos_token_id, stop_strings, stopping_criteria)
         collector = self._collector(input, names_filter, device) if return_cache else None
         hooks = list(fwd_hooks) + (collector.hooks if collector else [])
-        done = prompt
+        done, kept = prompt, []
         with self.hooks(fwd_hooks=hooks):
             steps = self._steps(prompt, max_new_tokens, sampling, stop, use_past_kv_cache, collector)
-            for done in tqdm(steps, total=max_new_tokens, disable=not verbose, delay=1, desc="generating", unit="token"):
-                pass
-        output = self._as_asked(input, prompt, done, return_type)
-        return (output, HookedCache(collector.joined(), self, prompt_shape=done.prompt_shape)) if collector else output
+            for done, logits in _progress(steps, max_new_tokens, verbose):
+                kept += [logits] if output_logits else []
+        if output_logits:
+            output = GenerateDecoderOnlyOutput(sequences=done.tokens, logits=tuple(kept))
+        else:
+            output = self._as_asked(input, prompt, done, return_type)
+        more = [HookedCache(collector.joined(), self, prompt_shape=done.prompt_shape)] if collector else []
+        more += [prompt.tokens] if return_input_tokens else []
+        return (output, *more) if more else output
 
     @torch.no_grad()
     def generate_stream(
         self,
-        input: Inputs | str | list[str] | Int[Tensor, "batch pos"],
+        input: Inputs | str | list[str] | Int[Tensor, "batch pos"] = "",
         max_new_tokens: int = 10,
-        max_tokens_per_yield: int = 1,
+        max_tokens_per_yield: int = 25,
         stop_at_eos: bool = True,
         eos_token_id: int | Sequence[int] | None = None,
         do_sample: bool = True,
@@ -149,42 +173,58 @@ class Generation:
         freq_penalty: float = 0.0,
         repetition_penalty: float = 1.0,
         use_past_kv_cache: bool = True,
-        return_type: Literal["tokens", "str"] = "str",
-        fwd_hooks: Hooks = (),
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+        return_type: Literal["input", "str", "tokens"] = "input",
+        verbose: bool = True,
         stop_strings: str | Sequence[str] | None = None,
         stopping_criteria: Any = None,
+        attention_mask: Int[Tensor, "batch pos"] | None = None,
+        forced_bos_token_id: None = None,
+        *,
+        fwd_hooks: Hooks = (),
         seed: int | None = None,
-    ) -> Iterator[Int[Tensor, "batch new"] | str]:
-        """`generate`, yielding the new tokens (or, for one prompt, their text) as they come.
+    ) -> Iterator[Int[Tensor, "batch new"] | str | list[str]]:
+        """`generate` in chunks: put together they are what it returns as tokens or as text, the prompt in the first chunk.
 
         The hooks are on the model while the generator is being advanced, and only then.
 
+        Args:
+            max_tokens_per_yield: a chunk is given when it has so many tokens, the prompt's counted in the first, as in
+                TransformerLens: 1 gives every token as it comes.
+            return_type: "tokens" [batch new]; "str" the text, a list of texts for several prompts (for `Inputs` the answers'
+                alone); "input" text for text and Inputs, tokens for tokens. Half a character waits for its rest.
         Raises:
-            ValueError: as `generate`; text for several prompts at once.
+            ValueError: as `generate`.
         """
-        prompt = self.as_inputs(input).left_padded()
-        if return_type not in ("tokens", "str") or (return_type == "str" and len(prompt) != 1):
-            raise ValueError("stream 'tokens', or 'str' for one prompt: several texts cannot be told apart.")
+        if return_type not in ("input", "str", "tokens"):
+            raise ValueError(f"return_type must be 'input', 'str' or 'tokens', got {return_type!r}.")
+        if max_tokens_per_yield < 1:
+            raise ValueError(f"max_tokens_per_yield must be at least 1, got {max_tokens_per_yield}.")
+        _refuse_forced_bos(forced_bos_token_id)
+        as_text = not isinstance(input, Tensor) if return_type == "input" else return_type == "str"
+        prompt = self.as_inputs(input, attention_mask, prepend_bos, padding_side).left_padded()
         sampling = Sampling(do_sample, top_k, top_p, temperature, freq_penalty, repetition_penalty, seed)
         stop = self._stopping(stop_at_eos, eos_token_id, stop_strings, stopping_criteria)
         steps = self._steps(prompt, max_new_tokens, sampling, stop, use_past_kv_cache, None)
-        given, said, done = prompt.shape[1], "", prompt
+        steps = iter(_progress(steps, max_new_tokens, verbose))
+        given, said, done = 0, [""] * len(prompt), prompt
         while True:
             with self.hooks(fwd_hooks=list(fwd_hooks)), torch.no_grad():
-                following = next(steps, None)
-            done = done if following is None else following
-            ready = done.shape[1] - given
-            if ready and (following is None or ready >= max_tokens_per_yield):
-                if return_type == "tokens":
+                following, _ = next(steps, (None, None))
+            ended, done = following is None, done if following is None else following
+            if ended or done.shape[1] - given >= max_tokens_per_yield:
+                if as_text:
+                    texts = self._answer_text(prompt, done) if isinstance(input, Inputs) else self._row_texts(done)
+                    texts = texts if ended else [text.rstrip("\ufffd") for text in texts]  # half a character waits for its rest
+                    chunk = [text[len(before) :] for text, before in zip(texts, said)]
+                    said = texts
+                    if any(chunk):
+                        yield chunk if len(chunk) > 1 else chunk[0]
+                elif done.shape[1] > given:
                     yield done.tokens[:, given:]
-                    given = done.shape[1]
-                else:
-                    text = self._answer_text(prompt, done)[0]
-                    if following is None or not text.endswith("\ufffd"):  # half a character waits for its rest
-                        if text[len(said) :]:
-                            yield text[len(said) :]
-                        said, given = text, done.shape[1]
-            if following is None:
+                given = done.shape[1]
+            if ended:
                 return
 
     # ---- the loop -----------------------------------------------------------------------------
@@ -197,8 +237,8 @@ class Generation:
         stop: Callable[[Tensor, Tensor], Bool[Tensor, "batch"]],
         use_past_kv_cache: bool,
         collector: Collector | None,
-    ) -> Iterator[Inputs]:
-        """The prompt with one token more at each step, until every row has stopped."""
+    ) -> Iterator[tuple[Inputs, Float[Tensor, "batch d_vocab"]]]:
+        """The prompt with one token more at each step, and the logits it was chosen from, until every row has stopped."""
         if max_new_tokens < 0 or prompt.shape[1] + max_new_tokens > self.cfg.n_ctx:
             raise ValueError(
                 f"the prompt has {prompt.shape[1]} tokens and {max_new_tokens} more do not fit the context of "
@@ -215,10 +255,10 @@ class Generation:
         running = torch.ones(len(prompt), dtype=torch.bool, device=prompt.device)
         logits, sequence = self._next_logits(prompt, prompt, past), prompt
         for step in range(max_new_tokens):
-            chosen = sampling.choose(logits, sequence.tokens, step)
+            chosen = sampling.choose(logits, sequence, step)
             chosen = torch.where(running, chosen, self._fill_id())
             sequence = sequence.extend(chosen, running)
-            yield sequence
+            yield sequence, logits
             running = running & ~stop(sequence.tokens, logits)
             last = not running.any() or step == max_new_tokens - 1
             if not last or collector is not None:  # the last token is run only for its activations
@@ -232,10 +272,11 @@ class Generation:
         """Logits of the next token: of the whole sequence, or of its last position on top of the past."""
         with self.watched_run(prompt):
             if past is None or sequence is prompt:
-                start, embedded = 0, merge(self.embed(sequence.tokens), self.image_embeddings(sequence), sequence)
+                start, (residual, images) = 0, self.embed_prompts(sequence)
             else:
-                start, embedded = sequence.shape[1] - 1, self.embed(sequence.tokens[:, -1:])
-            residual = self.run_blocks(self.hook_embed(embedded), sequence, past=past, start=start)
+                start, images = sequence.shape[1] - 1, None
+                residual = self.hook_embed(self.embed(sequence.tokens[:, -1:]))
+            residual = self.run_blocks(residual, sequence, past=past, start=start, images=images)
             return self.unembed(self.ln_final(residual)[:, -1:])[:, 0].to(sequence.device)  # ln_final's hooks see every position
 
     # ---- stopping, and what comes back --------------------------------------------------------
@@ -249,8 +290,9 @@ class Generation:
         if stop_at_eos and not eos:
             raise ValueError("this checkpoint names no end token: pass eos_token_id= or stop_at_eos=False.")
         criteria = StoppingCriteriaList()
-        if stop_strings is not None:
-            criteria.append(StopStringCriteria(self._tokenizer(), stop_strings))
+        strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or ())
+        if any(strings):
+            criteria.append(StopStrings(self._tokenizer(), [string for string in strings if string]))
         if stopping_criteria is not None:
             several = isinstance(stopping_criteria, (list, tuple))
             criteria.extend(stopping_criteria if several else [stopping_criteria])
@@ -267,8 +309,8 @@ class Generation:
 
     def _fill_id(self) -> int:
         """What fills a row after its end."""
-        pad = None if self.tokenizer is None else self.tokenizer.pad_token_id
-        return pad if pad is not None else (self.cfg.special.eos or (0,))[0]
+        special = self.cfg.special
+        return special.pad if special.pad is not None else (special.eos or (0,))[0]
 
     def _as_asked(self, input: Any, prompt: Inputs, done: Inputs, return_type: str) -> Any:
         if return_type == "input":
@@ -281,8 +323,12 @@ class Generation:
         if isinstance(input, Inputs):
             texts = self._answer_text(prompt, done)
             return texts[0] if len(texts) == 1 else texts
-        texts = [self._decode(row.tokens[0][row.attention_mask[0].bool()]) for row in done]
-        return texts if isinstance(input, (list, tuple)) or len(texts) > 1 else texts[0]
+        texts = self._row_texts(done)
+        return texts if len(texts) > 1 else texts[0]
+
+    def _row_texts(self, done: Inputs) -> list[str]:
+        """The text of each row, prompt included, special tokens left out."""
+        return [self._decode(row.tokens[0][row.attention_mask[0].bool()]) for row in done]
 
     def _answer_text(self, prompt: Inputs, done: Inputs) -> list[str]:
         """The text of each row's new tokens, special tokens left out."""
@@ -296,6 +342,26 @@ class Generation:
         names = self._default_names(input, False) if names_filter is None else names_filter
         self._require_hooks(names)
         return Collector(self, names, device)
+
+
+class StopStrings(StoppingCriteria):
+    """Says which rows a stop string has come to an end in with their last token, as transformers' `StopStringCriteria` does.
+
+    That one works through the whole vocabulary at every call of `generate`; this one reads the text of the last few tokens.
+    """
+
+    def __init__(self, tokenizer: Any, strings: Sequence[str]):
+        self.tokenizer, self.strings = tokenizer, strings
+        self.window = max(len(string.encode()) for string in strings) + 1  # a token is a byte or more
+
+    def __call__(self, tokens: Int[Tensor, "batch pos"], logits: Any = None, **unused: Any) -> Bool[Tensor, "batch"]:
+        stopped = [self._ends_in(row) for row in tokens[:, -self.window :].tolist()]
+        return torch.tensor(stopped, dtype=torch.bool, device=tokens.device)
+
+    def _ends_in(self, row: list[int]) -> bool:
+        before, text = (self.tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in (row[:-1], row))
+        old = len(os.path.commonprefix([before, text]))  # half a character may have become a whole one
+        return any(string in text[max(0, old - len(string) + 1) :] for string in self.strings)
 
 
 class KeysAndValues(TransformerLensKeyValueCacheEntry):
@@ -349,14 +415,24 @@ class Collector:
         if is_vision(name):
             return chunks[-1]
         if not name.endswith(("hook_attn_scores", "hook_pattern")):
-            grown = len(chunks) > 1 and chunks[-1].shape[1] > 1
-            return chunks[-1] if grown else torch.cat(chunks, dim=1)
+            axis = 2 if heads_first(name) else 1
+            grown = len(chunks) > 1 and chunks[-1].shape[axis] > 1
+            return chunks[-1] if grown else torch.cat(chunks, dim=axis)
         if len(chunks) > 1 and chunks[-1].shape[-2] > 1:
             return chunks[-1]
         n_keys = max(chunk.shape[-1] for chunk in chunks)
         unseen = 0.0 if name.endswith("hook_pattern") else float("-inf")
         padded = [torch.nn.functional.pad(c, (0, n_keys - c.shape[-1]), value=unseen) for c in chunks]
         return torch.cat(padded, dim=-2)
+
+
+def _progress(steps: Iterator, total: int, verbose: bool) -> Iterator:
+    return tqdm(steps, total=total, disable=not verbose, delay=1, desc="generating", unit="token")
+
+
+def _refuse_forced_bos(token: Any) -> None:
+    if token is not None:
+        raise ValueError("forced_bos_token_id= is for encoder-decoder models: a Qwen2-VL has no BOS; drop the argument.")
 
 
 @contextmanager

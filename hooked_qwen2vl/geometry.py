@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.utilities import Slice, SliceInput
 
-from .positions import IMAGE, VIDEO, raster_order
+from .positions import IMAGE, VIDEO, tower_order
 from .segments import KINDS, PADDING
 
 
@@ -32,6 +32,7 @@ class Box(NamedTuple):
 
 
 _FRAME = re.compile(r"video\[(\d+)\]\.frame\[(\d+)\]")
+_ONE = {word: re.compile(rf"{word}\[\d+\]") for word in KINDS.values()}
 Place = str | Box | tuple[float, float, float, float] | int | slice | Sequence[int] | Tensor | np.ndarray
 
 
@@ -45,6 +46,8 @@ class Visual:
         grid: (t, h, w) in patches.
         size: (width, height) in original pixels.
         merge: side of a merge block, in patches.
+        window: side of the tower's attention windows, in image tokens; None where it has none.
+        seconds_per_frame: how long a video's frame (of the grid) lasts, where the model's positions know time.
     """
 
     row: int
@@ -52,6 +55,8 @@ class Visual:
     grid: tuple[int, int, int]
     size: tuple[float, float]
     merge: int
+    window: int | None = None
+    seconds_per_frame: float | None = None
 
     @property
     def n_patches(self) -> int:
@@ -137,7 +142,7 @@ class Geometry:
     def has_segment(self, name: str, row: int = 0) -> bool:
         """Whether the row has a segment of this name; every row has a `last`."""
         names = self.part_names(row)
-        return name == "last" or name in names or any(part.startswith(f"{name}[") for part in names)
+        return name == "last" or name in names or (name in _ONE and any(_ONE[name].fullmatch(part) for part in names))
 
     def resolve(self, where: Place, row: int = 0, image: int = 0) -> Int[Tensor, "n"]:
         """Positions of a place in one row: the one meaning that all analyses share.
@@ -146,8 +151,9 @@ class Geometry:
             where: one of
                 - the name of a segment, one of those that partition a row (`system`, `vision_start`, `image[k]`,
                   `video[k]`, `vision_end`, `question`, `history`, `template`, `answer`, `padding`); `image` or `video` for
-                  all of them; `video[k].frame[t]` (two frames of the video are one here); or `last`, the position that
-                  predicts the first answer token or, without an answer, the next token;
+                  all of them; `video[k].frame[t]` (two frames of the video are one here), and in Qwen3-VL `video[k].time[t]`,
+                  the timestamp before it; or `last`, the position that predicts the first answer token or, without an
+                  answer, the next token;
                 - a box: `Box(x0, y0, x1, y1)` or a tuple of four numbers, in original pixels of image `image`: the image
                   tokens that it overlaps by any area at all;
                 - a position (an int), or several (a list, a range, an integer tensor or array), negative from the end;
@@ -259,7 +265,7 @@ class Geometry:
         elif len(packed) == n_patches:
             t, h, w = visual.grid
             part = packed[self._slice(number, tokens=False)].unflatten(0, (t, h * w))
-            part = part[:, raster_order(h, w, visual.merge).to(packed.device)].unflatten(1, (h, w))
+            part = part[:, tower_order(h, w, visual.merge, visual.window).to(packed.device)].unflatten(1, (h, w))
         else:
             raise ValueError(
                 f"expected an activation over {n_patches} patches or {n_tokens} image tokens, got {len(packed)} rows."
@@ -279,8 +285,7 @@ class Geometry:
             if number >= t:
                 raise ValueError(f"video[{frame[1]}] has frames 0..{t - 1} (two video frames each), not {number}.")
             return self._positions_of_segment(f"video[{frame[1]}]", row).reshape(t, -1)[number]
-        whole = name in ("image", "video")
-        found = [i for i, part in enumerate(names) if part == name or (whole and part.startswith(f"{name}["))]
+        found = [i for i, part in enumerate(names) if part == name or (name in _ONE and _ONE[name].fullmatch(part))]
         if not found:
             raise ValueError(f"row {row} has no part called {name!r}; it has {', '.join(self.part_names(row))}.")
         return torch.tensor(found)

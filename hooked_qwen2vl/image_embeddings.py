@@ -1,6 +1,7 @@
 """What the tower makes of the images: how it is computed, kept, and known to be stale.
 
     pixels ─► vision_encoder ─► vision_projector ─► image embeddings ─► merged into the token embeddings
+                                                 └► (Qwen3-VL) what DeepStack adds after the decoder's first blocks
 
 Image embeddings that `encode` has computed are used again only by the weights, in the precision and for the pixels that
 gave them. Weights count as the same when they lie where they lay, no in-place edit was counted (`tensor._version`), and
@@ -44,6 +45,29 @@ def merge(
     return embedded.masked_scatter(places, images.to(embedded.device, embedded.dtype))
 
 
+def deepstack_terms(
+    images: Float[Tensor, "stream image_token d_model"] | None,
+    inputs: Inputs,
+    copies: int,
+    positions: slice,
+    like: Float[Tensor, "rows pos d_model"],
+) -> list[Float[Tensor, "rows pos d_model"]]:
+    """What DeepStack adds to the decoder's stream after each of its first blocks: 0 where there is no image.
+
+    Args:
+        images: stream 0 is the image embeddings; each further one is added. Of the batch, or of its copies.
+        copies: how many times over the batch comes. positions: of the prompts, those that are run.
+        like: the stream that they are added to.
+    """
+    if images is None or len(images) == 1:
+        return []
+    places = (inputs.token_types > 0).repeat(copies, 1).unsqueeze(-1).to(like.device)
+    if images.shape[1] * copies == int(places.sum()):
+        images = images.repeat(1, copies, 1)
+    nothing = like.new_zeros(*places.shape[:2], like.shape[-1])
+    return [nothing.masked_scatter(places, stream.to(like))[:, positions] for stream in images[1:]]
+
+
 class ImageEmbeddings:
     """Mixed into HookedQwen2VL."""
 
@@ -51,28 +75,37 @@ class ImageEmbeddings:
         """The same batch with its image embeddings, so that later runs need not run the tower."""
         if not inputs.visuals:
             return inputs
-        return inputs.with_image_embeddings(self.run_tower(inputs.to(self.cfg.device)), self.tower_stamp())
+        images = self.run_tower(inputs.to(self.cfg.device))
+        return inputs.with_image_embeddings(images[0], self.tower_stamp(), images[1:])
 
     def image_embeddings(self, inputs: Inputs) -> Float[Tensor, "image_token d_model"] | None:
-        """The images' embeddings, in order of appearance: as encoded before, or from the tower when it must run.
+        """The images' embeddings, in order of appearance: as encoded before, or from the tower when it must run."""
+        images = self.image_streams(inputs)
+        return None if images is None else images[0]
 
-        It must when they are stale, and when anything listens inside it. None for prompts without images.
+    def image_streams(self, inputs: Inputs) -> Float[Tensor, "stream image_token d_model"] | None:
+        """All that the projector writes for the decoder: the image embeddings, then what DeepStack adds.
+
+        As encoded before, or from the tower when it must run: when they are stale, and when anything listens inside it.
+        None for prompts without images.
         """
         if not inputs.visuals:
             return None
         if not self.is_encoded(inputs) or self.tower_is_listened_to():
             return self.run_tower(inputs)
-        hook = self.vision_projector.hook_out
-        return hook(inputs.image_embeds[None].clone())[0] if listened(hook) else inputs.image_embeds
+        hooks, streams = self.vision_projector.out_hooks, inputs.image_streams
+        if not listened(*hooks):
+            return streams
+        return torch.cat([hook(stream.clone()) for hook, stream in zip(hooks, streams.split(1))])
 
-    def run_tower(self, inputs: Inputs) -> Float[Tensor, "image_token d_model"]:
+    def run_tower(self, inputs: Inputs) -> Float[Tensor, "stream image_token d_model"]:
         """Pixels through tower and projector.
 
         Raises:
             ValueError: the result is not finite; the first stage where it was not is named.
         """
         pixels = inputs.pixels.to(self.cfg.device, self.cfg.dtype)
-        images = self.vision_projector(self.vision_encoder(pixels, inputs.grids))[0]
+        images = self.vision_projector(self.vision_encoder(pixels, inputs.grids), inputs.grids)
         with finite_check() as check:
             check.note(images, lambda: first_not_finite(self, pixels, inputs.grids))
         return images
@@ -80,13 +113,14 @@ class ImageEmbeddings:
     @torch.compiler.disable  # a question to the host
     def is_encoded(self, inputs: Inputs) -> bool:
         """Whether the inputs carry image embeddings that this tower, as it is now, has made of their pixels."""
-        return inputs.has_image_embeddings and inputs.encoded_by == self.tower_stamp()
+        whole = (inputs.deepstack_embeds is not None) == bool(self.cfg.vision.deepstack_layers)
+        return inputs.has_image_embeddings and whole and inputs.encoded_by == self.tower_stamp()
 
     def tower_is_listened_to(self) -> bool:
         """Whether anything listens before the image embeddings: a hook point, or a bare torch hook on a module."""
-        exempt = self.vision_projector.hook_out
+        exempt = {id(hook) for hook in self.vision_projector.out_hooks}
         modules = (module for tower in (self.vision_encoder, self.vision_projector) for module in tower.modules())
-        return any(module is not exempt and listened(module) for module in modules)
+        return any(id(module) not in exempt and listened(module) for module in modules)
 
     @torch.no_grad()
     def tower_stamp(self) -> tuple:
@@ -128,7 +162,7 @@ class ImageEmbeddingsCache:
         self, model: Any, capacity: int = CAPACITY, watch: Callable[[Inputs], AbstractContextManager] = lambda inputs: nullcontext(())
     ):
         self.model, self.capacity, self.watch, self.computed = model, capacity, watch, 0
-        self._held: OrderedDict[tuple, tuple[Float[Tensor, "image_token d_model"], Sequence[Tensor]]] = OrderedDict()
+        self._held: OrderedDict[tuple, tuple[Float[Tensor, "stream image_token d_model"], Sequence[Tensor]]] = OrderedDict()
 
     def __call__(self, inputs: Inputs) -> Inputs:
         """The same batch with its image embeddings, as `model.encode` gives it."""
@@ -142,17 +176,18 @@ class ImageEmbeddingsCache:
         stamp = self.model.tower_stamp()
         pixels = inputs.pixels.split([visual.n_patches for visual in inputs.visuals])
         held = [self._of_one(inputs, visual, part, stamp) for visual, part in zip(inputs.visuals, pixels)]
-        return inputs.with_image_embeddings(torch.cat([images for images, _ in held]), stamp), [seen for _, seen in held]
+        images = torch.cat([images for images, _ in held], dim=1)
+        return inputs.with_image_embeddings(images[0], stamp, images[1:]), [seen for _, seen in held]
 
     def _of_one(
         self, inputs: Inputs, visual: Any, pixels: Tensor, stamp: tuple
-    ) -> tuple[Float[Tensor, "image_token d_model"], Sequence[Tensor]]:
+    ) -> tuple[Float[Tensor, "stream image_token d_model"], Sequence[Tensor]]:
         key = (stamp, visual.grid, image_hash(pixels))
         if key not in self._held:
             # only pixels and grids reach the tower: the tokens of this batch stand by
             one = replace(inputs, visuals=(visual,), pixels=pixels)
             with self.watch(one) as seen:
-                self._held[key] = self.model.encode(one).image_embeds, seen
+                self._held[key] = self.model.encode(one).image_streams, seen
             self.computed += 1
         self._held.move_to_end(key)
         held = self._held[key]

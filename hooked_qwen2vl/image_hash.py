@@ -13,6 +13,13 @@ from PIL import Image
 from torch import Tensor
 
 
+def _length(path: Path) -> int | None:
+    try:
+        return path.stat().st_size if path.is_file() else None
+    except (OSError, ValueError):  # a name that no file can have
+        return None
+
+
 def image_hash(image: Any, wherever: bool = False) -> str:
     """32 digits that tell images apart: files by their path; pictures by their pixels, mode and size; arrays and tensors by
     their values, dtype and shape.
@@ -23,8 +30,8 @@ def image_hash(image: Any, wherever: bool = False) -> str:
     hashed = hashlib.blake2b(digest_size=16)
     if isinstance(image, (str, os.PathLike)):
         path = Path(image)
-        length = path.stat().st_size if wherever and path.is_file() else None
-        hashed.update(f"file {path.name} {length}".encode() if wherever else f"file {path}".encode())
+        length = _length(path) if wherever else None
+        hashed.update((f"file {path.name} {length}" if wherever else f"file {path}").encode(errors="surrogatepass"))
     elif isinstance(image, Image.Image):
         hashed.update(f"picture {image.mode} {image.size} {image.getpalette()} {image.info.get('transparency')}".encode())
         hashed.update(image.tobytes())

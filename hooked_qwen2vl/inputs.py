@@ -10,6 +10,7 @@ without their images, so torch refuses it by type, and `.tokens` says when ids a
 
 from __future__ import annotations
 
+import copy
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -41,6 +42,7 @@ class Inputs(Geometry):
         pixels: [patch d_patch] normalised patches of all visuals, packed in that order, each in the
             tower's order; None when there are none.
         image_embeds: [image_token d_model], once `model.encode` has computed them.
+        deepstack_embeds: [merger image_token d_model], with them: what DeepStack adds in the decoder; None where a model has none.
         encoded_by: which weights computed them; another model's are computed anew.
         encoded_pixels: a digest of each image's pixels that they were computed from.
     """
@@ -56,6 +58,7 @@ class Inputs(Geometry):
     image_embeds: Float[Tensor, "image_token d_model"] | None = None
     encoded_by: tuple | None = None
     encoded_pixels: tuple[int, ...] = ()
+    deepstack_embeds: Float[Tensor, "merger image_token d_model"] | None = None
 
     # ---- construction -------------------------------------------------------------------------
 
@@ -98,14 +101,10 @@ class Inputs(Geometry):
         types[tokens == cfg.image_token_id] = IMAGE
         types[tokens == cfg.video_token_id] = VIDEO
         types = types * mask
-        merge = cfg.vision.spatial_merge_size
         _check_visuals(types, visuals)
         _check_pixels(pixels, visuals, cfg)
-        grids = {
-            kind: torch.tensor([v.grid for v in visuals if v.kind == kind], dtype=torch.long).reshape(-1, 3)
-            for kind in (IMAGE, VIDEO)
-        }
-        position_ids, delta = mrope_positions(types, mask, grids[IMAGE], grids[VIDEO], merge)
+        visuals = [replace(visual, window=cfg.vision.window) for visual in visuals]
+        position_ids, delta = _positions(types, mask, visuals, cfg)
         return cls(
             tokens=tokens,
             attention_mask=mask,
@@ -123,13 +122,20 @@ class Inputs(Geometry):
         tokens: Int[Tensor, "batch pos"] | Int[Tensor, "pos"],
         cfg: HookedQwen2VLConfig,
         attention_mask: Int[Tensor, "batch pos"] | None = None,
+        padding_side: str | None = None,
     ) -> Inputs:
         """Text-only prompts from token ids.
 
+        Args:
+            attention_mask: None reads the padding off the ids (see `padding_mask`).
+            padding_side: on which side a run of the padding id is padding, where that is not plain from the batch.
         Raises:
-            ValueError: the tokens hold image or video placeholders: their images are not here.
+            ValueError: the tokens hold image or video placeholders: their images are not here. Or the padding id could be text.
         """
-        return cls.build(tokens[None] if tokens.ndim == 1 else tokens, cfg, attention_mask)
+        tokens = tokens[None] if tokens.ndim == 1 else tokens
+        if attention_mask is None:
+            attention_mask = padding_mask(tokens, cfg.special.pad, padding_side)
+        return cls.build(tokens, cfg, attention_mask)
 
     @classmethod
     def from_processor(
@@ -138,7 +144,7 @@ class Inputs(Geometry):
         cfg: HookedQwen2VLConfig,
         image_sizes: Sequence[tuple[float, float]] | None = None,
     ) -> Inputs:
-        """The mapping that HF's Qwen2VLProcessor returns (`return_tensors="pt"`).
+        """The mapping that HF's processor of the model returns (`return_tensors="pt"`); Qwen2.5-VL's `second_per_grid_ts` included.
 
         The parts of a prompt are read off its ids (see `segments.names_from_ids`).
 
@@ -151,9 +157,9 @@ class Inputs(Geometry):
         if "input_ids" not in batch:
             raise ValueError(f"expected the processor's mapping with 'input_ids', got keys {sorted(batch)}.")
         tokens = _rectangle(batch["input_ids"], "input_ids")
-        mask = batch.get("attention_mask")
-        mask = torch.ones_like(tokens) if mask is None else _rectangle(mask, "attention_mask")
         _check_shape(tokens)
+        mask = batch.get("attention_mask")
+        mask = padding_mask(tokens, cfg.special.pad) if mask is None else _rectangle(mask, "attention_mask")
         _check_mask(mask, tokens)
         packs = {
             IMAGE: _unpack(batch, "pixel_values", "image_grid_thw"),
@@ -162,6 +168,7 @@ class Inputs(Geometry):
         if image_sizes is not None and len(image_sizes) != len(packs[IMAGE]):
             raise ValueError(f"expected {len(packs[IMAGE])} image_sizes, one for each image, got {len(image_sizes)}.")
         sizes = iter(image_sizes or ())
+        seconds = iter(_seconds(batch, len(packs[VIDEO]), cfg))
         merge, side = cfg.vision.spatial_merge_size, cfg.vision.patch_size
         ids = {cfg.image_token_id: IMAGE, cfg.video_token_id: VIDEO}
         visuals, pixels = [], []
@@ -176,10 +183,10 @@ class Inputs(Geometry):
                 grid, patches = packs[kind].pop(0)
                 resized = (float(grid[2] * side), float(grid[1] * side))
                 size = tuple(map(float, next(sizes, resized))) if kind == IMAGE else resized
-                visual = Visual(row, kind, grid, size, merge)
+                visual = Visual(row, kind, grid, size, merge, seconds_per_frame=next(seconds) if kind == VIDEO else None)
                 visuals.append(visual)
                 pixels.append(patches)
-                position += visual.n_tokens
+                position = _end_of(visual, kinds, position)
         if packs[IMAGE] or packs[VIDEO]:
             raise ValueError(
                 f"the processor's batch has {len(packs[IMAGE])} images and {len(packs[VIDEO])} videos that no "
@@ -201,9 +208,23 @@ class Inputs(Geometry):
         pixels = [row.pixels for row in rows if row.pixels is not None]
         return cls.build(tokens, cfg, mask, visuals, torch.cat(pixels) if pixels else None, names)
 
-    def with_image_embeddings(self, image_embeds: Float[Tensor, "image_token d_model"], encoded_by: tuple) -> Inputs:
-        """The same batch with its image embeddings computed."""
-        return replace(self, image_embeds=image_embeds, encoded_by=encoded_by, encoded_pixels=self._pixel_digests())
+    def with_image_embeddings(
+        self,
+        image_embeds: Float[Tensor, "image_token d_model"],
+        encoded_by: tuple,
+        deepstack_embeds: Float[Tensor, "merger image_token d_model"] | None = None,
+    ) -> Inputs:
+        """The same batch with its image embeddings computed, and what DeepStack adds where there are mergers for it."""
+        added = deepstack_embeds if deepstack_embeds is not None and len(deepstack_embeds) else None
+        return replace(
+            self, image_embeds=image_embeds, encoded_by=encoded_by, encoded_pixels=self._pixel_digests(), deepstack_embeds=added
+        )
+
+    @property
+    def image_streams(self) -> Float[Tensor, "stream image_token d_model"]:
+        """The image embeddings, then what DeepStack adds, as they were encoded."""
+        images = self.image_embeds[None]
+        return images if self.deepstack_embeds is None else torch.cat((images, self.deepstack_embeds))
 
     @property
     def has_image_embeddings(self) -> bool:
@@ -238,7 +259,14 @@ class Inputs(Geometry):
 
     def left_padded(self) -> Inputs:
         """The same rows with all their padding on the left, as decoding needs them; positions stay the tokens' own."""
-        order = self.attention_mask.argsort(dim=-1, stable=True)
+        return self._in_order(self.attention_mask.argsort(dim=-1, stable=True))
+
+    def right_padded(self) -> Inputs:
+        """The same rows with all their padding on the right."""
+        return self._in_order((1 - self.attention_mask).argsort(dim=-1, stable=True))
+
+    def _in_order(self, order: Int[Tensor, "batch pos"]) -> Inputs:
+        """Each row with its positions in another order; M-RoPE positions stay the tokens' own."""
         if torch.equal(order, torch.arange(self.shape[1], device=self.device).expand_as(order)):
             return self
         names = tuple(tuple(row[place] for place in places) for row, places in zip(self.names, order.tolist()))
@@ -315,8 +343,10 @@ class Inputs(Geometry):
                     embeds.append(self._slice(number, tokens=True))
                     digests += self.encoded_pixels[number : number + 1]
 
-        def gather(packed: Tensor | None, parts: list[slice]) -> Tensor | None:
-            return None if packed is None or not parts else torch.cat([packed[part] for part in parts])
+        def gather(packed: Tensor | None, parts: list[slice], axis: int = 0) -> Tensor | None:
+            if packed is None or not parts:
+                return None
+            return torch.cat([packed.narrow(axis, part.start, part.stop - part.start) for part in parts], dim=axis)
 
         return replace(
             self,
@@ -329,6 +359,7 @@ class Inputs(Geometry):
             visuals=tuple(visuals),
             pixels=gather(self.pixels, patches),
             image_embeds=gather(self.image_embeds, embeds),
+            deepstack_embeds=gather(self.deepstack_embeds, embeds, axis=1),
             encoded_pixels=tuple(digests),
         )
 
@@ -373,6 +404,7 @@ class Inputs(Geometry):
             rope_delta=move(self.rope_delta),
             pixels=move(self.pixels),
             image_embeds=move(self.image_embeds),
+            deepstack_embeds=move(self.deepstack_embeds),
         )
 
     def cpu(self) -> Inputs:
@@ -387,7 +419,7 @@ class Inputs(Geometry):
 
     def detach(self) -> Inputs:
         """Without the graph of its pixels and image embeddings."""
-        parts = {"pixels": self.pixels, "image_embeds": self.image_embeds}
+        parts = {name: getattr(self, name) for name in ("pixels", "image_embeds", "deepstack_embeds")}
         return replace(self, **{name: None if part is None else part.detach() for name, part in parts.items()})
 
     def numpy(self) -> np.ndarray:
@@ -416,6 +448,63 @@ class Inputs(Geometry):
         videos = len(self.visuals) - images
         encoded = ", encoded" if self.image_embeds is not None else ""
         return f"Inputs(batch {len(self)}, pos {self.shape[1]}, images {images}, videos {videos}{encoded})"
+
+
+def padding_left(tokenizer: Any) -> Any:
+    """The tokenizer, or a copy of it, that pads on the left until its `padding_side` is set."""
+    if tokenizer.padding_side != "left":
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def padding_mask(
+    tokens: Int[Tensor, "batch pos"], pad: int | None, padding_side: str | None = None
+) -> Int[Tensor, "batch pos"]:
+    """1 where a row has a token, 0 where the padding id stands at its ends.
+
+    Args:
+        pad: the padding id; None: nothing is padding.
+        padding_side: "left" or "right" where only that end is padded, and is, whatever else the batch looks like.
+    Raises:
+        ValueError: the id could be text: it stands at the same end of every row, or inside a row too.
+    """
+    mask = torch.ones_like(tokens)
+    if pad is None or tokens.ndim != 2:
+        return mask
+    text = tokens != pad
+    before, after = text.cumsum(-1) == 0, text.flip(-1).cumsum(-1).flip(-1) == 0
+    padding = {"left": before, "right": after}.get(padding_side, before | after)
+    if padding_side is None and bool(padding.any()):
+        for suspect, where in (
+            (before[:, 0].all(), "every row begins with it"),
+            (after[:, -1].all(), "every row ends with it"),
+            ((~text & ~padding).any(), "it stands at the end of one row and inside another"),
+        ):
+            if suspect:
+                raise ValueError(
+                    f"token {pad} is the padding's, and {where}: the ids do not tell whether it is text there. Pass "
+                    f"attention_mask=, [batch pos], 1 where there is a token: torch.ones_like(tokens) if it is text."
+                )
+    return mask.masked_fill(padding, 0)
+
+
+def _positions(
+    types: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], visuals: Sequence[Visual], cfg: HookedQwen2VLConfig
+) -> tuple[Int[Tensor, "3 batch pos"], Int[Tensor, "batch"]]:
+    """M-RoPE positions and deltas; a video in real time, or frame by frame where each stands behind its timestamp."""
+    grids: dict[int, list[tuple[int, int, int]]] = {IMAGE: [], VIDEO: []}
+    steps: list[float] = []
+    rate = cfg.vision.tokens_per_second
+    for visual in visuals:
+        t, h, w = visual.grid
+        frames = [(1, h, w)] * t if cfg.vision.timestamps and visual.kind == VIDEO else [visual.grid]
+        grids[visual.kind] += frames
+        if visual.kind == VIDEO:
+            step = 1.0 if rate is None else float(torch.tensor(visual.seconds_per_frame, dtype=torch.float32) * rate)
+            steps += [step] * len(frames)
+    image_grids, video_grids = (torch.tensor(grids[kind], dtype=torch.long).reshape(-1, 3) for kind in (IMAGE, VIDEO))
+    return mrope_positions(types, mask, image_grids, video_grids, cfg.vision.spatial_merge_size, steps)
 
 
 def _pad_left(rows: Int[Tensor, "batch pos"], width: int, value: int) -> Int[Tensor, "batch width"]:
@@ -493,7 +582,8 @@ def _name_rows(
     for row, seen in enumerate(mask.bool()):
         kinds = types[row][seen].tolist()
         if names is None:
-            known = names_from_ids(tokens[row][seen].tolist(), kinds, cfg)
+            frames = [v.grid[0] for v in visuals if v.row == row and v.kind == VIDEO and cfg.vision.timestamps]
+            known = names_from_ids(tokens[row][seen].tolist(), kinds, cfg, frames)
         else:
             known = [name for name, real in zip(names[row], seen.tolist()) if real]
         here = [(visual.kind, visual.n_tokens) for visual in visuals if visual.row == row]
@@ -509,6 +599,31 @@ def _rectangle(values: Any, key: str) -> Int[Tensor, "batch pos"]:
         raise ValueError(
             f"{key} is not one rectangle ({error}): call the processor with padding=True, return_tensors='pt'."
         ) from error
+
+
+def _end_of(visual: Visual, kinds: Sequence[int], start: int) -> int:
+    """The position after a visual's last placeholder; other tokens may stand between a video's frames."""
+    left = visual.n_tokens
+    for position in range(start, len(kinds)):
+        left -= kinds[position] == visual.kind
+        if not left:
+            return position + 1
+    return len(kinds)
+
+
+def _seconds(batch: Mapping[str, Any], n_videos: int, cfg: HookedQwen2VLConfig) -> list[float | None]:
+    """Seconds that each frame (of the grid) of each video lasts; None where the model's positions know no time."""
+    given = batch.get("second_per_grid_ts")
+    if cfg.vision.tokens_per_second is None:
+        if given is not None:
+            raise ValueError("second_per_grid_ts came with the batch, but this model's positions know no time: it is Qwen2.5-VL's.")
+        return [None] * n_videos
+    if given is None:
+        return [1.0] * n_videos  # what the reference takes it for
+    seconds = torch.as_tensor(given).flatten().tolist()
+    if len(seconds) != n_videos or not all(0 < second < float("inf") for second in seconds):
+        raise ValueError(f"expected second_per_grid_ts to be {n_videos} numbers above 0, one for each video, got {seconds}.")
+    return seconds
 
 
 def _unpack(batch: Mapping[str, Any], pixels: str, grids: str) -> list[tuple[tuple[int, int, int], Tensor]]:

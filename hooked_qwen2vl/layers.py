@@ -84,6 +84,11 @@ def no_bias(like: Float[Tensor, "out in"], size: int) -> Float[Tensor, "size"]:
     return torch.zeros(1, dtype=like.dtype, device=device).expand(size)
 
 
+def bias_of(linear: nn.Linear, name: str) -> Float[Tensor, "out"]:
+    """The layer's bias, or where it has none zeros that refuse to be written."""
+    return no_bias(linear.weight, linear.out_features) if linear.bias is None else readable(linear.bias, name)
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) · w, with the statistics in float32 and the cast back before the weight, as the reference."""
 
@@ -106,6 +111,20 @@ class RMSNorm(nn.Module):
 
     def scale(self, x: Float[Tensor, "batch pos *head d"]) -> Float[Tensor, "batch pos *head 1"]:
         return (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
+
+
+class HeadNorm(RMSNorm):
+    """RMSNorm of every head's query or key, over d_head; hooks and shapes as TransformerLens's Qwen3 bridge has them."""
+
+    def __init__(self, d_head: int, eps: float):
+        super().__init__(d_head, eps)
+        self.hook_in = HookPoint()  # [batch, head, pos, d_head]
+        self.hook_out = HookPoint()  # [batch, head, pos, d_head]
+        for hook in (self.hook_in, self.hook_scale, self.hook_normalized, self.hook_out):
+            hook.pos_dim = 2
+
+    def forward(self, x: Float[Tensor, "batch head pos d_head"]) -> Float[Tensor, "batch head pos d_head"]:
+        return self.hook_out(super().forward(self.hook_in(x)))
 
 
 class LayerNorm(nn.Module):
@@ -138,13 +157,13 @@ def _widen(x: Tensor) -> Tensor:
 
 
 class GatedMLP(nn.Module):
-    """SwiGLU: W_out(silu(x W_gate) · x W_in); the decoder's."""
+    """SwiGLU: W_out(silu(x W_gate) · x W_in); the decoder's, and with biases the one of Qwen2.5-VL's tower."""
 
-    def __init__(self, d_model: int, d_mlp: int):
+    def __init__(self, d_model: int, d_mlp: int, bias: bool = False):
         super().__init__()
-        self.gate_proj = nn.Linear(d_model, d_mlp, bias=False)
-        self.up_proj = nn.Linear(d_model, d_mlp, bias=False)
-        self.down_proj = nn.Linear(d_mlp, d_model, bias=False)
+        self.gate_proj = nn.Linear(d_model, d_mlp, bias=bias)
+        self.up_proj = nn.Linear(d_model, d_mlp, bias=bias)
+        self.down_proj = nn.Linear(d_mlp, d_model, bias=bias)
         self.hook_pre = HookPoint()  # [batch, pos, d_mlp], the gate before silu
         self.hook_pre_linear = HookPoint()  # [batch, pos, d_mlp], what the gate multiplies
         self.hook_post = HookPoint()  # [batch, pos, d_mlp], the product
@@ -167,19 +186,24 @@ class GatedMLP(nn.Module):
         return readable(self.down_proj.weight, "W_out").T
 
     @property
+    def b_gate(self) -> Float[Tensor, "d_mlp"]:
+        return bias_of(self.gate_proj, "b_gate")
+
+    @property
     def b_in(self) -> Float[Tensor, "d_mlp"]:
-        return no_bias(self.up_proj.weight, self.up_proj.out_features)
+        return bias_of(self.up_proj, "b_in")
 
     @property
     def b_out(self) -> Float[Tensor, "d_model"]:
-        return no_bias(self.down_proj.weight, self.down_proj.out_features)
+        return bias_of(self.down_proj, "b_out")
 
 
 class MLP(nn.Module):
-    """W_out(quick_gelu(x W_in + b_in)) + b_out; the tower's."""
+    """W_out(activation(x W_in + b_in)) + b_out; the tower's: quick_gelu in Qwen2-VL, tanh-GELU in Qwen3-VL."""
 
-    def __init__(self, d_model: int, d_mlp: int):
+    def __init__(self, d_model: int, d_mlp: int, activation: Callable[[Tensor], Tensor]):
         super().__init__()
+        self.activation = activation
         self.fc1 = nn.Linear(d_model, d_mlp)
         self.fc2 = nn.Linear(d_mlp, d_model)
         self.hook_pre = HookPoint()  # [1, patch, d_mlp]
@@ -187,7 +211,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         pre = self.hook_pre(self.fc1(x))
-        return self.fc2(self.hook_post(quick_gelu(pre)))
+        return self.fc2(self.hook_post(self.activation(pre)))
 
     @property
     def W_in(self) -> Float[Tensor, "d_model d_mlp"]:
@@ -209,3 +233,6 @@ class MLP(nn.Module):
 def quick_gelu(x: Tensor) -> Tensor:
     """x · sigmoid(1.702 x)."""
     return x * torch.sigmoid(1.702 * x)
+
+
+gelu_tanh = partial(F.gelu, approximate="tanh")

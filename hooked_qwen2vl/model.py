@@ -1,14 +1,16 @@
-"""Qwen2-VL as a hooked model: a vision prefix before a TransformerLens decoder.
+"""Qwen2-VL and its line as a hooked model: a vision prefix before a TransformerLens decoder.
 
-    pixels ─► vision_encoder ─► vision_projector ─► (image embeddings) ┐
-    tokens ─► embed ────────────────────────────────────────────────► merge ─► blocks ─► ln_final ─► unembed ─► logits
+    pixels ─► vision_encoder ─► vision_projector ─► (image embeddings) ┐      (and in Qwen3-VL DeepStack ┐)
+    tokens ─► embed ────────────────────────────────────────────────► merge ─► blocks, the first of them + ─► ln_final ─► unembed
 
-Nothing is kept between forwards. Source of the architecture: Qwen2-VL technical report (Wang et al., 2024)
-and `modeling_qwen2_vl.py` of transformers.
+The configuration chooses the parts: which tower (`TOWERS`), how many DeepStack mergers, which norms and biases. Nothing is
+kept between forwards. Source of the architecture: technical reports of Qwen2-VL (Wang et al., 2024), Qwen2.5-VL (Bai et al.,
+2025) and Qwen3-VL (2025), and `modeling_qwen2_vl.py`, `modeling_qwen2_5_vl.py` and `modeling_qwen3_vl.py` of transformers.
 """
 
 from __future__ import annotations
 
+import inspect
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -26,23 +28,24 @@ from transformer_lens import HookedRootModule
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 from transformer_lens.utilities import Slice, SliceInput
 
+from . import vision, vision_qwen3, vision_qwen25
+from .adapters import adapted_model, is_adapted, merge_adapter, merged_weights
 from .attention import Causal
 from .block import decoder_block
-from .cache import HookedCache, is_vision
+from .cache import HookedCache, heads_first, is_vision
 from .checkpoint import open_checkpoint
 from .config import HookedQwen2VLConfig, convert_config
 from .devices import beside, dispatch, refuse_far_weights, spread_over
 from .export import export_text_model
 from .generate import Generation
-from .image_embeddings import ImageEmbeddings, merge
+from .image_embeddings import ImageEmbeddings, deepstack_terms, merge
 from .inputs import Inputs
-from .layers import HookPoint, RMSNorm, running_prompt
+from .layers import HookPoint, RMSNorm, listened, running_prompt
 from .overflow import finite_check
 from .processor import Processor
 from .rope import text_rotation
 from .tl_weights import TransformerLensWeights, Unembed
-from .tokens import Tokens
-from .vision import VisionEncoder, VisionProjector
+from .tokens import Tokens, _check_side
 from .weight_processing import process_weights
 from .weights import load_weights, refuse_quantised
 
@@ -50,10 +53,11 @@ NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 ReturnType = Literal["logits", "loss", "both"] | None
 _SPLIT_INPUTS = ("attn.hook_q_input", "attn.hook_k_input", "attn.hook_v_input")
 PREFIX_HOOK = "vision_projector.hook_out"
+TOWERS = {"qwen2_vl": vision, "qwen2_5_vl": vision_qwen25, "qwen3_vl": vision_qwen3}
 
 
 class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights, HookedRootModule):
-    """Qwen2-VL with TransformerLens's hooks, names and shapes.
+    """Qwen2-VL, Qwen2.5-VL or Qwen3-VL with TransformerLens's hooks, names and shapes.
 
     Attributes:
         cfg: a TransformerLensConfig that carries the numbers of both halves.
@@ -63,13 +67,15 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
     def __init__(self, cfg: HookedQwen2VLConfig, processor: Processor | None = None):
         super().__init__()
         self.cfg, self.processor = cfg, processor
-        if processor is not None:
-            cfg.special = replace(cfg.special, line_breaks=processor.line_breaks())
-        self.vision_encoder = VisionEncoder(cfg.vision)
-        self.vision_projector = VisionProjector(cfg.vision)
+        self._follow_tokenizer()
+        tower = TOWERS[cfg.vision.tower]
+        self.vision_encoder = tower.VisionEncoder(cfg.vision)
+        self.vision_projector = tower.VisionProjector(cfg.vision)
         self.embed = nn.Embedding(cfg.d_vocab, cfg.d_model)
         self.hook_embed = HookPoint()  # [batch, pos, d_model], images merged in
         self.blocks = nn.ModuleList(decoder_block(cfg.text) for _ in range(cfg.n_layers))
+        for layer, _ in enumerate(cfg.vision.deepstack_layers):
+            self.blocks[layer].hook_deepstack = HookPoint()  # [batch, pos, d_model], added after the block
         self.ln_final = RMSNorm(cfg.d_model, cfg.eps)
         self.unembed = Unembed(cfg.d_model, cfg.d_vocab)
         if cfg.text.tie_word_embeddings:
@@ -92,8 +98,12 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         offload_folder: str | Path | None = None,
         revision: str | None = None,
         local_files_only: bool = False,
+        adapter: str | Path | bool | None = None,
     ) -> HookedQwen2VL:
         """Loads "scenes" (the embedded model), a Qwen2-VL folder, or a hub id, straight from safetensors.
+
+        A folder with a LoRA adapter in it, beside weights or by itself, is the tuned model: `model.cfg.adapter` says which
+        adapter is merged.
 
         Args:
             dtype: of the weights; None keeps the checkpoint's own, and then nothing is copied.
@@ -102,6 +112,8 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
             max_memory: for a device_map that is not a map: device -> bytes or "10GiB".
             offload_folder: an empty or new folder for what the device_map puts on "disk".
             revision, local_files_only: for hub ids, as in transformers.
+            adapter: a PEFT folder or hub id, merged by peft (`pip install hooked-qwen2vl[adapters]`) into the weights, in the
+                dtype that is asked for; False leaves out an adapter that lies in the folder.
         Raises:
             ValueError: another architecture, an unsupported configuration, missing, unused, misshapen or quantised
                 weights, damaged files, no network, an unknown dtype, or a device_map that cannot be had.
@@ -111,11 +123,15 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
             raise ValueError("pass device= or device_map=, not both.")
         if device_map is None and (max_memory is not None or offload_folder is not None):
             raise ValueError("max_memory= and offload_folder= belong to a device_map=, such as 'auto'.")
-        checkpoint = open_checkpoint(name, revision, local_files_only)
+        checkpoint = open_checkpoint(name, revision, local_files_only, adapter)
         refuse_quantised(checkpoint.config, checkpoint.name)
         cfg = convert_config(checkpoint.config, checkpoint.name, checkpoint.generation)
         processor = Processor.from_folder(checkpoint.folder) if _has_processor(checkpoint.folder) else None
-        model = cls._from_weights(cfg, checkpoint, processor, str(checkpoint.folder))
+        source: Any = checkpoint
+        if checkpoint.adapter is not None:
+            source = merge_adapter(cfg, checkpoint.config, checkpoint, checkpoint.adapter, wanted)
+            _say_adapted(cfg, str(checkpoint.adapter if adapter is None else adapter), source)
+        model = cls._from_weights(cfg, source, processor, str(checkpoint.folder))
         if wanted is not None:
             model.to(wanted)
         if device_map is not None:
@@ -126,12 +142,18 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
     def from_hf(cls, hf_model: Any, processor: Any = None) -> HookedQwen2VL:
         """Hooks a Qwen2VLForConditionalGeneration in memory; the weights are shared, not copied.
 
+        Of a model with LoRA adapters (a PeftModel, or transformers' own `add_adapter`) those at work are merged, in copies;
+        `model.cfg.adapter` has their names.
+
         Args:
             processor: transformers' Qwen2VLProcessor or a `Processor`; without one, pass `Inputs` or tokens.
         Raises:
             ValueError: another architecture, an unsupported configuration, or weights that are not plain
                 floating-point tensors in memory (quantised, or spread over devices by accelerate).
         """
+        adapted, adapter = is_adapted(hf_model), None
+        if adapted:
+            hf_model, adapter = adapted_model(hf_model)
         name = getattr(hf_model.config, "name_or_path", "") or type(hf_model).__name__
         refuse_quantised(hf_model.config.to_dict(), name)
         refuse_far_weights(hf_model, name)
@@ -139,7 +161,10 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
             processor = Processor.from_hf(processor)
         generation = hf_model.generation_config.to_dict() if hf_model.generation_config is not None else {}
         cfg = convert_config(hf_model.config, name, {k: v for k, v in generation.items() if v is not None})
-        return cls._from_weights(cfg, hf_model.state_dict(), processor, name)
+        source = merged_weights(hf_model) if adapted else hf_model.state_dict()
+        if adapter is not None:
+            _say_adapted(cfg, adapter, source)
+        return cls._from_weights(cfg, source, processor, name)
 
     @classmethod
     def _from_weights(cls, cfg: HookedQwen2VLConfig, source: Any, processor: Processor | None, where: str):
@@ -183,6 +208,7 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         system: str | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        fps: float | Sequence[float] | None = None,
     ) -> Inputs:
         """One prompt, several, or chat messages, with their images and videos.
 
@@ -194,7 +220,10 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
             messages: a chat in HF's format (or several), which carries its own images.
             template: whether to use the chat template; without it the images come first, then the text.
             system: system prompt; None takes the template's own.
-            min_pixels, max_pixels: areas in pixels between which each image is resized, as Qwen2-VL has them.
+            min_pixels, max_pixels: areas in pixels between which each image is resized, as Qwen2-VL has them; of a video in
+                Qwen3-VL, all its frames together.
+            fps: how many of the given frames there are a second, one number for all videos or one for each: Qwen2.5-VL and
+                Qwen3-VL are told when a frame is shown, and ask for it. Qwen2-VL is not, and refuses it.
         Raises:
             ValueError: an empty prompt, images and placeholders that do not match, an unreadable or
                 extreme image, a prompt past the context, or a model without a processor.
@@ -205,30 +234,50 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
                 "Inputs.from_processor(batch, model.cfg)."
             )
         inputs = self.processor.to_inputs(
-            self.cfg, prompt, images, videos, answers, messages, template, system, min_pixels, max_pixels
+            self.cfg, prompt, images, videos, answers, messages, template, system, min_pixels, max_pixels, fps
         )
         return inputs.to(self.cfg.device)
 
-    def as_inputs(self, input: Any, attention_mask: Tensor | None = None) -> Inputs:
+    def as_inputs(
+        self,
+        input: Any,
+        attention_mask: Tensor | None = None,
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+    ) -> Inputs:
         """Whatever the model is called with, as Inputs.
 
+        Args:
+            attention_mask: of bare tokens; None reads the padding off the ids (see `inputs.padding_mask`).
+            prepend_bos: True warns once and prepends nothing: Qwen has no BOS.
+            padding_side: to which side strings and Inputs are padded (None: strings to the tokenizer's, Inputs stay as they
+                are); of bare tokens, on which side the padding id is padding.
         Raises:
-            ValueError: none of what it takes, or bare tokens with image placeholders.
+            ValueError: none of what it takes, bare tokens with image placeholders, or padding that could be text.
         """
-        if isinstance(input, Inputs):
-            if attention_mask is not None:
-                raise ValueError("Inputs carry their own attention mask: pass none beside them.")
-            return input.to(self.cfg.device)
-        if isinstance(input, (str, list, tuple)):
-            strings = [input] if isinstance(input, str) else list(input)
-            if not all(isinstance(string, str) for string in strings):
-                raise ValueError("expected Inputs, a string, a list of strings, or a tensor of token ids.")
-            if self.processor is None:
-                self._tokenizer()  # says what is missing
-            return self.processor.to_inputs(self.cfg, strings, template=False).to(self.cfg.device)
+        self._explain_bos(prepend_bos)
+        _check_side(padding_side)
         if isinstance(input, Tensor):
-            return Inputs.from_tokens(input, self.cfg, attention_mask).to(self.cfg.device)
-        raise ValueError(f"expected Inputs, a string, a list of strings, or token ids, got {type(input).__name__}.")
+            return Inputs.from_tokens(input, self.cfg, attention_mask, padding_side).to(self.cfg.device)
+        if attention_mask is not None:
+            raise ValueError("text and Inputs carry their own attention mask: pass one with bare tokens only.")
+        if isinstance(input, (str, list, tuple)):
+            input = self._texts(input)
+            padding_side = padding_side or self._tokenizer().padding_side
+        if not isinstance(input, Inputs):
+            raise ValueError(f"expected Inputs, a string, a list of strings, or token ids, got {type(input).__name__}.")
+        if padding_side is not None:
+            input = input.right_padded() if padding_side == "right" else input.left_padded()
+        return input.to(self.cfg.device)
+
+    def _texts(self, input: str | Sequence[str]) -> Inputs:
+        strings = [input] if isinstance(input, str) else list(input)
+        if not all(isinstance(string, str) for string in strings):
+            raise ValueError("expected Inputs, a string, a list of strings, or a tensor of token ids.")
+        if self.processor is None:
+            encoded = self._encode(strings, "left", truncate=False)
+            return Inputs.from_tokens(encoded["input_ids"], self.cfg, encoded["attention_mask"])
+        return self.processor.to_inputs(self.cfg, strings, template=False)
 
     # ---- running ------------------------------------------------------------------------------
 
@@ -253,25 +302,25 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
             return_type: "logits" [batch pos d_vocab], "loss" (mean next-token cross-entropy in nats), "both", or
                 None to run only for the hooks.
             loss_per_token: [batch pos-1] instead of the mean; 0 where there is no target.
+            prepend_bos, padding_side, attention_mask: see `as_inputs`.
             stop_at_layer: return the residual stream that would enter this block, instead of logits.
             logits_at: unembed only these positions (an int keeps its axis); the whole sequence still runs.
         Raises:
             ValueError: placeholders without images, a layer out of range, or an unknown return type.
         """
-        if prepend_bos or padding_side == "right":
-            raise ValueError("Qwen2-VL has no BOS token and batches are padded on the left: drop these arguments.")
         if return_type not in ("logits", "loss", "both", None):
             raise ValueError(f"return_type must be 'logits', 'loss', 'both' or None, got {return_type!r}.")
         layers = self._layers(start_at_layer, stop_at_layer)
         if start_at_layer is None:
-            inputs = self.as_inputs(input, attention_mask)
+            inputs = self.as_inputs(input, attention_mask, prepend_bos, padding_side)
         else:
-            inputs, residual = self._resume(input, inputs, attention_mask)
+            inputs, residual = self._resume(input, inputs, attention_mask, padding_side)
         with self.watched_run(inputs):
             if start_at_layer is None:
-                images = self.image_embeddings(inputs)
-                residual = self.hook_embed(merge(self.embed(inputs.tokens), images, inputs))
-            residual = self.run_blocks(residual, inputs, layers)
+                residual, images = self.embed_prompts(inputs)
+            else:
+                images = None
+            residual = self.run_blocks(residual, inputs, layers, images=images)
             if stop_at_layer is not None:
                 return residual
             return self.read_out(residual, inputs, return_type, loss_per_token, logits_at)
@@ -307,6 +356,14 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         finally:
             self._hooking_threads.remove(thread)
 
+    def embed_prompts(
+        self, inputs: Inputs
+    ) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, "stream image_token d_model"] | None]:
+        """The stream that enters the first block, and what the projector wrote (see `image_streams`)."""
+        images = self.image_streams(inputs)
+        embedded = merge(self.embed(inputs.tokens), None if images is None else images[0], inputs)
+        return self.hook_embed(embedded), images
+
     def run_blocks(
         self,
         residual: Float[Tensor, "rows pos d_model"],
@@ -314,30 +371,57 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         layers: range | None = None,
         past: TransformerLensKeyValueCache | None = None,
         start: int = 0,
+        images: Float[Tensor, "stream image_token d_model"] | None = None,
     ) -> Float[Tensor, "rows pos d_model"]:
-        """The residual stream after these blocks of the decoder.
+        """The residual stream after these blocks of the decoder, with what DeepStack adds to it after the first.
 
         Args:
             residual: the stream that enters the first of them, at positions `start`, `start` + 1, … of the prompts. The batch
                 may come several times over, one copy after another (a sweep's cells).
             layers: None runs all blocks.
             past: keys and values of the positions before `start`.
+            images: what the projector wrote for these prompts, or for every copy of them; None takes the prompts' own (encoded,
+                or from the tower), where DeepStack needs it.
         Raises:
             ValueError: the stream is not finite; the first block after which it was not is named.
         """
         text, stop = self.cfg.text, start + residual.shape[1]
         copies = len(residual) // len(inputs)
         position_ids = inputs.position_ids[..., start:stop].repeat(1, copies, 1)
-        rotation = text_rotation(position_ids, text.rotary_base, text.d_head, text.mrope_section, residual.dtype)
+        rotation = text_rotation(
+            position_ids, text.rotary_base, text.d_head, text.mrope_section, residual.dtype, text.mrope_interleaved
+        )
         seen = inputs.attention_mask[:, :stop].bool().repeat(copies, 1).to(residual.device)
         visible = Causal(residual.shape[1], stop, residual.device, None if bool(seen.all()) else seen)
+        layers = range(self.cfg.n_layers) if layers is None else layers
+        added = self._deepstack(residual, inputs, layers, slice(start, stop), images)
         with finite_check() as check:
-            check.note(residual, "hook_embed" if layers is None or layers.start == 0 else f"the stream before blocks.{layers.start}")
-            for layer in range(self.cfg.n_layers) if layers is None else layers:
+            check.note(residual, "hook_embed" if layers.start == 0 else f"the stream before blocks.{layers.start}")
+            for layer in layers:
                 entry = None if past is None else beside(past.entries[layer], self.blocks[layer])
                 residual = self.blocks[layer](residual, rotation, visible, entry)
+                if layer in added:
+                    residual = residual + self.blocks[layer].hook_deepstack(added[layer].to(residual.device))
                 check.note(residual, f"blocks.{layer}")
         return residual
+
+    def _deepstack(
+        self,
+        residual: Float[Tensor, "rows pos d_model"],
+        inputs: Inputs,
+        layers: range,
+        positions: slice,
+        images: Float[Tensor, "stream image_token d_model"] | None,
+    ) -> dict[int, Float[Tensor, "rows pos d_model"]]:
+        """Layer -> what is added after it; nothing where no image lies among the positions, unless somebody listens."""
+        merged = [layer for layer in layers if layer < len(self.cfg.vision.deepstack_layers)]
+        if not merged:
+            return {}
+        if not bool((inputs.token_types[:, positions] > 0).any()):
+            return {l: torch.zeros_like(residual) for l in merged if listened(self.blocks[l].hook_deepstack)}
+        images = self.image_streams(inputs) if images is None else images
+        terms = deepstack_terms(images, inputs, len(residual) // len(inputs), positions, residual)
+        return {layer: terms[layer] for layer in merged}
 
     def read_out(
         self,
@@ -367,16 +451,25 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         return loss if return_type == "loss" else (logits, loss)
 
     def loss_fn(
-        self, logits: Float[Tensor, "batch pos d_vocab"], inputs: Inputs, per_token: bool = False
+        self,
+        logits: Float[Tensor, "batch pos d_vocab"],
+        tokens: Inputs | str | list[str] | Int[Tensor, "batch pos"],
+        attention_mask: Int[Tensor, "batch pos"] | None = None,
+        per_token: bool = False,
     ) -> Float[Tensor, ""] | Float[Tensor, "batch pos-1"]:
         """Next-token cross-entropy in nats, in float32.
 
         Targets are the answer's tokens where there is an answer, else every text token; image placeholders
         and padding are never targets.
 
+        Args:
+            tokens: the prompts that the logits are of, as the model takes them, with their mask.
         Raises:
-            ValueError: there is no target.
+            ValueError: there is no target, or the logits are not of these prompts.
         """
+        inputs = self.as_inputs(tokens, attention_mask)
+        if logits.shape[:2] != inputs.shape:
+            raise ValueError(f"expected logits [batch pos d_vocab] of the prompts {tuple(inputs.shape)}, got {tuple(logits.shape)}.")
         targets = inputs.labels
         if targets is None:
             is_text = (inputs.token_types == 0) & inputs.attention_mask.bool()
@@ -396,7 +489,9 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
                 raise ValueError(f"{name} must be in {-n_layers}..{n_layers}, got {layer}.")
         return range(n_layers)[slice(start, stop)]
 
-    def _resume(self, residual: Any, inputs: Inputs | None, attention_mask: Tensor | None) -> tuple[Inputs, Tensor]:
+    def _resume(
+        self, residual: Any, inputs: Inputs | None, attention_mask: Tensor | None, padding_side: str | None
+    ) -> tuple[Inputs, Tensor]:
         """A residual stream to go on from; copied, because hooks may write in place."""
         if not isinstance(residual, Tensor) or residual.ndim != 3 or residual.shape[-1] != self.cfg.d_model:
             raise ValueError(f"start_at_layer takes a residual stream [batch, pos, {self.cfg.d_model}].")
@@ -405,7 +500,7 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
                 "start_at_layer needs inputs=: without them the M-RoPE positions of the images and the padding are "
                 "unknown, and the numbers would be wrong."
             )
-        inputs = self.as_inputs(inputs, attention_mask)
+        inputs = self.as_inputs(inputs, attention_mask, padding_side=padding_side)
         if residual.shape[:2] != inputs.shape:
             raise ValueError(f"the residual stream is {tuple(residual.shape)} but the inputs are {tuple(inputs.shape)}.")
         return inputs, residual.to(self.cfg.device).clone()
@@ -437,8 +532,10 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
             return_cache_object, remove_batch_dim, device, incl_bwd, reset_hooks_end, clear_contexts: as in
                 TransformerLens.
         """
-        if "start_at_layer" not in kwargs:
-            input = self.as_inputs(input, kwargs.pop("attention_mask", None))
+        kwargs = inspect.signature(self.forward).bind(input, *args, **kwargs).arguments
+        input = kwargs.pop("input")
+        if kwargs.get("start_at_layer") is None:
+            input = self.as_inputs(input, *(kwargs.pop(name, None) for name in ("attention_mask", "prepend_bos", "padding_side")))
         names_filter = self._default_names(input, vision) if names_filter is None else names_filter
         batch = len(input) if isinstance(input, (Inputs, list)) else input.shape[0] if isinstance(input, Tensor) else 1
         if remove_batch_dim and batch != 1 and not (isinstance(input, Tensor) and input.ndim == 1):
@@ -448,7 +545,6 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         device = self.cfg.device if device is None and spread_over(self) > 1 else device
         result, cache = super().run_with_cache(
             input,
-            *args,
             names_filter=names_filter,
             device=device,
             remove_batch_dim=remove_batch_dim,
@@ -513,13 +609,13 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
 
     def _default_names(self, input: Any, vision: bool) -> Callable[[str], bool]:
         """What is cached when nothing is asked for: all that costs little."""
-        flags = self.cfg
+        flags, prefix = self.cfg, [hook.name for hook in self.vision_projector.out_hooks]
         encoded = isinstance(input, Inputs) and self.is_encoded(input)
 
         def wanted(name: str) -> bool:
             if is_vision(name):
-                in_text = name == PREFIX_HOOK or (not encoded and name.startswith("vision_projector."))
-                return vision or in_text
+                of_projector = name.startswith("vision_projector.")
+                return vision or (of_projector and (not encoded or name in prefix))
             if name.endswith("hook_result"):
                 return flags.use_attn_result
             if name.endswith(_SPLIT_INPUTS):
@@ -578,6 +674,14 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
             raise ValueError(f"{flag} and {other} exclude each other, as in TransformerLens: turn {other} off first.")
 
 
+def _say_adapted(cfg: HookedQwen2VLConfig, adapter: str, weights: dict[str, Tensor]) -> None:
+    """The configuration of a tuned model: its name tells it from its base, and a head of its own is no longer the embedding."""
+    cfg.adapter, cfg.model_name = adapter, f"{cfg.model_name} + {adapter}"
+    head, embedding = weights.get("lm_head.weight"), weights["model.language_model.embed_tokens.weight"]
+    if head is not None and head.data_ptr() != embedding.data_ptr() and not torch.equal(head, embedding):
+        cfg.text = replace(cfg.text, tie_word_embeddings=False)
+
+
 def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
@@ -602,7 +706,8 @@ def _as_predicate(names_filter: NamesFilter) -> Callable[[str], bool]:
 
 
 def _position_axis(name: str) -> int:
-    return -2 if name.endswith(("hook_attn_scores", "hook_pattern")) else 1
+    """Heads come before positions in patterns, and in normed queries and keys."""
+    return -2 if heads_first(name) else 1
 
 
 def _keep_axis(position: int | slice, length: int) -> slice:

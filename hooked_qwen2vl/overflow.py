@@ -100,7 +100,7 @@ def first_not_finite(model: Any, pixels: Tensor, grids: Tensor) -> str:
     tower |= {f"vision_encoder.blocks.{layer}": block for layer, block in enumerate(encoder.blocks)}
     handles = [module.register_forward_hook(lambda *call, name=name: look(*call, name=name)) for name, module in tower.items()]
     try:
-        model.vision_projector(encoder(pixels, grids))
+        model.vision_projector(encoder(pixels, grids), grids)
     finally:
         for handle in handles:
             handle.remove()

@@ -1,12 +1,14 @@
 """Prompts, chat messages, images and videos become `Inputs`, as the reference processor would have them.
 
     messages ─► chat template ─► text with one placeholder an image ─► one placeholder an image token ─► token ids
-    images ─► resized to multiples of 28 pixels ─► normalised 14-pixel patches in the tower's order
+    images ─► resized to multiples of an image token's side (28 pixels; 32 in Qwen3-VL) ─► normalised patches
 
 Text is rendered with a marker in place of every content part, so that each token is known by the part
 of the conversation it came from. An answer is tokenised by itself, as a model's own would be: its first
 token never merges with the prompt's last. Needs no torchvision: videos are lists of frames, and a video's
-patches are put together from its frames' patches.
+patches are put together from its frames' patches. In Qwen3-VL every frame (two frames of the video) stands behind its time:
+
+    <|vision_start|><|video_pad|><|vision_end|> ─► <0.2 seconds><|vision_start|><|video_pad|>…<|vision_end|><1.2 seconds>…
 """
 
 from __future__ import annotations
@@ -15,19 +17,24 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import AutoTokenizer
+from transformers.image_processing_backends import PilBackend
+from transformers.image_utils import SizeDict
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize as resized_frames
 
 from .config import HookedQwen2VLConfig
-from .inputs import Inputs, Visual
+from .files import open_regular
+from .inputs import Inputs, Visual, padding_left
 from .positions import IMAGE, VIDEO
 
 ImageLike = Image.Image | str | Path | np.ndarray | Tensor
@@ -36,6 +43,7 @@ IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 VISION_TOKENS = {"<|vision_start|>": "vision_start", "<|vision_end|>": "vision_end"}
 MAX_ASPECT_RATIO = 200  # the reference refuses more
 VIDEO_SIZE = {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28}  # transformers' own, for want of settings
+_PLACEHOLDER = re.compile(r"((?:<\|vision_start\|>)?(?:<\|image_pad\|>|<\|video_pad\|>)(?:<\|vision_end\|>)?)")
 _MARK = "\ue000{}\ue001"  # private-use characters: they occur in no prompt
 _MARKED = re.compile("\ue000(\\d+)\ue001")
 
@@ -61,13 +69,17 @@ class Processor:
         tokenizer: a fast tokenizer with Qwen2-VL's special tokens.
         image_processor: resizes, normalises and cuts images into patches.
         chat_template: Jinja source.
-        video_size: {"shortest_edge", "longest_edge"}: areas in pixels that bound a video's frame.
+        video_size: {"shortest_edge", "longest_edge"}: areas in pixels that bound a video's frame; in Qwen3-VL, all its frames
+            together.
     """
 
     tokenizer: Any
     image_processor: Qwen2VLImageProcessorPil
     chat_template: str | None = None
     video_size: dict[str, int] | None = None
+
+    def __post_init__(self) -> None:
+        self.tokenizer = padding_left(self.tokenizer)
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Processor:
@@ -86,7 +98,9 @@ class Processor:
             raise ValueError(f"{folder} has no preprocessor_config.json (how images are resized and normalised).")
         video = _read(folder / "video_preprocessor_config.json") or settings
         bounded = bool({"size", "min_pixels", "max_pixels"} & set(video))
-        video_size = dict(_image_processor(video).size) if bounded else VIDEO_SIZE
+        token = (_image_processor(settings).patch_size * _image_processor(settings).merge_size) ** 2
+        default = {edge: area // 28**2 * token for edge, area in VIDEO_SIZE.items()}  # as many image tokens, of whatever side
+        video_size = dict(_image_processor(video).size) if bounded else default
         return cls(tokenizer, _image_processor(settings), _chat_template(folder, tokenizer), video_size)
 
     @classmethod
@@ -112,12 +126,14 @@ class Processor:
         system: str | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        fps: float | Sequence[float] | None = None,
     ) -> Inputs:
         """One prompt, a batch of prompts, or chat messages, with their images; see `HookedQwen2VL.to_inputs`."""
         self._check_fit(cfg)
         bounds = _pixel_bounds(min_pixels, max_pixels)
-        conversations = self._conversations(prompt, images, videos, answers, messages, template, system)
-        rows = [self._row(cfg, parts, medias, bounds) for parts, medias in conversations]
+        conversations = list(self._conversations(prompt, images, videos, answers, messages, template, system))
+        rates = iter(_frame_rates(fps, sum(kind == VIDEO for _, medias in conversations for kind, _ in medias), cfg.vision.needs_fps))
+        rows = [self._row(cfg, parts, medias, bounds, rates) for parts, medias in conversations]
         return rows[0] if len(rows) == 1 else Inputs.stack(rows, cfg, self._pad_id())
 
     def _conversations(
@@ -178,9 +194,18 @@ class Processor:
         return parts, medias
 
     def _row(
-        self, cfg: HookedQwen2VLConfig, parts: list[Part], medias: list[tuple[int, Any]], bounds: dict[str, int]
+        self,
+        cfg: HookedQwen2VLConfig,
+        parts: list[Part],
+        medias: list[tuple[int, Any]],
+        bounds: dict[str, int],
+        rates: Iterator[float | None],
     ) -> Inputs:
-        """One prompt: placeholders expanded, tokenised as a whole, every token named by its part."""
+        """One prompt: placeholders expanded, tokenised as a whole, every token named by its part.
+
+        Args:
+            rates: frames a second of this prompt's videos, and then of the next prompts'.
+        """
         placeholders = re.findall(f"{re.escape(IMAGE_PAD)}|{re.escape(VIDEO_PAD)}", "".join(p.text for p in parts))
         for kind, pad, word in ((IMAGE, IMAGE_PAD, "image"), (VIDEO, VIDEO_PAD, "video")):
             given, asked = sum(k == kind for k, _ in medias), placeholders.count(pad)
@@ -188,16 +213,17 @@ class Processor:
                 raise ValueError(
                     f"the prompt refers to {asked} {word}s ({pad}) but {given} {word}s came with it: pass one for each."
                 )
-        medias = _in_order(placeholders, medias)
-        processed = [self._image(m, bounds) if kind == IMAGE else self._video(m, bounds) for kind, m in medias]
+        medias = [(kind, list(m) if isinstance(m, Iterator) else m) for kind, m in _in_order(placeholders, medias)]
+        whole = cfg.vision.timestamps  # whether a video's frames share its pixels
+        processed = [self._image(m, bounds) if kind == IMAGE else self._video(m, bounds, whole) for kind, m in medias]
+        merge, pair = self.image_processor.merge_size, self.image_processor.temporal_patch_size
+        fps = [next(rates) if kind == VIDEO else None for kind, _ in medias]
         visuals = [
-            Visual(0, kind, grid, size, self.image_processor.merge_size)
-            for (kind, _), (_, grid, size) in zip(medias, processed)
+            Visual(0, kind, grid, size, merge, seconds_per_frame=pair / rate if rate and cfg.vision.tokens_per_second else None)
+            for (kind, _), (_, grid, size), rate in zip(medias, processed, fps)
         ]
-        counts = iter([visual.n_tokens for visual in visuals])
-        pads = re.compile(f"({re.escape(IMAGE_PAD)}|{re.escape(VIDEO_PAD)})")
-        expanded = [Part(pads.sub(lambda m: m[0] * next(counts), part.text), part.name) for part in parts]
-        ids, names = self._tokenize(expanded)
+        times = [_timestamps(len(m), pair, rate) if whole and rate else None for (_, m), rate in zip(medias, fps)]
+        ids, names = self._tokenize(list(_expanded(parts, visuals, times)))
         pixels = torch.cat([patches for patches, _, _ in processed]) if processed else None
         return Inputs.build(torch.tensor([ids], dtype=torch.long).reshape(1, -1), cfg, None, visuals, pixels, [names])
 
@@ -231,10 +257,6 @@ class Processor:
         if wrong:
             raise ValueError(f"this processor belongs to another checkpoint: {'; '.join(wrong)}.")
 
-    def line_breaks(self) -> tuple[int, ...]:
-        """Ids of the tokens that begin with a line break; byte-level tokenizers write it Ċ."""
-        return tuple(sorted(i for token, i in self.tokenizer.get_vocab().items() if token.startswith(("Ċ", "\n"))))
-
     def _pad_id(self) -> int:
         pad = self.tokenizer.pad_token_id
         return self.tokenizer.eos_token_id if pad is None else pad
@@ -251,9 +273,13 @@ class Processor:
         return processed["pixel_values"], tuple(processed["image_grid_thw"][0].tolist()), picture.size
 
     def _video(
-        self, video: VideoLike, bounds: dict[str, int]
+        self, video: VideoLike, bounds: dict[str, int], whole: bool = False
     ) -> tuple[Float[Tensor, "patch d_patch"], tuple[int, int, int], tuple[float, float]]:
-        """As `_image`, for frames: pairs of frames share patches, a last odd frame is repeated."""
+        """As `_image`, for frames: pairs of frames share patches, a last odd frame is repeated.
+
+        Args:
+            whole: whether the bounds are of all frames together, as Qwen3-VL has them.
+        """
         if isinstance(video, Image.Image) or not hasattr(video, "__iter__") or isinstance(video, (str, Path)):
             raise ValueError(
                 f"expected a video as a list of frames or an array [t, h, w, 3], got {type(video).__name__}: pass "
@@ -266,15 +292,90 @@ class Processor:
         if len(sizes) > 1:
             raise ValueError(f"the frames of a video differ in size: {sorted(sizes)}; resize them alike.")
         pair = self.image_processor.temporal_patch_size
-        frames += [frames[-1]] * (-len(frames) % pair)
         size = {**dict(self.video_size or self.image_processor.size), **bounds}
-        processed = self.image_processor(images=frames, size=size, return_tensors="pt")
+        resizer = self._resizer_of_frames(frames, size) if whole else self.image_processor
+        frames += [frames[-1]] * (-len(frames) % pair)
+        processed = resizer(images=frames, size=size, return_tensors="pt")
         _, h, w = processed["image_grid_thw"][0].tolist()
         t, side = len(frames) // pair, self.image_processor.patch_size
         # every image is `pair` copies of itself in time: take the n-th copy from the n-th frame of each group
         patches = processed["pixel_values"].reshape(t, pair, h * w, -1, pair, side * side)
         mixed = torch.stack([patches[:, n, :, :, n] for n in range(pair)], dim=3)
         return mixed.reshape(t * h * w, -1), (t, h, w), frames[0].size
+
+
+    def _resizer_of_frames(self, frames: list[Image.Image], bounds: dict[str, int]) -> Qwen2VLImageProcessorPil:
+        """The image processor, resizing to what Qwen3-VL makes of so many frames of this size.
+
+        Raises:
+            ValueError: fewer frames than one patch takes.
+        """
+        ours, (width, height) = self.image_processor, frames[0].size
+        if len(frames) < ours.temporal_patch_size:
+            raise ValueError(f"expected a video of at least {ours.temporal_patch_size} frames, got {len(frames)}: pass one frame as an image.")
+        side = ours.patch_size * ours.merge_size
+        low, high = bounds["shortest_edge"], bounds["longest_edge"]
+        rows, cols = resized_frames(len(frames), height, width, ours.temporal_patch_size, side, low, high)
+        return _FixedSize(rows, cols, ours)
+
+
+class _FixedSize(Qwen2VLImageProcessorPil):
+    """An image processor with another's settings, and one size for every image."""
+
+    def __init__(self, height: int, width: int, other: Qwen2VLImageProcessorPil):
+        super().__init__(**{key: value for key, value in other.to_dict().items() if key in _SETTINGS})
+        self.fixed = SizeDict(height=height, width=width)
+
+    def resize(self, image: np.ndarray, size: SizeDict, resample: Any, factor: int, **kwargs: Any) -> np.ndarray:
+        return PilBackend.resize(self, image=image, size=self.fixed, resample=resample)
+
+
+def _frame_rates(fps: float | Sequence[float] | None, n_videos: int, needed: bool) -> list[float | None]:
+    """Frames a second of each video; None where the model does not ask."""
+    if not needed:
+        if fps is not None:
+            raise ValueError("fps= would have no effect: this model's positions count a video's frames, not seconds. Drop it.")
+        return [None] * n_videos
+    if fps is None and n_videos:
+        raise ValueError(
+            "this model is told when the frames of a video are shown: pass fps=, how many of the given frames there are a second "
+            "(a number, or one for each video)."
+        )
+    if fps is None:
+        return []
+    rates = list(fps) if isinstance(fps, (list, tuple)) else [fps] * max(n_videos, 1)
+    if len(rates) != n_videos:
+        raise ValueError(f"expected fps= for {n_videos} videos, one number for all or one for each, got {fps!r}.")
+    if not all(isinstance(rate, Real) and not isinstance(rate, bool) and 0 < rate < float("inf") for rate in rates):
+        raise ValueError(f"fps is how many frames there are a second, a number above 0, got {fps!r}.")
+    return [float(rate) for rate in rates]
+
+
+def _timestamps(n_frames: int, pair: int, fps: float) -> list[str]:
+    """What stands before each frame of the grid: the mean time of its first and last frame, the last one repeated."""
+    seconds = [min(frame, n_frames - 1) / fps for frame in range(n_frames + -n_frames % pair)]
+    return [f"<{(seconds[t] + seconds[t + pair - 1]) / 2:.1f} seconds>" for t in range(0, len(seconds), pair)]
+
+
+def _expanded(parts: list[Part], visuals: Sequence[Visual], times: Sequence[list[str] | None]) -> Iterator[Part]:
+    """The parts with a placeholder for every image token; a video's frames behind their timestamps, where it has them."""
+    following, n_videos = iter(zip(visuals, times)), 0
+    for part in parts:
+        for piece in _PLACEHOLDER.split(part.text):
+            pad = next((pad for pad in (IMAGE_PAD, VIDEO_PAD) if pad in piece), None)
+            if pad is None:
+                if piece:
+                    yield Part(piece, part.name)
+                continue
+            visual, stamps = next(following)
+            if stamps is None:
+                yield Part(piece.replace(pad, pad * visual.n_tokens), part.name)
+            else:
+                frame = f"<|vision_start|>{pad * (visual.n_tokens // len(stamps))}<|vision_end|>"
+                for t, stamp in enumerate(stamps):
+                    yield Part(stamp, f"video[{n_videos}].time[{t}]")
+                    yield Part(frame, part.name)
+            n_videos += visual.kind == VIDEO
 
 
 _LOSSY = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F", "LAB")  # what PIL's convert("RGB") clips or wraps
@@ -326,16 +427,19 @@ def _open_file(path: str | Path) -> Image.Image:
     if str(path).startswith(("http://", "https://")):
         raise ValueError(f"{path} is a web address: download the image and pass its path.")
     try:
-        with Image.open(str(path).removeprefix("file://")) as picture:
+        with open_regular(str(path).removeprefix("file://")) as file, Image.open(file) as picture:
             if picture.mode in _LOSSY:
                 raise ValueError(_lossy(picture.mode))
             return ImageOps.exif_transpose(picture).convert("RGB")
     except FileNotFoundError as error:
-        raise ValueError(f"there is no image at {path}: check the path.") from error
+        raise ValueError(f"there is no image at {str(path)[:300]}: check the path.") from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"{path} is too large to open safely ({error}): make it smaller.") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{path} is not a readable image ({error}): it is damaged or of another kind.") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise anything: KeyError, struct.error, ZeroDivisionError, …
+        why = getattr(error, "strerror", None) or str(error).replace(str(path), "it")
+        raise ValueError(f"{str(path)[:300]} is not a readable image ({why}): it is damaged or of another kind.") from error
 
 
 def _from_array(array: np.ndarray | Tensor) -> Image.Image:
@@ -488,11 +592,13 @@ def _per_row(values: str | Sequence[str | None] | None, n_rows: int, word: str) 
     return values
 
 
+_SETTINGS = {
+    "do_resize", "size", "min_pixels", "max_pixels", "resample", "do_rescale", "rescale_factor", "do_normalize",
+    "image_mean", "image_std", "do_convert_rgb", "patch_size", "temporal_patch_size", "merge_size",
+}  # fmt: skip
+
+
 def _image_processor(settings: dict[str, Any]) -> Qwen2VLImageProcessorPil:
-    known = {
-        "do_resize", "size", "min_pixels", "max_pixels", "resample", "do_rescale", "rescale_factor", "do_normalize",
-        "image_mean", "image_std", "do_convert_rgb", "patch_size", "temporal_patch_size", "merge_size",
-    }  # fmt: skip
     mean, std = (settings.get(key) or [0.5] * 3 for key in ("image_mean", "image_std"))
     numbers = [value for value in (*mean, *std, settings.get("rescale_factor", 1.0))]
     if not np.isfinite(numbers).all() or min(std) <= 0:
@@ -500,7 +606,7 @@ def _image_processor(settings: dict[str, Any]) -> Qwen2VLImageProcessorPil:
             f"the image settings have image_mean {mean}, image_std {std} and rescale_factor {numbers[-1]}: expected finite numbers, and "
             f"an image_std above 0 to divide by."
         )
-    return Qwen2VLImageProcessorPil(**{key: value for key, value in settings.items() if key in known})
+    return Qwen2VLImageProcessorPil(**{key: value for key, value in settings.items() if key in _SETTINGS})
 
 
 def _chat_template(folder: Path, tokenizer: Any) -> str | None:

@@ -1,6 +1,7 @@
 """Rotary position embeddings, as pure functions: 2-D for the tower, M-RoPE for the decoder.
 
-Source: Qwen2-VL technical report, section 2.1; `modeling_qwen2_vl.py` of transformers.
+Source: Qwen2-VL technical report, section 2.1; `modeling_qwen2_vl.py` and, for frequencies that are interleaved,
+`modeling_qwen3_vl.py` of transformers.
 """
 
 from __future__ import annotations
@@ -51,20 +52,32 @@ def text_rotation(
     d_head: int,
     mrope_section: Sequence[int],
     dtype: torch.dtype,
+    interleaved: bool = False,
 ) -> Rotation:
-    """M-RoPE: the frequencies are dealt in sections to the time, row and column streams.
+    """M-RoPE: the frequencies are dealt to the time, row and column streams.
 
     Args:
         position_ids: (t, row, col) position of every token; equal streams for text.
         mrope_section: how many frequencies turn with each stream; sums to d_head / 2.
         dtype: of the decoder's activations: the reference rounds cos and sin to it.
+        interleaved: dealt in turns, t row col t row col …, and to t once the others have theirs; else in sections.
     Returns:
         cos and sin, each [batch pos d_head].
     """
     inverse = _inverse_frequencies(base, d_head, position_ids.device)
     angles = position_ids[..., None].float() * inverse  # [3 batch pos d_head/2]
-    sections = angles.split(list(mrope_section), dim=-1)
-    return _rotation(torch.cat([part[stream] for stream, part in enumerate(sections)], dim=-1), dtype)
+    stream = frequency_streams(mrope_section, interleaved).to(angles.device)
+    return _rotation(angles.gather(0, stream.expand(1, *angles.shape[1:]))[0], dtype)
+
+
+def frequency_streams(mrope_section: Sequence[int], interleaved: bool) -> Int[Tensor, "frequency"]:
+    """Which position stream (0 time, 1 row, 2 column) each of the d_head / 2 frequencies turns with."""
+    if not interleaved:
+        return torch.repeat_interleave(torch.tensor(mrope_section))
+    streams = torch.zeros(sum(mrope_section), dtype=torch.long)
+    for stream in (1, 2):
+        streams[stream : 3 * mrope_section[stream] : 3] = stream
+    return streams
 
 
 def rotate(x: Float[Tensor, "batch pos head d_head"], rotation: Rotation) -> Float[Tensor, "batch pos head d_head"]:

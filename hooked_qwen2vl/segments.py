@@ -21,7 +21,7 @@ KINDS = {IMAGE: "image", VIDEO: "video"}
 
 
 _NAME = re.compile(
-    r"system|vision_start|vision_end|question|history|template|answer|padding|last|(image|video)(\[\d+\])?|video\[\d+\]\.frame\[\d+\]"
+    r"system|vision_start|vision_end|question|history|template|answer|padding|last|(image|video)(\[\d+\])?|video\[\d+\]\.(frame|time)\[\d+\]"
 )
 
 
@@ -30,7 +30,9 @@ def is_segment_name(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
-def names_from_ids(tokens: Sequence[int], types: Sequence[int], cfg: HookedQwen2VLConfig) -> list[str]:
+def names_from_ids(
+    tokens: Sequence[int], types: Sequence[int], cfg: HookedQwen2VLConfig, frames: Sequence[int] = ()
+) -> list[str]:
     """The part each position of one unpadded row belongs to.
 
     Where content begins with line breaks, one token may hold them and the template's own: it is the template's.
@@ -38,11 +40,37 @@ def names_from_ids(tokens: Sequence[int], types: Sequence[int], cfg: HookedQwen2
     Args:
         tokens: the row's ids, padding left out.
         types: 0 text, 1 image, 2 video, for each.
+        frames: how many frames each video of the row has, where each stands behind its timestamp.
     """
     breaks = set(getattr(cfg.special, "line_breaks", ()))
     names = _chat_names(list(tokens), set(cfg.special.eos), breaks) or ["question"] * len(tokens)
     vision = {cfg.vision_start_token_id: "vision_start", cfg.vision_end_token_id: "vision_end"}
+    for position, name in _timestamps(list(tokens), list(types), frames, cfg).items():
+        names[position] = name
     return [KINDS[kind] if kind != TEXT else vision.get(token, name) for token, kind, name in zip(tokens, types, names)]
+
+
+def _timestamps(tokens: list[int], types: list[int], frames: Sequence[int], cfg: HookedQwen2VLConfig) -> dict[int, str]:
+    """Position -> `video[k].time[t]`, of the timestamps that can be told by ids alone.
+
+    Between two frames of a video there is nothing but a timestamp. Before its first frame there is other text too: there the
+    timestamp begins with the token that the others begin with (of a video of one frame it is not told).
+    """
+    starts = [i for i, kind in enumerate(types) if kind == VIDEO and (i == 0 or types[i - 1] != VIDEO)]
+    frame_of = [(video, frame) for video, n in enumerate(frames) for frame in range(n)]
+    found: dict[int, str] = {}
+    opening = None
+    for (video, frame), start in reversed(list(zip(frame_of, starts))):
+        before = start - 1  # <|vision_start|>
+        first = before
+        while first and types[first - 1] == TEXT and tokens[first - 1] not in (cfg.vision_start_token_id, cfg.vision_end_token_id):
+            first -= 1
+        if frame:
+            opening = tokens[first]
+        else:
+            first = next((i for i in range(before - 1, first - 1, -1) if tokens[i] == opening), before)
+        found |= dict.fromkeys(range(first, before), f"video[{video}].time[{frame}]")
+    return found
 
 
 def number_visuals(names: Sequence[str], types: Sequence[int], visuals: Sequence[tuple[int, int]]) -> list[str]:

@@ -1,7 +1,7 @@
 """Is this port right on *these* weights? Stage by stage against transformers' own model.
 
 1. One synthetic picture, not square, and a question; a left-padded batch of it with a text-only prompt.
-2. The reference (`Qwen2VLForConditionalGeneration`, from the same folder) runs with torch hooks on its modules.
+2. The reference (transformers' class of the same architecture, from the same folder) runs with torch hooks on its modules.
 3. The same activations are read from this model's cache: positions, patch embedding, every tower block,
    projector, every decoder block, logits; then greedy tokens, cached and uncached.
 4. A stage's error is its largest difference relative to the stage's own spread. The first stage past the
@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from .inputs import Inputs
-from .positions import IMAGE, VIDEO
+from .positions import IMAGE, VIDEO, patches_of, window_order
 
 QUESTION = "What color is the square?"
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.15, torch.float16: 0.05}
@@ -41,7 +41,7 @@ def self_check(model: Any, hf: Any) -> pd.DataFrame:
 
     Args:
         model: with its processor.
-        hf: a Qwen2VLForConditionalGeneration.
+        hf: transformers' model of the same architecture.
     Returns:
         one row a stage, in the order of the computation: stage, error (relative to its spread), tolerance, ok.
     """
@@ -93,28 +93,27 @@ def reference_batch(inputs: Inputs) -> dict[str, Tensor]:
         if chosen:
             batch[pixels] = torch.cat([patches for patches, _ in chosen])
             batch[grids] = torch.tensor([grid for _, grid in chosen], device=inputs.device)
-    return batch
+    seconds = [visual.seconds_per_frame for visual in inputs.visuals if visual.seconds_per_frame is not None]
+    return {**batch, "second_per_grid_ts": torch.tensor(seconds)} if seconds else batch
 
 
 @torch.no_grad()
 def reference_stages(hf: Any, inputs: Inputs) -> dict[str, Tensor]:
-    """The reference's activation after every stage under our hooks' names, and its logits, in order."""
+    """The reference's activation after every stage under our hooks' names, and its logits, in order.
+
+    Of prompts with both images and videos the decoder's alone: the reference runs its tower once for each kind.
+    """
     stages: dict[str, Tensor] = {}
 
     def keep(name: str):
         def hook(module: Any, args: Any, output: Any) -> None:
-            value = output[0] if isinstance(output, tuple) else output
+            value = output[0] if isinstance(output, tuple) else getattr(output, "pooler_output", output)
             stages[name] = value[None] if name.startswith("vision") else value
 
         return hook
 
-    visual, text = hf.model.visual, hf.model.language_model
-    watched = {"vision_encoder.hook_patch_embed": visual.patch_embed}
-    watched |= {f"vision_encoder.blocks.{i}.hook_resid_post": block for i, block in enumerate(visual.blocks)}
-    watched |= {"vision_projector.hook_out": visual.merger}
-    for i, block in enumerate(text.layers):
-        watched |= {f"blocks.{i}.hook_attn_out": block.self_attn, f"blocks.{i}.hook_mlp_out": block.mlp}
-        watched |= {f"blocks.{i}.hook_resid_post": block}
+    mixed = len({visual.kind for visual in inputs.visuals}) > 1
+    watched = {name: module for name, module in _watched(hf).items() if not (mixed and name.startswith("vision"))}
     handles = [module.register_forward_hook(keep(name)) for name, module in watched.items()]
     hf.model.rope_deltas = None  # nothing left over from another call
     try:
@@ -122,7 +121,25 @@ def reference_stages(hf: Any, inputs: Inputs) -> dict[str, Tensor]:
     finally:
         for handle in handles:
             handle.remove()
+    embedded = "vision_encoder.hook_patch_embed"
+    if embedded in stages and (window := inputs.visuals[0].window) is not None:  # there patches are put in order after they are embedded
+        order, _ = window_order(inputs.grids, inputs.visuals[0].merge, window)
+        stages[embedded] = stages[embedded][:, patches_of(order, inputs.visuals[0].merge)]
     return {**{name: stages[name] for name in watched if name in stages}, "logits": logits}
+
+
+def _watched(hf: Any) -> dict[str, Any]:
+    """Our hook's name -> the reference's module whose output it should be."""
+    visual, text = hf.model.visual, hf.model.language_model
+    watched = {"vision_encoder.hook_patch_embed": visual.patch_embed}
+    watched |= {f"vision_encoder.blocks.{i}.hook_resid_post": block for i, block in enumerate(visual.blocks)}
+    mergers = getattr(visual, "deepstack_merger_list", ())
+    watched |= {f"vision_projector.deepstack.{k}.hook_out": merger for k, merger in enumerate(mergers)}
+    watched |= {"vision_projector.hook_out": visual}  # whole: where there are windows its merger's output is not in raster order
+    for i, block in enumerate(text.layers):
+        watched |= {f"blocks.{i}.hook_attn_out": block.self_attn, f"blocks.{i}.hook_mlp_out": block.mlp}
+        watched |= {f"blocks.{i}.hook_resid_post": block}
+    return watched
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:
@@ -135,8 +152,7 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
 
 def _position_error(inputs: Inputs, hf: Any) -> float:
     batch = reference_batch(inputs)
-    theirs, delta = hf.model.get_rope_index(
-        batch["input_ids"], batch["mm_token_type_ids"], batch.get("image_grid_thw"), None, batch["attention_mask"]
-    )
+    names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
+    theirs, delta = hf.model.get_rope_index(**{name: batch[name] for name in names if name in batch})
     same = torch.equal(inputs.position_ids, theirs) and torch.equal(inputs.rope_delta, delta.flatten())
     return 0.0 if same else float((inputs.position_ids - theirs).abs().max() + (inputs.rope_delta != delta[:, 0]).sum())

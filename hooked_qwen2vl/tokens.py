@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -9,16 +11,57 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from .inputs import Inputs
+from .inputs import Inputs, padding_left
 
 
 class Tokens:
     """Mixed into HookedQwen2VL; reads `self.processor` and `self.cfg`."""
 
+    _lone_tokenizer: Any = None  # set on a model without a processor
+    _bos_explained = False
+
     @property
     def tokenizer(self) -> Any:
-        """The checkpoint's tokenizer, or None for a model without a processor."""
-        return None if self.processor is None else self.processor.tokenizer
+        """The checkpoint's tokenizer, or None for a model without a processor; another may be set.
+
+        Raises (when set):
+            ValueError: its image placeholders or its number of tokens are not the model's.
+        """
+        return self._lone_tokenizer if self.processor is None else self.processor.tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        names = {"<|image_pad|>": self.cfg.image_token_id, "<|video_pad|>": self.cfg.video_token_id}
+        vocabulary = tokenizer.get_vocab()
+        wrong = [f"{name} is {vocabulary.get(name)} there and {its} here" for name, its in names.items() if vocabulary.get(name) != its]
+        if max(vocabulary.values()) >= self.cfg.d_vocab:
+            wrong.append(f"it has ids up to {max(vocabulary.values())}, the model {self.cfg.d_vocab} tokens")
+        if wrong:
+            raise ValueError(f"this tokenizer belongs to another model: {'; '.join(wrong)}.")
+        if self.processor is None:
+            self._lone_tokenizer = padding_left(tokenizer)
+        else:
+            self.processor = replace(self.processor, tokenizer=tokenizer)
+        self._follow_tokenizer()
+
+    def _follow_tokenizer(self) -> None:
+        """What `cfg.special` knows of the tokenizer."""
+        if self.tokenizer is None:
+            return
+        pad = self.tokenizer.pad_token_id
+        self.cfg.special = replace(
+            self.cfg.special, line_breaks=line_breaks(self.tokenizer), pad=self.cfg.special.pad if pad is None else pad
+        )
+
+    def _explain_bos(self, prepend_bos: bool | None) -> None:
+        """Says once that there is no BOS to prepend."""
+        if (self.cfg.default_prepend_bos if prepend_bos is None else prepend_bos) and not self._bos_explained:
+            self._bos_explained = True
+            warnings.warn(
+                "Qwen2-VL has no BOS token: prepend_bos=True prepends nothing here (said once). Positions are those of "
+                "prepend_bos=False, one less than with a model that has one.",
+                stacklevel=3,
+            )
 
     def _tokenizer(self) -> Any:
         if self.tokenizer is None:
@@ -36,30 +79,38 @@ class Tokens:
         move_to_device: bool = True,
         truncate: bool = True,
     ) -> Int[Tensor, "batch pos"] | Inputs:
-        """Plain text to token ids, without chat template; several strings are padded on the left.
+        """Plain text to token ids, without chat template.
 
         `Inputs` and token tensors come back as they are, so that TransformerLens's tools which tokenise what they are
         given take them.
 
+        Args:
+            prepend_bos: True warns once and prepends nothing: Qwen has no BOS.
+            padding_side: of several strings; None takes `model.tokenizer.padding_side`, "left" unless it was set.
         Raises:
-            ValueError: `prepend_bos=True` (Qwen has no BOS), an empty string, or no tokenizer.
+            ValueError: an empty string, an unknown side, or no tokenizer.
         """
+        self._explain_bos(prepend_bos)
+        _check_side(padding_side)
         if isinstance(input, (Inputs, Tensor)):
             return input
-        if prepend_bos:
-            raise ValueError("Qwen2-VL has no BOS token: call to_tokens with prepend_bos=False (the default here).")
         strings = [input] if isinstance(input, str) else list(input)
+        encoded = self._encode(strings, padding_side, truncate)["input_ids"]
+        return encoded.to(self.cfg.device) if move_to_device else encoded
+
+    def _encode(self, strings: list[str], padding_side: str | None, truncate: bool) -> Any:
+        """What the tokenizer makes of non-empty strings: `input_ids` and `attention_mask`, [batch pos]."""
         if not strings or not all(strings):
             raise ValueError("expected one or more non-empty strings to tokenize, got an empty one.")
-        encoded = self._tokenizer()(
+        tokenizer = self._tokenizer()
+        return tokenizer(
             strings,
             return_tensors="pt",
             padding=True,
-            padding_side=padding_side or self.cfg.default_padding_side,
+            padding_side=padding_side or tokenizer.padding_side,
             truncation=truncate,
             max_length=self.cfg.n_ctx if truncate else None,
-        )["input_ids"]
-        return encoded.to(self.cfg.device) if move_to_device else encoded
+        )
 
     def to_string(self, tokens: list[int] | Tensor | np.ndarray) -> str | list[str]:
         """Token ids to text: one string for [pos], a list for [batch pos]."""
@@ -128,3 +179,13 @@ class Tokens:
         if not len(found):
             raise ValueError(f"the token {single_token!r} (id {token}) does not occur in the prompt.")
         return int(found[0 if mode == "first" else -1])
+
+
+def line_breaks(tokenizer: Any) -> tuple[int, ...]:
+    """Ids of the tokens that begin with a line break; byte-level tokenizers write it Ċ."""
+    return tuple(sorted(i for token, i in tokenizer.get_vocab().items() if token.startswith(("Ċ", "\n"))))
+
+
+def _check_side(padding_side: str | None) -> None:
+    if padding_side not in (None, "left", "right"):
+        raise ValueError(f"padding_side must be 'left', 'right' or None, got {padding_side!r}.")

@@ -1,9 +1,12 @@
-"""The vision tower and the projector: pixels to the decoder's residual stream.
+"""Qwen2-VL's vision tower and projector: pixels to the decoder's residual stream.
 
 All images of a batch run packed, `[1 patch …]`, in the tower's order: 2×2 window by window, so that
 four consecutive patches are one image token.
 
     pixels ─► patch embedding ─► blocks (2-D rotary, attention inside each image) ─► norm ─► merge 2×2 ─► MLP
+
+The towers of its successors are `vision_qwen25` and `vision_qwen3`. All take pixels and grids; all projectors write
+[stream image_token d_model], of which stream 0 becomes the image embeddings (and there are others in Qwen3-VL alone).
 
 Source: Qwen2-VL technical report, section 2.1; `modeling_qwen2_vl.py` of transformers.
 """
@@ -18,9 +21,9 @@ from torch import Tensor, nn
 from .attention import Attention, Segments
 from .block import Block
 from .config import VisionConfig
-from .layers import MLP, HookPoint, LayerNorm, readable
+from .layers import MLP, HookPoint, LayerNorm, RMSNorm, quick_gelu, readable
 from .positions import attention_segments, patch_coordinates
-from .rope import vision_rotation
+from .rope import Rotation, vision_rotation
 
 
 def vision_block(cfg: VisionConfig) -> Block:
@@ -29,7 +32,7 @@ def vision_block(cfg: VisionConfig) -> Block:
         ln1=LayerNorm(cfg.d_vision, cfg.eps),
         attn=Attention(cfg.d_vision, cfg.n_heads, cfg.n_heads, cfg.d_head),
         ln2=LayerNorm(cfg.d_vision, cfg.eps),
-        mlp=MLP(cfg.d_vision, cfg.d_mlp),
+        mlp=MLP(cfg.d_vision, cfg.d_mlp, quick_gelu),
     )
 
 
@@ -58,9 +61,7 @@ class VisionEncoder(nn.Module):
         self, resid: Float[Tensor, "1 patch d_vision"], grid_thw: Int[Tensor, "image 3"], start: int = 0
     ) -> Float[Tensor, "1 patch d_vision"]:
         """The blocks from `start` on."""
-        coordinates = patch_coordinates(grid_thw, self.cfg.spatial_merge_size).to(resid.device)
-        rotation = vision_rotation(coordinates, self.cfg.rotary_base, self.cfg.d_head, _rotary_dtype(resid.dtype))
-        visible = Segments(tuple(int(n) for n in attention_segments(grid_thw)), resid.device)
+        rotation, visible = patch_rotation(self.cfg, grid_thw, resid), whole_images(grid_thw, resid.device)
         for block in self.blocks[start:]:
             resid = block(resid, rotation, visible)
         return resid
@@ -70,13 +71,12 @@ class VisionEncoder(nn.Module):
         return readable(self.patch_embed.weight, "the patch embedding").T
 
 
-class VisionProjector(nn.Module):
-    """Merges each 2×2 window of patches into one image token of the decoder's width."""
+class Merger(nn.Module):
+    """Merges each 2×2 window of patches into one image token of the decoder's width: merge, then an MLP."""
 
     def __init__(self, cfg: VisionConfig):
         super().__init__()
         self.cfg = cfg
-        self.ln = LayerNorm(cfg.d_vision, cfg.eps)
         self.fc1 = nn.Linear(cfg.d_merge, cfg.d_merge)
         self.fc2 = nn.Linear(cfg.d_merge, cfg.d_out)
         self.hook_in = HookPoint()  # [1, patch, d_vision]
@@ -84,8 +84,8 @@ class VisionProjector(nn.Module):
         self.hook_post = HookPoint()  # [1, image_token, d_merge]
         self.hook_out = HookPoint()  # [1, image_token, d_model]
 
-    def forward(self, resid: Float[Tensor, "1 patch d_vision"]) -> Float[Tensor, "1 image_token d_model"]:
-        merged = self.ln(self.hook_in(resid)).reshape(1, -1, self.cfg.d_merge)
+    def write(self, merged: Float[Tensor, "1 image_token d_merge"]) -> Float[Tensor, "1 image_token d_model"]:
+        """The MLP of merged patches."""
         pre = self.hook_pre(self.fc1(merged))
         return self.hook_out(self.fc2(self.hook_post(F.gelu(pre))))
 
@@ -106,5 +106,32 @@ class VisionProjector(nn.Module):
         return readable(self.fc2.bias, "b_out")
 
 
-def _rotary_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+class VisionProjector(Merger):
+    """The merger between tower and decoder; it normalises every patch, then merges."""
+
+    def __init__(self, cfg: VisionConfig):
+        super().__init__(cfg)
+        self.ln: LayerNorm | RMSNorm = LayerNorm(cfg.d_vision, cfg.eps)
+
+    def forward(
+        self, resid: Float[Tensor, "1 patch d_vision"], grid_thw: Int[Tensor, "image 3"] | None = None
+    ) -> Float[Tensor, "1 image_token d_model"]:
+        """What the decoder is given; this tower's order is that of the image tokens, whatever the grids."""
+        return self.write(self.ln(self.hook_in(resid)).reshape(1, -1, self.cfg.d_merge))
+
+    @property
+    def out_hooks(self) -> list[HookPoint]:
+        """The hook of each stream that it writes."""
+        return [self.hook_out]
+
+
+def patch_rotation(cfg: VisionConfig, grid_thw: Int[Tensor, "image 3"], resid: Float[Tensor, "1 patch d_vision"]) -> Rotation:
+    """2-D rotation of each patch, merge block by merge block, in the reference's precision."""
+    coordinates = patch_coordinates(grid_thw, cfg.spatial_merge_size).to(resid.device)
+    dtype = torch.float64 if resid.dtype == torch.float64 else torch.float32
+    return vision_rotation(coordinates, cfg.rotary_base, cfg.d_head, dtype)
+
+
+def whole_images(grid_thw: Int[Tensor, "image 3"], device: torch.device) -> Segments:
+    """Every patch sees its image, or its frame of a video."""
+    return Segments(tuple(int(n) for n in attention_segments(grid_thw)), device)

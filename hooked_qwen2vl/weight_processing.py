@@ -55,6 +55,8 @@ def _fold(norm: nn.Module, *readers: nn.Module) -> None:
 
 
 def _fold_value_bias(attn: nn.Module) -> None:
+    if attn.v_proj.bias is None:
+        return
     b_V = _wide(attn.b_V).repeat_interleave(attn.n_heads // attn.n_key_value_heads, dim=0)  # [head d_head]
     written = torch.einsum("hd,hdm->m", b_V, _wide(attn.W_O))
     _replace(attn.o_proj, "bias", _wide(attn.o_proj.bias) + written)

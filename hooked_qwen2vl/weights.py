@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import HookedQwen2VLConfig
+from .config import HookedQwen2VLConfig, TextConfig
 
 # HF name (new layout, without the prefix "model.") -> the parameters of ours that share its storage.
 TEXT_TABLE = {
@@ -21,38 +21,79 @@ TEXT_TABLE = {
     "language_model.norm.weight": ("ln_final.w",),
     "language_model.layers.{l}.input_layernorm.weight": ("blocks.{l}.ln1.w",),
     "language_model.layers.{l}.self_attn.q_proj.weight": ("blocks.{l}.attn.q_proj.weight",),
-    "language_model.layers.{l}.self_attn.q_proj.bias": ("blocks.{l}.attn.q_proj.bias",),
     "language_model.layers.{l}.self_attn.k_proj.weight": ("blocks.{l}.attn.k_proj.weight",),
-    "language_model.layers.{l}.self_attn.k_proj.bias": ("blocks.{l}.attn.k_proj.bias",),
     "language_model.layers.{l}.self_attn.v_proj.weight": ("blocks.{l}.attn.v_proj.weight",),
-    "language_model.layers.{l}.self_attn.v_proj.bias": ("blocks.{l}.attn.v_proj.bias",),
     "language_model.layers.{l}.self_attn.o_proj.weight": ("blocks.{l}.attn.o_proj.weight",),
     "language_model.layers.{l}.post_attention_layernorm.weight": ("blocks.{l}.ln2.w",),
     "language_model.layers.{l}.mlp.gate_proj.weight": ("blocks.{l}.mlp.gate_proj.weight",),
     "language_model.layers.{l}.mlp.up_proj.weight": ("blocks.{l}.mlp.up_proj.weight",),
     "language_model.layers.{l}.mlp.down_proj.weight": ("blocks.{l}.mlp.down_proj.weight",),
 }
-_QKV = tuple(f"vision_encoder.blocks.{{l}}.attn.{part}_proj" for part in "qkv")
-VISION_TABLE = {
+QKV_BIASES = {
+    f"language_model.layers.{{l}}.self_attn.{part}_proj.bias": (f"blocks.{{l}}.attn.{part}_proj.bias",) for part in "qkv"
+}
+QK_NORMS = {f"language_model.layers.{{l}}.self_attn.{part}_norm.weight": (f"blocks.{{l}}.attn.{part}_norm.w",) for part in "qk"}
+
+
+def text_table(cfg: TextConfig) -> dict[str, tuple[str, ...]]:
+    """The decoder's table, of one layer for all."""
+    return {**TEXT_TABLE, **(QKV_BIASES if cfg.qkv_bias else {}), **(QK_NORMS if cfg.qk_norm else {})}
+
+
+def _linear(theirs: str, *ours: str) -> dict[str, tuple[str, ...]]:
+    """Weight and bias of a linear layer."""
+    return {f"{theirs}.{part}": tuple(f"{name}.{part}" for name in ours) for part in ("weight", "bias")}
+
+
+def _layer_norm(theirs: str, ours: str) -> dict[str, tuple[str, ...]]:
+    return {f"{theirs}.weight": (f"{ours}.w",), f"{theirs}.bias": (f"{ours}.b",)}
+
+
+_BLOCK, _OURS = "visual.blocks.{l}", "vision_encoder.blocks.{l}"
+_TOWER = {
     "visual.patch_embed.proj.weight": ("vision_encoder.patch_embed.weight",),
-    "visual.blocks.{l}.norm1.weight": ("vision_encoder.blocks.{l}.ln1.w",),
-    "visual.blocks.{l}.norm1.bias": ("vision_encoder.blocks.{l}.ln1.b",),
-    "visual.blocks.{l}.attn.qkv.weight": tuple(f"{part}.weight" for part in _QKV),
-    "visual.blocks.{l}.attn.qkv.bias": tuple(f"{part}.bias" for part in _QKV),
-    "visual.blocks.{l}.attn.proj.weight": ("vision_encoder.blocks.{l}.attn.o_proj.weight",),
-    "visual.blocks.{l}.attn.proj.bias": ("vision_encoder.blocks.{l}.attn.o_proj.bias",),
-    "visual.blocks.{l}.norm2.weight": ("vision_encoder.blocks.{l}.ln2.w",),
-    "visual.blocks.{l}.norm2.bias": ("vision_encoder.blocks.{l}.ln2.b",),
-    "visual.blocks.{l}.mlp.fc1.weight": ("vision_encoder.blocks.{l}.mlp.fc1.weight",),
-    "visual.blocks.{l}.mlp.fc1.bias": ("vision_encoder.blocks.{l}.mlp.fc1.bias",),
-    "visual.blocks.{l}.mlp.fc2.weight": ("vision_encoder.blocks.{l}.mlp.fc2.weight",),
-    "visual.blocks.{l}.mlp.fc2.bias": ("vision_encoder.blocks.{l}.mlp.fc2.bias",),
-    "visual.merger.ln_q.weight": ("vision_projector.ln.w",),
-    "visual.merger.ln_q.bias": ("vision_projector.ln.b",),
-    "visual.merger.mlp.0.weight": ("vision_projector.fc1.weight",),
-    "visual.merger.mlp.0.bias": ("vision_projector.fc1.bias",),
-    "visual.merger.mlp.2.weight": ("vision_projector.fc2.weight",),
-    "visual.merger.mlp.2.bias": ("vision_projector.fc2.bias",),
+    **_linear(f"{_BLOCK}.attn.qkv", *(f"{_OURS}.attn.{part}_proj" for part in "qkv")),
+    **_linear(f"{_BLOCK}.attn.proj", f"{_OURS}.attn.o_proj"),
+}
+VISION_TABLES = {
+    "qwen2_vl": {
+        **_TOWER,
+        **_layer_norm(f"{_BLOCK}.norm1", f"{_OURS}.ln1"),
+        **_layer_norm(f"{_BLOCK}.norm2", f"{_OURS}.ln2"),
+        **_linear(f"{_BLOCK}.mlp.fc1", f"{_OURS}.mlp.fc1"),
+        **_linear(f"{_BLOCK}.mlp.fc2", f"{_OURS}.mlp.fc2"),
+        **_layer_norm("visual.merger.ln_q", "vision_projector.ln"),
+        **_linear("visual.merger.mlp.0", "vision_projector.fc1"),
+        **_linear("visual.merger.mlp.2", "vision_projector.fc2"),
+    },
+    "qwen2_5_vl": {
+        **_TOWER,
+        f"{_BLOCK}.norm1.weight": (f"{_OURS}.ln1.w",),
+        f"{_BLOCK}.norm2.weight": (f"{_OURS}.ln2.w",),
+        **_linear(f"{_BLOCK}.mlp.gate_proj", f"{_OURS}.mlp.gate_proj"),
+        **_linear(f"{_BLOCK}.mlp.up_proj", f"{_OURS}.mlp.up_proj"),
+        **_linear(f"{_BLOCK}.mlp.down_proj", f"{_OURS}.mlp.down_proj"),
+        "visual.merger.ln_q.weight": ("vision_projector.ln.w",),
+        **_linear("visual.merger.mlp.0", "vision_projector.fc1"),
+        **_linear("visual.merger.mlp.2", "vision_projector.fc2"),
+    },
+    "qwen3_vl": {
+        **_TOWER,
+        "visual.patch_embed.proj.bias": ("vision_encoder.patch_embed.bias",),
+        "visual.pos_embed.weight": ("vision_encoder.pos_embed.weight",),
+        **_layer_norm(f"{_BLOCK}.norm1", f"{_OURS}.ln1"),
+        **_layer_norm(f"{_BLOCK}.norm2", f"{_OURS}.ln2"),
+        **_linear(f"{_BLOCK}.mlp.linear_fc1", f"{_OURS}.mlp.fc1"),
+        **_linear(f"{_BLOCK}.mlp.linear_fc2", f"{_OURS}.mlp.fc2"),
+        **_layer_norm("visual.merger.norm", "vision_projector.ln"),
+        **_linear("visual.merger.linear_fc1", "vision_projector.fc1"),
+        **_linear("visual.merger.linear_fc2", "vision_projector.fc2"),
+    },
+}
+DEEPSTACK_TABLE = {
+    **_layer_norm("visual.deepstack_merger_list.{l}.norm", "vision_projector.deepstack.{l}.ln"),
+    **_linear("visual.deepstack_merger_list.{l}.linear_fc1", "vision_projector.deepstack.{l}.fc1"),
+    **_linear("visual.deepstack_merger_list.{l}.linear_fc2", "vision_projector.deepstack.{l}.fc2"),
 }
 LM_HEAD, EMBEDDING = "lm_head.weight", "language_model.embed_tokens.weight"
 # What quantisers keep beside or instead of a weight: GPTQ and AWQ, bitsandbytes, compressed-tensors and FP8.
@@ -73,9 +114,20 @@ def canonical(name: str) -> str:
     return f"language_model.{name}"
 
 
+def few(names: Iterable[str], most: int = 10, between: str = ", ") -> str:
+    """The first of the names, and how many more there are."""
+    names = list(names)
+    more = [f"and {len(names) - most} more"] if len(names) > most else []
+    return between.join([*names[:most], *more])
+
+
 def conversion_table(cfg: HookedQwen2VLConfig) -> dict[str, tuple[str, ...]]:
     """Canonical HF name -> our parameter names, every layer written out."""
-    table = {**_unroll(TEXT_TABLE, cfg.text.n_layers), **_unroll(VISION_TABLE, cfg.vision.n_layers)}
+    table = {
+        **_unroll(text_table(cfg.text), cfg.text.n_layers),
+        **_unroll(VISION_TABLES[cfg.vision.tower], cfg.vision.n_layers),
+        **_unroll(DEEPSTACK_TABLE, len(cfg.vision.deepstack_layers)),
+    }
     return table if cfg.text.tie_word_embeddings else {**table, LM_HEAD: ("unembed.weight",)}
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from conftest import prompts
 from tiny import reference_batch, tiny_hf
 from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
+from transformers.generation import StopStringCriteria
 
 from hooked_qwen2vl import HookedQwen2VL, Inputs
-from hooked_qwen2vl.generate import KeysAndValues
+from hooked_qwen2vl.generate import KeysAndValues, StopStrings
 
 NEW = 10
 GREEDY = {"max_new_tokens": NEW, "do_sample": False, "verbose": False}
@@ -129,13 +132,81 @@ def test_sampling_is_repeatable(model, batches):
     assert not torch.equal(first, model.generate(batches["image"], seed=4, **settings))
 
 
-def test_streaming_says_the_same(model, batches):
-    inputs = batches["image"]
-    whole = model.generate(inputs, return_type="tokens", **GREEDY)[:, inputs.shape[1] :]
-    settings = {key: value for key, value in GREEDY.items() if key != "verbose"}
-    pieces = list(model.generate_stream(inputs, return_type="tokens", max_tokens_per_yield=3, **settings))
-    assert torch.equal(torch.cat(pieces, dim=1), whole)
-    assert "".join(model.generate_stream(inputs, **settings)) == model.generate(inputs, return_type="str", **GREEDY)
+@pytest.mark.parametrize("per_chunk", [1, 3, 25, 1000])
+@pytest.mark.parametrize("kind", ["inputs", "batch", "text", "texts", "tokens"])
+def test_streaming_says_the_same(kind, per_chunk, model, batches):
+    """Chunks put together are what `generate` returns, the prompt in the first one."""
+    prompt = {
+        "inputs": batches["image"], "batch": batches["batch"], "text": "the red", "texts": ["the red", "blue"],
+        "tokens": model.to_tokens("the red"),
+    }[kind]  # fmt: skip
+    pieces = list(model.generate_stream(prompt, return_type="tokens", max_tokens_per_yield=per_chunk, **GREEDY))
+    assert torch.equal(torch.cat(pieces, dim=1), model.generate(prompt, return_type="tokens", **GREEDY))
+    widths = [piece.shape[1] for piece in pieces]
+    assert all(width == per_chunk for width in widths[1:-1]) and widths[0] > model.to_tokens(prompt).shape[1] if len(widths) > 1 else True
+    texts = list(model.generate_stream(prompt, return_type="str", max_tokens_per_yield=per_chunk, **GREEDY))
+    whole = model.generate(prompt, return_type="str", **GREEDY)
+    joined = "".join(texts) if isinstance(whole, str) else ["".join(row) for row in zip(*texts)]
+    assert joined == whole
+    first = next(iter(model.generate_stream(prompt, **GREEDY)))
+    assert isinstance(first, {"tokens": torch.Tensor, "inputs": str, "text": str}.get(kind, list))
+
+
+def test_the_stream_has_transformer_lens_s_arguments(model):
+    """Names, order and defaults, but for our own (keyword only) and what is refused."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    for name in ("generate", "generate_stream"):
+        ours, theirs = (inspect.signature(getattr(cls, name)).parameters for cls in (HookedQwen2VL, TransformerBridge))
+        shared = [p for p in theirs if p != "multimodal_kwargs"]
+        assert list(ours)[: len(shared)] == shared, name
+        assert {p: ours[p].default for p in shared} == {p: theirs[p].default for p in shared}
+        assert {p for p in ours if p not in theirs} == {"fwd_hooks", "seed"}
+
+
+def test_logits_and_input_tokens(model, batches):
+    """Beside the continuation: the logits each token was chosen from, and the prompt as it was run."""
+    inputs = batches["batch"]
+    whole = model.generate(inputs, return_type="tokens", stop_at_eos=False, **GREEDY)
+    output, cache, tokens = model.generate(
+        inputs, output_logits=True, return_cache=True, names_filter="hook_embed", return_input_tokens=True, stop_at_eos=False, **GREEDY
+    )
+    assert torch.equal(output.sequences, whole) and torch.equal(tokens, inputs.tokens) and len(output.logits) == NEW
+    assert torch.equal(torch.stack(output.logits, 1).argmax(-1), whole[:, -NEW:])
+    assert cache["hook_embed"].shape[:2] == whole.shape
+    done = model.generate(inputs, return_type="inputs", stop_at_eos=False, **GREEDY)
+    with torch.no_grad():
+        assert torch.allclose(torch.stack(output.logits, 1), model(done)[:, -NEW - 1 : -1], atol=1e-4)
+    text, tokens = model.generate("the red", return_input_tokens=True, **GREEDY)
+    assert isinstance(text, str) and torch.equal(tokens, model.to_tokens("the red"))
+
+
+@pytest.mark.parametrize("refused", ["pixel_values", "forced_bos_token_id"])
+def test_refused_by_name(refused, model):
+    with pytest.raises(ValueError, match=f"{refused}="):
+        model.generate("the red", **{refused: 3})
+
+
+def test_stop_strings_are_transformers_(model):
+    """Row by row what transformers' criterion says, halves of characters and all; no stop strings stop nothing."""
+    tokenizer = model.tokenizer
+    text = "the red thing is é blue, 圆 red"
+    tokens = model.to_tokens(text)[0]
+    for strings in (["red"], ["d t"], ["ue,", "é"], ["圆"], ["e"], ["is é b"], ["nothing of it"], [" red"]):
+        ours, theirs = StopStrings(tokenizer, strings), StopStringCriteria(tokenizer, strings)
+        said = []
+        for end in range(1, len(tokens) + 1):
+            rows = torch.stack([tokens[:end], tokens[:end].roll(1)])
+            expected = theirs(rows, None)
+            assert torch.equal(ours(rows, None), expected), (strings, tokenizer.decode(tokens[:end]))
+            said.append(bool(expected[0]))
+        assert any(said) == (strings != ["nothing of it"])
+    for nothing in ([], "", None, [""]):
+        ours = model.generate("the red", stop_strings=nothing, stop_at_eos=False, **GREEDY)
+        assert ours == model.generate("the red", stop_at_eos=False, **GREEDY)
+    whole = model.generate(tokens[None], stop_at_eos=False, **GREEDY)
+    stop = tokenizer.decode(whole[0, -NEW : -NEW + 1])
+    assert model.generate(tokens[None], stop_at_eos=False, stop_strings=stop, **GREEDY).shape[1] == len(tokens) + 1
 
 
 def test_contradictory_settings_are_refused(model, batches):

@@ -145,7 +145,10 @@ def test_damaged_folders(damage, tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"model_type": "qwen2_5_vl"}, "Qwen2.5-VL is not Qwen2-VL"),
+        ({"model_type": "qwen2_5_vl"}, "got model_type 'qwen2_5_vl' with architectures"),  # whose architectures are still Qwen2-VL's
+        ({"model_type": "qwen3_vl_moe"}, "has experts"),
+        ({"model_type": "qwen2_5_omni"}, "hears and speaks"),
+        ({"model_type": "qwen3_5"}, "Qwen3.5 has linear-attention"),
         ({"use_sliding_window": True}, "use_sliding_window = True"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"mystery": 3}, "mystery = 3"),

@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from transformers import Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import (
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from hooked_qwen2vl import Inputs, Processor
@@ -29,6 +38,9 @@ CHAT_TEMPLATE = (
     "{% endif %}<|vision_start|><|video_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% endif %}"
     "{% endfor %}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+_SYSTEM = "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+CHAT_TEMPLATE3 = CHAT_TEMPLATE.replace(_SYSTEM, "")
 
 
 def byte_symbols() -> list[str]:
@@ -64,6 +76,13 @@ def tiny_tokenizer(more: Sequence[str | bytes] = ()) -> Qwen2Tokenizer:
 def tiny_processor(min_pixels: int = 28 * 28, max_pixels: int = 28 * 28 * 64, tokenizer: Qwen2Tokenizer | None = None) -> Processor:
     size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
     return Processor(tokenizer or tiny_tokenizer(), Qwen2VLImageProcessorPil(size=size), CHAT_TEMPLATE, size)
+
+
+def tiny_processor3(tokenizer: Qwen2Tokenizer | None = None) -> Processor:
+    """Qwen3-VL's: patches of 16 pixels, other means, and (for want of the published one) a template without a system prompt."""
+    size = {"shortest_edge": 32 * 32, "longest_edge": 32 * 32 * 64}
+    images = Qwen2VLImageProcessorPil(size=size, patch_size=16, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    return Processor(tokenizer or tiny_tokenizer(), images, CHAT_TEMPLATE3, size)
 
 
 def tiny_config(
@@ -103,14 +122,67 @@ def tiny_config(
     )
 
 
+def _ids(tokenizer: Qwen2Tokenizer) -> dict[str, int]:
+    names = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
+    return {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>") for name, token in names.items()}
+
+
+def tiny_config25(
+    n_heads: int = 4, n_key_value_heads: int = 2, tie: bool = False, n_layers: int = 3, vision_layers: int = 3, window: int = 56,
+    full: tuple[int, ...] = (1,), tokens_per_second: int = 3,
+) -> Qwen2_5_VLConfig:  # fmt: skip
+    """Windows of 2×2 image tokens and one block without; d_vision ≠ d_model; time positions that are not frames."""
+    text = tiny_config(n_heads, n_key_value_heads, tie, n_layers).text_config.to_dict()
+    return Qwen2_5_VLConfig(
+        text_config={key: value for key, value in text.items() if key != "model_type"},
+        vision_config={
+            "depth": vision_layers, "hidden_size": 48, "out_hidden_size": n_heads * 16, "num_heads": 3, "intermediate_size": 56,
+            "window_size": window, "fullatt_block_indexes": list(full), "tokens_per_second": tokens_per_second,
+        },
+        tie_word_embeddings=tie,
+        **_ids(tiny_tokenizer()),
+    )  # fmt: skip
+
+
+def tiny_config3(
+    n_heads: int = 4, n_key_value_heads: int = 2, tie: bool = False, n_layers: int = 4, vision_layers: int = 4,
+    deepstack: tuple[int, ...] = (0, 2), side: int = 5,
+) -> Qwen3VLConfig:  # fmt: skip
+    """Heads that do not share the stream's width, a small table of positions, DeepStack after other tower blocks than 0, 1, …"""
+    tokenizer = tiny_tokenizer()
+    return Qwen3VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer) + 3, "hidden_size": 56, "intermediate_size": 72, "num_hidden_layers": n_layers,
+            "num_attention_heads": n_heads, "num_key_value_heads": n_key_value_heads, "head_dim": 16,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2], "mrope_interleaved": True},
+            "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "bos_token_id": None,
+            "eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>"), "tie_word_embeddings": tie,
+        },
+        vision_config={
+            "depth": vision_layers, "hidden_size": 48, "out_hidden_size": 56, "num_heads": 3, "intermediate_size": 64,
+            "num_position_embeddings": side**2, "deepstack_visual_indexes": list(deepstack),
+        },
+        tie_word_embeddings=tie,
+        **_ids(tokenizer),
+    )  # fmt: skip
+
+
+LINE = {
+    "qwen2_vl": (Qwen2VLForConditionalGeneration, tiny_config),
+    "qwen2_5_vl": (Qwen2_5_VLForConditionalGeneration, tiny_config25),
+    "qwen3_vl": (Qwen3VLForConditionalGeneration, tiny_config3),
+}
+
+
 def tiny_hf(
-    attention: str = "sdpa", dtype: torch.dtype = torch.float32, seed: int = 0, **config
-) -> Qwen2VLForConditionalGeneration:
+    attention: str = "sdpa", dtype: torch.dtype = torch.float32, seed: int = 0, family: str = "qwen2_vl", **config
+) -> PreTrainedModel:
     """A reference model whose norms and biases are random and whose layers all matter."""
     torch.manual_seed(seed)
-    config = tiny_config(**config)
+    kind, make = LINE[family]
+    config = make(**config)
     config._attn_implementation = attention
-    model = Qwen2VLForConditionalGeneration(config).eval()
+    model = kind(config).eval()
     model.set_attn_implementation(attention)
     randomise(model)
     model.generation_config.pad_token_id = 0
@@ -129,7 +201,7 @@ def randomise(model: torch.nn.Module) -> None:
 
 
 @torch.no_grad()
-def reference_logits(hf: Qwen2VLForConditionalGeneration, inputs: Inputs, **changes) -> torch.Tensor:
+def reference_logits(hf: PreTrainedModel, inputs: Inputs, **changes) -> torch.Tensor:
     """The reference's logits; nothing is left on the model from the call before."""
     hf.model.rope_deltas = None
     return hf(**{**reference_batch(inputs), **changes}).logits

@@ -30,8 +30,13 @@ def run(options: argparse.Namespace) -> int:
     from hooked_qwen2vl.selfcheck import self_check
 
     model = load_model(options)
-    folder = open_checkpoint(options.model).folder
+    checkpoint = open_checkpoint(options.model, adapter=options.adapter)
+    folder = checkpoint.folder
     reference = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=model.cfg.dtype).eval().to(model.cfg.device)
+    if checkpoint.adapter not in (None, folder):  # one in the folder itself transformers applies
+        from peft import PeftModel
+
+        reference = PeftModel.from_pretrained(reference, checkpoint.adapter).merge_and_unload()
     print(PIXELS.format("installed" if is_torchvision_available() else "not installed"))
     table = self_check(model, reference)
     print(table.to_string(index=False, float_format=lambda x: f"{x:.1e}"))

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("--with", dest="others", action="append", default=[], metavar="[NAME=]MODEL",
                         help="another model: 'twin', or a folder or hub id of a text model or a Qwen2-VL; may be repeated")  # fmt: skip
-    parser.add_argument("--tuned", metavar="MODEL", help="a fine-tuned version of --model, LoRA merged")
+    parser.add_argument("--tuned", metavar="MODEL", help="a fine-tuned version of --model, or a LoRA adapter of it (a PEFT folder)")
     parser.add_argument("--data", default="scenes", help="scenes, a .jsonl file or a folder (default: scenes)")
     parser.add_argument("--items", type=int, default=12, metavar="N", help="questions (default 12)")
     add_out(parser)
@@ -71,9 +71,8 @@ def _beside_others(options: argparse.Namespace, model: Any, questions: list) -> 
 
 def _tuned(options: argparse.Namespace, model: Any, questions: list) -> int:
     from analyses.model_patching import ACTIVATIONS, patch_between_models
-    from hooked_qwen2vl.model import HookedQwen2VL
 
-    tuned = HookedQwen2VL.from_pretrained(options.tuned, dtype=options.dtype, device=options.device)
+    tuned = _qwen(options.tuned, options)
     prompts = [model.to_inputs(example.question, images=list(example.images)) for example in questions]
     written = []
     for direction, source, target in (("base_into_tuned", model, tuned), ("tuned_into_base", tuned, model)):
@@ -98,19 +97,29 @@ def _named(spec: str, options: argparse.Namespace, model: Any) -> tuple[str, Any
     """
     from transformers import AutoConfig
 
-    from hooked_qwen2vl.model import HookedQwen2VL
-
     if spec == "twin":
         return spec, _twin(model)
     label, _, place = spec.rpartition("=")
-    config = None if place == "scenes" else AutoConfig.from_pretrained(place)
+    config = None if place == "scenes" or _is_adapter(place) else AutoConfig.from_pretrained(place)
     if config is None or config.model_type == "qwen2_vl":
-        other = HookedQwen2VL.from_pretrained(place, dtype=options.dtype, device=options.device)
+        other = _qwen(place, options)
     elif hasattr(config, "vision_config"):
         raise ValueError(f"{place} is a {config.model_type}: besides Qwen2-VL, only text models can stand beside this one.")
     else:
         other = _bridge(place, options.device or "cpu", options.dtype or "float32")
     return label or place, other
+
+
+def _qwen(place: str, options: argparse.Namespace) -> Any:
+    """A Qwen2-VL of a folder or hub id; an adapter's folder is --model with it."""
+    from hooked_qwen2vl.model import HookedQwen2VL
+
+    base, adapter = (options.model, place) if _is_adapter(place) else (place, None)
+    return HookedQwen2VL.from_pretrained(base, dtype=options.dtype, device=options.device, adapter=adapter)
+
+
+def _is_adapter(place: str) -> bool:
+    return (Path(place) / "adapter_config.json").exists() and not (Path(place) / "config.json").exists()
 
 
 def _twin(model: Any) -> Any:

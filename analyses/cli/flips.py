@@ -66,7 +66,7 @@ def _data_set(options: argparse.Namespace) -> None:
     share = this_share(options.shard)  # before the model: it gives each process its GPU
     experiment = FlipExperiment(load_model(options), options.components, options.random)
     rows = options.out / NAME
-    state = experiment.start(lambda: examples(options.data, options.limit), rows, **run_options(options, share))
+    state = experiment.start(lambda: examples(options.data, options.limit, keep_bad=True), rows, **run_options(options, share))
     if options.dry_run:
         print(state.describe())
     elif finished(options, state) and reports(options, state):

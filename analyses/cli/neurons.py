@@ -85,10 +85,11 @@ def _data(options: argparse.Namespace) -> tuple[Any, Any]:
 
     if options.data == "scenes":
         return (lambda: examples("scenes:train", options.limit or 500),
-                lambda: examples(options.test or "scenes:test", options.test_limit))  # fmt: skip
+                lambda: examples(options.test or "scenes:test", options.test_limit, keep_bad=True))  # fmt: skip
     if options.test:
-        return lambda: examples(options.data, options.limit), lambda: examples(options.test, options.test_limit)
-    chosen, judged = split_by_image(examples(options.data))  # paths, not pictures
+        return (lambda: examples(options.data, options.limit, keep_bad=True),
+                lambda: examples(options.test, options.test_limit, keep_bad=True))  # fmt: skip
+    chosen, judged = split_by_image(examples(options.data, keep_bad=True))  # paths, not pictures
     return spread(chosen, options.limit), spread(judged, options.test_limit)
 
 

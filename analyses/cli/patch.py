@@ -90,7 +90,7 @@ def _many(options: argparse.Namespace) -> None:
     if options.activation != "resid_pre" or options.direction != "denoise":
         raise ValueError("many pairs are patched at resid_pre, denoising: leave out --activation and --direction.")
     model = load_model(options)
-    candidates = scene_candidates(2 * options.n) if options.data == "scenes" else in_turn(read_candidates(options.data))
+    candidates = scene_candidates(2 * options.n) if options.data == "scenes" else in_turn(read_candidates(options.data, keep_bad=True))
     pairs = check_pairs(model, candidates, n=options.n)
     study = locality_study(model, pairs, options.batch_size)
     out = out_folder(options)

@@ -15,8 +15,9 @@ SAMPLES = Path(hooked_qwen2vl.__file__).parent / "scenes" / "samples"
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """--model, --dtype, --device."""
+    """--model, --adapter, --dtype, --device."""
     parser.add_argument("--model", default="scenes", help="a Qwen2-VL folder or hub id (default: the embedded model)")
+    parser.add_argument("--adapter", help="a LoRA adapter of --model, a PEFT folder or hub id, merged into its weights")
     parser.add_argument("--dtype", help="float32, bfloat16, …; default: the checkpoint's own")
     parser.add_argument("--device", help="cpu, cuda, …")
 
@@ -75,7 +76,7 @@ def load_model(options: argparse.Namespace) -> HookedQwen2VL:
     """The model that the options name."""
     from hooked_qwen2vl.model import HookedQwen2VL
 
-    return HookedQwen2VL.from_pretrained(options.model, dtype=options.dtype, device=options.device)
+    return HookedQwen2VL.from_pretrained(options.model, dtype=options.dtype, device=options.device, adapter=options.adapter)
 
 
 def out_folder(options: argparse.Namespace) -> Path:

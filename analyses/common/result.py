@@ -108,7 +108,7 @@ def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:
         tensors[name] = value.detach().cpu().contiguous().clone()  # no two fields may share storage in the file
         return {"tensor": name}
     if isinstance(value, Inputs):
-        value = replace(value, image_embeds=None, encoded_by=None)  # named after the weights of this process
+        value = replace(value, image_embeds=None, deepstack_embeds=None, encoded_by=None)  # named after the weights of this process
     if isinstance(value, (Result, Inputs, Visual)) and is_dataclass(value):
         encoded = {f.name: _encode(getattr(value, f.name), tensors) for f in fields(value)}
         return {"class": _name(type(value)), "fields": encoded}

@@ -10,14 +10,13 @@
 
 1. A file is an array or JSON lines: its first character that is not space tells which (POPE's COCO files are JSON
    lines though they are named .json).
-2. Every row is checked. What is wrong is named by file and line, and counted; nothing is left out silently.
+2. Every row is checked against its declaration in `analyses.data.schema`. What is wrong is named by file and line, and counted; nothing is left out silently.
 3. An answer is judged only where the benchmark says how: yes or no, the exact answer, objects of a list. Elsewhere the
    judge is `NEEDS_A_JUDGE`, and nothing is called right or wrong.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -28,23 +27,16 @@ import pandas as pd
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
 from analyses.common.result import Result
+from analyses.data import schema as columns
 from analyses.data.examples import Example, examples, spread
-from analyses.data.json_lines import read_rows, read_text, rows_and_errors
+from analyses.data.json_lines import read_json, read_rows, read_text, rows_and_errors
+from analyses.data.schema import AMBER_TYPES, Schema, shown, tell_unknown
+from analyses.data.schema import HQH_TYPES as HQH_TYPES
 
 YES_NO, EXACT, OBJECTS, NEEDS_A_JUDGE = "yes/no", "exact", "objects", "needs a judge"
-HQH_TYPES = ("ocr", "action", "attribute", "comparison", "count", "environment", "existence", "relation")
 MMHAL_TYPES = (
     "attribute", "adversarial object", "comparison", "counting", "spatial relation", "environment", "holistic", "other",
 )  # fmt: skip
-AMBER_TYPES = {
-    "generative": "generative",
-    "discriminative-hallucination": "existence",
-    "discriminative-attribute-state": "attribute: state",
-    "discriminative-attribute-number": "attribute: number",
-    "discriminative-attribute-action": "attribute: action",
-    "discriminative-relation": "relation",
-    "relation": "relation",
-}
 CAPTION_PROMPT = "Please describe this image in detail."
 _SHOWN = 5
 _EXISTENCE = re.compile(
@@ -109,15 +101,15 @@ def load_pope(
 
     def question(row: dict, index: int) -> dict:
         return {
-            "id": _text(row, "question_id"),
-            "question": _text(row, "text"),
-            "answer": _one_of(row, "label", ("yes", "no")),
-            "images": (_image(folders, [_text(row, "image")], check_images),),
+            "id": row["question_id"],
+            "question": row["text"],
+            "answer": row["label"],
+            "images": (_image(folders, [row["image"]], check_images),),
             "category": category,
             "judge": YES_NO,
         }
 
-    return _load("pope", file, question, skip_bad)
+    return _load("pope", columns.POPE, file, question, skip_bad)
 
 
 def load_hqh(
@@ -132,16 +124,16 @@ def load_hqh(
     folders = _folders(images, file.parent)
 
     def question(row: dict, index: int) -> dict:
-        name = _text(row, "image")
+        name = row["image"]
         return {
-            "id": _text(row, "id"),
-            "question": _text(row, "instruction"),
-            "answer": _text(row, "ground_truth"),
+            "id": row["id"],
+            "question": row["instruction"],
+            "answer": row["ground_truth"],
             "images": (_image(folders, [name, PurePosixPath(name).name], check_images),),
-            "category": _one_of(row, "type", HQH_TYPES),
+            "category": row["type"],
         }
 
-    return _load("hqh", file, question, skip_bad)
+    return _load("hqh", columns.HQH, file, question, skip_bad)
 
 
 def load_amber(
@@ -163,24 +155,25 @@ def load_amber(
     folders = _folders(images, *(root / name for root in roots for name in ("image", "images", ".")))
 
     def question(row: dict, index: int) -> dict:
-        number = row.get("id")
-        if not isinstance(number, int) or not 1 <= number <= len(notes):
-            raise ValueError(f"id {number!r} has no annotation: there are {len(notes)}")
+        number = row["id"]
+        if not 1 <= number <= len(notes):
+            raise ValueError(f"id {shown(number)} has no annotation: there are {len(notes)}")
         note = notes[number - 1]
-        if not isinstance(note, dict) or note.get("id", number) != number:
-            raise ValueError(f"annotation {number} is {str(note)[:60]}: expected an object with that id")
-        kind = _one_of(note, "type", tuple(AMBER_TYPES))
+        kind = _of_annotation(columns.AMBER_KIND, note, number)
+        if kind.get("id", number) != number:
+            raise ValueError(f"annotation {number} is {ascii(note)[:60]}: expected an object with that id")
         common = {
             "id": str(number),
-            "question": _text(row, "query"),
-            "images": (_image(folders, [_text(row, "image")], check_images),),
-            "category": AMBER_TYPES[kind],
+            "question": row["query"],
+            "images": (_image(folders, [row["image"]], check_images),),
+            "category": AMBER_TYPES[kind["type"]],
         }
-        if kind == "generative":
-            return common | {"truth": _words(note, "truth"), "hallucinated": _words(note, "hallu")}
-        return common | {"answer": _one_of(note, "truth", ("yes", "no")), "judge": YES_NO}
+        if kind["type"] == "generative":
+            lists = _of_annotation(columns.AMBER_GENERATIVE, note, number)
+            return common | {"truth": lists.get("truth", ()), "hallucinated": lists.get("hallu", ())}
+        return common | {"answer": _of_annotation(columns.AMBER_YES_NO, note, number)["truth"], "judge": YES_NO}
 
-    return _load("amber", queries, question, skip_bad)
+    return _load("amber", columns.AMBER_QUERY, queries, question, skip_bad)
 
 
 def load_mmhal(
@@ -196,19 +189,19 @@ def load_mmhal(
     folders = _folders(images, file.parent / "images", file.parent)
 
     def question(row: dict, index: int) -> dict:
-        names = [str(row[key]) for key in ("image", "image_src") if row.get(key)]
-        names = [PurePosixPath(name).name for name in names] + [f"{row.get('image_id')}.jpg"] * ("image_id" in row)
+        names = [PurePosixPath(row[key]).name for key in ("image", "image_src") if key in row]
+        names += [f"{row['image_id']}.jpg"] if "image_id" in row else []
         return {
             "id": str(index),
-            "question": _text(row, "question"),
-            "answer": _text(row, "gt_answer"),
+            "question": row["question"],
+            "answer": row["gt_answer"],
             "images": (_image(folders, names, check_images),),
             "category": MMHAL_TYPES[index % 8],
-            "given": str(row.get("model_answer") or ""),
-            "truth": _words(row, "image_content"),
+            "given": row.get("model_answer", ""),
+            "truth": row.get("image_content", ()),
         }
 
-    return _load("mmhal", file, question, skip_bad)
+    return _load("mmhal", columns.MMHAL, file, question, skip_bad)
 
 
 def load_chair(
@@ -230,7 +223,7 @@ def load_chair(
     known = _object_lists(objects)
 
     def question(row: dict, index: int) -> dict:
-        name = _text(row, "image_id")
+        name = row["image_id"]
         listed = row["objects"] if "objects" in row else known.get(name) if known is not None else None
         if listed is None and known is not None:
             raise ValueError(f"no objects are listed for image {name}")
@@ -240,11 +233,11 @@ def load_chair(
             "images": () if images is None else (_image(_folders(images), _coco_names(name), check_images),),
             "category": "caption",
             "judge": NEEDS_A_JUDGE if listed is None else OBJECTS,
-            "given": _text(row, "caption"),
-            "truth": () if listed is None else _words({"objects": listed}, "objects"),
+            "given": row["caption"],
+            "truth": () if listed is None else tuple(listed),
         }
 
-    return _load("chair", file, question, skip_bad)
+    return _load("chair", columns.CAPTION, file, question, skip_bad)
 
 
 def load_grounding(
@@ -260,22 +253,22 @@ def load_grounding(
     folders = _folders(images, file.parent)
 
     def question(row: dict, index: int) -> dict:
-        phrase = next((row[key] for key in ("phrase", "expression", "sentence") if row.get(key)), None)
-        if not isinstance(phrase, str):
-            raise ValueError('expected "phrase", a text')
-        if not (row.get("box") or row.get("bbox") or row.get("mask")):
-            raise ValueError('expected "box", "bbox" or "mask"')
+        phrase = next((row[key] for key in ("phrase", "expression", "sentence") if key in row), None)
+        if phrase is None:
+            raise ValueError('expected "phrase", a text, got nothing')
+        if not {"box", "bbox", "mask"} & set(row):
+            raise ValueError('expected "box", "bbox" or "mask", got nothing')
         return {
-            "id": str(row.get("id", index)),
+            "id": row.get("id", str(index)),
             "question": f"Where is {phrase}?",
             "answer": phrase,
-            "images": (_image(folders, [_text(row, "image")], check_images),),
-            "category": str(row.get("category", "")),
+            "images": (_image(folders, [row["image"]], check_images),),
+            "category": row.get("category", ""),
             "boxes": _boxes(row),
-            "mask": _image(folders, [_text(row, "mask")], check_images) if row.get("mask") else None,
+            "mask": _image(folders, [row["mask"]], check_images) if "mask" in row else None,
         }
 
-    return _load("grounding", file, question, skip_bad)
+    return _load("grounding", columns.GROUNDING, file, question, skip_bad)
 
 
 def load_scenes(limit: int = 1000, split: str = "test", seed: int = 0, start: int = 0) -> Benchmark:
@@ -496,10 +489,10 @@ def _plain(text: str) -> str:
 
 
 def _load(
-    name: str, files: Path | Sequence[Path], question: Callable[[dict, int], dict], skip_bad: bool
+    name: str, schema: Schema, files: Path | Sequence[Path], question: Callable[[dict, int], dict], skip_bad: bool
 ) -> Benchmark:
-    """Every row of the files through `question`; the rows that it refuses, and ids seen before, are the problems."""
-    items, problems, seen = [], [], {}
+    """Every row of the files, read by its schema, through `question`; what either refuses, and ids seen before, are the problems."""
+    items, problems, seen, unknown = [], [], {}, {}
     for file in [files] if isinstance(files, Path) else files:
         for index, (line, row) in enumerate(rows_and_errors(file)):
             if isinstance(row, ValueError):
@@ -507,15 +500,17 @@ def _load(
                 continue
             where = f"{file}, line {line}"
             try:
-                values = question(row, index)
+                values = question(schema.read(row), index)
                 if values["id"] in seen:
                     raise ValueError(f"id {values['id']} is also that of {seen[values['id']]}")
             except ValueError as error:
                 problems.append(f"{where}: {error}.")
                 continue
+            unknown |= dict.fromkeys(schema.unknown(row)) if schema.ours else {}
             seen[values["id"]] = where
             noun = values.get("noun", object_noun(values["question"]))
             items.append(Question(**{"answer": "", **values, "noun": noun, "benchmark": name, "source": where}))
+    tell_unknown(files, unknown)
     if problems and not skip_bad:
         more = f"\n… and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise ValueError(
@@ -527,38 +522,22 @@ def _load(
     return Benchmark(items, problems)
 
 
-def _text(row: Mapping, key: str) -> str:
-    value = row.get(key)
-    if not isinstance(value, (str, int, float)) or isinstance(value, bool) or not str(value).strip():
-        raise ValueError(f'expected "{key}", got {value!r}')
-    return str(value)
-
-
-def _one_of(row: Mapping, key: str, allowed: Sequence[str]) -> str:
-    value = str(row.get(key)).strip().lower()
-    if value not in allowed:
-        raise ValueError(f'expected "{key}" of {", ".join(allowed)}, got {row.get(key)!r}')
-    return value
-
-
-def _words(row: Mapping, key: str) -> tuple[str, ...]:
-    value = row.get(key, [])
-    if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
-        raise ValueError(f'expected "{key}", a list of words, got {value!r}')
-    return tuple(value)
+def _of_annotation(schema: Schema, note: Mapping, number: int) -> dict[str, Any]:
+    try:
+        return schema.read(note)
+    except ValueError as error:
+        raise ValueError(f"annotation {number} is {ascii(note)[:60]}: {error}") from error
 
 
 def _boxes(row: Mapping) -> tuple[tuple[float, float, float, float], ...]:
-    value = row.get("box") or row.get("bbox")
+    value = row.get("box", row.get("bbox"))
     if value is None:
         return ()
-    if not isinstance(value, list) or len(value) != 4 or not all(isinstance(v, (int, float)) for v in value):
-        raise ValueError(f"expected a box of four numbers, got {value!r}")
-    x, y, right, bottom = map(float, value)
-    if not row.get("box"):
+    x, y, right, bottom = value
+    if "box" not in row:
         right, bottom = x + right, y + bottom
     if right <= x or bottom <= y:
-        raise ValueError(f"the box {value} has no area")
+        raise ValueError(f"the box {list(value)} has no area")
     return ((x, y, right, bottom),)
 
 
@@ -572,11 +551,18 @@ def _image(folders: Sequence[Path], names: Sequence[str], check: bool) -> Path:
         raise ValueError("the row names no image")
     for name in names:
         for folder in folders:
-            if (folder / name).is_file():
+            if _is_file(folder / name):
                 return folder / name
     if check:
         raise ValueError(f"no image {names[0]} in {' or '.join(map(str, folders))}")
     return folders[0] / names[0]
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # longer than a name can be, say
+        return False
 
 
 def _coco_names(name: str) -> list[str]:
@@ -589,15 +575,19 @@ def _coco_names(name: str) -> list[str]:
 def _object_lists(objects: Any) -> dict[str, Any] | None:
     if objects is None:
         return None
-    if isinstance(objects, Mapping):
-        return {str(name): value if value is None else list(value) for name, value in objects.items()}
-    try:
-        found = json.loads(read_text(objects))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{objects}, line {error.lineno}: not JSON ({error.msg}).") from error
-    if not isinstance(found, dict):
+    given = isinstance(objects, Mapping)
+    found = objects if given else read_json(objects)
+    if not isinstance(found, Mapping):
         raise ValueError(f'{objects}: expected an object {{"image_id": ["dog", …]}}.')
-    return found
+    where = "objects" if given else str(objects)
+    return {str(name): value if value is None else _objects_of(name, value, where) for name, value in found.items()}
+
+
+def _objects_of(name: Any, value: Any, where: str) -> tuple[str, ...]:
+    try:
+        return columns.OBJECT_NAMES.read(value if isinstance(value, list) else list(value) if isinstance(value, (tuple, set)) else value)
+    except ValueError as error:
+        raise ValueError(f"{where}: expected of image {shown(str(name))} a list of objects' names, got {error or shown(value)}.") from error
 
 
 def _amber_queries(base: Path) -> list[Path]:

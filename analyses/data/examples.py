@@ -7,7 +7,7 @@ A data set is named by a string:
     DIR                                         a folder with questions.jsonl, or one such folder a domain
 
 A line: {"image": "a.png" (or "images": [...]), "question": "...", "answer": "...", and optionally "id", "domain",
-"category", "candidates": ["red", "blue"]}.
+"category", "candidates": ["red", "blue"]}; `schema.QUESTION` says what each may hold.
 
 A limit takes questions of every domain and category in turn, drawn by a seed: files are often sorted by them. What it
 leaves out is said in a warning (`LeftOut`). A larger limit adds questions, it changes none.
@@ -24,7 +24,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from analyses.data.json_lines import read_rows
+from analyses.data.json_lines import rows_and_errors
+from analyses.data.schema import QUESTION, not_whole, shown, tell_unknown
 from hooked_qwen2vl.image_hash import image_hash
 from hooked_qwen2vl.scenes import sample
 
@@ -60,6 +61,39 @@ class Example:
     item: Any = field(repr=False, default=None)
 
 
+@dataclass(frozen=True)
+class Unreadable(Example):
+    """A row that is no question: it keeps its place in the data, and a run records the reason.
+
+    Attributes:
+        problem: file, line and reason.
+    """
+
+    problem: str = ""
+
+
+def problem_of(example: Example) -> str:
+    """Why a question cannot be asked, without looking at its images; "" where it can.
+
+    Questions that were read from a file have been checked against `schema.QUESTION`; others may hold anything.
+    """
+    if isinstance(example, Unreadable):
+        return example.problem
+    named = {name: getattr(example, name) for name in ("id", "question", "answer", "domain", "category")}
+    if isinstance(example.candidates, (tuple, list)):
+        named |= {f"candidates[{number}]": value for number, value in enumerate(example.candidates)}
+    else:
+        return f"expected candidates, a tuple of texts, got {shown(example.candidates)}"
+    for name, value in named.items():
+        if not isinstance(value, str):
+            return f"expected {name}, a text, got {shown(value)}"
+        if reason := not_whole(value):
+            return f"{name} holds {reason}"
+    if not isinstance(example.images, (tuple, list)):
+        return f"expected images, a tuple of them, got {shown(example.images)}"
+    return ""
+
+
 def image_key(example: Example) -> str:
     """The same for all questions about the same images: their files' names as given, or a hash of pictures in memory;
     without any, the example's id."""
@@ -68,7 +102,11 @@ def image_key(example: Example) -> str:
 
 
 def examples(
-    data: str | Path | Iterable[Example] = "scenes", limit: int | None = None, split: str = "test", seed: int = 0
+    data: str | Path | Iterable[Example] = "scenes",
+    limit: int | None = None,
+    split: str = "test",
+    seed: int = 0,
+    keep_bad: bool = False,
 ) -> Iterator[Example]:
     """The questions of a data set, one by one; images of folders stay on disk until they are opened.
 
@@ -78,6 +116,7 @@ def examples(
         limit: how many, spread over domains and categories (`spread`).
         split: of the embedded world, where `data` does not name it.
         seed: of the embedded world, or of what the limit draws.
+        keep_bad: give a line that is not as described as an `Unreadable`, for a run to record, instead of raising.
     Raises:
         ValueError: no such data, a line that is not as described (its file and number are named), or nothing there.
     """
@@ -90,7 +129,7 @@ def examples(
     if data.split(":")[0] == "scenes" and not Path(data).exists():
         yield from _scenes(data.partition(":")[2] or split, 1000 if limit is None else limit, seed)
         return
-    stream = _files(Path(data))
+    stream = _files(Path(data), keep_bad)
     found = stream if limit is None else iter(spread(stream, limit, seed))
     first = next(found, None)
     if first is None:
@@ -157,33 +196,53 @@ def _scenes(split: str, n: int, seed: int) -> Iterator[Example]:
             )  # fmt: skip
 
 
-def _files(path: Path) -> Iterator[Example]:
+def _files(path: Path, keep_bad: bool) -> Iterator[Example]:
+    seen: set[str] = set()
     if path.is_file():
-        yield from _lines(path, "")
+        yield from _lines(path, "", keep_bad, seen)
     elif (path / LINES).is_file():
-        yield from _lines(path / LINES, "")
+        yield from _lines(path / LINES, "", keep_bad, seen)
     elif path.is_dir() and (domains := sorted(path.glob(f"*/{LINES}"))):
         for file in domains:
-            yield from _lines(file, file.parent.name)
+            yield from _lines(file, file.parent.name, keep_bad, seen)
     else:
         raise ValueError(f"expected 'scenes', a .jsonl file, or a folder with {LINES} (or one such folder a domain), got {path}.")
 
 
-def _lines(file: Path, domain: str) -> Iterator[Example]:
-    for number, (line, values) in enumerate(read_rows(file), 1):
-        if not isinstance(values.get("question"), str):
-            raise ValueError(f'{file}, line {line}: expected an object with "image", "question" and "answer".')
-        yield _example(values, file, number, domain)
+def _lines(file: Path, domain: str, keep_bad: bool, seen: set[str]) -> Iterator[Example]:
+    unknown: dict[str, None] = {}
+    for number, (line, row) in enumerate(rows_and_errors(file), 1):
+        default = f"{domain or file.stem}-{number}"
+        try:
+            if isinstance(row, ValueError):
+                raise row
+            example = _example(row, file, default, domain, line)
+            if example.id in seen:
+                raise ValueError(f"{file}, line {line}: the id {shown(example.id)} comes twice.")
+        except ValueError as error:
+            if not keep_bad:
+                raise
+            name = f"{default} (line {line})"
+            example = Unreadable(name, "", "", domain=domain, problem=str(error))
+        else:
+            unknown |= dict.fromkeys(QUESTION.unknown(row))
+        seen.add(example.id)
+        yield example
+    tell_unknown(file, unknown)
 
 
-def _example(values: dict[str, Any], file: Path, number: int, domain: str) -> Example:
-    images: Sequence[str] = values.get("images") or ([values["image"]] if values.get("image") else [])
+def _example(row: dict[str, Any], file: Path, default: str, domain: str, line: int) -> Example:
+    try:
+        values = QUESTION.read(row)
+    except ValueError as error:
+        raise ValueError(f"{file}, line {line}: {error}.") from error
+    images: Sequence[str] = values.get("images", (values["image"],) if "image" in values else ())
     return Example(
-        id=str(values.get("id", f"{domain or file.stem}-{number}")),
+        id=values.get("id", default),
         question=values["question"],
-        answer=str(values.get("answer", "")),
+        answer=values.get("answer", ""),
         images=tuple(file.parent / image for image in images),
-        domain=str(values.get("domain", domain)),
-        category=str(values.get("category", "")),
-        candidates=tuple(values.get("candidates", ())),
+        domain=values.get("domain", domain),
+        category=values.get("category", ""),
+        candidates=values.get("candidates", ()),
     )

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ from analyses.common.result import Result
 from analyses.data.examples import Example
 from analyses.logit_lens import logit_lens, residual_stack
 from analyses.trajectory import Trajectories, answer_ids, answer_trajectory
+from hooked_qwen2vl import HookedQwen2VL
 
 CONDITIONS = ("image", "words", "neither")
 MEASURES = ("answer_prob", "entropy_share", "final_prob", "recovery_scene", "recovery_last")
@@ -183,6 +185,20 @@ def compare_models(
     picture = next((example.item.image for example in kept if example.item is not None), None)
     heads = {name: detect_heads(m, passage, picture if _sees(m) else None) for name, m in models.items()}
     return Comparison(tuple(runs), heads, len(examples) - len(kept))
+
+
+def compare_tuned(
+    base: str | Path, adapter: str | Path, examples: Sequence[Example], conditions: Sequence[str] = CONDITIONS, **load: Any
+) -> Comparison:
+    """`compare_models` of a base ("base") and of the same base with a LoRA adapter merged in ("tuned").
+
+    Args:
+        base, adapter: folders or hub ids. load: further arguments of `HookedQwen2VL.from_pretrained`, for both (dtype, device).
+    Raises:
+        ValueError: as `from_pretrained` and `compare_models`.
+    """
+    models = {"base": HookedQwen2VL.from_pretrained(base, **load), "tuned": HookedQwen2VL.from_pretrained(base, adapter=adapter, **load)}
+    return compare_models(models, examples, conditions)
 
 
 def ask(model: Any, text: str, images: Sequence[Any] = ()) -> Any:

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from analyses.common.sums import Sums, add_up
 from analyses.data.examples import Example, in_batches
 from analyses.runs.engine import Run, describe_model, opened, read_failures, read_results, run, wait_for_all
-from analyses.runs.files import PLAN, read_manifest
+from analyses.runs.files import read_manifest, read_plan
 from analyses.runs.plan import size_by_model
 from analyses.runs.sums import read_sums, write_sums
 from hooked_qwen2vl.image_embeddings import CAPACITY
@@ -150,7 +150,7 @@ class Experiment:
         manifest = read_manifest(out)
         try:
             rows = read_sums(out) if cls.summed else read_results(out).drop(columns="item")
-            ids = tuple(pd.read_parquet(Path(out) / PLAN, columns=["id"])["id"])
+            ids = tuple(read_plan(out)["id"])
             model = manifest["model"]
             done = Done(rows, ids, len(read_failures(out)), manifest["settings"], model["name"], lambda: model["weights"])
             return cls.result(done, **about)

@@ -37,6 +37,7 @@ from analyses.contextual_lens import LayerSweep, default_layers, sweep_layers, w
 from analyses.data.benchmarks import OBJECTS, Question, judge, mentions, parse_yes_no
 from analyses.data.examples import image_key, in_batches
 from analyses.data.json_lines import read_rows
+from analyses.data.schema import JUDGEMENT
 from analyses.experiments.experiment import Done, Experiment
 from analyses.moved import moved_names
 from hooked_qwen2vl.image_embeddings import Prefixes
@@ -485,11 +486,13 @@ def read_judgements(file: str | Path) -> dict[str, bool]:
     """
     found: dict[str, bool] = {}
     for line, row in read_rows(file):
-        if "id" not in row or not isinstance(row.get("correct"), bool):
-            raise ValueError(f'{file}, line {line}: expected {{"id": "…", "correct": true or false}}.')
-        if str(row["id"]) in found:
-            raise ValueError(f"{file}, line {line}: {row['id']} is judged twice.")
-        found[str(row["id"])] = row["correct"]
+        try:
+            values = JUDGEMENT.read(row)
+        except ValueError as error:
+            raise ValueError(f'{file}, line {line}: {error}; expected {{"id": "…", "correct": true or false}}.') from error
+        if values["id"] in found:
+            raise ValueError(f"{file}, line {line}: {values['id']} is judged twice.")
+        found[values["id"]] = values["correct"]
     return found
 
 

@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from analyses.runs.engine import Data, Part, Run, prepare, settled, work_on
-from analyses.runs.files import PLAN, finished_parts, part_path, read_manifest
+from analyses.runs.files import about_checksum, belonging, finished_parts, opening, part_path, read_manifest, read_plan, tensor_checksum
 from analyses.runs.plan import size_by_model
 from hooked_qwen2vl.image_embeddings import CAPACITY, Prefixes
 from hooked_qwen2vl.segments import is_segment_name
@@ -122,15 +122,15 @@ class ActivationStore:
             raise ValueError(f"{folder} holds a run of {self.manifest['name']!r}, not an activation store.")
         self._parts = finished_parts(self.folder, SUFFIX, partial)
         self.names: list[str] = self.manifest["settings"]["names"]
-        self.items = pd.read_parquet(self.folder / PLAN).sort_values("item", ignore_index=True)
+        self.items = read_plan(self.folder).sort_values("item", ignore_index=True)
         self.n_rows, self.failures = self._count()
 
     def _count(self) -> tuple[int, pd.DataFrame]:
         n_rows, failures = 0, []
         for part in self._parts:
-            with safe_open(part_path(self.folder, part, SUFFIX), framework="pt") as file:
-                n_rows += file.get_slice("item").get_shape()[0]
-                failures += json.loads(file.metadata()["failures"])
+            tensors, about = _read_tensors(part_path(self.folder, part, SUFFIX), ["item"])
+            n_rows += len(tensors["item"])
+            failures += json.loads(about["failures"])
         return n_rows, pd.DataFrame(failures, columns=["item", "id", "batch", "error"])
 
     def __len__(self) -> int:
@@ -216,9 +216,9 @@ class ActivationStore:
 
     def _read(self, part: int, names: Sequence[str]) -> dict[str, Tensor]:
         """A part's rows; nothing where none of its questions gave any."""
-        with safe_open(part_path(self.folder, part, SUFFIX), framework="pt") as file:
-            wanted = (*names, *LABELS) if file.get_slice("item").get_shape()[0] else ()
-            return {name: file.get_tensor(name) for name in wanted}
+        file = part_path(self.folder, part, SUFFIX)
+        some = len(_read_tensors(file, ["item"])[0]["item"])
+        return _read_tensors(file, (*names, *LABELS))[0] if some else {}
 
 
 # ---- writing ----------------------------------------------------------------------------------
@@ -250,18 +250,35 @@ def _rows_of(
 
 def _write_tensors(state: Run, number: int, part: Part, file: Path) -> None:
     """A part as safetensors, question after question in the order of the data."""
-    results = sorted(part.results, key=lambda result: result[0])
-    if results:
-        tensors = {
-            name: torch.cat([row["tensors"][name] for _, _, _, row in results]) for name in results[0][3]["tensors"]
-        }
-        sizes = [len(row["tensors"]["token"]) for _, _, _, row in results]
-        tensors["item"] = torch.repeat_interleave(torch.tensor([item for item, *_ in results]), torch.tensor(sizes))
-    else:
-        tensors = {"item": torch.zeros(0, dtype=torch.long)}
-    failures = json.dumps([vars(failure) for failure in part.failures])
-    header = {"failures": failures, "composition": json.dumps(part.composition)}
-    save_file({name: value.contiguous() for name, value in tensors.items()}, file, header)
+    rows = [{**row["tensors"], "item": torch.full((len(row["tensors"]["token"]),), item)} for item, _, _, row in part.results]
+    failures, composition = [vars(failure) for failure in part.failures], part.composition
+    if part.earlier is not None:
+        before, about = _read_tensors(part.earlier)
+        rows = [before, *rows] if len(before["item"]) else rows
+        failures, composition = json.loads(about["failures"]) + failures, json.loads(about["composition"]) + composition
+    tensors = {name: torch.cat([row[name] for row in rows]) for name in rows[0]} if rows else {"item": torch.zeros(0, dtype=torch.long)}
+    order = tensors["item"].argsort(stable=True)
+    tensors = {name: value[order].contiguous() for name, value in tensors.items()}
+    header = {"failures": json.dumps(failures), "composition": json.dumps(composition), **belonging(state.manifest, number, part.items)}
+    header["checksums"] = json.dumps({name: tensor_checksum(value) for name, value in tensors.items()})
+    save_file(tensors, file, header | {"checksum": about_checksum(header)})
+
+
+def _read_tensors(file: Path, names: Sequence[str] | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, what the file says of itself); None takes all that are there.
+
+    Raises:
+        ValueError: a damaged file.
+    """
+    with opening(file), safe_open(file, framework="pt") as opened:
+        about = opened.metadata() or {}
+        tensors = {name: opened.get_tensor(name) for name in (opened.keys() if names is None else names)}
+        sums = json.loads(about["checksums"]) if "run" in about else {}
+        if sums and about_checksum(about) != about["checksum"]:
+            raise ValueError("its header is not what was written: the checksum differs")
+        if wrong := [name for name, value in tensors.items() if sums and sums[name] != tensor_checksum(value)]:
+            raise ValueError(f"{wrong[0]} is not what was written: the checksum differs")
+    return tensors, about
 
 
 def _check_names(model: Any, names: Sequence[str]) -> None:

@@ -5,11 +5,12 @@
    name first, moved to its own when it is whole. What has its name is done; what has not is done again.
 3. A question that cannot be answered (an unreadable image, a prompt too long) is kept with its reason.
 4. Processes and machines share the parts; merging is reading the folder.
+5. Ctrl-C (KeyboardInterrupt) writes the whole batches of the part in hand; the next start goes on after them.
 
     OUT/run.json              name, model, settings, versions, seed, the data's digest; never changed once written
     OUT/plan.parquet          the composition of the batches: item, id, part, batch, size, …
     OUT/part-00012.parquet    a part's rows; what failed has its reason in `error`; in the file's metadata,
-                              `composition`: the batches as they really ran
+                              `composition`: the batches as they really ran, and what it belongs to, with a checksum
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,11 +32,41 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from analyses.common.models import describe_model
-from analyses.runs.files import finished_parts, part_path, refuse_another, settle, written_parts
-from analyses.runs.plan import Memory, Size, Sizer, digest, make_plan, memory_for, size_by_model, size_by_pixels, windows
+from analyses.data.examples import problem_of
+from analyses.runs.files import (
+    FORMAT,
+    MANIFEST,
+    PLAN,
+    belonging,
+    check_parts,
+    check_unfinished,
+    finished_parts,
+    opening,
+    part_path,
+    read_manifest,
+    read_plan,
+    read_sealed,
+    refuse_another,
+    settle,
+    unfinished_path,
+    write_sealed,
+    written_parts,
+)  # fmt: skip
+from analyses.runs.plan import (
+    Memory,
+    Size,
+    Sizer,
+    digest,
+    label,
+    make_plan,
+    memory_for,
+    plan_digest,
+    size_by_model,
+    size_by_pixels,
+    windows,
+)
 from hooked_qwen2vl.files import remove_unfinished, whole_file
 
 if TYPE_CHECKING:
@@ -69,11 +100,16 @@ class Part:
         failures: questions without a result.
         composition: the items of each batch as they really ran: without those whose image could not be read,
             and one by one where the batch as a whole could not be worked on.
+        items: every question that belongs to the file, also of `earlier`.
+        earlier: the file of this part's first batches, done before it was interrupted; None where there is none. A
+            writer puts its content before the rest.
     """
 
     results: list[tuple[int, str, int, Row]]
     failures: list[Failure]
     composition: list[list[int]]
+    items: list[int] = field(default_factory=list)
+    earlier: Path | None = None
 
 
 Writer = Callable[["Run", int, Part, Path], None]
@@ -171,13 +207,14 @@ def run(
         window: questions among which those of the same size are brought together.
         prefixes: bytes that `work` keeps of image prefixes (`Prefixes.capacity`), for the estimate of memory.
         gradients: whether `work` takes gradients, for the same.
-        write: how a part's rows are written; None keeps them as they are (`write_rows`).
+        write: how a part's rows are written, after those of `Part.earlier`; None keeps them as they are (`write_rows`).
     Returns:
         the run as it stands: `Run.complete` says whether other processes have finished too.
     Raises:
         ValueError: another run lives in the folder (the difference is named), the data cannot be gone through
-            twice or changed meanwhile, an id comes twice, a row is not as described, or the work failed on every
-            question of the first part.
+            twice or changed meanwhile, an id comes twice, a row is not as described, the work failed on every
+            question of the first part, or a file in the folder is damaged or belongs elsewhere (it is named).
+        KeyboardInterrupt: interrupted; what was done is written, and the message says how much.
     """
     settings = {**(settings or {}), "batch_size": batch_size, "batches_per_part": batches_per_part, "window": window}
     state = prepare(name, examples, out, settings, model, size, seed, shard, prefixes=prefixes, gradients=gradients)
@@ -205,11 +242,7 @@ def read_failures(out: str | Path, partial: bool = False) -> pd.DataFrame:
 
 def read_composition(out: str | Path, partial: bool = False) -> pd.DataFrame:
     """The batches as they really ran, one row a forward: part, items."""
-    out = Path(out)
-    rows = []
-    for part in finished_parts(out, ".parquet", partial):
-        kept = json.loads(pq.read_schema(part_path(out, part, ".parquet")).metadata[b"composition"])
-        rows += [(part, items) for items in kept]
+    rows = [(part, items) for part, _, kept in _written(Path(out), partial) for items in kept]
     return pd.DataFrame(rows, columns=["part", "items"])
 
 
@@ -268,16 +301,20 @@ def prepare(
     shape = [settings[key] for key in ("batch_size", "batches_per_part", "window")]
     plan = make_plan(_fresh(examples), _remembering(size, sizes), *shape)
     manifest = {
+        "format": FORMAT,
         "name": name,
         "model": describe_model(model) if model is not None else None,
         "settings": settings,
         "versions": {package: _version(package) for package in PACKAGES},
         "seed": seed,
-        "data": {"questions": len(plan), "batches": int(plan["batch"].nunique()), "digest": _digest(plan)},
+        "data": {"questions": len(plan), "batches": int(plan["batch"].nunique()), "digest": plan_digest(plan)},
     }
     manifest = _as_json(manifest)
     out = Path(out)
     refuse_another(out, manifest)
+    if (out / MANIFEST).exists() and (out / PLAN).exists():
+        read_plan(out)
+    check_parts(out, suffix, manifest, plan, written_parts(out, suffix) & set(plan["part"]))
     rows = plan.groupby(["size", "batch"]).size().groupby("size").max()
     memory = None
     if sizes and _sees(model):
@@ -314,16 +351,47 @@ def work_on(
             here = dict(questions)
             while waiting and int(by_part[waiting[0]]["item"].iloc[0]) in here:
                 part = waiting.pop(0)
-                result = _do_part(by_part[part], here, work, state.manifest["seed"], bar.update)
-                if part == k and not result.results and len(result.failures) > 1 and result.composition:
-                    raise ValueError(
-                        f"{state.manifest['name']} failed on every question of the first part ({len(result.failures)}), "
-                        f"so nothing was written; the first reason: {result.failures[0].error}"
-                    )
-                with whole_file(part_path(state.out, part, state.suffix)) as file:
-                    write(state, part, result, file)
+                result = _begun(state, part, by_part[part])
+                try:
+                    _do_part(result, by_part[part], here, work, state.manifest["seed"], bar.update)
+                    _refuse_all_failed(state, part, result)
+                    with whole_file(part_path(state.out, part, state.suffix)) as file:
+                        write(state, part, result, file)
+                except KeyboardInterrupt:
+                    raise KeyboardInterrupt(_interrupted(state, part, result, write)) from None
+                unfinished_path(state.out, part, state.suffix).unlink(missing_ok=True)
         if waiting:
             raise ValueError("the data ended before the plan did: they changed while the run was under way.")
+
+
+def _refuse_all_failed(state: Run, number: int, part: Part) -> None:
+    if number == state.share[0] and not part.results and len(part.failures) > 1 and part.composition and part.earlier is None:
+        raise ValueError(
+            f"{state.manifest['name']} failed on every question of the first part ({len(part.failures)}), "
+            f"so nothing was written; the first reason: {part.failures[0].error}"
+        )
+
+
+def _begun(state: Run, number: int, planned: pd.DataFrame) -> Part:
+    """The part as an interrupted process has left it, or an empty one."""
+    file = unfinished_path(state.out, number, state.suffix)
+    if not file.exists():
+        return Part([], [], [])
+    items = check_unfinished(file, state.manifest, number, planned)
+    return Part([], [], [], items, file)
+
+
+def _interrupted(state: Run, number: int, part: Part, write: Writer) -> str:
+    """Writes what is done of a part; what to say about it."""
+    if len(part.items) and (part.results or part.failures or part.composition):
+        with whole_file(unfinished_path(state.out, number, state.suffix)) as file:
+            write(state, number, part, file)
+    written = state.plan["part"].isin(written_parts(state.out, state.suffix))
+    done = int(written.sum()) + (0 if number in set(state.plan["part"][written]) else len(part.items))
+    return (
+        f"interrupted: {done} of {len(state.plan)} questions are done and kept in {state.out}; start the same command again, and "
+        f"it goes on from there."
+    )
 
 
 def wait_for_all(state: Run, every: float = 0.5) -> None:
@@ -349,9 +417,24 @@ def write_rows(state: Run, number: int, part: Part, file: Path) -> None:
         "error": pa.array([row[3] for row in rows], pa.string()),
     }
     given = {name: _column(name, [row[4].get(name) for row in rows]) for row in rows for name in row[4] if name != "id"}
-    composition = json.dumps(part.composition).encode()
-    table = pa.table(fixed | given).replace_schema_metadata({b"composition": composition})
-    pq.write_table(table, file)
+    table, composition = pa.table(fixed | given), part.composition
+    if part.earlier is not None:
+        earlier, before = read_rows(part.earlier)
+        table = pa.concat_tables([earlier, table], promote_options="permissive") if len(table) else earlier
+        table = table.take(pa.array(np.argsort(table["item"].to_numpy(), kind="stable")))
+        composition = before + composition
+    write_sealed(table, file, {"composition": json.dumps(composition), **belonging(state.manifest, number, part.items)})
+
+
+def read_rows(file: Path) -> tuple[pa.Table, list[list[int]]]:
+    """The table that `write_rows` has written, and the composition of its batches.
+
+    Raises:
+        ValueError: a damaged file.
+    """
+    with opening(file):
+        table, about = read_sealed(file)
+        return table.replace_schema_metadata(), json.loads(about["composition"])
 
 
 def _column(name: str, values: list) -> pa.Array:
@@ -365,23 +448,29 @@ def _column(name: str, values: list) -> pa.Array:
 
 
 def _do_part(
-    planned: pd.DataFrame, examples: Mapping[int, Example], work: Callable, seed: int, tick: Callable[[int], Any]
-) -> Part:
-    part = Part([], [], [])
+    part: Part, planned: pd.DataFrame, examples: Mapping[int, Example], work: Callable, seed: int, tick: Callable[[int], Any]
+) -> None:
+    """Does the batches that the part does not have yet; each comes into it when it is whole."""
+    before = set(part.items)
+    tick(len(before))
     for number, rows in planned.groupby("batch"):
-        batch: dict[int, Example] = {}
+        if int(rows["item"].iloc[0]) in before:
+            continue
+        one, batch = Part([], [], []), {}
         for row in rows.itertuples():
             example = examples.get(row.item)
-            if example is None or example.id != row.id or digest(example) != row.digest:
+            if example is None or label(example.id) != row.id or digest(example) != row.digest:
                 raise ValueError(f"question {row.item} is not what was planned ({row.id!r}): the data changed meanwhile.")
             try:
                 batch[row.item] = opened(example)
             except (ValueError, OSError) as error:
-                part.failures.append(Failure(row.item, row.id, number, str(error)))
+                one.failures.append(Failure(row.item, row.id, number, label(str(error))))
         if batch:
-            _do_batch(part, int(number), batch, work, seed)
+            _do_batch(one, int(number), batch, work, seed)
+        for name in ("results", "failures", "composition"):
+            getattr(part, name).extend(getattr(one, name))
+        part.items.extend(rows["item"].tolist())
         tick(len(rows))
-    return part
 
 
 def _do_batch(part: Part, number: int, batch: Mapping[int, Example], work: Callable, seed: int) -> None:
@@ -395,7 +484,7 @@ def _do_batch(part: Part, number: int, batch: Mapping[int, Example], work: Calla
             for item in items:
                 _do_batch(part, number, {item: batch[item]}, work, seed)
         else:
-            part.failures.append(Failure(items[0], batch[items[0]].id, number, str(error)))
+            part.failures.append(Failure(items[0], batch[items[0]].id, number, label(str(error))))
             part.composition.append(items)
         return
     part.composition.append(items)
@@ -412,8 +501,10 @@ def opened(example: Example) -> Example:
     """The question with its images read from their files.
 
     Raises:
-        ValueError, OSError: an image that cannot be read.
+        ValueError, OSError: an image that cannot be read, or what is no question (`problem_of`).
     """
+    if problem := problem_of(example):
+        raise ValueError(problem)
     if not example.images:
         return example
     from hooked_qwen2vl.processor import open_image
@@ -440,14 +531,30 @@ def seeded(seed: int, *items: int) -> Iterator[None]:
 
 
 def read_part(out: Path, part: int, failed: bool = False) -> pa.Table:
-    """A part's rows, or its questions without a result; taken apart before pandas would make a whole number of a column
-    with gaps a float."""
-    table = pq.read_table(part_path(out, part, ".parquet"))
+    """A part's rows, or its questions without a result."""
+    return _some(read_rows(part_path(out, part, ".parquet"))[0], failed)
+
+
+def _some(table: pa.Table, failed: bool) -> pa.Table:
+    """Taken apart before pandas would make a whole number of a column with gaps a float."""
     return table.filter(pc.is_valid(table["error"]) if failed else pc.is_null(table["error"]))
 
 
+def _written(out: Path, partial: bool) -> Iterator[tuple[int, pa.Table, list[list[int]]]]:
+    """(part, table, composition) of what is there; with `partial` also of parts that were interrupted."""
+    for part in finished_parts(out, ".parquet", partial):
+        yield part, *read_rows(part_path(out, part, ".parquet"))
+    if partial:
+        manifest, plan = read_manifest(out), read_plan(out)
+        for part, planned in plan.groupby("part"):
+            file = unfinished_path(out, part, ".parquet")
+            if file.exists() and not part_path(out, part, ".parquet").exists():
+                check_unfinished(file, manifest, part, planned)
+                yield part, *read_rows(file)
+
+
 def _read(out: Path, partial: bool, failed: bool) -> pd.DataFrame:
-    tables = [read_part(out, part, failed) for part in finished_parts(out, ".parquet", partial)]
+    tables = [_some(table, failed) for _, table, _ in _written(out, partial)]
     if not tables:
         return pd.DataFrame({"item": [], "id": [], "batch": [], "error": []})
     table = pa.concat_tables(tables, promote_options="permissive").to_pandas()
@@ -485,10 +592,6 @@ def _remembering(size: Sizer, sizes: dict[Size, int]) -> Sizer:
 def _check_share(share: tuple[int, int], text: str) -> None:
     if not 0 <= share[0] < share[1]:
         raise ValueError(f"expected a share k/n with k in 0..n-1, such as 0/4, got {text}.")
-
-
-def _digest(plan: pd.DataFrame) -> str:
-    return hashlib.blake2b(plan.to_json(orient="split").encode(), digest_size=16).hexdigest()
 
 
 def _as_json(manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,38 +3,97 @@
     OUT/run.json              the manifest, written once
     OUT/plan.parquet          the composition of the batches
     OUT/part-00012.parquet    a part; it has this name only when it is whole and on the disk
+    OUT/unfinished-00013.parquet    batches of a part that was interrupted (Ctrl-C); gone when the part is whole
+
+A part says which run and which questions it belongs to. Parquet files are sealed: a checksum of all their bytes stands in their
+metadata, and is compared before they are parsed, because a damaged one can crash the parser.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors import SafetensorError, safe_open
 
-from hooked_qwen2vl.files import whole_file
+from analyses.runs.plan import plan_digest
+from hooked_qwen2vl.files import open_regular, whole_file
 
 MANIFEST, PLAN = "run.json", "plan.parquet"
+FORMAT = 2  # of the folder; parts say where they belong since 2
+SEAL, _DIGITS = b"hooked-qwen2vl seal ", 32
+AGAIN = "Delete it and start the same command again: it is made anew."
 
 
 def part_path(out: Path, part: int, suffix: str) -> Path:
     return out / f"part-{part:05d}{suffix}"
 
 
+def unfinished_path(out: Path, part: int, suffix: str) -> Path:
+    return out / f"unfinished-{part:05d}{suffix}"
+
+
 def read_manifest(out: str | Path) -> dict[str, Any]:
     """`run.json`.
 
     Raises:
-        ValueError: no run there.
+        ValueError: no run there, or a damaged `run.json`.
     """
     file = Path(out) / MANIFEST
     if not file.exists() or not (Path(out) / PLAN).exists():
         raise ValueError(f"{out} holds no run: expected {MANIFEST}, plan.parquet and parts.")
-    return json.loads(file.read_text(encoding="utf-8"))
+    return _manifest(file)
+
+
+def _manifest(file: Path) -> dict[str, Any]:
+    with opening(file, "Choose another folder: nothing says what its parts belong to."):
+        with open_regular(file) as opened:
+            found = json.loads(opened.read().decode("utf-8"))
+        if not isinstance(found, dict) or not isinstance(found.get("data"), dict) or not isinstance(found.get("settings"), dict):
+            raise ValueError("it has no data and settings")
+    return found
+
+
+@contextmanager
+def opening(file: Path, advice: str = AGAIN) -> Iterator[None]:
+    """What goes wrong in reading a file of a run, with the file's name and what to do.
+
+    Raises:
+        ValueError: (from inside) damaged, truncated, or of another kind.
+    """
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, pa.ArrowException, SafetensorError) as error:
+        if str(error).startswith(str(file)):  # said already, further in
+            raise
+        why = (getattr(error, "strerror", None) or str(error)).strip().split("\n")[0].replace(repr(str(file)), "it")
+        why = why[:200].rstrip(".") or type(error).__name__
+        raise ValueError(f"{file} cannot be read ({why}): it is damaged, or was written by something else. {advice}") from error
+
+
+def read_plan(out: str | Path) -> pd.DataFrame:
+    """`plan.parquet`, as the manifest knows it.
+
+    Raises:
+        ValueError: a damaged plan, or one of another run.
+    """
+    file = Path(out) / PLAN
+    manifest = read_manifest(out)
+    with opening(file):
+        plan = read_sealed(file)[0].to_pandas()
+        if plan_digest(plan) != manifest["data"]["digest"]:
+            raise ValueError(f"it is not the plan that {MANIFEST} knows")
+    return plan
 
 
 def refuse_another(out: Path, manifest: Mapping[str, Any]) -> None:
@@ -42,7 +101,7 @@ def refuse_another(out: Path, manifest: Mapping[str, Any]) -> None:
         if any(out.glob("part-*")):
             raise ValueError(f"{out} holds parts of a run but no {MANIFEST}: choose another folder.")
         return
-    kept = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
+    kept = _manifest(out / MANIFEST)
     kept.pop("started", None)
     differences = list(_differences(kept, manifest))
     if differences:
@@ -76,16 +135,140 @@ def settle(out: Path, manifest: Mapping[str, Any], plan: pd.DataFrame) -> None:
             refuse_another(out, manifest)
     if not (out / PLAN).exists():  # the manifest holds its digest: whoever writes it writes the same
         with whole_file(out / PLAN) as file:
-            plan.to_parquet(file, index=False)
+            write_sealed(pa.Table.from_pandas(plan, preserve_index=False), file)
 
 
 def finished_parts(out: Path, suffix: str, partial: bool) -> list[int]:
-    read_manifest(out)
-    planned = set(pd.read_parquet(out / PLAN, columns=["part"])["part"])
+    """The parts that are written, each looked at: whether it is this run's.
+
+    Raises:
+        ValueError: no run there, one that is not finished (unless `partial`), or a part that does not belong.
+    """
+    manifest, plan = read_manifest(out), read_plan(out)
+    planned = set(plan["part"])
     written = written_parts(out, suffix) & planned
     if not partial and planned - written:
         raise ValueError(
             f"the run in {out} is not finished: {len(written)} of {len(planned)} parts are there. Start it again with "
             f"the same command, or read what there is with partial=True."
         )
+    check_parts(out, suffix, manifest, plan, written)
     return sorted(written)
+
+
+# ---- where a part belongs, and whether it is whole ------------------------------------------------
+
+
+def run_digest(manifest: Mapping[str, Any]) -> str:
+    """The same for every process and every start of a run."""
+    kept = {name: value for name, value in manifest.items() if name != "started"}
+    return hashlib.blake2b(json.dumps(kept, sort_keys=True).encode(), digest_size=12).hexdigest()
+
+
+def belonging(manifest: Mapping[str, Any], part: int, items: Iterable[int]) -> dict[str, str]:
+    """What a part's file says of itself: the run, the part's number, and its questions."""
+    return {"run": run_digest(manifest), "part": str(part), "items": json.dumps(sorted(items))}
+
+
+def check_parts(out: Path, suffix: str, manifest: Mapping[str, Any], plan: pd.DataFrame, parts: Iterable[int]) -> None:
+    """Whether each of these files is whole and holds what the plan has there.
+
+    Raises:
+        ValueError: a file that belongs elsewhere or cannot be read, by name.
+    """
+    if "format" not in manifest:  # of an earlier version, which did not say
+        return
+    run, items = run_digest(manifest), plan.groupby("part")["item"].apply(sorted)
+    for part in sorted(parts):
+        file = part_path(out, part, suffix)
+        about = read_about(file)
+        found = json.loads(about["items"])
+        if about["run"] != run:
+            raise ValueError(f"{file} belongs to another run than {MANIFEST} describes. {AGAIN}")
+        if int(about["part"]) != part or found != items[part]:
+            raise ValueError(
+                f"{file} holds questions {found[:3]} … of part {about['part']}; the plan has {items[part][:3]} … of part {part} there. {AGAIN}"
+            )
+
+
+def check_unfinished(file: Path, manifest: Mapping[str, Any], part: int, planned: pd.DataFrame) -> list[int]:
+    """The questions of an interrupted part's file: whole batches of what is planned there.
+
+    Raises:
+        ValueError: a file of another run or part, or one that cannot be read.
+    """
+    about = read_about(file)
+    items = json.loads(about["items"])
+    batches = planned["batch"].isin(planned["batch"][planned["item"].isin(items)])
+    expected = belonging(manifest, part, planned["item"][batches].tolist())
+    if any(about[name] != value for name, value in expected.items()):
+        raise ValueError(f"{file} does not belong to this run. Delete it and start the same command again: its batches are done anew.")
+    return items
+
+
+def read_about(file: Path) -> dict[str, str]:
+    """What a part's file says of itself.
+
+    Raises:
+        ValueError: a file that cannot be read, or says nothing.
+    """
+    with opening(file):
+        if file.suffix == ".parquet":
+            about = read_sealed(file)[1]
+        else:
+            open_regular(file).close()
+            with safe_open(file, framework="pt") as opened:
+                about = opened.metadata() or {}
+        json.loads(about["items"]), about["run"], int(about["part"]), json.loads(about["composition"])
+    return about
+
+
+def about_checksum(about: Mapping[str, str]) -> str:
+    """Of what a file says of itself."""
+    said = {name: value for name, value in sorted(about.items()) if name not in ("checksum", "ARROW:schema")}
+    return hashlib.blake2b(json.dumps(said).encode(), digest_size=16).hexdigest()
+
+
+def write_sealed(table: pa.Table, file: Path, about: Mapping[str, str] | None = None) -> None:
+    """A table as Parquet with its seal, and what the file says of itself."""
+    buffer = pa.BufferOutputStream()
+    more = {k.encode(): v.encode() for k, v in (about or {}).items()}
+    kept = {**(table.schema.metadata or {}), **more, b"seal": SEAL + b"0" * _DIGITS}
+    pq.write_table(table.replace_schema_metadata(kept), buffer)
+    content = bytearray(buffer.getvalue().to_pybytes())
+    at = content.rfind(SEAL) + len(SEAL)
+    content[at : at + _DIGITS] = _seal(content, at)
+    file.write_bytes(content)
+
+
+def read_sealed(file: Path) -> tuple[pa.Table, dict[str, str]]:
+    """(table, what the file says of itself); files of earlier versions have no seal.
+
+    Raises:
+        ValueError: a damaged file.
+    """
+    with opening(file):
+        with open_regular(file) as opened:
+            content = opened.read()
+        places = [found.end() for found in re.finditer(re.escape(SEAL), content)]
+        if places and not any(content[at : at + _DIGITS] == _seal(content, at) for at in places):
+            raise ValueError("it is not what was written: the checksum differs")
+        table = pq.read_table(pa.BufferReader(content))
+        about = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
+        if "seal" in about and not places:
+            raise ValueError("its seal is broken")
+        return table, about
+
+
+def _seal(content: bytes | bytearray, at: int) -> bytes:
+    """The checksum of a file's bytes, those of the checksum itself left out."""
+    hashed = hashlib.blake2b(memoryview(content)[:at], digest_size=_DIGITS // 2)
+    hashed.update(memoryview(content)[at + _DIGITS :])
+    return hashed.hexdigest().encode()
+
+
+def tensor_checksum(tensor: torch.Tensor) -> str:
+    """Of a tensor's values, dtype and shape."""
+    hashed = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=16)
+    hashed.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return hashed.hexdigest()

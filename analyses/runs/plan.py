@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from PIL import Image
 
+from analyses.data.examples import problem_of
+from hooked_qwen2vl.files import open_regular
 from hooked_qwen2vl.image_hash import image_hash
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ TEMPLATE_TOKENS = 32  # what the chat template adds, at most, for the estimate o
 ROTATED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 PLACES = ("source", "mask")  # fields of a question that say where something lies
 COLUMNS = ("item", "id", "part", "batch", "size", "digest", "domain", "category", "answer")
+_FILLED = ("item", "part", "batch", "size", "digest", "id", "domain", "category", "answer")
 
 
 @dataclass(frozen=True)
@@ -97,11 +100,19 @@ def image_size(image: Any) -> tuple[int, int]:
         ValueError: no such file, or not an image.
     """
     try:
-        opened = Image.open(image) if isinstance(image, (str, os.PathLike)) else image
-        width, height = opened.size
-        swapped = Image.Image.getexif(opened).get(0x0112) in ROTATED  # a PNG's own getexif would decode the file
-    except (OSError, AttributeError, TypeError) as error:
-        raise ValueError(f"{image} is not a readable image ({error}).") from error
+        if isinstance(image, (str, os.PathLike)):
+            with open_regular(image) as file:
+                return _seen_size(Image.open(file))
+        return _seen_size(image)
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a decoder makes of a damaged or hostile header
+        raise ValueError(f"{str(image)[:200]} is not a readable image ({getattr(error, 'strerror', None) or str(error)[:300]}).") from error
+
+
+def _seen_size(image: Image.Image) -> tuple[int, int]:
+    width, height = image.size
+    swapped = Image.Image.getexif(image).get(0x0112) in ROTATED  # a PNG's own getexif would decode the file
     return (height, width) if swapped else (width, height)
 
 
@@ -127,12 +138,12 @@ def make_plan(
         batches = [(key, batch) for key, bucket in buckets.items() for batch in _batched(bucket, batch_size)]
         for number, (key, batch) in enumerate(batches):
             part = n_parts + number // batches_per_part
-            rows += [(i, e.id, part, n_batches + number, key, digest(e), e.domain, e.category, e.answer) for i, e in batch]
+            rows += [(i, part, n_batches + number, key, digest(e), *_labels(e)) for i, e in batch]
         n_batches += len(batches)
         n_parts += math.ceil(len(batches) / batches_per_part)  # a part never reaches into the next window
     if not rows:
         raise ValueError("the data hold no question.")
-    plan = pd.DataFrame(rows, columns=list(COLUMNS))
+    plan = pd.DataFrame(rows, columns=list(_FILLED))[list(COLUMNS)]
     twice = plan["id"][plan["id"].duplicated()]
     if len(twice):
         raise ValueError(f"the id {twice.iloc[0]!r} comes twice in the data: results are kept by id, make them unique.")
@@ -150,7 +161,18 @@ def _batched(stream: Iterable, n: int) -> Iterator[list]:
         yield some
 
 
+def label(text: Any) -> str:
+    """A text as a file can hold it: half a character as its escape, anything else as Python shows it."""
+    return text.encode("utf-8", "backslashreplace").decode() if isinstance(text, str) else ascii(text)[:200]
+
+
+def _labels(example: Example) -> tuple[str, ...]:
+    return tuple(label(value) for value in (example.id, example.domain, example.category, example.answer))
+
+
 def _size_of(example: Example, size: Sizer) -> str:
+    if problem_of(example):
+        return UNREADABLE
     try:
         return str(size(example))
     except ValueError:
@@ -164,9 +186,17 @@ def digest(example: Example) -> str:
     """
     words = [(field.name, getattr(example, field.name)) for field in fields(example) if field.repr and field.name not in PLACES]
     hashed = hashlib.blake2b(repr(words).encode(), digest_size=12)
-    for image in example.images:
-        hashed.update(image_hash(image, wherever=True).encode())
+    for image in example.images if isinstance(example.images, (tuple, list)) else ():
+        try:
+            hashed.update(image_hash(image, wherever=True).encode())
+        except ValueError:  # no image: the run says so
+            hashed.update(type(image).__name__.encode())
     return hashed.hexdigest()
+
+
+def plan_digest(plan: pd.DataFrame) -> str:
+    """Of every row of a plan."""
+    return hashlib.blake2b(plan.to_json(orient="split").encode(), digest_size=16).hexdigest()
 
 
 # ---- memory -----------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Runs whose result is a sum by domain, not a row a question: counts, and anything else that is added up.
 
 1. `work` gives terms (`analyses.common.sums`), each with the "id" of a question. They may be large: a few a batch.
-2. A part adds up its own terms, in the order of its batches, and writes the sums.
+2. A part adds up its own terms, in the order of its batches, and writes the sums. Sums of an interrupted part come first: the
+   order, and so every bit, is that of a part done in one go.
 3. Reading adds up the parts, in their order. The parts follow from data and settings alone, so that the sums are the same
    to the bit whoever wrote which part; of whole numbers they are exact anyway.
 """
@@ -13,22 +14,37 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
+
 from analyses.common.sums import KEYS, Sums, add_up
-from analyses.runs.engine import Part, Run, read_part, write_rows
-from analyses.runs.files import finished_parts
+from analyses.runs.engine import Failure, Part, Run, read_rows, write_rows
+from analyses.runs.files import finished_parts, part_path
 
 
 def write_sums(state: Run, number: int, part: Part, file: Path) -> None:
     """A part's sums; each stands at the question that its first term belongs to."""
+    before = [] if part.earlier is None else _kept(part.earlier)
+    results = [(row["item"], row["id"], row["batch"], row) for row in before] + part.results
     places: dict[tuple, tuple] = {}
-    for item, id, batch, term in part.results:
+    for item, id, batch, term in results:
         places.setdefault(tuple(term[name] for name in KEYS), (item, id, batch))
-    sums = add_up(term for *_, term in part.results)
+    sums = add_up(term for *_, term in results)
     rows = [
         (*places[key], {"id": places[key][1], **dict(zip(KEYS, key)), "n": n, "values": values})
         for key, (n, values) in sums.items()
     ]
-    write_rows(state, number, replace(part, results=rows), file)
+    failures, composition = part.failures, part.composition
+    if part.earlier is not None:
+        table, kept = read_rows(part.earlier)
+        failed = table.filter(pc.is_valid(table["error"])).select(["item", "id", "batch", "error"]).to_pylist()
+        failures, composition = [Failure(**row) for row in failed] + failures, kept + composition
+    write_rows(state, number, replace(part, results=rows, failures=failures, composition=composition, earlier=None), file)
+
+
+def _kept(file: Path) -> list[dict[str, Any]]:
+    """Sums that are written, as terms."""
+    table, _ = read_rows(file)
+    return table.filter(pc.is_null(table["error"])).drop_columns(["error"]).to_pandas().to_dict("records")
 
 
 def read_sums(out: str | Path) -> Sums:
@@ -43,4 +59,4 @@ def read_sums(out: str | Path) -> Sums:
 def _terms(out: Path) -> Iterator[Mapping[str, Any]]:
     """One part in memory at a time."""
     for part in finished_parts(out, ".parquet", partial=False):
-        yield from read_part(out, part).to_pandas().to_dict("records")
+        yield from _kept(part_path(out, part, ".parquet"))

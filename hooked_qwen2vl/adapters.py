@@ -1,0 +1,192 @@
+"""LoRA adapters, merged by peft: (base weights, adapter) -> the weights of the tuned model.
+
+Two ways lead here: a PEFT folder (`adapter_config.json` with `adapter_model.safetensors`) beside or apart from its
+base, and a model in memory that peft has wrapped. In both, peft's own layers merge their own weights; the user's model
+is not altered, and weights without an adapter are shared, not copied.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from .checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, refuse_other_adapters
+from .config import HookedQwen2VLConfig
+from .weights import LM_HEAD, canonical, few
+
+_WRAPPED = "base_model.model."  # what peft writes before the base model's own names
+_ADAPTED = re.compile(r"(.+?)\.(?:lora_\w+|base_layer)(?:\.|$)")
+
+
+def merge_adapter(
+    cfg: HookedQwen2VLConfig, config: Mapping[str, Any], base: Mapping[str, Tensor], folder: Path, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """The base's weights with the adapter of a folder merged in, by HF name.
+
+    Args:
+        config: the base's parsed `config.json`.
+        base: the base's tensors by HF name, in either layout.
+        dtype: of the base before the merge, as a user of peft would load it; None keeps its own.
+    Raises:
+        ValueError: peft is not installed, another base's adapter, settings this peft does not know, or weights in the
+            file that no layer of the model takes, or that a layer misses.
+    """
+    peft = _peft(str(folder))
+    with torch.device("meta"):
+        hf_model = _reference_class(cfg)(_reference_class(cfg).config_class.from_dict(dict(config)))
+    tensors = {_hf_name(canonical(name)): tensor for name, tensor in base.items()}
+    absent = hf_model.load_state_dict(tensors, strict=False, assign=True).missing_keys
+    hf_model.tie_weights()
+    if absent := [name for name in absent if name != LM_HEAD or not cfg.text.tie_word_embeddings]:
+        raise ValueError(f"{cfg.model_name} lacks weights that its configuration describes: {few(absent)}.")
+    if dtype is not None:
+        hf_model.to(dtype)
+    return merged_weights(_with_adapter(peft, hf_model, folder))
+
+
+def is_adapted(hf_model: nn.Module) -> bool:
+    """Whether peft has put adapters into a model, by a PeftModel or by transformers' own `add_adapter`."""
+    return any(type(module).__module__.split(".")[0] == "peft" for module in hf_model.modules())
+
+
+def adapted_model(hf_model: nn.Module) -> tuple[nn.Module, str | None]:
+    """(the reference model inside, the names of its adapters at work; None where they are switched off).
+
+    Raises:
+        ValueError: an adapter that is no LoRA.
+    """
+    configs = getattr(hf_model, "peft_config", {})
+    for config in configs.values():
+        refuse_other_adapters(getattr(config.peft_type, "value", config.peft_type), type(hf_model).__name__)
+    inner = hf_model.get_base_model() if hasattr(hf_model, "get_base_model") else hf_model
+    layers = [module for module in inner.modules() if hasattr(module, "active_adapters") and hasattr(module, "disable_adapters")]
+    names = {name for layer in layers if not layer.disable_adapters for name in (layer.merged_adapters or layer.active_adapters)}
+    return inner, ", ".join(sorted(names)) or None
+
+
+def merged_weights(hf_model: nn.Module) -> dict[str, Tensor]:
+    """What the model computes with, by HF name: peft's layers merged in copies, everything else the model's own storage."""
+    inner = hf_model.get_base_model() if hasattr(hf_model, "get_base_model") else hf_model
+    return dict(_weights(inner, "", _merge))
+
+
+def _weights(module: nn.Module, prefix: str, merge: Callable[[nn.Module], nn.Module]) -> Iterator[tuple[str, Tensor]]:
+    module = merge(module)
+    for name, weight in module.named_parameters(recurse=False):
+        yield prefix + name, weight.detach()
+    for name, child in module.named_children():
+        yield from _weights(child, f"{prefix}{name}.", merge)
+
+
+@torch.no_grad()
+def _merge(module: nn.Module) -> nn.Module:
+    """A module as it is; one of peft's as the plain module that computes the same."""
+    if hasattr(module, "unload_and_optionally_merge_module"):  # modules_to_save, trainable tokens
+        if module.disable_adapters:
+            return module.original_module
+        if not hasattr(module, "token_adapter"):
+            return _merge(module.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None))
+        return copy.deepcopy(module).unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+    if not hasattr(module, "base_layer"):
+        return module
+    if module.merged != module.disable_adapters:  # merged and at work, or neither: the base is what runs
+        return module.get_base_layer()
+    module = copy.deepcopy(module)
+    if module.disable_adapters:
+        module.unmerge()
+    else:
+        module.merge(safe_merge=False)
+    return module.get_base_layer()
+
+
+def _with_adapter(peft: ModuleType, hf_model: nn.Module, folder: Path) -> nn.Module:
+    """The base as a PeftModel with every weight of the adapter's file in it."""
+    settings = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    known = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+    if unknown := [f"{key} = {value!r}"[:80] for key, value in settings.items() if key not in known and value]:
+        raise ValueError(f"{folder / ADAPTER_CONFIG} has settings that peft {peft.__version__} does not know: {few(unknown)}; update peft.")
+    settings = {key: value for key, value in settings.items() if key in known}
+    config = peft.LoraConfig(**settings | {"inference_mode": True, "base_model_name_or_path": None})
+    stored = load_file(folder / ADAPTER_WEIGHTS)
+    tensors = {_renamed(key): tensor for key, tensor in stored.items()}
+    if set(tensors) != set(stored):
+        _follow_names(peft, config, list(stored))
+    try:
+        wrapped = peft.get_peft_model(hf_model, config)
+        needed, possible = (peft.get_peft_model_state_dict(wrapped, save_embedding_layers=also) for also in (False, True))
+        _require_every_weight(tensors, needed, possible, folder)
+        peft.set_peft_model_state_dict(wrapped, tensors)
+    except (KeyError, RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"peft could not apply the adapter in {folder} to this base: {str(error)[:200]}.") from error
+    return wrapped
+
+
+def _follow_names(peft: ModuleType, config: Any, stored: list[str]) -> None:
+    """Settings that name layers as transformers did before 5, as names of now: exactly the layers in the file, each with
+    the rank and scale its old name had."""
+    old = {found[1] for key in stored if ".lora_" in key and (found := _ADAPTED.match(key.removeprefix(_WRAPPED)))}
+    new = {name: _hf_name(canonical(name + ".weight")).removesuffix(".weight") for name in old}
+    config.target_modules, config.exclude_modules = set(new.values()), None
+    config.layers_to_transform = config.layers_pattern = None
+    from peft.utils.other import get_pattern_key
+
+    for patterns in ("rank_pattern", "alpha_pattern"):
+        given = getattr(config, patterns)
+        keys = {name: get_pattern_key(list(given), name) for name in old}
+        setattr(config, patterns, {re.escape(new[name]): given[key] for name, key in keys.items() if key in given})
+
+
+def _require_every_weight(
+    tensors: Mapping[str, Tensor], needed: Mapping[str, Tensor], possible: Mapping[str, Tensor], folder: Path
+) -> None:
+    """Every tensor of the file has its layer, and every adapted layer its tensors; peft would only warn."""
+    problems = [f"unused: {name}" for name in tensors if name not in possible]
+    problems += [f"missing: {name}" for name in needed if name not in tensors]
+    problems += [
+        f"misshapen: {name} is {tuple(tensor.shape)}, expected {tuple(possible[name].shape)}"
+        for name, tensor in tensors.items() if name in possible and tensor.shape != possible[name].shape
+    ]  # fmt: skip
+    problems += [f"not finite: {name}" for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+    if problems:
+        raise ValueError(
+            f"{folder / ADAPTER_WEIGHTS} is not an adapter of this base, or not a whole one: {few(problems)}. Merge it where it was "
+            f"trained (merge_and_unload()) and load the merged folder."
+        )
+
+
+def _renamed(key: str) -> str:
+    """A weight of the adapter under the names of transformers 5."""
+    if not key.startswith(_WRAPPED):
+        return key
+    return _WRAPPED + _hf_name(canonical(key.removeprefix(_WRAPPED)))
+
+
+def _hf_name(name: str) -> str:
+    return name if name.startswith("lm_head.") else f"model.{name}"
+
+
+def _reference_class(cfg: HookedQwen2VLConfig) -> type:
+    import transformers
+
+    return getattr(transformers, cfg.original_architecture)
+
+
+def _peft(where: str) -> ModuleType:
+    try:
+        import peft
+    except ImportError as error:
+        raise ValueError(
+            f"{where} is a LoRA adapter, which peft merges: pip install 'hooked-qwen2vl[adapters]', or merge it where it was trained "
+            f"(merge_and_unload()) and load the merged folder."
+        ) from error
+    return peft
