@@ -64,11 +64,14 @@ class Knockout(Result):
 
     @classmethod
     def join(cls, parts: Sequence[Knockout]) -> Knockout:
-        """The items of several results of the same flows and window.
+        """The items of several results of the same model, flows and window.
 
         Raises:
-            ValueError: none with an item in it, or the images of only some of them are named.
+            ValueError: none with an item in it, results of other flows, windows or models, or the images of only some are named.
         """
+        if len(measured := {(part.flows, part.window, part.model_name) for part in parts}) > 1:
+            said = "; ".join(f"{', '.join(flows)} in windows of {window} of {name}" for flows, window, name in sorted(measured))
+            raise ValueError(f"expected results of one model, the same flows and one window, got {said}.")
         if not any(part.effects.shape[-1] for part in parts):
             raise ValueError("no item was answered rightly, so there is no effect to measure.")
         named = [part for part in parts if part.images]

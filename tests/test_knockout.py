@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import picture
 
-from analyses.knockout import attention_knockout, knockout_hooks, layers_around
+from analyses.knockout import Knockout, attention_knockout, knockout_hooks, layers_around
+
+RED = 258
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +81,53 @@ def test_a_query_without_keys_is_an_error(model, pair):
 def test_windows_are_clipped():
     assert [list(layers_around(c, 3, 4)) for c in range(4)] == [[0, 1], [0, 1, 2], [1, 2, 3], [2, 3]]
     assert list(layers_around(2, 2, 8)) == [2, 3]
+
+
+def test_windows_that_are_none(model, pair):
+    """1..L layers at once; by default a quarter of them, at least one."""
+    n_layers = model.cfg.n_layers
+    for window in (0, -1, n_layers + 1):
+        with pytest.raises(ValueError, match=f"window must be in 1..{n_layers}, got {window}"):
+            attention_knockout(model, pair[0], [RED], window=window, only_correct=False, progress=False)
+    for window, expected in ((1, 1), (n_layers, n_layers), (None, max(1, round(n_layers / 4)))):
+        result = attention_knockout(model, pair[0], [RED], {"f": ("image", "last")}, window, only_correct=False, progress=False)
+        assert result.window == expected
+
+
+def test_several_queries_behind_a_cache(model):
+    """Where keys come from a cache, the queries are the last positions: by hand, for a chunk of three of eight."""
+    inputs = model.to_inputs(" ".join(["red"] * 8), template=False)
+    assert inputs.shape[1] == 8
+    ((_, hook),) = knockout_hooks(inputs, [0, 2], [5, 7], [0])
+    scores = hook(torch.zeros(1, 2, 3, 8), SimpleNamespace(name="x"))
+    expected = torch.zeros(3, 8)
+    expected[0, [0, 2]] = expected[2, [0, 2]] = float("-inf")
+    assert torch.equal(scores, expected.expand(1, 2, 3, 8))
+
+
+def a_result(n, seed=0, **changes):
+    effects = torch.randn(2, 3, n, generator=torch.Generator().manual_seed(seed))
+    images = tuple(f"{seed}:{i}" for i in range(n))
+    made = Knockout(effects, torch.rand(n), ("a", "b"), 1, n, "m", images)
+    return replace(made, **changes)
+
+
+def test_results_are_joined():
+    one, two = a_result(2, 1), a_result(5, 2)
+    joined = Knockout.join([one, a_result(0), two])
+    assert torch.equal(joined.effects, torch.cat((one.effects, two.effects), 2)) and joined.effects.shape == (2, 3, 7)
+    assert torch.equal(joined.baseline, torch.cat((one.baseline, two.baseline)))
+    assert joined.skipped == 7 and joined.images == one.images + two.images
+    assert set(joined.to_dataframe()["items"]) == {7}
+    unnamed = Knockout.join([replace(one, images=()), replace(two, images=())])
+    assert unnamed.images == ()
+    with pytest.raises(ValueError, match="no effect to measure"):
+        Knockout.join([a_result(0), a_result(0)])
+    with pytest.raises(ValueError, match="1 of 2 results name the images"):
+        Knockout.join([one, replace(two, images=())])
+    for other in ({"flows": ("a", "c")}, {"window": 2}, {"model_name": "another"}):
+        with pytest.raises(ValueError, match="one model, the same flows and one window"):
+            Knockout.join([one, replace(two, **other)])
 
 
 def test_the_picture(model, pair, tmp_path):
