@@ -179,16 +179,16 @@ class Grounding(Result):
                     )
         return pd.DataFrame(rows)
 
-    def plot(self, path: Any = None, images: Sequence[Any] | None = None, truth: Sequence[Any] = ()) -> Any:
-        """Heat map and box of each image, drawn on the images where they are given.
+    def plot(self, path: Any = None, images: Sequence[Any] | None = None, truth: Sequence[Any] = (), note: str = "") -> Any:
+        """For each image its picture where given, the cosine at the two layers with the box, and the maximum over layers.
 
         Args:
             images: PIL images, one for each of the row's.
-            truth: known boxes in original pixels of the first image, drawn dashed.
+            truth: known boxes in original pixels of the first image, drawn dashed. note: a line of text below the title.
         """
         from analyses.views.grounding import grounding_plot
 
-        return grounding_plot(self, path, images, truth)
+        return grounding_plot(self, path, images, truth, note)
 
 
 @torch.no_grad()

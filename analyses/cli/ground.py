@@ -7,6 +7,11 @@ import json
 
 from analyses.cli.shared import SAMPLES, add_model, add_out, load_model, out_folder
 
+# What docs/grounding_results.md found with this package's own model, whose pictures say what each answer depends on.
+MEASURED = (
+    "The contextual lens is a weak pointer here: over 421 items of the embedded world its hottest token (maximum over layers) lay on "
+    "what the answer depends on in 60 % [55, 64], attention from the last position in 86 % [83, 89]; its box overlapped it by .23."
+)
 NAME = "ground"
 HELP = "where in the image the answer is"
 
@@ -42,7 +47,8 @@ def run(options: argparse.Namespace) -> None:
     result, score = ground(model, inputs, 0, *layers), contextual_score(model, inputs, 0, *layers).score
     out = out_folder(options)
     result.to_dataframe().to_csv(out / "grounding.csv", index=False)
-    result.plot(out / "grounding.png", [open_image(image) for image in images], truth)
+    own = model.cfg.model_name == "scenes"
+    result.plot(out / "grounding.png", [open_image(image) for image in images], truth, MEASURED if own else "")
     print(f"question: {question}\nanswer:   {result.text}\n")
     print(f"score:    {score:.3f}, the cosine with the closest image token (low: hallucinated)")
     for image, (box, cosine) in enumerate(zip(result.boxes.tolist(), result.box_scores.tolist())):
@@ -50,4 +56,5 @@ def run(options: argparse.Namespace) -> None:
         places = zip(("at these layers", "maximum over layers"), (result.similarity[image], result.heat[image]))
         hottest = "; ".join(f"{name}: token {tuple(divmod(int(m.argmax()), m.shape[1]))}, {float(m.max()):.3f}" for name, m in places)
         print(f"image {image}:  best box ({corners}) in original pixels, cosine {cosine:.3f}\n          hottest {hottest}")
+    print("\n" + (MEASURED if own else "How far to trust this is not known for this model: docs/grounding.md says what was measured, and on what."))
     print(f"\nwrote {out / 'grounding.png'}\nwrote {out / 'grounding.csv'}")

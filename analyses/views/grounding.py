@@ -16,7 +16,7 @@ _FOUND, _TRUE = ORANGE, "#ffffff"
 
 
 def grounding_plot(
-    result: Any, path: str | Path | None = None, images: Sequence[Any] | None = None, truth: Sequence[Any] = ()
+    result: Any, path: str | Path | None = None, images: Sequence[Any] | None = None, truth: Sequence[Any] = (), note: str = ""
 ) -> Figure:
     """A row for each image: the picture (where given), the cosine whose best rectangle is the box, and the paper's heat map.
 
@@ -25,7 +25,7 @@ def grounding_plot(
 
     Args:
         images: PIL images in original pixels, one for each.
-        truth: known boxes (x0, y0, x1, y1) of the first image, dashed.
+        truth: known boxes (x0, y0, x1, y1) of the first image, dashed. note: said below the title.
     Raises:
         ValueError: another number of images, or one of other proportions.
     """
@@ -65,7 +65,7 @@ def grounding_plot(
     known = [Patch(edgecolor="#222222", facecolor="none", linestyle="--", label="what the answer depends on")] if truth else []
     found = Patch(edgecolor=_FOUND, facecolor="none", linewidth=2, label="best box at the two layers")
     figure.legend(handles=[found, *known], loc="outside lower center", ncols=2, frameon=False, fontsize=8)
-    figure.titled(f"Where is “{line(result.text, 40)}”? {result.model_name}")
+    figure.titled(f"Where is “{line(result.text, 40)}”? {result.model_name}" + (f"\n{note}" if note else ""))
     return figure.saved(path)
 
 
