@@ -134,8 +134,9 @@ def detect_heads(model: Any, passage: str = PASSAGE, picture: Any = None) -> Att
 
 
 def text_tokens(model: Any, text: str) -> Int[Tensor, "1 pos"]:
-    """A text as the model's own tokenizer has it, with the special tokens that it adds itself and no others."""
-    return model.tokenizer(text, return_tensors="pt")["input_ids"].to(model.cfg.device)
+    """A text as the model's own tokenizer has it, with the special tokens that it adds itself and no others: what looks like one
+    in the text is text."""
+    return model.tokenizer(text, return_tensors="pt", split_special_tokens=True)["input_ids"].to(model.cfg.device)
 
 
 def _image_scores(model: Any, inputs: Any) -> tuple[dict[str, Tensor], dict[str, float]]:

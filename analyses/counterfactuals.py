@@ -31,6 +31,7 @@ from analyses.data.schema import PAIR, tell_unknown
 from analyses.trajectory import word
 from hooked_qwen2vl.geometry import Box, checked_box, refuse_unaligned
 from hooked_qwen2vl.processor import open_image
+from hooked_qwen2vl.prompt_text import text_ids
 from hooked_qwen2vl.scenes import counterfactual_pairs
 
 
@@ -312,7 +313,7 @@ def _token(model: Any, answer: str, logits: Float[Tensor, "d_vocab"]) -> int | N
     """The single token, among the answer's forms (case, leading space), that the model likes best; None where none is."""
     bare = answer.strip()
     forms = {prefix + form for form in (bare, bare.lower(), bare[:1].upper() + bare[1:]) for prefix in ("", " ")}
-    ids = [model.tokenizer(form, add_special_tokens=False)["input_ids"] for form in sorted(forms)]
+    ids = [text_ids(model.tokenizer, form) for form in sorted(forms)]
     single = [token[0] for token in ids if len(token) == 1]
     return max(single, key=lambda token: float(logits[token]), default=None)
 

@@ -45,6 +45,7 @@ from analyses.common.vocabulary import final_norm, logits_of, readout
 from analyses.logit_lens import read_entries
 from hooked_qwen2vl import Inputs
 from hooked_qwen2vl.geometry import Place
+from hooked_qwen2vl.prompt_text import text_ids
 
 SURE = 0.5
 DOUBT = "held then lost"
@@ -606,7 +607,7 @@ def _variants(model: Any, answer: str) -> set[int]:
 
 def _spelt(model: Any, answer: str) -> list[int]:
     """The tokens of an answer as it is written."""
-    return [int(token) for token in model.tokenizer(answer, add_special_tokens=False)["input_ids"]]
+    return [int(token) for token in text_ids(model.tokenizer, answer)]
 
 
 def _control(

@@ -43,6 +43,7 @@ from .inputs import Inputs
 from .layers import HookPoint, RMSNorm, listened, running_prompt
 from .overflow import finite_check
 from .processor import Processor
+from .processor_files import has_processor
 from .rope import text_rotation
 from .tl_weights import TransformerLensWeights, Unembed
 from .tokens import Tokens, _check_side
@@ -126,7 +127,7 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         checkpoint = open_checkpoint(name, revision, local_files_only, adapter)
         refuse_quantised(checkpoint.config, checkpoint.name)
         cfg = convert_config(checkpoint.config, checkpoint.name, checkpoint.generation)
-        processor = Processor.from_folder(checkpoint.folder) if _has_processor(checkpoint.folder) else None
+        processor = Processor.from_folder(checkpoint.folder) if has_processor(checkpoint.folder) else None
         source: Any = checkpoint
         if checkpoint.adapter is not None:
             source = merge_adapter(cfg, checkpoint.config, checkpoint, checkpoint.adapter, wanted)
@@ -204,11 +205,12 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         videos: Sequence[Any] | None = None,
         answers: str | Sequence[str | None] | None = None,
         messages: Sequence[Any] | None = None,
-        template: bool = True,
+        template: bool | str = True,
         system: str | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         fps: float | Sequence[float] | None = None,
+        special_tokens: bool = False,
     ) -> Inputs:
         """One prompt, several, or chat messages, with their images and videos.
 
@@ -218,12 +220,14 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
             videos: the same, each a list of frames or an array [t, h, w, 3]; frames are taken as they come.
             answers: text the model is made to answer (teacher-forced); only its own tokens follow, no end token.
             messages: a chat in HF's format (or several), which carries its own images.
-            template: whether to use the chat template; without it the images come first, then the text.
+            template: whether to use the chat template (a name: that one of several); without it the images come first, then the text.
             system: system prompt; None takes the template's own.
             min_pixels, max_pixels: areas in pixels between which each image is resized, as Qwen2-VL has them; of a video in
                 Qwen3-VL, all its frames together.
             fps: how many of the given frames there are a second, one number for all videos or one for each: Qwen2.5-VL and
                 Qwen3-VL are told when a frame is shown, and ask for it. Qwen2-VL is not, and refuses it.
+            special_tokens: whether special tokens in what is passed count. By default text is text: `<|im_end|>` in a question is
+                spelt by plain tokens and ends no turn. With True, placeholders (`<|image_pad|>`) in a prompt say where its images go.
         Raises:
             ValueError: an empty prompt, images and placeholders that do not match, an unreadable or
                 extreme image, a prompt past the context, or a model without a processor.
@@ -234,7 +238,7 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
                 "Inputs.from_processor(batch, model.cfg)."
             )
         inputs = self.processor.to_inputs(
-            self.cfg, prompt, images, videos, answers, messages, template, system, min_pixels, max_pixels, fps
+            self.cfg, prompt, images, videos, answers, messages, template, system, min_pixels, max_pixels, fps, special_tokens
         )
         return inputs.to(self.cfg.device)
 
@@ -277,7 +281,7 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         if self.processor is None:
             encoded = self._encode(strings, "left", truncate=False)
             return Inputs.from_tokens(encoded["input_ids"], self.cfg, encoded["attention_mask"])
-        return self.processor.to_inputs(self.cfg, strings, template=False)
+        return self.processor.to_inputs(self.cfg, strings, template=False, special_tokens=True)
 
     # ---- running ------------------------------------------------------------------------------
 
@@ -692,10 +696,6 @@ def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
             f"checkpoint's own."
         )
     return found
-
-
-def _has_processor(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("preprocessor_config.json", "tokenizer.json", "vocab.json"))
 
 
 def _as_predicate(names_filter: NamesFilter) -> Callable[[str], bool]:

@@ -13,9 +13,8 @@ patches are put together from its frames' patches. In Qwen3-VL every frame (two 
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -26,7 +25,6 @@ import torch
 from jaxtyping import Float
 from PIL import Image, ImageOps
 from torch import Tensor
-from transformers import AutoTokenizer
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import SizeDict
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -36,29 +34,26 @@ from .config import HookedQwen2VLConfig
 from .files import open_regular
 from .inputs import Inputs, Visual, padding_left
 from .positions import IMAGE, VIDEO
+from .processor_files import (
+    SETTINGS,
+    VIDEO_SIZE,
+    Templates,
+    chat_templates,
+    image_processor,
+    image_settings,
+    named_templates,
+    read_tokenizer,
+    video_settings,
+)
+from .prompt_text import Part, tokenize_parts
 
 ImageLike = Image.Image | str | Path | np.ndarray | Tensor
 VideoLike = Sequence[ImageLike] | np.ndarray | Tensor
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
-VISION_TOKENS = {"<|vision_start|>": "vision_start", "<|vision_end|>": "vision_end"}
 MAX_ASPECT_RATIO = 200  # the reference refuses more
-VIDEO_SIZE = {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28}  # transformers' own, for want of settings
 _PLACEHOLDER = re.compile(r"((?:<\|vision_start\|>)?(?:<\|image_pad\|>|<\|video_pad\|>)(?:<\|vision_end\|>)?)")
 _MARK = "\ue000{}\ue001"  # private-use characters: they occur in no prompt
 _MARKED = re.compile("\ue000(\\d+)\ue001")
-
-
-@dataclass(frozen=True)
-class Part:
-    """A stretch of the rendered prompt.
-
-    Attributes:
-        text: as the tokenizer sees it.
-        name: which part of the conversation it is (see `Inputs.positions`).
-    """
-
-    text: str
-    name: str
 
 
 @dataclass
@@ -68,49 +63,44 @@ class Processor:
     Attributes:
         tokenizer: a fast tokenizer with Qwen2-VL's special tokens.
         image_processor: resizes, normalises and cuts images into patches.
-        chat_template: Jinja source.
+        chat_template: Jinja source, or several by name.
         video_size: {"shortest_edge", "longest_edge"}: areas in pixels that bound a video's frame; in Qwen3-VL, all its frames
             together.
+        video_processor: normalises the frames of videos; None: as images.
+        video_budget: a bound on a video's pixels, all frames together; None where the checkpoint has none (`cap_pixels_per_frame`).
     """
 
     tokenizer: Any
     image_processor: Qwen2VLImageProcessorPil
-    chat_template: str | None = None
+    chat_template: Templates = None
     video_size: dict[str, int] | None = None
+    video_processor: Qwen2VLImageProcessorPil | None = None
+    video_budget: int | None = None
 
     def __post_init__(self) -> None:
         self.tokenizer = padding_left(self.tokenizer)
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Processor:
-        """From a checkpoint folder's tokenizer, `preprocessor_config.json` and chat template.
+        """From a checkpoint folder's tokenizer, image and video settings and chat template; see `processor_files`.
 
         Raises:
             ValueError: one of them is missing or unreadable.
         """
         folder = Path(folder)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"{folder} has no tokenizer that transformers can read ({error}).") from error
-        settings = _read(folder / "preprocessor_config.json")
-        if settings is None:
-            raise ValueError(f"{folder} has no preprocessor_config.json (how images are resized and normalised).")
-        video = _read(folder / "video_preprocessor_config.json") or settings
-        bounded = bool({"size", "min_pixels", "max_pixels"} & set(video))
-        token = (_image_processor(settings).patch_size * _image_processor(settings).merge_size) ** 2
-        default = {edge: area // 28**2 * token for edge, area in VIDEO_SIZE.items()}  # as many image tokens, of whatever side
-        video_size = dict(_image_processor(video).size) if bounded else default
-        return cls(tokenizer, _image_processor(settings), _chat_template(folder, tokenizer), video_size)
+        tokenizer = read_tokenizer(folder)
+        images = image_processor(*image_settings(folder))
+        return cls(tokenizer, images, chat_templates(folder, tokenizer), **_video(*video_settings(folder), images))
 
     @classmethod
     def from_hf(cls, processor: Any) -> Processor:
         """From transformers' own Qwen2VLProcessor (or anything with its tokenizer and image processor)."""
-        theirs = processor.image_processor
-        image_processor = _image_processor(theirs.to_dict())
-        video = getattr(processor, "video_processor", None)
+        where = type(processor).__name__
+        theirs, video = processor.image_processor, getattr(processor, "video_processor", None)
         template = getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
-        return cls(processor.tokenizer, image_processor, template, dict(getattr(video, "size", None) or theirs.size))
+        images = image_processor(theirs.to_dict(), f"{where}.image_processor")
+        videos = {"video_size": dict(images.size)} if video is None else _video(video.to_dict(), f"{where}.video_processor", images)
+        return cls(processor.tokenizer, images, named_templates(template, where), **videos)
 
     # ---- prompts ------------------------------------------------------------------------------
 
@@ -122,22 +112,23 @@ class Processor:
         videos: Sequence[Any] | None = None,
         answers: str | Sequence[str | None] | None = None,
         messages: Sequence[Any] | None = None,
-        template: bool = True,
+        template: bool | str = True,
         system: str | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         fps: float | Sequence[float] | None = None,
+        special_tokens: bool = False,
     ) -> Inputs:
         """One prompt, a batch of prompts, or chat messages, with their images; see `HookedQwen2VL.to_inputs`."""
         self._check_fit(cfg)
         bounds = _pixel_bounds(min_pixels, max_pixels)
-        conversations = list(self._conversations(prompt, images, videos, answers, messages, template, system))
+        conversations = list(self._conversations(prompt, images, videos, answers, messages, template, system, special_tokens))
         rates = iter(_frame_rates(fps, sum(kind == VIDEO for _, medias in conversations for kind, _ in medias), cfg.vision.needs_fps))
         rows = [self._row(cfg, parts, medias, bounds, rates) for parts, medias in conversations]
         return rows[0] if len(rows) == 1 else Inputs.stack(rows, cfg, self._pad_id())
 
     def _conversations(
-        self, prompt, images, videos, answers, messages, template, system
+        self, prompt, images, videos, answers, messages, template, system, special_tokens
     ) -> Iterator[tuple[list[Part], list[tuple[int, Any]]]]:
         """Each row's parts and its images and videos in order of appearance."""
         if (prompt is None) == (messages is None):
@@ -147,36 +138,37 @@ class Processor:
                 raise ValueError("messages= carry their own images, videos and system text; pass nothing beside them.")
             batch = _chats(messages)
             for chat, answer in zip(batch, _per_row(answers, len(batch), "answers")):
-                yield self._render(chat, answer)
+                yield self._render(chat, answer, template, special_tokens)
             return
         single = isinstance(prompt, str)
         prompts = [prompt] if single else list(prompt) if isinstance(prompt, (list, tuple)) else []
         if not prompts:
-            raise ValueError(f"expected a prompt or a list of at least one, got {prompt!r}.")
+            raise ValueError(f"expected a prompt or a list of at least one, got {short(prompt)}.")
         row_images = _media_rows(images, len(prompts), single, "images")
         row_videos = _media_rows(videos, len(prompts), single, "videos")
         row_answers = _per_row(answers, len(prompts), "answers")
         for text, ims, vids, answer in zip(prompts, row_images, row_videos, row_answers):
-            if not isinstance(text, str) or not (text.strip() or ((ims or vids) and not template)):
-                raise ValueError(f"a prompt is empty: expected text to ask, got {text!r}.")
+            if not isinstance(text, str) or not (text.strip() or ims or vids):
+                raise ValueError(f"a prompt is empty: expected text to ask, got {short(text)}.")
             if template:
-                yield self._render(_as_messages(text, ims, vids, system), answer)
+                yield self._render(_as_messages(text, ims, vids, system, special_tokens), answer, template, special_tokens)
             else:
                 if system is not None:
                     raise ValueError("a system prompt needs the chat template: leave template=True.")
-                yield _without_template(text, ims, vids, answer)
+                yield _without_template(text, ims, vids, answer, special_tokens)
 
-    def _render(self, messages: list[dict], answer: str | None) -> tuple[list[Part], list[tuple[int, Any]]]:
+    def _render(
+        self, messages: list[dict], answer: str | None, template: bool | str, special_tokens: bool
+    ) -> tuple[list[Part], list[tuple[int, Any]]]:
         """Chat messages through the template, each content part marked and named."""
-        if self.chat_template is None:
-            raise ValueError("this checkpoint has no chat template: use template=False, as base models want.")
-        marked, contents, medias, final = _mark(messages)
+        source = self._template(template)
+        marked, contents, medias, final = _mark(messages, typed=not special_tokens)
         rendered = self.tokenizer.apply_chat_template(
             marked,
             tokenize=False,
             add_generation_prompt=not final,
             continue_final_message=final,
-            chat_template=self.chat_template,
+            chat_template=source,
         )
         parts = []
         for index, piece in enumerate(_MARKED.split(rendered)):
@@ -190,8 +182,19 @@ class Processor:
         if answer is not None:
             if final:
                 raise ValueError("the messages end with the assistant's turn and answers= is given: use one of them.")
-            parts.append(Part(answer, "answer"))
+            parts.append(Part(answer, "answer", not special_tokens))
         return parts, medias
+
+    def _template(self, name: bool | str) -> str:
+        """The source of a chat template: the only one, the one called "default", or the one that is named."""
+        templates = self.chat_template
+        if templates is None:
+            raise ValueError("this checkpoint has no chat template: use template=False, as base models want.")
+        named = {"default": templates} if isinstance(templates, str) else templates
+        wanted = name if isinstance(name, str) else "default"
+        if wanted not in named:
+            raise ValueError(f"this checkpoint has no chat template {short(wanted)}: pass template= one of {', '.join(map(repr, sorted(named)))}.")
+        return named[wanted]
 
     def _row(
         self,
@@ -206,7 +209,8 @@ class Processor:
         Args:
             rates: frames a second of this prompt's videos, and then of the next prompts'.
         """
-        placeholders = re.findall(f"{re.escape(IMAGE_PAD)}|{re.escape(VIDEO_PAD)}", "".join(p.text for p in parts))
+        placed = "".join(part.text for part in parts if not part.typed)
+        placeholders = re.findall(f"{re.escape(IMAGE_PAD)}|{re.escape(VIDEO_PAD)}", placed)
         for kind, pad, word in ((IMAGE, IMAGE_PAD, "image"), (VIDEO, VIDEO_PAD, "video")):
             given, asked = sum(k == kind for k, _ in medias), placeholders.count(pad)
             if given != asked:
@@ -231,17 +235,8 @@ class Processor:
         """The prompt as a whole (tokens may not depend on where its parts meet), then the answer; each token is
         named by the part it starts in."""
         first = next((index for index, part in enumerate(parts) if part.name == "answer"), len(parts))
-        ids: list[int] = []
-        names: list[str] = []
-        for stretch in (parts[:first], parts[first:]):
-            text = "".join(part.text for part in stretch)
-            encoded = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
-            ends = np.cumsum([len(part.text) for part in stretch])
-            for token, (start, _) in zip(encoded["input_ids"], encoded["offset_mapping"]):
-                special = VISION_TOKENS.get(self.tokenizer.convert_ids_to_tokens(token))
-                ids.append(token)
-                names.append(special or stretch[int(np.searchsorted(ends, start, side="right"))].name)
-        return ids, names
+        prompt, answer = (tokenize_parts(self.tokenizer, stretch) for stretch in (parts[:first], parts[first:]))
+        return prompt[0] + answer[0], prompt[1] + answer[1]
 
     def _check_fit(self, cfg: HookedQwen2VLConfig) -> None:
         """Refuses a processor that is another checkpoint's."""
@@ -253,6 +248,10 @@ class Processor:
             "temporal_patch_size": (ours.temporal_patch_size, theirs.temporal_patch_size),
             "merge_size": (ours.merge_size, theirs.spatial_merge_size),
         }
+        if (video := self.video_processor) is not None:
+            pairs["a video's patch_size"] = (video.patch_size, theirs.patch_size)
+            pairs["a video's temporal_patch_size"] = (video.temporal_patch_size, theirs.temporal_patch_size)
+            pairs["a video's merge_size"] = (video.merge_size, theirs.spatial_merge_size)
         wrong = [f"{key} is {mine} here and {its} in the model" for key, (mine, its) in pairs.items() if mine != its]
         if wrong:
             raise ValueError(f"this processor belongs to another checkpoint: {'; '.join(wrong)}.")
@@ -268,7 +267,7 @@ class Processor:
     ) -> tuple[Float[Tensor, "patch d_patch"], tuple[int, int, int], tuple[float, float]]:
         """Patches in the tower's order, grid (t, h, w), and original size (width, height)."""
         picture = open_image(image)
-        size = {**dict(self.image_processor.size), **bounds}
+        size = _bounded(self.image_processor.size, bounds, "an image")
         processed = self.image_processor(images=[picture], size=size, return_tensors="pt")
         return processed["pixel_values"], tuple(processed["image_grid_thw"][0].tolist()), picture.size
 
@@ -291,39 +290,42 @@ class Processor:
         sizes = {frame.size for frame in frames}
         if len(sizes) > 1:
             raise ValueError(f"the frames of a video differ in size: {sorted(sizes)}; resize them alike.")
-        pair = self.image_processor.temporal_patch_size
-        size = {**dict(self.video_size or self.image_processor.size), **bounds}
-        resizer = self._resizer_of_frames(frames, size) if whole else self.image_processor
+        processor = self.video_processor or self.image_processor
+        pair, size = processor.temporal_patch_size, _bounded(self.video_size or processor.size, bounds, "a video's frame")
+        if self.video_budget is not None:
+            share = self.video_budget * pair // len(frames)
+            size["longest_edge"] = max(min(size["longest_edge"], share), int(size["shortest_edge"] * 1.05))
+        resizer = _resizer_of_frames(processor, frames, size) if whole else processor
         frames += [frames[-1]] * (-len(frames) % pair)
         processed = resizer(images=frames, size=size, return_tensors="pt")
         _, h, w = processed["image_grid_thw"][0].tolist()
-        t, side = len(frames) // pair, self.image_processor.patch_size
+        t, side = len(frames) // pair, processor.patch_size
         # every image is `pair` copies of itself in time: take the n-th copy from the n-th frame of each group
         patches = processed["pixel_values"].reshape(t, pair, h * w, -1, pair, side * side)
         mixed = torch.stack([patches[:, n, :, :, n] for n in range(pair)], dim=3)
         return mixed.reshape(t * h * w, -1), (t, h, w), frames[0].size
 
 
-    def _resizer_of_frames(self, frames: list[Image.Image], bounds: dict[str, int]) -> Qwen2VLImageProcessorPil:
-        """The image processor, resizing to what Qwen3-VL makes of so many frames of this size.
+def _resizer_of_frames(ours: Qwen2VLImageProcessorPil, frames: list[Image.Image], bounds: dict[str, int]) -> Qwen2VLImageProcessorPil:
+    """The frames' processor, resizing to what Qwen3-VL makes of so many frames of this size.
 
-        Raises:
-            ValueError: fewer frames than one patch takes.
-        """
-        ours, (width, height) = self.image_processor, frames[0].size
-        if len(frames) < ours.temporal_patch_size:
-            raise ValueError(f"expected a video of at least {ours.temporal_patch_size} frames, got {len(frames)}: pass one frame as an image.")
-        side = ours.patch_size * ours.merge_size
-        low, high = bounds["shortest_edge"], bounds["longest_edge"]
-        rows, cols = resized_frames(len(frames), height, width, ours.temporal_patch_size, side, low, high)
-        return _FixedSize(rows, cols, ours)
+    Raises:
+        ValueError: fewer frames than one patch takes.
+    """
+    width, height = frames[0].size
+    if len(frames) < ours.temporal_patch_size:
+        raise ValueError(f"expected a video of at least {ours.temporal_patch_size} frames, got {len(frames)}: pass one frame as an image.")
+    side = ours.patch_size * ours.merge_size
+    low, high = bounds["shortest_edge"], bounds["longest_edge"]
+    rows, cols = resized_frames(len(frames), height, width, ours.temporal_patch_size, side, low, high)
+    return _FixedSize(rows, cols, ours)
 
 
 class _FixedSize(Qwen2VLImageProcessorPil):
     """An image processor with another's settings, and one size for every image."""
 
     def __init__(self, height: int, width: int, other: Qwen2VLImageProcessorPil):
-        super().__init__(**{key: value for key, value in other.to_dict().items() if key in _SETTINGS})
+        super().__init__(**{key: value for key, value in other.to_dict().items() if key in SETTINGS})
         self.fixed = SizeDict(height=height, width=width)
 
     def resize(self, image: np.ndarray, size: SizeDict, resample: Any, factor: int, **kwargs: Any) -> np.ndarray:
@@ -361,6 +363,9 @@ def _expanded(parts: list[Part], visuals: Sequence[Visual], times: Sequence[list
     """The parts with a placeholder for every image token; a video's frames behind their timestamps, where it has them."""
     following, n_videos = iter(zip(visuals, times)), 0
     for part in parts:
+        if part.typed:
+            yield part
+            continue
         for piece in _PLACEHOLDER.split(part.text):
             pad = next((pad for pad in (IMAGE_PAD, VIDEO_PAD) if pad in piece), None)
             if pad is None:
@@ -464,10 +469,25 @@ def _pixel_bounds(min_pixels: int | None, max_pixels: int | None) -> dict[str, i
     return {name: value for name, value in bounds.items() if value is not None}
 
 
-def _as_messages(text: str, images: list, videos: list, system: str | None) -> list[dict]:
-    """A user's turn; where the text has its own placeholders they say where the images go."""
+def _bounded(size: Mapping[str, int], bounds: dict[str, int], what: str) -> dict[str, int]:
+    """The checkpoint's bounds with the caller's in their place.
+
+    Raises:
+        ValueError: the smallest area is more than the largest.
+    """
+    size = {**dict(size), **bounds}
+    if size["shortest_edge"] > size["longest_edge"]:
+        raise ValueError(
+            f"{what} would have at least {size['shortest_edge']} pixels (min_pixels) and at most {size['longest_edge']} (max_pixels): pass "
+            f"min_pixels= and max_pixels= that leave room."
+        )
+    return size
+
+
+def _as_messages(text: str, images: list, videos: list, system: str | None, special_tokens: bool) -> list[dict]:
+    """A user's turn; where special tokens count and the text has its own placeholders, they say where the images go."""
     turn: list[dict] = [] if system is None else [{"role": "system", "content": system}]
-    if IMAGE_PAD in text or VIDEO_PAD in text:
+    if special_tokens and (IMAGE_PAD in text or VIDEO_PAD in text):
         return [*turn, {"role": "user", "content": [{"type": "text", "text": text}], "_medias": (images, videos)}]
     content = [{"type": "image", "image": image} for image in images]
     content += [{"type": "video", "video": video} for video in videos]
@@ -475,32 +495,32 @@ def _as_messages(text: str, images: list, videos: list, system: str | None) -> l
 
 
 def _without_template(
-    text: str, images: list, videos: list, answer: str | None
+    text: str, images: list, videos: list, answer: str | None, special_tokens: bool
 ) -> tuple[list[Part], list[tuple[int, Any]]]:
     """Images, then the text, as base models are prompted."""
     medias = [(IMAGE, image) for image in images] + [(VIDEO, video) for video in videos]
     parts = []
-    if IMAGE_PAD not in text and VIDEO_PAD not in text:
+    if not special_tokens or (IMAGE_PAD not in text and VIDEO_PAD not in text):
         pads = [IMAGE_PAD if kind == IMAGE else VIDEO_PAD for kind, _ in medias]
         parts = [Part(f"<|vision_start|>{pad}<|vision_end|>", "template") for pad in pads]
-    parts.append(Part(text, "question"))
-    return parts + ([] if answer is None else [Part(answer, "answer")]), medias
+    parts.append(Part(text, "question", not special_tokens))
+    return parts + ([] if answer is None else [Part(answer, "answer", not special_tokens)]), medias
 
 
 def _chats(messages: Any) -> list[list[dict]]:
     """One conversation or several, as a list of them."""
     if not isinstance(messages, (list, tuple)) or not messages:
         raise ValueError(
-            f"expected messages=[{{'role': 'user', 'content': …}}, …] or a list of such, got {messages!r}."
+            f"expected messages=[{{'role': 'user', 'content': …}}, …] or a list of such, got {short(messages)}."
         )
     chats = [list(messages)] if isinstance(messages[0], dict) else [list(chat) for chat in messages]
     for chat in chats:
         if not all(isinstance(message, dict) for message in chat):
-            raise ValueError(f"expected every message to be {{'role': …, 'content': …}}, got {chat!r}.")
+            raise ValueError(f"expected every message to be {{'role': …, 'content': …}}, got {short(chat)}.")
     return chats
 
 
-def _mark(messages: list[dict]) -> tuple[list[dict], list[Part], list[tuple[int, Any]], bool]:
+def _mark(messages: list[dict], typed: bool = True) -> tuple[list[dict], list[Part], list[tuple[int, Any]], bool]:
     """Messages with every text replaced by a marker; the texts, named; images and videos in order; whether the
     conversation ends with the assistant's words."""
     final = messages[-1].get("role") == "assistant" if messages else False
@@ -511,7 +531,7 @@ def _mark(messages: list[dict]) -> tuple[list[dict], list[Part], list[tuple[int,
     for index, message in enumerate(messages):
         role, content = message.get("role"), message.get("content")
         if role not in ("system", "user", "assistant"):
-            raise ValueError(f"message {index} has role {role!r}: expected 'system', 'user' or 'assistant'.")
+            raise ValueError(f"message {index} has role {short(role)}: expected 'system', 'user' or 'assistant'.")
         name = {"system": "system", "user": "question" if index == turns[-1] else "history"}.get(
             role, "answer" if final and index == len(messages) - 1 else "history"
         )
@@ -521,7 +541,7 @@ def _mark(messages: list[dict]) -> tuple[list[dict], list[Part], list[tuple[int,
         out = []
         for item in items:
             kind = item.get("type") if isinstance(item, dict) else None
-            unknown = sorted(set(item) - {"type", "text", "image", "video"}) if kind else []
+            unknown = sorted(set(item) - {"type", kind}) if kind in ("text", "image", "video") else []
             if unknown:
                 raise ValueError(
                     f"message {index} has a part of type {kind!r} with {unknown}, which would have no effect: pass "
@@ -529,9 +549,9 @@ def _mark(messages: list[dict]) -> tuple[list[dict], list[Part], list[tuple[int,
                 )
             if kind == "text":
                 if not isinstance(item.get("text"), str):
-                    raise ValueError(f"message {index} has a text part without text: {item!r}.")
+                    raise ValueError(f"message {index} has a text part without text: {short(item)}.")
                 out.append({"type": "text", "text": _MARK.format(len(contents))})
-                contents.append(Part(item["text"], name))
+                contents.append(Part(item["text"], name, typed))
             elif kind in ("image", "video"):
                 media = item.get(kind)
                 if media is None:
@@ -540,15 +560,15 @@ def _mark(messages: list[dict]) -> tuple[list[dict], list[Part], list[tuple[int,
                 medias.append((IMAGE if kind == "image" else VIDEO, media))
             else:
                 raise ValueError(
-                    f"message {index} has the part {item!r}: expected a 'type' of 'text', 'image' or 'video'."
+                    f"message {index} has the part {short(item)}: expected a 'type' of 'text', 'image' or 'video'."
                 )
         images, videos = message.get("_medias", ((), ()))
         medias += [(IMAGE, image) for image in images] + [(VIDEO, video) for video in videos]
         if role != "user" and all(item["type"] == "text" for item in out):
             out = "".join(item["text"] for item in out)
         marked.append({"role": role, "content": out})
-    if not any(part.text.strip() for part in contents):
-        raise ValueError("the conversation has no text: ask something.")
+    if not medias and not any(part.text.strip() for part in contents):
+        raise ValueError("the conversation has no text and no image: ask something.")
     return marked, contents, medias, final
 
 
@@ -592,33 +612,22 @@ def _per_row(values: str | Sequence[str | None] | None, n_rows: int, word: str) 
     return values
 
 
-_SETTINGS = {
-    "do_resize", "size", "min_pixels", "max_pixels", "resample", "do_rescale", "rescale_factor", "do_normalize",
-    "image_mean", "image_std", "do_convert_rgb", "patch_size", "temporal_patch_size", "merge_size",
-}  # fmt: skip
+def _video(settings: dict[str, Any], where: str, images: Qwen2VLImageProcessorPil) -> dict[str, Any]:
+    """The fields of `Processor` that a video processor's settings fill.
+
+    Args:
+        images: whose sides of patches are taken where the settings do not say.
+    """
+    settings = {key: getattr(images, key) for key in ("patch_size", "temporal_patch_size", "merge_size")} | settings
+    if "Qwen3VL" in str(settings.get("video_processor_type")):  # its class has other defaults
+        settings = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3} | settings
+    token = (images.patch_size * images.merge_size) ** 2
+    videos = image_processor(settings, where, {edge: area // 28**2 * token for edge, area in VIDEO_SIZE.items()})
+    budget = int(settings.get("max_video_tokens", 128_000) * token * 0.9) if settings.get("cap_pixels_per_frame") else None
+    return {"video_size": dict(videos.size), "video_processor": videos, "video_budget": budget}
 
 
-def _image_processor(settings: dict[str, Any]) -> Qwen2VLImageProcessorPil:
-    mean, std = (settings.get(key) or [0.5] * 3 for key in ("image_mean", "image_std"))
-    numbers = [value for value in (*mean, *std, settings.get("rescale_factor", 1.0))]
-    if not np.isfinite(numbers).all() or min(std) <= 0:
-        raise ValueError(
-            f"the image settings have image_mean {mean}, image_std {std} and rescale_factor {numbers[-1]}: expected finite numbers, and "
-            f"an image_std above 0 to divide by."
-        )
-    return Qwen2VLImageProcessorPil(**{key: value for key, value in settings.items() if key in _SETTINGS})
-
-
-def _chat_template(folder: Path, tokenizer: Any) -> str | None:
-    jinja = folder / "chat_template.jinja"
-    if jinja.exists():
-        return jinja.read_text(encoding="utf-8")
-    stored = _read(folder / "chat_template.json")
-    return stored["chat_template"] if stored else getattr(tokenizer, "chat_template", None)
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from error
+def short(value: Any) -> str:
+    """What came, for an error: at most 200 characters of it."""
+    text = repr(value[:200] if isinstance(value, (str, bytes)) else value)
+    return text if len(text) <= 200 else f"{text[:190]}…"

@@ -494,8 +494,8 @@ def test_tokens_with_placeholders_never_run_without_their_image(model, batches):
     "arguments, message",
     [
         ({"prompt": ""}, "prompt is empty"),
-        ({"prompt": "hi <|image_pad|>"}, "refers to 1 images"),
-        ({"prompt": "hi <|image_pad|>", "images": [picture(56, 56)] * 2}, "2 images came with it"),
+        ({"prompt": "hi <|image_pad|>", "special_tokens": True}, "refers to 1 images"),
+        ({"prompt": "hi <|image_pad|>", "images": [picture(56, 56)] * 2, "special_tokens": True}, "2 images came with it"),
         ({"prompt": "hi", "images": ["nowhere.png"]}, "there is no image at"),
         ({"prompt": "hi", "images": [Image.new("RGB", (0, 5))]}, "no pixels"),
         ({"prompt": "hi", "images": [Image.new("RGB", (6000, 20))]}, "too long and thin"),

@@ -14,7 +14,8 @@ from tiny import CHAT_TEMPLATE, tiny_processor
 from tiny_processor import reference_processor
 
 from hooked_qwen2vl import Inputs, Processor
-from hooked_qwen2vl.processor import VIDEO_SIZE, open_image
+from hooked_qwen2vl.processor import open_image
+from hooked_qwen2vl.processor_files import VIDEO_SIZE
 
 WIDE, TALL = picture(140, 84, 1), picture(60, 115, 2)
 
@@ -85,7 +86,7 @@ def sizes(messages: list[dict]) -> list[tuple[int, int]]:
 def test_a_chat_equals_the_references(case, model, reference):
     """Ids, types, mask, pixels and grids; and read back from the reference's batch, the same Inputs, parts and all."""
     messages = (CHATS | ANSWERED)[case]
-    ours = model.to_inputs(messages=messages)
+    ours = model.to_inputs(messages=messages, special_tokens=True)
     final = {"continue_final_message": True} if case in ANSWERED else {"add_generation_prompt": True}
     theirs = reference.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt", **final)
     same(ours, theirs)
@@ -135,7 +136,7 @@ def test_an_answer_leaves_its_prompt_alone(answer, template, model):
     n = alone.shape[1]
     assert torch.equal(forced.tokens[:, :n], alone.tokens)
     assert forced.span("answer") == slice(n, forced.shape[1])
-    assert forced.tokens[0, n:].tolist() == model.tokenizer(answer)["input_ids"]
+    assert forced.tokens[0, n:].tolist() == model.tokenizer(answer, split_special_tokens=True)["input_ids"]
     assert forced.positions("last").tolist() == alone.positions("last").tolist() == [n - 1]
     assert torch.equal(forced.labels[0, n:], forced.tokens[0, n:]) and (forced.labels[0, :n] == -100).all()
     assert alone.labels is None
@@ -278,7 +279,7 @@ def test_video_frames_have_bounds_of_their_own(cfg):
 
 def test_placeholders_in_the_text_say_where_images_go(model):
     framed = "<|vision_start|><|image_pad|><|vision_end|>"
-    ours = model.to_inputs(f"first {framed} then {framed} ?", images=[WIDE, TALL])
+    ours = model.to_inputs(f"first {framed} then {framed} ?", images=[WIDE, TALL], special_tokens=True)
     parts = [text("first "), image(WIDE), text(" then "), image(TALL), text(" ?")]
     theirs = model.to_inputs(messages=[user(*parts)])
     assert torch.equal(ours.tokens, theirs.tokens) and torch.equal(ours.pixels, theirs.pixels)
@@ -287,7 +288,7 @@ def test_placeholders_in_the_text_say_where_images_go(model):
 
 def test_images_and_videos_take_turns_as_the_text_says(model):
     pads = "<|video_pad|> <|image_pad|> <|video_pad|>"
-    inputs = model.to_inputs(pads, images=[WIDE], videos=[frames(2), frames(4)], template=False)
+    inputs = model.to_inputs(pads, images=[WIDE], videos=[frames(2), frames(4)], template=False, special_tokens=True)
     assert [visual.kind for visual in inputs.visuals] == [2, 1, 2]
     assert inputs.part_names() == ["video[0]", "question", "image[0]", "video[1]"]
     assert torch.equal(inputs.pixels[24:84], model.to_inputs("?", images=[WIDE]).pixels)
@@ -354,7 +355,7 @@ def test_a_folder_with_something_missing(folder):
     with pytest.raises(ValueError, match="is not JSON"):
         Processor.from_folder(folder)
     (folder / "preprocessor_config.json").unlink()
-    with pytest.raises(ValueError, match="no preprocessor_config.json"):
+    with pytest.raises(ValueError, match="no preprocessor_config.json, and no processor_config.json"):
         Processor.from_folder(folder)
     for file in folder.iterdir():
         file.unlink()
@@ -398,7 +399,7 @@ def test_a_base_model_has_no_template(cfg):
         ({"prompt": "a", "videos": ["clip.mp4"]}, "list of frames"),
         ({"prompt": "a", "videos": [[]]}, "no frames"),
         ({"prompt": "a", "videos": [[WIDE, TALL]]}, "differ in size"),
-        ({"prompt": "a <|video_pad|>"}, "refers to 1 videos"),
+        ({"prompt": "a <|video_pad|>", "special_tokens": True}, "refers to 1 videos"),
         ({"messages": []}, "expected messages="),
         ({"messages": {"role": "user", "content": "a"}}, "expected messages="),
         ({"messages": ["a"]}, "every message to be"),
@@ -406,7 +407,9 @@ def test_a_base_model_has_no_template(cfg):
         ({"messages": [user("a")], "images": [WIDE]}, "carry their own images"),
         ({"messages": [user("a"), assistant("b")], "answers": "c"}, "use one of them"),
         ({"messages": [{"role": "user", "content": []}]}, "no content"),
-        ({"messages": [user(image(WIDE))]}, "no text"),
+        ({"messages": [user(text(" "))]}, "no text and no image"),
+        ({"messages": [user({**text("what?"), "image": WIDE})]}, r"type 'text' with \['image'\]"),
+        ({"messages": [user({**image(WIDE), "text": "what?"})]}, r"type 'image' with \['text'\]"),
         ({"messages": [user({"type": "image"}, text("a"))]}, "without its 'image'"),
         ({"messages": [user({"type": "audio", "text": "x"}, text("a"))]}, "expected a 'type' of"),
         ({"messages": [{"role": "user", "content": ["a"]}]}, "expected a 'type' of"),

@@ -37,9 +37,11 @@ from analyses.data.examples import Example
 from analyses.logit_lens import logit_lens, residual_stack
 from analyses.trajectory import Trajectories, answer_ids, answer_trajectory
 from hooked_qwen2vl import HookedQwen2VL
+from hooked_qwen2vl.prompt_text import Part, special_tokens, tokenize_parts
 
 CONDITIONS = ("image", "words", "neither")
 MEASURES = ("answer_prob", "entropy_share", "final_prob", "recovery_scene", "recovery_last")
+_PLACE = "\ue000"  # a private-use character: where the question goes in a rendered template
 _EPSILON = 1e-3  # logits: pairs whose clean and corrupted metrics are closer than this say nothing
 
 
@@ -201,6 +203,19 @@ def compare_tuned(
     return compare_models(models, examples, conditions)
 
 
+def _chat_ids(tokenizer: Any, text: str) -> list[int]:
+    """A user's turn through the tokenizer's chat template; special tokens in the text are text."""
+
+    def render(content: str) -> str:
+        said = [{"role": "user", "content": content}]
+        return tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+
+    if not any(token in text for token in special_tokens(tokenizer)):
+        return tokenizer(render(text), add_special_tokens=False)["input_ids"]
+    before, _, after = render(_PLACE).partition(_PLACE)
+    return tokenize_parts(tokenizer, [Part(before, "template"), Part(text, "question", typed=True), Part(after, "template")])[0]
+
+
 def ask(model: Any, text: str, images: Sequence[Any] = ()) -> Any:
     """A prompt in the model's own form: `Inputs` with chat template, or token ids [1 pos].
 
@@ -209,10 +224,7 @@ def ask(model: Any, text: str, images: Sequence[Any] = ()) -> Any:
     if _sees(model):
         return model.encode(model.to_inputs(text, images=list(images)))
     if getattr(model.tokenizer, "chat_template", None):
-        said = [{"role": "user", "content": text}]
-        text = model.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
-        ids = model.tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
-        return ids.to(model.cfg.device)
+        return torch.tensor([_chat_ids(model.tokenizer, text)], device=model.cfg.device)
     return text_tokens(model, f"{text}\nAnswer:")
 
 

@@ -43,6 +43,7 @@ from analyses.moved import moved_names
 from hooked_qwen2vl.image_embeddings import Prefixes
 from hooked_qwen2vl.image_hash import image_hash
 from hooked_qwen2vl.processor import open_image
+from hooked_qwen2vl.prompt_text import text_ids
 
 __getattr__ = moved_names(__name__)
 
@@ -512,7 +513,7 @@ def _answer(model: Any, ids: Sequence[int]) -> Answer:
     length = next((at for at, token in enumerate(ids) if token in ends), None)
     kept = list(ids[:length])
     text = model.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    same = model.tokenizer(text.strip(), add_special_tokens=False)["input_ids"] == kept
+    same = text_ids(model.tokenizer, text.strip()) == kept
     return Answer(text, length is None, not same)
 
 

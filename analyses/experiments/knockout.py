@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from analyses.data.examples import Example, image_key
 from analyses.knockout import Knockout, attention_knockout
+from hooked_qwen2vl.prompt_text import text_ids
 
 
 @torch.no_grad()
@@ -37,7 +38,7 @@ def knockout_study(
         image = inputs.positions("image").tolist()
         own = sorted({place for thing in things for place in inputs.positions(thing.box).tolist()})
         others = [place for place in image if place not in own]
-        tokens = model.tokenizer(example.answer, add_special_tokens=False)["input_ids"]
+        tokens = text_ids(model.tokenizer, example.answer)
         if not own or len(own) > len(others) or len(tokens) != 1:
             continue
         after = list(range(image[-1] + 1, inputs.shape[1]))

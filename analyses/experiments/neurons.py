@@ -38,6 +38,7 @@ from analyses.experiments.experiment import Data, Done, Experiment
 from analyses.logit_lens import residual_stack
 from analyses.moved import moved_names
 from hooked_qwen2vl.image_embeddings import Prefixes
+from hooked_qwen2vl.prompt_text import text_ids
 
 __getattr__ = moved_names(__name__)
 
@@ -169,7 +170,7 @@ def answer(model: Any, batch: Batch) -> tuple[list[str | None], Float[np.ndarray
             first_logits.append(logits)
         return torch.zeros(len(tokens), dtype=torch.bool)
 
-    wanted = [model.to_tokens(text, move_to_device=False)[0] for text in batch.answers]
+    wanted = [torch.tensor(text_ids(model.tokenizer, text)) for text in batch.answers]
     limits = [2 * len(tokens) + _SPARE_TOKENS for tokens in wanted]  # a row's own, whatever else is in its batch
     done = model.generate(
         batch.inputs, max_new_tokens=max(limits), do_sample=False, return_type="tokens", stopping_criteria=listen, verbose=False

@@ -24,6 +24,7 @@ from PIL import Image
 from analyses.data.examples import problem_of
 from hooked_qwen2vl.files import open_regular
 from hooked_qwen2vl.image_hash import image_hash
+from hooked_qwen2vl.prompt_text import text_ids
 
 if TYPE_CHECKING:
     from analyses.data.examples import Example
@@ -80,7 +81,7 @@ def size_by_model(
         for width, height in map(image_size, example.images):
             resized = smart_resize(height, width, vision.patch_size * vision.spatial_merge_size, low, high)
             grids.append(tuple(edge // vision.patch_size for edge in resized))
-        n_tokens = len(model.tokenizer(example.question, add_special_tokens=False).input_ids)
+        n_tokens = len(text_ids(model.tokenizer, example.question))
         bucket = math.ceil(n_tokens / LENGTH_BUCKET) * LENGTH_BUCKET
         return Size(tuple(grids), bucket, example.domain if by_domain else "")
 
