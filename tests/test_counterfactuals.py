@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from conftest import picture
+from PIL import ImageFilter
 
 from analyses.counterfactuals import (
     Candidate,
@@ -115,3 +117,45 @@ def test_tables(tmp_path):
     for name, message in (("bad.jsonl", "no clean, corrupted, answer"), ("nowhere", "expected a .csv")):
         with pytest.raises(ValueError, match=message):
             read_candidates(tmp_path / name)
+
+
+def test_as_many_pairs_as_asked_for(scenes, candidates):
+    """Candidates are taken until n are kept, and no further; one that cannot be read is refused with its reason."""
+    good = next(c for c in candidates if len(check_pairs(scenes, [c], progress=False)))
+    bad = replace(good, clean="not/there.png")
+    drawn = iter([bad, good, good, good])
+    found = check_pairs(scenes, drawn, n=2, progress=False)
+    assert len(found) == 2 and len(list(drawn)) <= 1
+    assert [candidate for candidate, _ in found.refused] == [bad] and "not/there.png" in found.refused[0][1]
+    assert len(check_pairs(scenes, [good] * 3, n=5, progress=False)) == 3
+
+
+def test_grids_of_one_length_are_told_apart(scenes, candidates):
+    """2×6 and 3×4 image tokens: prompts of one shape whose positions mean something else."""
+    good = candidates[0]
+    flat, square = picture(168, 56), picture(112, 84)
+    assert scenes.to_inputs("x", images=[flat]).shape == scenes.to_inputs("x", images=[square]).shape
+    found = check_pairs(scenes, [replace(good, clean=flat, corrupted=square)], progress=False)
+    assert found.refused[0][1] == "the images give different grids"
+
+
+def test_how_far_a_box_is_blurred():
+    """A Gaussian of half the longer side, unless another is given."""
+    image, box = picture(112, 84, 1), (10, 20, 50, 44)
+    for radius, expected in ((None, 20.0), (3.0, 3.0)):
+        wanted = image.copy()
+        wanted.paste(image.filter(ImageFilter.GaussianBlur(expected)).crop(box), box[:2])
+        assert np.array_equal(np.array(blur_box(image, box, radius)), np.array(wanted))
+
+
+def test_bad_rows_of_tables_are_named(tmp_path):
+    head = "question,clean,corrupted,answer,box\n"
+    good = 'what?,a.png,b.png,red,"0,0,28,28"\n'
+    for text, message in ((good + 'q,a.png,b.png,red,"0,0,x,28"', "row 2.*a box is x0,y0,x1,y1"), (good + "q,a.png", "row 2: no corrupted")):
+        (tmp_path / "pairs.csv").write_text(head + text)
+        with pytest.raises(ValueError, match=message):
+            read_candidates(tmp_path / "pairs.csv")
+        kept, bad = read_candidates(tmp_path / "pairs.csv", keep_bad=True)
+        assert kept.boxes and not kept.problem and "row 2" in bad.problem and bad.id == "pairs-2 (row 2)"
+    (tmp_path / "pairs.csv").write_text(head + "q,a.png,b.png,5 red,\n")
+    assert read_candidates(tmp_path / "pairs.csv")[0].id == "pairs-1"

@@ -61,7 +61,7 @@ def grounding_plot(
             panel.tick_params(labelsize=7)
         for panel in panels[:-1]:
             _draw(panel, result.boxes[image].tolist(), _FOUND, "-")
-    figure.supxlabel("pixels of the original image", fontsize=8)
+    grid[-1, 0].set_xlabel("pixels of the original image", fontsize=8)
     known = [Patch(edgecolor="#222222", facecolor="none", linestyle="--", label="what the answer depends on")] if truth else []
     found = Patch(edgecolor=_FOUND, facecolor="none", linewidth=2, label="best box at the two layers")
     figure.legend(handles=[found, *known], loc="outside lower center", ncols=2, frameon=False, fontsize=8)
