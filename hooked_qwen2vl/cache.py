@@ -26,6 +26,7 @@ from transformer_lens.utilities import Slice, SliceInput
 
 from .files import whole_file
 from .geometry import PromptShape
+from .hook_names import canonical
 from .layers import PROMPT, readable
 
 VISION_PREFIXES = ("vision_encoder.", "vision_projector.")
@@ -70,10 +71,31 @@ class HookedCache(ActivationCache):
         self.prompt_shape = prompt_shape
 
     def __getitem__(self, key: Any) -> Tensor:
-        value = self.vision[key] if isinstance(key, str) and is_vision(key) else super().__getitem__(key)
+        value = self._held(key)
         if self.prompt_shape is not None:
             setattr(value, PROMPT, self.prompt_shape)
         return value
+
+    def _held(self, key: Any) -> Tensor:
+        if isinstance(key, str) and is_vision(key):
+            name = canonical(key)
+        else:
+            try:
+                return super().__getitem__(key)
+            except KeyError as error:
+                name = canonical(str(error.args[0]))
+        held = self.vision if is_vision(name) else self.cache_dict
+        if name not in held:
+            raise KeyError(self._absent(name))
+        return held[name]
+
+    def _absent(self, name: str) -> str:
+        known = getattr(self.model, "hook_dict", {})
+        if name not in known:
+            return f"no hook point is called {name!r}; cache.keys() and cache.vision list what was kept, model.hook_dict all there are."
+        if is_vision(name):
+            return f"{name!r} was not kept: run_with_cache(inputs, vision=True), or its name in names_filter=, keeps the tower's."
+        return f"{name!r} was not kept: name it in run_with_cache(inputs, names_filter=…)."
 
     def without_prompt(self) -> HookedCache:
         """The same activations, free to be put into prompts of any shape, as Patchscopes does."""
@@ -81,7 +103,7 @@ class HookedCache(ActivationCache):
         return HookedCache(free, self.model, self.has_batch_dim)
 
     def __contains__(self, key: object) -> bool:
-        return key in self.cache_dict or key in self.vision
+        return any(name in held for name in (key, canonical(key) if isinstance(key, str) else key) for held in (self.cache_dict, self.vision))
 
     def __repr__(self) -> str:
         return f"HookedCache with keys {list(self.cache_dict)} and vision keys {list(self.vision)}"

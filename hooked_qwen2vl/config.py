@@ -137,6 +137,12 @@ class HookedQwen2VLConfig(TransformerLensConfig):
     n_devices: int = 1
 
     @property
+    def n_params(self) -> int:
+        """Numbers in the matrices of the decoder's blocks, as TransformerLens counts a model's size: no biases, norms or embeddings."""
+        heads = 2 * (self.n_heads + self.n_key_value_heads)
+        return self.n_layers * self.d_model * (heads * self.d_head + 3 * self.d_mlp)
+
+    @property
     def image_token_id(self) -> int:
         return self.special.image
 

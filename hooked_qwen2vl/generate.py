@@ -344,6 +344,33 @@ class Generation:
         return Collector(self, names, device)
 
 
+def said_so_far(past: Any, new: Inputs) -> Inputs:
+    """The prompts of a cache of keys and values, and the new tokens after them.
+
+    Raises:
+        ValueError: no cache of TransformerLens's kind, one that this model has not filled, of another batch, or new images.
+    """
+    if not isinstance(past, TransformerLensKeyValueCache):
+        raise ValueError(
+            f"past_kv_cache= takes a TransformerLensKeyValueCache (transformer_lens.cache.key_value_cache), or what "
+            f"return_type='logits_and_cache' gave; got {type(past).__name__}."
+        )
+    n_rows, n_past = past.previous_attention_mask.shape
+    if n_rows != len(new):
+        raise ValueError(f"the past_kv_cache is of {n_rows} prompts, the new tokens of {len(new)}.")
+    prompt = getattr(past, "prompt", None)
+    filled = {entry.past_keys.shape[1] for entry in past.entries}
+    if filled != {n_past} or (n_past and (prompt is None or prompt.shape[1] != n_past)):
+        raise ValueError("this past_kv_cache holds positions that no run of this model put there: begin with an empty one.")
+    if not n_past:
+        return new
+    if new.visuals:
+        raise ValueError("images can come only with the first tokens of a past_kv_cache.")
+    for position in range(new.shape[1]):
+        prompt = prompt.extend(new.tokens[:, position], new.attention_mask[:, position].bool())
+    return prompt
+
+
 class StopStrings(StoppingCriteria):
     """Says which rows a stop string has come to an end in with their last token, as transformers' `StopStringCriteria` does.
 

@@ -31,10 +31,10 @@ class HookPoint(hook_points.HookPoint):
 
     def add_hook(self, hook: Callable, *args: Any, **kwargs: Any) -> hook_points.LensHandle:
         """TransformerLens's; a `partial` that carries a cached activation runs on prompts of that cache's shape only."""
-        return super().add_hook(_on_its_own_prompts(hook), *args, **kwargs)
+        return super().add_hook(on_its_own_prompts(hook), *args, **kwargs)
 
 
-def _on_its_own_prompts(hook: Callable) -> Callable:
+def on_its_own_prompts(hook: Callable) -> Callable:
     """The hook itself, or one that refuses to put an activation into prompts whose positions mean something else."""
     given = (*hook.args, *hook.keywords.values()) if isinstance(hook, partial) else ()
     shapes = [shape for value in given if (shape := getattr(value, PROMPT, None)) is not None]

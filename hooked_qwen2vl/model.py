@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 import threading
 import uuid
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -37,7 +38,9 @@ from .checkpoint import open_checkpoint
 from .config import HookedQwen2VLConfig, convert_config
 from .devices import beside, dispatch, refuse_far_weights, spread_over
 from .export import export_text_model
-from .generate import Generation
+from .generate import Generation, said_so_far
+from .habits import Habits, refuse_old_arguments, refuse_several
+from .hook_names import chosen, require
 from .image_embeddings import ImageEmbeddings, deepstack_terms, merge
 from .inputs import Inputs
 from .layers import HookPoint, RMSNorm, listened, running_prompt
@@ -45,19 +48,20 @@ from .overflow import finite_check
 from .processor import Processor
 from .processor_files import has_processor
 from .rope import text_rotation
-from .tl_weights import TransformerLensWeights, Unembed
+from .tl_weights import Embed, TransformerLensWeights, Unembed
 from .tokens import Tokens, _check_side
 from .weight_processing import process_weights
 from .weights import load_weights, refuse_quantised
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
-ReturnType = Literal["logits", "loss", "both"] | None
+ReturnType = Literal["logits", "loss", "both", "logits_and_cache"] | None
 _SPLIT_INPUTS = ("attn.hook_q_input", "attn.hook_k_input", "attn.hook_v_input")
 PREFIX_HOOK = "vision_projector.hook_out"
+LOGITS_HOOK = "unembed.hook_out"
 TOWERS = {"qwen2_vl": vision, "qwen2_5_vl": vision_qwen25, "qwen3_vl": vision_qwen3}
 
 
-class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights, HookedRootModule):
+class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights, Habits, HookedRootModule):
     """Qwen2-VL, Qwen2.5-VL or Qwen3-VL with TransformerLens's hooks, names and shapes.
 
     Attributes:
@@ -72,7 +76,7 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         tower = TOWERS[cfg.vision.tower]
         self.vision_encoder = tower.VisionEncoder(cfg.vision)
         self.vision_projector = tower.VisionProjector(cfg.vision)
-        self.embed = nn.Embedding(cfg.d_vocab, cfg.d_model)
+        self.embed = Embed(cfg.d_vocab, cfg.d_model)
         self.hook_embed = HookPoint()  # [batch, pos, d_model], images merged in
         self.blocks = nn.ModuleList(decoder_block(cfg.text) for _ in range(cfg.n_layers))
         for layer, _ in enumerate(cfg.vision.deepstack_layers):
@@ -100,6 +104,7 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         revision: str | None = None,
         local_files_only: bool = False,
         adapter: str | Path | bool | None = None,
+        **of_transformer_lens: Any,
     ) -> HookedQwen2VL:
         """Loads "scenes" (the embedded model), a Qwen2-VL folder, or a hub id, straight from safetensors.
 
@@ -115,10 +120,12 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
             revision, local_files_only: for hub ids, as in transformers.
             adapter: a PEFT folder or hub id, merged by peft (`pip install hooked-qwen2vl[adapters]`) into the weights, in the
                 dtype that is asked for; False leaves out an adapter that lies in the folder.
+            of_transformer_lens: `fold_ln=…` and the like, as versions 2 and 3 took them: an error that says the way here.
         Raises:
             ValueError: another architecture, an unsupported configuration, missing, unused, misshapen or quantised
                 weights, damaged files, no network, an unknown dtype, or a device_map that cannot be had.
         """
+        refuse_old_arguments(of_transformer_lens)
         wanted = _as_dtype(dtype)
         if device is not None and device_map is not None:
             raise ValueError("pass device= or device_map=, not both.")
@@ -297,23 +304,35 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         stop_at_layer: int | None = None,
         inputs: Inputs | None = None,
         logits_at: int | slice | None = None,
+        past_kv_cache: TransformerLensKeyValueCache | None = None,
+        past_key_values: TransformerLensKeyValueCache | None = None,
     ) -> Any:
         """Runs the model.
 
         Args:
             input: prompts; or, with `start_at_layer`, the residual stream that enters that block, and then
                 `inputs` says what prompts it belongs to (positions, padding, targets).
-            return_type: "logits" [batch pos d_vocab], "loss" (mean next-token cross-entropy in nats), "both", or
-                None to run only for the hooks.
+            return_type: "logits" [batch pos d_vocab], "loss" (mean next-token cross-entropy in nats), "both",
+                "logits_and_cache" (with a past_kv_cache to go on from), or None to run only for the hooks.
             loss_per_token: [batch pos-1] instead of the mean; 0 where there is no target.
             prepend_bos, padding_side, attention_mask: see `as_inputs`.
             stop_at_layer: return the residual stream that would enter this block, instead of logits.
             logits_at: unembed only these positions (an int keeps its axis); the whole sequence still runs.
+            past_kv_cache: keys and values of the tokens before these (`TransformerLensKeyValueCache.init_cache(model.cfg, device,
+                batch)`, empty at first); those of these tokens are added unless it is frozen. `past_key_values` is its other name.
         Raises:
-            ValueError: placeholders without images, a layer out of range, or an unknown return type.
+            ValueError: placeholders without images, a layer out of range, an unknown return type, or arguments that exclude
+                each other.
         """
-        if return_type not in ("logits", "loss", "both", None):
-            raise ValueError(f"return_type must be 'logits', 'loss', 'both' or None, got {return_type!r}.")
+        if return_type not in ("logits", "loss", "both", "logits_and_cache", None):
+            raise ValueError(f"return_type must be 'logits', 'loss', 'both', 'logits_and_cache' or None, got {return_type!r}.")
+        past = past_kv_cache if past_kv_cache is not None else past_key_values
+        if past is not None or return_type == "logits_and_cache":
+            if return_type in ("loss", "both") or (start_at_layer, stop_at_layer, inputs) != (None, None, None):
+                raise ValueError("with a past_kv_cache all layers are run, for logits: drop the loss, start_at_layer, stop_at_layer and inputs.")
+            return self._go_on(self.as_inputs(input, attention_mask, prepend_bos, padding_side), past, return_type, logits_at)
+        if start_at_layer is None and inputs is not None:
+            raise ValueError("inputs= says what a residual stream belongs to: it goes with start_at_layer=.")
         layers = self._layers(start_at_layer, stop_at_layer)
         if start_at_layer is None:
             inputs = self.as_inputs(input, attention_mask, prepend_bos, padding_side)
@@ -328,6 +347,21 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
             if stop_at_layer is not None:
                 return residual
             return self.read_out(residual, inputs, return_type, loss_per_token, logits_at)
+
+    def _go_on(
+        self, new: Inputs, past: TransformerLensKeyValueCache | None, return_type: ReturnType, logits_at: int | slice | None
+    ) -> Any:
+        """The forward of tokens that come after those of a cache of keys and values."""
+        past = TransformerLensKeyValueCache.init_cache(self.cfg, self.cfg.device, len(new)) if past is None else past
+        whole, start = said_so_far(past, new), past.previous_attention_mask.shape[1]
+        with self.watched_run(whole):
+            residual = self.hook_embed(merge(self.embed(new.tokens), self.image_embeddings(new), new))
+            residual = self.run_blocks(residual, whole, past=past, start=start)
+            result = self.read_out(residual, new, None if return_type is None else "logits", logits_at=logits_at)
+        if not past.frozen:
+            past.append_attention_mask(new.attention_mask)
+            past.prompt = whole  # the images' places and the padding, which the next tokens' positions depend on
+        return (result, past) if return_type == "logits_and_cache" else result
 
     @contextmanager
     def watched_run(self, inputs: Inputs) -> Iterator[None]:
@@ -350,12 +384,17 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
             running_prompt.reset(token)
 
     @contextmanager
-    def hooks(self, *args: Any, **kwargs: Any) -> Iterator[HookedQwen2VL]:
-        """TransformerLens's context of temporary hooks. They are the model's: one thread at a time may run it meanwhile."""
+    def hooks(self, fwd_hooks: Any = (), bwd_hooks: Any = (), *args: Any, **kwargs: Any) -> Iterator[HookedQwen2VL]:
+        """TransformerLens's context of temporary hooks. They are the model's: one thread at a time may run it meanwhile.
+
+        Raises:
+            ValueError: a name that no hook point has.
+        """
+        pairs = ([(own, hook) for name, hook in hooks for own in chosen(name, self.hook_dict)] for hooks in (fwd_hooks, bwd_hooks))
         thread = threading.get_ident()
         self._hooking_threads.append(thread)
         try:
-            with super().hooks(*args, **kwargs):
+            with super().hooks(*pairs, *args, **kwargs):
                 yield self
         finally:
             self._hooking_threads.remove(thread)
@@ -541,9 +580,8 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         if kwargs.get("start_at_layer") is None:
             input = self.as_inputs(input, *(kwargs.pop(name, None) for name in ("attention_mask", "prepend_bos", "padding_side")))
         names_filter = self._default_names(input, vision) if names_filter is None else names_filter
-        batch = len(input) if isinstance(input, (Inputs, list)) else input.shape[0] if isinstance(input, Tensor) else 1
-        if remove_batch_dim and batch != 1 and not (isinstance(input, Tensor) and input.ndim == 1):
-            raise ValueError(f"remove_batch_dim needs one prompt, got a batch of {batch}.")
+        if remove_batch_dim:
+            refuse_several(input)
         self._require_hooks(names_filter)
         # What is spread over several devices is brought together, so that the cache can stack it.
         device = self.cfg.device if device is None and spread_over(self) > 1 else device
@@ -562,7 +600,8 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
             return result, cache
         prompts = input if isinstance(input, Inputs) else kwargs.get("inputs")
         shape = prompts.prompt_shape if isinstance(prompts, Inputs) else None
-        if shape is not None and pos_slice is not None:
+        on_a_past = kwargs.get("past_kv_cache") is not None or kwargs.get("past_key_values") is not None
+        if shape is not None and (pos_slice is not None or on_a_past):  # its positions are not all of the prompt's
             shape = replace(shape, sliced=True)
         return result, HookedCache(cache, self, has_batch_dim=not remove_batch_dim, prompt_shape=shape)
 
@@ -578,7 +617,6 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         """As TransformerLens's; positions and batch are those of the text side, the tower's are kept whole."""
         cache = {} if cache is None else cache
         positions = Slice.unwrap(pos_slice)
-        wanted = _as_predicate(self._default_names(None, False) if names_filter is None else names_filter)
 
         def save(tensor: Tensor, hook: HookPoint, suffix: str) -> None:
             stored = tensor.detach()
@@ -590,7 +628,7 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
             smaller = stored.untyped_storage().nbytes() > stored.nbytes
             cache[hook.name + suffix] = stored.clone() if pos_slice is not None and smaller else stored
 
-        names = [name for name in self.hook_dict if wanted(name)]
+        names = chosen(self._default_names(None, False) if names_filter is None else names_filter, self.hook_dict)
         forward = [(name, partial(save, suffix="")) for name in names]
         backward = [(name, partial(save, suffix="_grad")) for name in names] if incl_bwd else []
         self.is_caching = True
@@ -620,6 +658,8 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
             if is_vision(name):
                 of_projector = name.startswith("vision_projector.")
                 return vision or (of_projector and (not encoded or name in prefix))
+            if name == LOGITS_HOOK:
+                return False
             if name.endswith("hook_result"):
                 return flags.use_attn_result
             if name.endswith(_SPLIT_INPUTS):
@@ -631,22 +671,40 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         return wanted
 
     def _require_hooks(self, names_filter: NamesFilter) -> None:
-        if callable(names_filter):
-            return
-        names = [names_filter] if isinstance(names_filter, str) else names_filter
-        unknown = [name for name in names if name not in self.hook_dict]
-        if unknown:
-            raise ValueError(
-                f"no hook point is called {', '.join(map(repr, unknown))}; model.hook_dict lists them all "
-                f"(transformer_lens.utils.get_act_name('resid_pre', 3) spells one out)."
-            )
+        if not callable(names_filter):
+            require([names_filter] if isinstance(names_filter, str) else names_filter, self.hook_dict)
 
     def process_weights(
-        self, fold_ln: bool = True, center_unembed: bool = True, fold_value_biases: bool = True
+        self,
+        fold_ln: bool = True,
+        center_unembed: bool = True,
+        fold_value_biases: bool = True,
+        *,
+        verbose: bool = False,
+        center_writing_weights: bool | None = None,
+        refactor_factored_attn_matrices: bool = False,
     ) -> None:
-        """The same log-probabilities from weights easier to read; in place, on copies. See `weight_processing`."""
+        """The same log-probabilities from weights easier to read; in place, on copies. See `weight_processing`.
+
+        Args:
+            verbose: a progress bar over the blocks.
+            center_writing_weights: True warns and does nothing, as in TransformerLens: an RMS norm takes no mean away, so weights
+                without their mean would be another model.
+        Raises:
+            ValueError: refactor_factored_attn_matrices=True, which TransformerLens, too, refuses where positions are rotations.
+        """
+        if refactor_factored_attn_matrices:
+            raise ValueError(
+                "refactor_factored_attn_matrices=True cannot be had: queries and keys are rotated between the two factors, so they "
+                "have no product of their own; leave it False."
+            )
+        if center_writing_weights:
+            warnings.warn(
+                "center_writing_weights does nothing here: RMS norms take no mean away, so centred weights would be another model.",
+                stacklevel=2,
+            )
         self._require_present("processing")
-        process_weights(self, fold_ln, center_unembed, fold_value_biases)
+        process_weights(self, fold_ln, center_unembed, fold_value_biases, verbose)
 
     def export_text_model(self, folder: str | Path) -> Path:
         """Writes the text decoder as a Qwen2 folder; see `export`."""
@@ -696,13 +754,6 @@ def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
             f"checkpoint's own."
         )
     return found
-
-
-def _as_predicate(names_filter: NamesFilter) -> Callable[[str], bool]:
-    if callable(names_filter):
-        return names_filter
-    names = {names_filter} if isinstance(names_filter, str) else set(names_filter)
-    return names.__contains__
 
 
 def _position_axis(name: str) -> int:

@@ -17,7 +17,7 @@ from transformer_lens import FactoredMatrix
 from transformer_lens.model_bridge.composition_scores import CompositionScores
 from transformer_lens.utilities import composition_scores
 
-from .layers import no_bias, readable
+from .layers import HookPoint, no_bias, readable
 from .overflow import finite
 
 _BLOCK_WEIGHTS = ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O")
@@ -149,12 +149,27 @@ class TransformerLensWeights:
         scores = composition_scores(self.OV, right, broadcast_dims=True)
         layers = torch.arange(self.cfg.n_layers, device=scores.device)
         earlier = layers[:, None, None, None] < layers[None, None, :, None]
-        labels = self.all_head_labels()
+        labels = self.all_head_labels
         return CompositionScores(scores * earlier, list(range(self.cfg.n_layers)), labels)
 
-    def all_head_labels(self) -> list[str]:
-        """["L0H0", "L0H1", …]."""
-        return [f"L{layer}H{head}" for layer in range(self.cfg.n_layers) for head in range(self.cfg.n_heads)]
+    @property
+    def all_head_labels(self) -> HeadLabels:
+        """["L0H0", "L0H1", …]; a list, and callable for those who call it."""
+        return HeadLabels(f"L{layer}H{head}" for layer in range(self.cfg.n_layers) for head in range(self.cfg.n_heads))
+
+    attn_head_labels = all_head_labels  # every block has attention
+
+    # TransformerLens asks whether a model is one of its own by looking names up statically, where submodules are not found.
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The decoder's blocks."""
+        return self._modules["blocks"]
+
+    @property
+    def ln_final(self) -> nn.Module:
+        """The norm before the unembedding."""
+        return self._modules["ln_final"]
 
     def blocks_with(self, submodule: str) -> list[tuple[int, nn.Module]]:
         """(layer, block) of every decoder block that has the submodule."""
@@ -189,6 +204,21 @@ class TransformerLensWeights:
         return dict(self.tl_named_parameters())
 
 
+class HeadLabels(list):
+    """Labels of heads; calling them gives them, as versions of TransformerLens differ in which they have."""
+
+    def __call__(self) -> list[str]:
+        return list(self)
+
+
+class Embed(nn.Embedding):
+    """Token ids to the stream that enters block 0."""
+
+    @property
+    def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
+        return readable(self.weight, "W_E")
+
+
 class Unembed(nn.Module):
     """Normed residual stream to logits; shares the embedding's weight where the checkpoint ties them.
 
@@ -199,9 +229,10 @@ class Unembed(nn.Module):
     def __init__(self, d_model: int, d_vocab: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(d_vocab, d_model))
+        self.hook_out = HookPoint()  # [batch, pos, d_vocab], the logits
 
     def forward(self, normalized: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
-        return finite(nn.functional.linear(finite(normalized, "ln_final"), self.weight), "unembed")
+        return self.hook_out(finite(nn.functional.linear(finite(normalized, "ln_final"), self.weight), "unembed"))
 
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:

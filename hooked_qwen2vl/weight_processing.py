@@ -18,20 +18,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from .layers import readable
 
 
 @torch.no_grad()
 def process_weights(
-    model: Any, fold_ln: bool = True, center_unembed: bool = True, fold_value_biases: bool = True
+    model: Any, fold_ln: bool = True, center_unembed: bool = True, fold_value_biases: bool = True, verbose: bool = False
 ) -> None:
     """Processes a HookedQwen2VL in place; see the module's steps.
 
     Raises:
         RuntimeError: weights are offloaded.
     """
-    for block in model.blocks:
+    for block in tqdm(model.blocks, disable=not verbose, desc="processing", unit="block"):
         if fold_ln:
             _fold(block.ln1, block.attn.q_proj, block.attn.k_proj, block.attn.v_proj)
             _fold(block.ln2, block.mlp.gate_proj, block.mlp.up_proj)

@@ -1,0 +1,68 @@
+"""Other names of the hook points: TransformerLens's shorthand for the split inputs, and its bridge's own names.
+
+`utilities.get_act_name("q_input", 2)` is `blocks.2.hook_q_input`; here that hook point is `blocks.2.attn.hook_q_input`. The names in
+`model.hook_dict`, in caches and in `hook.name` are this model's; the others are understood wherever a name is asked for.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Collection, Sequence
+
+_OF_A_BLOCK = {
+    "hook_q_input": "attn.hook_q_input",
+    "hook_k_input": "attn.hook_k_input",
+    "hook_v_input": "attn.hook_v_input",
+    "hook_in": "hook_resid_pre",
+    "hook_out": "hook_resid_post",
+    "attn.hook_out": "hook_attn_out",
+    "mlp.hook_out": "hook_mlp_out",
+}
+_OF_THE_MODEL = {"embed.hook_out": "hook_embed", "hook_unembed": "unembed.hook_out"}
+_IN_A_BLOCK = re.compile(r"((?:vision_encoder\.)?blocks\.\d+\.)(.+)")
+
+
+def canonical(name: str) -> str:
+    """This model's own name of a hook point; a name that is no other name comes back as it is."""
+    found = _IN_A_BLOCK.fullmatch(name)
+    if found is None:
+        return _OF_THE_MODEL.get(name, name)
+    return found[1] + _OF_A_BLOCK.get(found[2], found[2])
+
+
+def others(name: str) -> list[str]:
+    """The other names of a hook point."""
+    found = _IN_A_BLOCK.fullmatch(name)
+    if found is None:
+        return [other for other, own in _OF_THE_MODEL.items() if own == name]
+    return [found[1] + other for other, own in _OF_A_BLOCK.items() if own == found[2]]
+
+
+def chosen(names_filter: str | Sequence[str] | Callable[[str], bool], known: Collection[str]) -> list[str]:
+    """The hook points that a filter names, in the model's order.
+
+    A function is asked about the model's own names, and about the others only where it takes none of them.
+
+    Raises:
+        ValueError: a name that no hook point has.
+    """
+    if not callable(names_filter):
+        wanted = require([names_filter] if isinstance(names_filter, str) else names_filter, known)
+        return [name for name in known if name in wanted]
+    return [name for name in known if names_filter(name)] or [
+        name for name in known if any(names_filter(other) for other in others(name))
+    ]
+
+
+def require(names: Sequence[str], known: Collection[str]) -> set[str]:
+    """The model's own names of these hook points, or a ValueError that says which there are none of."""
+    own = {name: canonical(name) for name in names}
+    unknown = [name for name in names if own[name] not in known]
+    if unknown:
+        close = difflib.get_close_matches(str(unknown[0]), known, n=1)
+        raise ValueError(
+            f"no hook point is called {', '.join(map(repr, unknown))}{f': did you mean {close[0]!r}?' if close else '.'} "
+            f"model.hook_dict lists them all (transformer_lens.utilities.get_act_name('resid_pre', 3) spells one out)."
+        )
+    return set(own.values())
