@@ -15,6 +15,7 @@ from .cache import is_vision
 from .hook_names import canonical, chosen
 from .inputs import Inputs
 from .layers import HookPoint, on_its_own_prompts
+from .weights import OUR_ZEROS
 
 _NOT_THERE = {
     "W_pos": "W_pos is a learned table of positions; Qwen2-VL has none: its positions are rotations of queries and keys (M-RoPE).",
@@ -110,7 +111,7 @@ class Habits:
     @property
     def n_params_total(self) -> int:
         """Numbers in all weights, tower and biases included; tied ones count once, and `b_O`, which no checkpoint has, not at all."""
-        return sum(weight.numel() for name, weight in self.named_parameters() if not name.endswith("o_proj.bias") or "vision" in name)
+        return sum(weight.numel() for name, weight in self.named_parameters() if not OUR_ZEROS.match(name))
 
     def to(self, *args: Any, print_details: bool = True, **kwargs: Any) -> Any:
         """torch's; nothing is printed, whatever print_details."""

@@ -355,8 +355,8 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         past = TransformerLensKeyValueCache.init_cache(self.cfg, self.cfg.device, len(new)) if past is None else past
         whole, start = said_so_far(past, new), past.previous_attention_mask.shape[1]
         with self.watched_run(whole):
-            residual = self.hook_embed(merge(self.embed(new.tokens), self.image_embeddings(new), new))
-            residual = self.run_blocks(residual, whole, past=past, start=start)
+            residual, images = self.embed_prompts(new)
+            residual = self.run_blocks(residual, whole, past=past, start=start, images=images)
             result = self.read_out(residual, new, None if return_type is None else "logits", logits_at=logits_at)
         if not past.frozen:
             past.append_attention_mask(new.attention_mask)
