@@ -120,6 +120,8 @@ def test_compatibility_mode_and_parameters(pair):
     with torch.no_grad():
         assert (log_probs(ours(tokens)) - log_probs(theirs(tokens))).abs().max() < CLOSE
         mine, bridges = ours.get_params(), theirs.get_params()
+        for layer in range(2):  # TransformerLens has no such bias, and it is none
+            assert not mine.pop(f"blocks.{layer}.mlp.b_gate").any()
         assert mine.keys() == bridges.keys()
         for name, weight in mine.items():
             assert weight.shape == bridges[name].shape and (weight - bridges[name]).abs().max() < CLOSE, name
