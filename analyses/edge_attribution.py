@@ -1,6 +1,7 @@
 """Edge attribution patching, with grouped heads and with integrated gradients.
 
-EAP (Syed, Rager and Conmy 2023) scores the edge from a writer u (the embedding, a head, an MLP) to a reader v
+EAP (Syed, Rager and Conmy 2023) scores the edge from a writer u (the embedding, a head, an MLP, in Qwen3-VL what DeepStack
+adds) to a reader v
 (a head's query, key or value input, an MLP's input, the logits) to first order:
 
     score(u → v) = Σ_pos (a_u^clean − a_u^corrupted) · ∂metric/∂(input of v)
@@ -10,8 +11,8 @@ EAP (Syed, Rager and Conmy 2023) scores the edge from a writer u (the embedding,
 3. Multiply. Edges that run backwards are 0 by construction.
 
 EAP-IG (Hanna, Pezzelle and Belinkov 2024): the gradients of step 2 are the mean over `ig_steps` embeddings on the
-straight line from corrupted to clean, which corrects saturation. Then the edges out of the embedding sum to
-metric(clean) − metric(corrupted) as the steps grow (completeness).
+straight line from corrupted to clean, and with them what DeepStack adds, which corrects saturation. Then the edges out of the
+embedding (and of DeepStack) sum to metric(clean) − metric(corrupted) as the steps grow (completeness).
 
 Readers of keys and values are key-value heads, of which a grouped-query model has fewer than heads;
 TransformerLens's own tool refuses those.
@@ -44,7 +45,7 @@ class EdgeAttribution(Result):
         scores: [writer reader] in the metric's units, positive where restoring the edge raises it; 0 where
             there is no edge.
         edges: [writer reader] whether the writer is upstream of the reader.
-        writers: "embed", "L0H0" …, "MLP0" ….
+        writers: "embed", (in Qwen3-VL) "DeepStack0" …, "L0H0" …, "MLP0" ….
         readers: "L0H0.q" …, "L0H0.k" … (key-value heads), "MLP0", "logits".
         ig_steps: 1 for plain EAP.
         model_name: of the model.
@@ -95,12 +96,14 @@ def edge_attribution(
         raise ValueError(f"ig_steps must be at least 1, got {ig_steps}.")
     with torch.no_grad():
         ours, theirs = (_writes(model, inputs) for inputs in (clean, corrupted))
-    start, delta = theirs[0], ours - theirs
+    delta = ours - theirs
+    begins = ["hook_embed", *_deepstack_hooks(model.cfg)]  # what the run is given; all else follows from it
     total = torch.zeros(0)
     # the gradient at the corrupted end for EAP; at the middle of each of the line's steps for EAP-IG
     fractions = [0.0] if ig_steps == 1 else [(step + 0.5) / ig_steps for step in range(ig_steps)]
     for fraction in tqdm(fractions, desc="gradients", disable=not progress, delay=2):
-        gradients = _reader_gradients(model, corrupted, metric, start + fraction * delta[0])
+        given = {name: theirs[n] + fraction * delta[n] for n, name in enumerate(begins)}
+        gradients = _reader_gradients(model, corrupted, metric, given)
         total = gradients if not len(total) else total + gradients
     scores = torch.einsum("wbpm,rbpm->wr", delta, total / len(fractions)).cpu()
     edges = _edges(model.cfg)
@@ -115,21 +118,21 @@ def edge_attribution(
 
 
 def _writes(model: Any, inputs: Any) -> Float[Tensor, "writer batch pos d_model"]:
-    """What the embedding, every head and every MLP adds to the residual stream."""
+    """What the embedding, every head, every MLP and DeepStack add to the residual stream."""
     layers = range(model.cfg.n_layers)
-    names = ["hook_embed"]
+    names = ["hook_embed", *_deepstack_hooks(model.cfg)]
     names += [f"blocks.{layer}.{hook}" for layer in layers for hook in ("attn.hook_result", "hook_mlp_out")]
     _, cache = model.run_with_cache(inputs, names_filter=names)
-    parts = [cache["hook_embed"][None]]
+    parts = [cache["hook_embed"][None], *(cache[name][None] for name in _deepstack_hooks(model.cfg))]
     for layer in layers:
         parts += [cache["result", layer].movedim(2, 0), cache["mlp_out", layer][None]]
     return torch.cat(parts)
 
 
 def _reader_gradients(
-    model: Any, inputs: Any, metric: Metric, embedding: Float[Tensor, "batch pos d_model"]
+    model: Any, inputs: Any, metric: Metric, given: dict[str, Float[Tensor, "batch pos d_model"]]
 ) -> Float[Tensor, "reader batch pos d_model"]:
-    """The metric's gradient at every reader's own copy of the residual stream."""
+    """The metric's gradient at every reader's own copy of the residual stream, where these hooks give what they are given."""
     layers = range(model.cfg.n_layers)
     names = [
         f"blocks.{layer}.{hook}"
@@ -143,10 +146,10 @@ def _reader_gradients(
         kept[hook.name] = activation
 
     def begin(activation: Tensor, hook: Any) -> Tensor:
-        return embedding.detach().clone().requires_grad_()
+        return given[hook.name].detach().clone().requires_grad_()
 
     with torch.enable_grad():
-        logits = model.run_with_hooks(inputs, fwd_hooks=[("hook_embed", begin), *((name, keep) for name in names)])
+        logits = model.run_with_hooks(inputs, fwd_hooks=[*((name, begin) for name in given), *((name, keep) for name in names)])
         value = metric(logits)
         if value.ndim:
             raise ValueError(f"the metric must be a scalar, got shape {tuple(value.shape)}: take its mean.")
@@ -155,8 +158,14 @@ def _reader_gradients(
     return torch.cat(heads_first)
 
 
+def _deepstack_hooks(cfg: Any) -> list[str]:
+    """Where DeepStack adds to the stream, in order of blocks; nowhere in most models."""
+    merged = getattr(getattr(cfg, "vision", None), "deepstack_layers", ())
+    return [f"blocks.{layer}.hook_deepstack" for layer, _ in enumerate(merged)]
+
+
 def _writer_names(cfg: Any) -> list[str]:
-    names = ["embed"]
+    names = ["embed", *(f"DeepStack{number}" for number, _ in enumerate(_deepstack_hooks(cfg)))]
     for layer in range(cfg.n_layers):
         names += [*(f"L{layer}H{head}" for head in range(cfg.n_heads)), f"MLP{layer}"]
     return names
@@ -173,7 +182,7 @@ def _reader_names(cfg: Any) -> list[str]:
 
 def _edges(cfg: Any) -> Bool[Tensor, "writer reader"]:
     """Writers by when they write, readers by when they read: an edge needs the write to come first."""
-    written, read = [-1.0], []
+    written, read = [-1.0, *(number + 0.6 for number, _ in enumerate(_deepstack_hooks(cfg)))], []
     for layer in range(cfg.n_layers):
         written += [layer] * cfg.n_heads + [layer + 0.5]
         read += [layer - 0.25] * (cfg.n_heads + 2 * cfg.n_key_value_heads) + [layer + 0.25]

@@ -19,6 +19,7 @@ from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValue
 from transformer_lens.utilities import get_act_name
 
 from hooked_qwen2vl.image_embeddings import merge
+from hooked_qwen2vl.positions import patches_of, window_order
 
 TOWER = "vision_encoder."
 
@@ -102,7 +103,9 @@ class TowerRuns:
             raise ValueError(f"{TOWER}{activation} needs prompts with images.")
         self.model, self.target, self.activation = model, target, activation
         self.first = int((target.token_types > 0).any(0).nonzero()[0])
+        self.tapped = [layer for layer in model.cfg.vision.deepstack_layers if layer < max(layers)]
         names = [f"{TOWER}blocks.{layer}.hook_resid_pre" for layer in layers] + ["hook_embed"]
+        names += [_stream_after(layer) for layer in self.tapped]
         names += _key_value_names(range(model.cfg.n_layers))
         self.final, self.cache = model.run_with_cache(target, names_filter=names, stop_at_layer=model.cfg.n_layers)
         swept = [self._name(layer) for layer in layers]
@@ -129,11 +132,13 @@ class TowerRuns:
             return torch.cat([self.patched(layer, [cell], at) for cell in cells])
         n, encoder = len(cells), self.model.vision_encoder
         stream = self.cache.vision[f"{TOWER}blocks.{layer}.hook_resid_pre"].repeat(1, n, 1)
+        earlier = [self.cache.vision[_stream_after(l)].repeat(1, n, 1) for l in self.tapped if l < layer]
+        grids = self.target.grids.repeat(n, 1)
         with self.model.hooks(fwd_hooks=[(self._name(layer), self._put(self._name(layer), cells))]):
-            stream = encoder.run_blocks(stream, self.target.grids.repeat(n, 1), layer)
-        images = self.model.vision_projector(stream)[0]
-        residual = merge(self.cache["hook_embed"].repeat(n, 1, 1), images, self.target)[:, self.first :]
-        return run_suffix(self.model, self.target, self.cache, residual, 0, self.first, at)
+            stream = encoder.run_blocks(stream, grids, layer, *earlier)
+        images = self.model.vision_projector(stream, grids)
+        residual = merge(self.cache["hook_embed"].repeat(n, 1, 1), images[0], self.target)[:, self.first :]
+        return run_suffix(self.model, self.target, self.cache, residual, 0, self.first, at, images)
 
     def _name(self, layer: int) -> str:
         return TOWER + get_act_name(self.activation, layer)
@@ -143,8 +148,11 @@ class TowerRuns:
         is_image = self.target.token_types > 0
         order = (is_image.flatten().cumsum(0) - 1).view_as(is_image)
         tokens = order[:, list(positions)].flatten()
-        window = self.model.cfg.vision.spatial_merge_size**2
-        return (tokens[:, None] * window + torch.arange(window, device=tokens.device)).flatten()
+        vision = self.model.cfg.vision
+        if vision.window is not None:  # there an image token's patches lie where its window is
+            order, _ = window_order(self.target.grids, vision.spatial_merge_size, vision.window)
+            tokens = order.argsort().to(tokens.device)[tokens]
+        return patches_of(tokens, vision.spatial_merge_size)
 
     def _put(self, name: str, cells: Sequence[Cell]) -> Callable:
         source, by_query = self.source.vision[name][0], self.activation == "pattern"
@@ -173,15 +181,23 @@ def run_suffix(
     layer: int,
     start: int,
     at: int,
+    images: Float[Tensor, "stream image_token d_model"] | None = None,
 ) -> Float[Tensor, "cell_batch 1 d_vocab"]:
     """Blocks from `layer` on over positions from `start` to `at`, with `cache`'s keys and values before them.
 
     Nothing after `at` can change what is read there, so it is not run.
+
+    Args:
+        images: what the projector wrote in every cell; None: the prompts' own.
     """
     past = _past(model, inputs, cache, layer, start, len(residual) // len(inputs))
     layers = range(layer, model.cfg.n_layers)
-    residual = model.run_blocks(residual[:, : at + 1 - start], inputs, layers, past, start)
+    residual = model.run_blocks(residual[:, : at + 1 - start], inputs, layers, past, start, images)
     return model.read_out(residual, logits_at=-1)
+
+
+def _stream_after(layer: int) -> str:
+    return f"{TOWER}blocks.{layer}.hook_resid_post"
 
 
 def _past(model: Any, inputs: Any, cache: Any, layer: int, start: int, n: int) -> TransformerLensKeyValueCache | None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -178,6 +178,59 @@ class HookedCache(ActivationCache):
         sliced = super().apply_slice_to_batch_dim(batch_slice)
         prompt = None if self.prompt_shape is None else self.prompt_shape.rows(batch_slice)
         return HookedCache(sliced.cache_dict, self.model, sliced.has_batch_dim, self.vision, prompt)
+
+    def decompose_resid(
+        self,
+        layer: int | None = None,
+        mlp_input: bool = False,
+        mode: Literal["all", "mlp", "attn"] = "all",
+        apply_ln: bool = False,
+        pos_slice: Slice | SliceInput = None,
+        incl_embeds: bool = True,
+        return_labels: bool = False,
+    ) -> Tensor | tuple[Tensor, list[str]]:
+        """TransformerLens's; with mode="all" what DeepStack adds is a component too, `{l}_deepstack`, after block l's MLP."""
+        stack, labels = super().decompose_resid(layer, mlp_input, mode, False, pos_slice, incl_embeds, True)
+        added = self._deepstack(layer, pos_slice) if mode == "all" else {}
+        for name, term in added.items():
+            after = labels.index(name.replace("deepstack", "mlp_out")) + 1
+            labels.insert(after, name)
+            stack = torch.cat((stack[:after], term[None], stack[after:]))
+        if apply_ln:
+            stack = self.apply_ln_to_stack(stack, self._up_to(layer), mlp_input=mlp_input, pos_slice=pos_slice)
+        return (stack, labels) if return_labels else stack
+
+    def get_full_resid_decomposition(
+        self,
+        layer: int | None = None,
+        mlp_input: bool = False,
+        expand_neurons: bool = True,
+        apply_ln: bool = False,
+        pos_slice: Slice | SliceInput = None,
+        return_labels: bool = False,
+        project_output_onto: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, list[str]]:
+        """TransformerLens's; what DeepStack adds comes last, `{l}_deepstack`."""
+        stack, labels = super().get_full_resid_decomposition(
+            layer, mlp_input, expand_neurons, apply_ln, pos_slice, True, project_output_onto
+        )
+        added = self._deepstack(layer, pos_slice)
+        if added:
+            terms = torch.stack(list(added.values()))
+            if apply_ln:
+                terms = self.apply_ln_to_stack(terms, self._up_to(layer), mlp_input=mlp_input, pos_slice=pos_slice)
+            terms = terms if project_output_onto is None else terms @ project_output_onto.to(terms)
+            stack, labels = torch.cat((stack, terms)), [*labels, *added]
+        return (stack, labels) if return_labels else stack
+
+    def _up_to(self, layer: int | None) -> int:
+        return self.model.cfg.n_layers if layer in (None, -1) else layer
+
+    def _deepstack(self, layer: int | None, pos_slice: Slice | SliceInput) -> dict[str, Float[Tensor, "*batch_and_pos d_model"]]:
+        """Label -> what DeepStack has added to the stream before block `layer`."""
+        merged = range(min(self._up_to(layer), len(self.model.cfg.vision.deepstack_layers)))
+        positions = Slice.unwrap(pos_slice)
+        return {f"{l}_deepstack": positions.apply(self[f"blocks.{l}.hook_deepstack"], dim=-2) for l in merged}
 
     def apply_ln_to_stack(
         self,

@@ -253,7 +253,8 @@ class Geometry:
         """One image cut out of an activation of the tower, in raster order; a video gives [t rows cols …].
 
         Args:
-            packed: over the batch's patches in the tower's order, or over its image tokens.
+            packed: over the batch's patches in the tower's order, or over its image tokens; or `pixels` themselves, which come
+                merge block by merge block, whatever windows the tower has.
         Raises:
             ValueError: the activation is neither.
         """
@@ -265,7 +266,8 @@ class Geometry:
         elif len(packed) == n_patches:
             t, h, w = visual.grid
             part = packed[self._slice(number, tokens=False)].unflatten(0, (t, h * w))
-            part = part[:, tower_order(h, w, visual.merge, visual.window).to(packed.device)].unflatten(1, (h, w))
+            window = None if self.pixels is not None and packed.shape == self.pixels.shape else visual.window
+            part = part[:, tower_order(h, w, visual.merge, window).to(packed.device)].unflatten(1, (h, w))
         else:
             raise ValueError(
                 f"expected an activation over {n_patches} patches or {n_tokens} image tokens, got {len(packed)} rows."

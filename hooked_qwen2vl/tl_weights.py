@@ -96,7 +96,16 @@ class TransformerLensWeights:
 
     @property
     def QK(self) -> FactoredMatrix:
-        """[layer head d_model d_model]: which source directions each destination direction looks for."""
+        """[layer head d_model d_model]: which source directions each destination direction looks for.
+
+        Raises:
+            ValueError: queries and keys are normalised before they meet (Qwen3-VL), so that no matrix gives the scores.
+        """
+        if self.cfg.text.qk_norm:
+            raise ValueError(
+                f"{self.cfg.model_name} normalises every query and key (attn.q_norm, attn.k_norm), so that W_Q W_K^T does not give "
+                f"its attention scores: read blocks.l.attn.hook_attn_scores, or W_Q and W_K by themselves."
+            )
         return FactoredMatrix(self.W_Q, self._for_each_head(self.W_K).transpose(-2, -1))
 
     @property
@@ -141,6 +150,8 @@ class TransformerLensWeights:
 
         Returns:
             [layer head layer head], 0 unless the first layer is earlier.
+        Raises:
+            ValueError: modes Q and K of a model whose queries and keys are normalised (see `QK`).
         Source: A Mathematical Framework for Transformer Circuits (Elhage et al., 2021).
         """
         if mode not in ("Q", "K", "V"):
