@@ -9,8 +9,9 @@ Source: Geva et al. 2023 (Dissecting Recall); Cross-modal information flow in mu
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
@@ -37,6 +38,7 @@ class Knockout(Result):
         flows: names. window: layers blocked at once. skipped: items answered wrongly, left out.
         model_name: of the model.
         images: [item] the same for items about one image; () where each item has its own.
+        left_out: reason -> how many items could not be used at all.
     """
 
     effects: Float[Tensor, "flow layer item"]
@@ -46,6 +48,7 @@ class Knockout(Result):
     skipped: int
     model_name: str
     images: tuple[str, ...] = ()
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row a flow and layer: mean effect in percent, its standard error over images (with all their items), items."""
@@ -85,6 +88,7 @@ class Knockout(Result):
             sum(part.skipped for part in parts),
             parts[0].model_name,
             sum((part.images for part in parts), ()),
+            dict(sum((Counter(part.left_out) for part in parts), Counter())),
         )
 
     def plot(self, path: Any = None) -> Any:

@@ -518,17 +518,21 @@ def shift(probs: Float[Tensor, "layer d_vocab"], last: Float[Tensor, "d_vocab"],
     return shift_of_logits(probs.double().log(), last.double().log(), text)
 
 
+class NoFirstToken(ValueError):
+    """An answer that no first token of its own tells from others."""
+
+
 def answer_ids(model: Any, answer: str, candidates: Sequence[str] = ()) -> tuple[list[int], int]:
     """A: first-token ids of every variant of the answer, and how many were dropped as another candidate's too.
 
     Raises:
-        ValueError: no variant begins with a token of whole characters, or none is left.
+        ValueError: an empty answer. NoFirstToken: no variant begins with a token of whole characters, or none is left.
     """
     if not answer.strip():
         raise ValueError("expected an answer to follow, got an empty one.")
     ours = _variants(model, answer)
     if not ours:
-        raise ValueError(
+        raise NoFirstToken(
             f"no form of {answer!r} begins with a token of whole characters: its first tokens are parts of characters, which "
             f"thousands of other words share. Follow another form or answer; for this one there is its log-probability "
             f"(`answer_log_probs`)."
@@ -536,7 +540,7 @@ def answer_ids(model: Any, answer: str, candidates: Sequence[str] = ()) -> tuple
     others = set().union(*(_variants(model, c) for c in candidates if c != answer)) if candidates else set()
     kept = sorted(ours - others)
     if not kept:
-        raise ValueError(
+        raise NoFirstToken(
             f"every first token of {answer!r} is also another candidate's: choose candidates that differ in their "
             f"first token."
         )

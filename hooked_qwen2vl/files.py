@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import socket
 import stat
 import uuid
@@ -72,6 +73,32 @@ def whole_file(path: str | Path, exclusive: bool = False) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def whole_files(folder: str | Path) -> Iterator[Path]:
+    """A temporary folder in `folder` to write files in; they are moved to `folder` when all of them are whole and on the disk.
+
+    Files of their names are replaced then. When writing fails nothing is moved, and a folder that was made for it is gone.
+    """
+    folder = Path(folder)
+    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(folder)
+    temporary = folder / f"{_TEMPORARY}{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}"
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in sorted(temporary.iterdir()):
+            _flush(file)
+        for file in sorted(temporary.iterdir()):
+            os.replace(file, folder / file.name)
+        _flush(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        for parent in made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()  # only where nothing is in it
+
+
 def _flush(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -85,8 +112,11 @@ def remove_unfinished(folder: Path) -> None:
     ours = re.compile(rf"{re.escape(_TEMPORARY + socket.gethostname())}-(\d{{1,9}})-[0-9a-f]{{32}}(\..*)?")
     for file in folder.glob(f"{_TEMPORARY}*"):
         named = ours.fullmatch(file.name)
-        if named and file.is_file() and int(named[1]) != os.getpid() and not _alive(int(named[1])):
-            file.unlink(missing_ok=True)
+        if named and int(named[1]) != os.getpid() and not _alive(int(named[1])):
+            if file.is_dir() and not file.is_symlink():
+                shutil.rmtree(file, ignore_errors=True)
+            else:
+                file.unlink(missing_ok=True)
 
 
 def _alive(process: int) -> bool:

@@ -34,6 +34,7 @@ from .adapters import adapted_model, is_adapted, merge_adapter, merged_weights
 from .attention import Causal
 from .block import decoder_block
 from .cache import HookedCache, heads_first, is_vision
+from .cache_size import CacheSize, cache_size, require_room
 from .checkpoint import open_checkpoint
 from .config import HookedQwen2VLConfig, convert_config
 from .devices import beside, dispatch, refuse_far_weights, spread_over
@@ -574,6 +575,8 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
             pos_slice: positions to keep, on the text side; the tower's activations are never sliced.
             return_cache_object, remove_batch_dim, device, incl_bwd, reset_hooks_end, clear_contexts: as in
                 TransformerLens.
+        Raises:
+            ValueError: the cache will not fit in what the machine has free (see `cache_size`).
         """
         kwargs = inspect.signature(self.forward).bind(input, *args, **kwargs).arguments
         input = kwargs.pop("input")
@@ -583,6 +586,8 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         if remove_batch_dim:
             refuse_several(input)
         self._require_hooks(names_filter)
+        if isinstance(input, Inputs):
+            require_room(self.cache_size(input, names_filter, pos_slice=pos_slice), device or self.cfg.device)
         # What is spread over several devices is brought together, so that the cache can stack it.
         device = self.cfg.device if device is None and spread_over(self) > 1 else device
         result, cache = super().run_with_cache(
@@ -604,6 +609,18 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         if shape is not None and (pos_slice is not None or on_a_past):  # its positions are not all of the prompt's
             shape = replace(shape, sliced=True)
         return result, HookedCache(cache, self, has_batch_dim=not remove_batch_dim, prompt_shape=shape)
+
+    def cache_size(
+        self, input: Any, names_filter: NamesFilter = None, vision: bool = False, pos_slice: Slice | SliceInput = None
+    ) -> CacheSize:
+        """Bytes that `run_with_cache` would keep, from shapes alone: a number that knows its parts (`by_hook`).
+
+        Args:
+            names_filter, vision, pos_slice: as `run_with_cache` takes them.
+        """
+        input = self.as_inputs(input)
+        wanted = _as_predicate(self._default_names(input, vision) if names_filter is None else names_filter)
+        return cache_size(self, input, [name for name in self.hook_dict if wanted(name)], pos_slice)
 
     def get_caching_hooks(
         self,

@@ -7,9 +7,12 @@ Heavy imports wait until a command runs, so that --help is quick.
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -32,22 +35,104 @@ COMMANDS = (lens, explore, flips, patch, knockout, ground, hallucination, neuron
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code: 0; 1 when a check failed; 2 with a paragraph on what was wrong
-    with the input."""
-    options = _parser().parse_args(arguments)
-    with warnings.catch_warnings():
+    with the input; 130 when it was interrupted.
+
+    A reader that stops reading (`| head`) does not stop the command: its files are written.
+    """
+    with _tolerant_streams(), warnings.catch_warnings():
+        options = _parser().parse_args(arguments)
         warnings.showwarning = partial(_say, set())
         try:
             return options.run(options) or 0
-        except (ValueError, OSError) as error:
-            print(f"hooked-qwen2vl: {error}", file=sys.stderr)
+        except KeyboardInterrupt as error:
+            print(f"\nhooked-qwen2vl: {error if str(error) else 'interrupted: nothing of this command was written.'}", file=sys.stderr)
+            return 130
+        except Exception as error:
+            if (said := _paragraph(error)) is None:
+                raise  # a fault of ours
+            print(f"hooked-qwen2vl: {said}", file=sys.stderr)
             return 2
 
 
-def _say(said: set[str], message: Warning | str, category: type[Warning], filename: str, lineno: int, *more: Any) -> None:
-    """What a limit leaves out is printed, once, though a run goes through its data twice; other warnings as Python shows them."""
-    from analyses.data.examples import LeftOut
+# Libraries that read what a user gives; what they raise is about that.
+_READERS = ("huggingface_hub", "jinja2", "PIL", "pyarrow", "safetensors", "yaml")
+_ADVICE = {errno.ENOSPC: ": make room, and start the same command again", errno.EACCES: ": choose another place"}
 
-    if issubclass(category, LeftOut):
+
+def _paragraph(error: Exception) -> str | None:
+    """What to say about an error that is not a fault of the program; None of one that is."""
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror.lower()}{_ADVICE.get(error.errno, '')}."
+    if isinstance(error, (ValueError, OSError)):
+        return str(error)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+        return f"the memory is not enough ({_first(error)}): take a smaller --batch-size, --dtype bfloat16, or smaller images."
+    if type(error).__module__.split(".")[0] in _READERS:
+        return f"something that was read is not as expected ({type(error).__name__}: {_first(error)})."
+    return None
+
+
+def _first(error: Exception) -> str:
+    return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+
+
+class _Stream:
+    """A text stream that may be written to whatever becomes of its reader; what it cannot spell is escaped.
+
+    Attributes:
+        unread: whether its reader is gone.
+    """
+
+    def __init__(self, stream: Any):
+        self.stream, self.unread = stream, False
+
+    def write(self, text: str) -> int:
+        coding = getattr(self.stream, "encoding", None) or "utf-8"
+        with self._unless_unread():
+            self.stream.write(text.encode(coding, "backslashreplace").decode(coding))
+        return len(text)
+
+    def flush(self) -> None:
+        with self._unless_unread():
+            self.stream.flush()
+
+    @contextmanager
+    def _unless_unread(self) -> Iterator[None]:
+        if self.unread:  # what is buffered would be tried again
+            self.stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+            self.unread = False
+        try:
+            yield
+        except BrokenPipeError:
+            self.unread = True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextmanager
+def _tolerant_streams() -> Iterator[None]:
+    kept = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = streams = tuple(map(_Stream, kept))
+    try:
+        yield
+    finally:
+        for stream, own in zip(streams, kept):
+            stream.flush()
+            if stream.unread or stream.stream is not own:  # or Python complains at its end of what is still buffered
+                with suppress(OSError, ValueError):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), own.fileno())
+        sys.stdout, sys.stderr = kept
+
+
+def _say(said: set[str], message: Warning | str, category: type[Warning], filename: str, lineno: int, *more: Any) -> None:
+    """What a limit leaves out, and columns that nothing is done with, are printed, once, though a run goes through its data
+    twice; other warnings as Python shows them."""
+    from analyses.data.examples import LeftOut
+    from analyses.data.schema import UnknownColumns
+
+    if issubclass(category, (LeftOut, UnknownColumns)):
         if str(message) not in said:
             print(message)
         said.add(str(message))

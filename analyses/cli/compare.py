@@ -11,7 +11,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from analyses.cli.shared import add_model, add_out, at_least_one, load_model, out_folder
+from analyses.cli.outputs import Outputs
+from analyses.cli.shared import add_model, add_out, at_least_one, load_model, loading, readable
 
 NAME = "compare"
 HELP = "beside other models: lens, trajectories, patching and heads on shared questions"
@@ -33,8 +34,8 @@ def run(options: argparse.Namespace) -> int:
     at_least_one(options, "items")
     from analyses.data.examples import examples
 
+    questions = readable(examples(options.data, options.items, keep_bad=True))
     model = load_model(options)
-    questions = list(examples(options.data, options.items))
     return _tuned(options, model, questions) if options.tuned else _beside_others(options, model, questions)
 
 
@@ -47,25 +48,25 @@ def _beside_others(options: argparse.Namespace, model: Any, questions: list) -> 
         agreement = text_agreement(model, models["twin"], [example.question for example in questions])
     shown = {"image": any(e.images for e in questions), "words": any(e.item for e in questions), "neither": True}
     result = compare_models(models, questions, [c for c in CONDITIONS if shown[c]])
-    table, heads, out = result.to_dataframe(), result.heads[name], out_folder(options)
-    table.to_csv(out / "compare.csv", index=False)
-    result.curves().to_csv(out / "compare_curves.csv", index=False)
-    result.plot(out / "compare.png")
+    table, heads = result.to_dataframe(), result.heads[name]
+    with Outputs(options, NAME, questions=[example.id for example in questions]) as out:
+        out.table("compare.csv", table)
+        out.table("compare_curves.csv", result.curves())
+        result.plot(out.path("compare.png"))
+        if heads.image:
+            out.table("heads.csv", heads.to_dataframe())
+            heads.plot(out.path("heads.png"))
+        if agreement is not None:
+            out.table("text_twin.csv", agreement)
     print(table[PRINTED].to_string(index=False, float_format=lambda x: f"{x:.2f}", na_rep=""))
     print(f"\n{result.skipped} of {len(questions)} questions left out: a tokenizer cannot tell their candidates apart")
-    written = ["compare.csv", "compare_curves.csv", "compare.png"]
     if heads.image:
-        heads.to_dataframe().to_csv(out / "heads.csv", index=False)
-        heads.plot(out / "heads.png")
-        written += ["heads.csv", "heads.png"]
         print(f"\nthe heads of {name}, on text and among image tokens")
         print(heads.sharing().to_string(index=False, float_format=lambda x: f"{x:.3f}"))
     differ = agreement is not None and not agreement["ok"].all()
     if agreement is not None:
-        agreement.to_csv(out / "text_twin.csv", index=False)
-        written.append("text_twin.csv")
         print(f"\ntext decoder and twin {'differ' if differ else 'agree'}: by {agreement['share'].max():.1e} of the spread")
-    print("\n" + "\n".join(f"wrote {out / file}" for file in written))
+    print("\n" + out.wrote())
     return int(differ)
 
 
@@ -74,18 +75,16 @@ def _tuned(options: argparse.Namespace, model: Any, questions: list) -> int:
 
     tuned = _qwen(options.tuned, options)
     prompts = [model.to_inputs(example.question, images=list(example.images)) for example in questions]
-    written = []
-    for direction, source, target in (("base_into_tuned", model, tuned), ("tuned_into_base", tuned, model)):
-        for activation in ACTIVATIONS:
-            result = patch_between_models(source, target, prompts, activation)
-            path = out_folder(options) / f"{direction}_{activation}"
-            written += [path.with_suffix(".csv"), path.with_suffix(".png")]
-            result.to_dataframe().to_csv(written[-2], index=False)
-            result.plot(written[-1])
-            table = result.to_dataframe().pivot(index="place", columns="span", values="explained").loc[list(result.places)]
-            print(f"\n{direction.replace('_', ' ')}, {activation}: explained share, {result.explained.shape[-1]} prompts")
-            print(table.to_string(float_format=lambda x: f"{x:.3f}", na_rep=""))
-    print("\n" + "\n".join(f"wrote {path}" for path in written))
+    with Outputs(options, NAME, questions=[example.id for example in questions]) as out:
+        for direction, source, target in (("base_into_tuned", model, tuned), ("tuned_into_base", tuned, model)):
+            for activation in ACTIVATIONS:
+                result = patch_between_models(source, target, prompts, activation)
+                out.table(f"{direction}_{activation}.csv", result.to_dataframe())
+                result.plot(out.path(f"{direction}_{activation}.png"))
+                table = result.to_dataframe().pivot(index="place", columns="span", values="explained").loc[list(result.places)]
+                print(f"\n{direction.replace('_', ' ')}, {activation}: explained share, {result.explained.shape[-1]} prompts")
+                print(table.to_string(float_format=lambda x: f"{x:.3f}", na_rep=""))
+    print("\n" + out.wrote())
     return 0
 
 
@@ -100,13 +99,15 @@ def _named(spec: str, options: argparse.Namespace, model: Any) -> tuple[str, Any
     if spec == "twin":
         return spec, _twin(model)
     label, _, place = spec.rpartition("=")
-    config = None if place == "scenes" or _is_adapter(place) else AutoConfig.from_pretrained(place)
+    with loading(place):
+        config = None if place == "scenes" or _is_adapter(place) else AutoConfig.from_pretrained(place)
     if config is None or config.model_type == "qwen2_vl":
         other = _qwen(place, options)
     elif hasattr(config, "vision_config"):
         raise ValueError(f"{place} is a {config.model_type}: besides Qwen2-VL, only text models can stand beside this one.")
     else:
-        other = _bridge(place, options.device or "cpu", options.dtype or "float32")
+        with loading(place):
+            other = _bridge(place, options.device or "cpu", options.dtype or "float32")
     return label or place, other
 
 
@@ -115,7 +116,8 @@ def _qwen(place: str, options: argparse.Namespace) -> Any:
     from hooked_qwen2vl.model import HookedQwen2VL
 
     base, adapter = (options.model, place) if _is_adapter(place) else (place, None)
-    return HookedQwen2VL.from_pretrained(base, dtype=options.dtype, device=options.device, adapter=adapter)
+    with loading(place):
+        return HookedQwen2VL.from_pretrained(base, dtype=options.dtype, device=options.device, adapter=adapter)
 
 
 def _is_adapter(place: str) -> bool:

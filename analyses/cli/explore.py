@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from analyses.cli.shared import add_model, at_least_one, load_model
+from analyses.cli.shared import add_model, at_least_one, in_range, load_model, page_file
 
 NAME = "explore"
 HELP = "one page to explore an image and a question with, without network"
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="another image of the same grid, answered differently: adds patching recovery (a run for each layer and position)",
     )
     parser.add_argument("--top-k", type=int, default=5, metavar="K", help="tokens to keep by layer and position (default 5)")
-    parser.add_argument("--out", type=Path, default=Path("out/explorer.html"), help="the page (default: out/explorer.html)")
+    parser.add_argument("--out", type=page_file, default=Path("out/explorer.html"), help="the page (default: out/explorer.html)")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -32,6 +32,7 @@ def run(options: argparse.Namespace) -> None:
     from analyses.explorer import explore
 
     model = load_model(options)
+    in_range(options, "top_k", lambda k: k <= model.cfg.d_vocab, f"at most the {model.cfg.d_vocab} tokens of the vocabulary")
     prompt = model.encode(model.to_inputs(question, images=images))
     if options.answer is None:
         inputs = model.generate(prompt, max_new_tokens=8, do_sample=False, return_type="inputs")
@@ -39,7 +40,6 @@ def run(options: argparse.Namespace) -> None:
         inputs = model.encode(model.to_inputs(question, images=images, answers=options.answer))
     recovered = None if other is None else _recovery(model, prompt, inputs, question, [other, *images[1:]])
     result = explore(model, inputs, images, options.top_k, recovered=recovered, question=question)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     result.page(options.out)
     print(f"question: {question}\nanswer:   {result.answer_text}\n\nwrote {options.out}")
 

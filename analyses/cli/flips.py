@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from analyses.cli.shared import add_model, add_out, add_run, at_least_one, finished, load_model, out_folder, reports, run_options
+from analyses.cli.outputs import Outputs
+from analyses.cli.shared import add_model, add_out, add_run, at_least_one, finished, load_model, reports, run_options
 
 NAME = "flips"
 HELP = "where the answer flips between layers, and what makes it"
@@ -44,9 +45,10 @@ def _one(options: argparse.Namespace) -> None:
     model = load_model(options)
     inputs = model.encode(model.to_inputs(options.question, images=options.image))
     item = answer_trajectory(model, inputs, options.answer, candidates, question=options.question)
-    out = out_folder(options)
-    item.to_dataframe().to_csv(out / "trajectory.csv", index=False)
-    item.plot(out / "trajectory.png")
+    about = {"question": options.question, "images": list(map(str, options.image)), "answer": options.answer}
+    with Outputs(options, NAME, **about) as out:
+        out.table("trajectory.csv", item.to_dataframe())
+        item.plot(out.path("trajectory.png"))
     print(item.to_dataframe().to_string(index=False, float_format=lambda x: f"{x:.3f}"))
     print("\n" + "\n".join(f"{name}: {value}" for name, value in item.summary().items()))
     if item.label != item.answer:
@@ -55,7 +57,7 @@ def _one(options: argparse.Namespace) -> None:
         flip = attribute_flip(model, inputs, entry, int(item.top1[entry]), int(item.top1[entry - 1]))
         print(f"\nentry {entry}: {flip.lost!r} → {flip.gained!r}, logit difference {flip.before:.3f} → {flip.after:.3f}; block {flip.layer}:")
         print(component_effects(model, inputs, flip).to_string(index=False, float_format=lambda x: f"{x:+.3f}"))
-    print(f"\nwrote {out / 'trajectory.csv'}\nwrote {out / 'trajectory.png'}")
+    print("\n" + out.wrote())
 
 
 def _data_set(options: argparse.Namespace) -> None:
@@ -70,10 +72,10 @@ def _data_set(options: argparse.Namespace) -> None:
     if options.dry_run:
         print(state.describe())
     elif finished(options, state) and reports(options, state):
-        _report(rows, options.out)
+        _report(options, rows)
 
 
-def _report(rows: Path, out: Path) -> None:
+def _report(options: argparse.Namespace, rows: Path) -> None:
     """Tables and pictures of a finished run."""
     from analyses.experiments.flips import read_flip_study
     from analyses.runs.engine import read_failures
@@ -81,10 +83,11 @@ def _report(rows: Path, out: Path) -> None:
     study, failures = read_flip_study(rows), read_failures(rows)
     tables = {"flips": study.flips, "trajectories": study.prompts, "flip_tests": study.summary(),
               "outcomes": study.by_category().reset_index(), "failures": failures}  # fmt: skip
-    for name, table in tables.items():
-        table.to_csv(out / f"{name}.csv", index=False)
-    study.plot(out / "flips.png")
-    study.plot_trajectories(out / "trajectories.png")
+    with Outputs(options, NAME) as out:
+        for name, table in tables.items():
+            out.table(f"{name}.csv", table)
+        study.plot(out.path("flips.png"))
+        study.plot_trajectories(out.path("trajectories.png"))
     print(tables["outcomes"].to_string(index=False, float_format=lambda x: f"{x:.2f}"))
     doubt = study.doubt()
     print(f"\n{doubt['wrong_with_control']:.0f} wrong answers with a control candidate: the right answer was held before in "
@@ -95,5 +98,4 @@ def _report(rows: Path, out: Path) -> None:
     print(tables["flip_tests"].to_string(index=False, float_format=lambda x: f"{x:.3f}"))
     print("\nthe last layer's shift, and what norming it twice would show:")
     print(study.last_shift().to_string(float_format=lambda x: f"{x:.3f}"))
-    names = [*(f"{name}.csv" for name in tables), "flips.png", "trajectories.png"]
-    print("\n" + "\n".join(f"wrote {out / name}" for name in names))
+    print("\n" + out.wrote())

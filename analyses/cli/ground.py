@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 
-from analyses.cli.shared import SAMPLES, add_model, add_out, load_model, out_folder
+from analyses.cli.outputs import Outputs
+from analyses.cli.shared import SAMPLES, add_model, add_out, at_least_one, load_model
 
 # What docs/grounding_results.md found with this package's own model, whose pictures say what each answer depends on.
 MEASURED = (
@@ -36,19 +37,22 @@ def run(options: argparse.Namespace) -> None:
         images, question, truth = [SAMPLES / sample["image"]], sample["question"], sample["depends_on"]
     elif not images:
         raise ValueError("a question came without an image: add --image FILE, there is nothing to ground in.")
-    from analyses.contextual_lens import contextual_score, ground
+    at_least_one(options, "max_new_tokens")
+    from analyses.contextual_lens import contextual_score, default_layers, ground
     from hooked_qwen2vl.processor import open_image
 
+    pictures = [open_image(image) for image in images]
     model = load_model(options)
+    default_layers(model, options.image_layer, options.text_layer)
     inputs = model.encode(model.to_inputs(question, images=images, answers=options.answer))
     if options.answer is None:
         inputs = model.generate(inputs, max_new_tokens=options.max_new_tokens, do_sample=False, return_type="inputs")
     layers = options.image_layer, options.text_layer
     result, score = ground(model, inputs, 0, *layers), contextual_score(model, inputs, 0, *layers).score
-    out = out_folder(options)
-    result.to_dataframe().to_csv(out / "grounding.csv", index=False)
     own = model.cfg.model_name == "scenes"
-    result.plot(out / "grounding.png", [open_image(image) for image in images], truth, MEASURED if own else "")
+    with Outputs(options, NAME, question=question, images=list(map(str, images)), answer=result.text) as out:
+        out.table("grounding.csv", result.to_dataframe())
+        result.plot(out.path("grounding.png"), pictures, truth, MEASURED if own else "")
     print(f"question: {question}\nanswer:   {result.text}\n")
     print(f"score:    {score:.3f}, the cosine with the closest image token (low: hallucinated)")
     for image, (box, cosine) in enumerate(zip(result.boxes.tolist(), result.box_scores.tolist())):
@@ -57,4 +61,4 @@ def run(options: argparse.Namespace) -> None:
         hottest = "; ".join(f"{name}: token {tuple(divmod(int(m.argmax()), m.shape[1]))}, {float(m.max()):.3f}" for name, m in places)
         print(f"image {image}:  best box ({corners}) in original pixels, cosine {cosine:.3f}\n          hottest {hottest}")
     print("\n" + (MEASURED if own else "How far to trust this is not known for this model: docs/grounding.md says what was measured, and on what."))
-    print(f"\nwrote {out / 'grounding.png'}\nwrote {out / 'grounding.csv'}")
+    print("\n" + out.wrote())

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from analyses.cli.shared import add_model, add_out, add_run, at_least_one, finished, load_model, reports, run_options
+from analyses.cli.outputs import Outputs
+from analyses.cli.shared import add_model, add_out, add_run, at_least_one, finished, in_range, load_model, reports, run_options
 
 NAME = "hallucination"
 HELP = "scores of the model's answers against the truth, by category"
@@ -40,12 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     at_least_one(options, "limit", "max_new_tokens", "n_boot", "batch_size")
+    in_range(options, "sweep", lambda n: n >= 0, "at least 0")
     if options.sweep and options.dry_run:
         raise ValueError("--sweep runs the model to choose what --dry-run would describe: pass one of them.")
     from analyses.data.benchmarks import read_synonyms
-    from analyses.experiments.hallucination import read_judgements
+    from analyses.experiments.hallucination import check_methods, read_judgements
     from analyses.runs.engine import this_share
 
+    check_methods(options.methods)
     share = this_share(options.shard)  # before the model: it gives each process its GPU
     items, name = _load(options)
     vocabulary = read_synonyms(options.synonyms) if options.synonyms else None
@@ -63,10 +66,14 @@ def run(options: argparse.Namespace) -> None:
     elif options.dry_run:
         print("the captions come with the data and have no images: they are judged, and no model is run")
         return
-    written = _chair(items, vocabulary, folder) if items[0].benchmark == "chair" else []
-    if all(item.images for item in items):
-        written += _report(options, items, name, judgements, folder)
-    print("\n" + "\n".join(f"wrote {path}" for path in written))
+    with Outputs(options, NAME, folder, data=name) as out:
+        if items[0].benchmark == "chair":
+            _chair(items, vocabulary, out)
+        if all(item.images for item in items):
+            _report(options, items, name, judgements, folder / ROWS, out)
+        elif items.problems:
+            out.table("failures.csv", _problems(items))
+    print("\n" + out.wrote())
 
 
 def _run(options: argparse.Namespace, items: Any, rows: Path, vocabulary: Any, share: tuple[int, int]) -> Any:
@@ -115,19 +122,27 @@ def _layers(options: argparse.Namespace, model: Any) -> tuple[int | None, int | 
     return sweep.image_layer, sweep.text_layer
 
 
-def _report(options: argparse.Namespace, items: Any, name: str, judgements: Any, folder: Path) -> list[Path]:
+def _problems(items: Any) -> Any:
+    """Rows that could not be read, as a table of failures."""
+    import pandas as pd
+
+    return pd.DataFrame({"item": None, "id": "", "batch": None, "error": list(items.problems)})
+
+
+def _report(options: argparse.Namespace, items: Any, name: str, judgements: Any, rows: Path, out: Outputs) -> None:
     """Prints the table of methods × categories; writes claims, metrics and pictures."""
+    import pandas as pd
+
     from analyses.experiments.hallucination import read_hallucinations
     from analyses.runs.engine import read_failures
 
-    result, failures = read_hallucinations(folder / ROWS, name, judgements, options.n_boot), read_failures(folder / ROWS)
-    written = [folder / "failures.csv", folder / "claims.csv"]
-    failures.to_csv(written[0], index=False)
+    result, failures = read_hallucinations(rows, name, judgements, options.n_boot), read_failures(rows)
+    out.table("failures.csv", failures if not items.problems else pd.concat([failures, _problems(items)]))
     if len(failures):
         print(f"{len(failures)} questions have no answer, the first ({failures['id'][0]}): {failures['error'][0]}")
     claims = result.claims.assign(correct=result.claims["correct"].astype(object).where(result.claims["correct"].notna()))
-    claims.assign(correct=claims["correct"].fillna("needs a judge")).to_csv(written[-1], index=False)
-    written += _yes_no(items, result, folder)
+    out.table("claims.csv", claims.assign(correct=claims["correct"].fillna("needs a judge")))
+    _yes_no(items, result, out)
     unjudged = int(result.claims["correct"].isna().sum())
     if unjudged:
         print(f"{unjudged} of {len(result.claims)} answers need a judge: give its verdicts with --judgements.")
@@ -138,36 +153,33 @@ def _report(options: argparse.Namespace, items: Any, name: str, judgements: Any,
         print(f"{failed} answers have no scores; claims.csv says why.")
     if result.judged["correct"].nunique() < 2:
         print("Right and hallucinated answers are both needed to compare scores; no table is made.")
-        return written
+        return
     print(f"\nAUROC, {100 * result.level:.0f}% bootstrap intervals (clusters: {result.cluster}); higher tells right from hallucinated better, 0.5 not at all\n")
     print(result.table().T.to_string())
     if few := result.few():
         print(f"\nfewer than 300 hallucinated answers, so wide intervals: {', '.join(f'{k} ({n})' for k, n in few.items())}")
-    written += [folder / name for name in ("results.md", "metrics.csv", "roc.png", "scores.png", "intervals.png")]
-    written[-5].write_text(result.markdown(), encoding="utf-8")
-    result.to_dataframe().to_csv(written[-4], index=False)
-    result.plot(written[-3])
-    result.plot_scores(written[-2])
-    result.plot_intervals(written[-1])
-    return written
+    out.path("results.md").write_text(result.markdown(), encoding="utf-8")
+    out.table("metrics.csv", result.to_dataframe())
+    result.plot(out.path("roc.png"))
+    result.plot_scores(out.path("scores.png"))
+    result.plot_intervals(out.path("intervals.png"))
 
 
-def _yes_no(items: Any, result: Any, folder: Path) -> list[Path]:
+def _yes_no(items: Any, result: Any, out: Outputs) -> None:
     """Accuracy, precision, recall, F1 and yes-rate of the yes/no questions of a benchmark that defines them."""
     from analyses.data.benchmarks import YES_NO, yes_no_metrics
 
     answers = dict(zip(result.claims["key"], result.claims["answer"]))
     asked = [item for item in items if item.judge == YES_NO and item.id in answers]
     if not asked:
-        return []
+        return
     positive = "no" if asked[0].benchmark == "amber" else "yes"
     table = yes_no_metrics(asked, [answers[item.id] for item in asked], positive)
     print(f"\nyes/no answers, positive class {positive}\n\n{table.round(3).to_string(index=False)}")
-    table.to_csv(folder / "yes_no.csv", index=False)
-    return [folder / "yes_no.csv"]
+    out.table("yes_no.csv", table)
 
 
-def _chair(items: Any, vocabulary: Any, folder: Path) -> list[Path]:
+def _chair(items: Any, vocabulary: Any, out: Outputs) -> None:
     """CHAIRs and CHAIRi, where the objects truly there are known."""
     from analyses.data.benchmarks import OBJECTS, chair
 
@@ -175,7 +187,5 @@ def _chair(items: Any, vocabulary: Any, folder: Path) -> list[Path]:
         raise ValueError("chair needs to know what is truly there: --objects FILE, or \"objects\" in every row.")
     found = chair(items, vocabulary)
     print(found.to_dataframe().round(4).to_string(index=False))
-    folder.mkdir(parents=True, exist_ok=True)
-    found.to_dataframe().to_csv(folder / "chair.csv", index=False)
-    found.mentions.to_csv(folder / "chair_mentions.csv", index=False)
-    return [folder / "chair.csv", folder / "chair_mentions.csv"]
+    out.table("chair.csv", found.to_dataframe())
+    out.table("chair_mentions.csv", found.mentions)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from analyses.cli.shared import add_model, add_out, at_least_one, load_model, out_folder
+from analyses.cli.outputs import Outputs
+from analyses.cli.shared import add_model, add_out, at_least_one, load_model
 
 NAME = "knockout"
 HELP = "block attention between parts of the prompt, layer by layer"
@@ -18,15 +19,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    at_least_one(options, "limit")
+    at_least_one(options, "limit", "window")
     from analyses.data.examples import examples
     from analyses.experiments.knockout import knockout_study
 
     result = knockout_study(load_model(options), examples("scenes", options.limit), options.window)
-    out = out_folder(options)
-    result.to_dataframe().to_csv(out / "knockout.csv", index=False)
-    result.plot(out / "knockout.png")
+    with Outputs(options, NAME) as out:
+        out.table("knockout.csv", result.to_dataframe())
+        result.plot(out.path("knockout.png"))
     print(f"{result.effects.shape[-1]} items answered rightly, {result.skipped} not; window of {result.window} layers")
+    for reason, n in result.left_out.items():
+        print(f"left out: {n}, {reason}")
     table = result.to_dataframe().pivot(index="layer", columns="flow", values="effect_percent")[list(result.flows)]
     print(table.to_string(float_format=lambda x: f"{x:+.1f} %"))
-    print(f"\nwrote {out / 'knockout.csv'}\nwrote {out / 'knockout.png'}")
+    print("\n" + out.wrote())

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 
-from analyses.cli.shared import SAMPLES, add_model, add_out, at_least_one, load_model, out_folder
+from analyses.cli.outputs import Outputs
+from analyses.cli.shared import SAMPLES, add_model, add_out, at_least_one, in_range, load_model
 
 NAME = "lens"
 HELP = "layer by layer, what the model would answer"
@@ -33,36 +34,33 @@ def run(options: argparse.Namespace) -> None:
     from analyses.views.lens import MOST_LABELS
     from hooked_qwen2vl.processor import open_image
 
+    pictures = [open_image(image) for image in images]
     model = load_model(options)
+    in_range(options, "top_k", lambda k: k <= model.cfg.d_vocab, f"at most the {model.cfg.d_vocab} tokens of the vocabulary")
     inputs = model.encode(model.to_inputs(question, images=images, answers=options.answer))
     if options.answer is None:
         inputs = model.generate(inputs, max_new_tokens=8, do_sample=False, return_type="inputs")
     answer = inputs.positions("answer")
+    said = model.to_string(inputs.tokens[0, answer])
     lens = logit_lens(model, inputs, (answer - 1).tolist(), top_k=options.top_k)  # where each token is predicted
-    out = out_folder(options)
-    written = [out / name for name in ("lens.csv", "lens.png", "lens.html")]
-    lens.to_dataframe().to_csv(written[0], index=False)
-    lens.plot(written[1])
-    lens.page(written[2])
-    if images:
-        pictures = [open_image(image) for image in images]
-        written.append(out / "explorer.html")
-        explore(model, inputs, pictures, options.top_k, question=question).page(written[-1])
-    for number, image in enumerate(images):
-        suffix = f"_{number}" if len(images) > 1 else ""
-        written.append(out / f"lens_image{suffix}.png")
-        part = logit_lens(model, inputs, f"image[{number}]", top_k=options.top_k)
-        part.plot_image(open_image(image), written[-1])
-        if len(part.positions) > MOST_LABELS:
-            written.append(out / f"lens_image{suffix}.pdf")
-            part.plot_image(open_image(image), written[-1], every_token=True)
-        written.append(out / f"lens_image{suffix}.csv")
-        part.to_dataframe().to_csv(written[-1], index=False)
-    print(f"question: {question}\nanswer:   {model.to_string(inputs.tokens[0, answer])}\n")
+    with Outputs(options, NAME, question=question, images=list(map(str, images)), answer=said) as out:
+        out.table("lens.csv", lens.to_dataframe())
+        lens.plot(out.path("lens.png"))
+        lens.page(out.path("lens.html"))
+        if images:
+            explore(model, inputs, pictures, options.top_k, question=question).page(out.path("explorer.html"))
+        for number, picture in enumerate(pictures):
+            name = f"lens_image_{number}" if len(images) > 1 else "lens_image"
+            part = logit_lens(model, inputs, f"image[{number}]", top_k=options.top_k)
+            part.plot_image(picture, out.path(f"{name}.png"))
+            if len(part.positions) > MOST_LABELS:
+                part.plot_image(picture, out.path(f"{name}.pdf"), every_token=True)
+            out.table(f"{name}.csv", part.to_dataframe())
+    print(f"question: {question}\nanswer:   {said}\n")
     print(_table(lens))
     if lens.n_differs:
         print(f"\nat {lens.n_differs} of {len(lens.positions)} positions the model's own logits put another token first than the lens in float32")
-    print("\n" + "\n".join(f"wrote {path}" for path in written))
+    print("\n" + out.wrote())
 
 
 def _table(lens) -> str:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from analyses.cli.shared import add_model, add_out, add_run, at_least_one, finished, load_model, out_folder, reports, run_options
+from analyses.cli.outputs import Outputs
+from analyses.cli.shared import add_model, add_out, add_run, at_least_one, finished, in_range, load_model, reports, run_options
 
 NAME = "neurons"
+SOURCES = ("image", "text", "generated")
+STAGES = ("ablations", "effects", "firings")
 HELP = "domain-specific neurons, and what switching them off costs"
 
 
@@ -29,6 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     at_least_one(options, "limit", "test_limit", "seeds", "batch_size")
+    in_range(options, "generate", lambda n: n >= 0, "at least 0")
+    in_range(options, "share", lambda x: 0 < x <= 1, "above 0 and at most 1")
+    in_range(options, "quantile", lambda x: 0 <= x < 1, "at least 0 and below 1")
+    if wrong := [source for source in options.sources.split(",") if source not in SOURCES]:
+        raise ValueError(f"--sources must be some of {','.join(SOURCES)}, got {wrong[0]!r}.")
     from analyses.experiments.neurons import AblationExperiment, EffectExperiment, FiringExperiment
     from analyses.runs.engine import this_share
 
@@ -95,33 +105,38 @@ def _data(options: argparse.Namespace) -> tuple[Any, Any]:
 
 def _report(options, model, neurons, wanted, judged) -> None:
     """Tables and pictures of the finished runs."""
+    with Outputs(options, NAME) as out:
+        tables = {"neurons": neurons.to_dataframe(), "neurons_by_layer": neurons.by_layer(), "neurons_overlaps": neurons.overlaps()}
+        neurons.plot(out.path("neurons_by_layer.png"))
+        print(_selection(neurons))
+        if wanted is not None:
+            tables |= _experiment(options, model, neurons, wanted, judged, out)
+        tables["neurons_failures"] = _failures(options.out / NAME, ("firings",) if wanted is None else STAGES)
+        for name, table in tables.items():
+            out.table(f"{name}.csv", table)
+    print("\n" + out.wrote())
+
+
+def _failures(folder: Path, stages: Sequence[str]) -> Any:
+    """Questions that failed in any run."""
     import pandas as pd
 
     from analyses.runs.engine import read_failures
 
-    out, written = out_folder(options), ["neurons_by_layer.png"]
-    tables = {"neurons": neurons.to_dataframe(), "neurons_by_layer": neurons.by_layer(), "neurons_overlaps": neurons.overlaps()}
-    neurons.plot(out / "neurons_by_layer.png")
-    print(_selection(neurons))
-    if wanted is not None:
-        tables |= _experiment(options, model, neurons, wanted, judged, written)
-    stages = [folder for folder in sorted((out / NAME).iterdir()) if wanted is not None or folder.name == "firings"]
-    tables["neurons_failures"] = pd.concat([read_failures(folder).assign(run=folder.name) for folder in stages])
-    if len(failures := tables["neurons_failures"]):
+    failures = pd.concat([read_failures(folder / name).assign(run=name) for name in stages])
+    if len(failures):
         print(f"\n{len(failures)} questions failed, the first ({failures['id'].iloc[0]}): {failures['error'].iloc[0]}")
-    for name, table in tables.items():
-        table.to_csv(out / f"{name}.csv", index=False)
-    print("\n" + "\n".join(f"wrote {out / name}" for name in [*written, *(f"{name}.csv" for name in tables)]))
+    return failures
 
 
-def _experiment(options, model, neurons, wanted, judged, written) -> dict:
+def _experiment(options, model, neurons, wanted, judged, out) -> dict:
     """What switching off did: prints, draws, returns the tables."""
     from analyses.data.examples import in_turn
     from analyses.experiments.max_activating import top_images, written_tokens
     from analyses.experiments.neurons import prepare, read_ablations, stream_by_layer
     from analyses.views.neurons import streams_plot
 
-    out, ablations = options.out, read_ablations(options.out / NAME / "ablations")
+    ablations = read_ablations(options.out / NAME / "ablations")
     answered = set(ablations.outcomes["id"])
     questions = [example for example in (judged() if callable(judged) else judged) if example.id in answered]
     whole = "all" if len(neurons.modules) > 1 else next(iter(neurons.modules))
@@ -132,17 +147,14 @@ def _experiment(options, model, neurons, wanted, judged, written) -> dict:
         print(f"\nthe streams are read on up to {n_read} questions a domain, {len(some)} of {len(questions)}")
     off = [c for c in wanted if c.module == whole and c.seed == 0]
     streams = stream_by_layer(model, prepare(model, some, n_read), off)
-    ablations.save(out / "neurons_outcomes.safetensors")
-    ablations.to_dataframe().assign(model=ablations.model_name).to_csv(out / "neurons_outcomes.csv", index=False)
-    ablations.plot(out / "neurons_accuracy.png")
-    ablations.plot_controls(out / "neurons_controls.png")
-    streams_plot(streams, ablations.model_name, out / "neurons_streams.png", whole)
-    written += ["neurons_outcomes.safetensors", "neurons_outcomes.csv", "neurons_accuracy.png", "neurons_controls.png", "neurons_streams.png"]
+    ablations.save(out.path("neurons_outcomes.safetensors"))
+    out.table("neurons_outcomes.csv", ablations.to_dataframe().assign(model=ablations.model_name))
+    ablations.plot(out.path("neurons_accuracy.png"))
+    ablations.plot_controls(out.path("neurons_controls.png"))
+    streams_plot(streams, ablations.model_name, out.path("neurons_streams.png"), whole)
     tokens = []
     for module, layer, neuron in _purest(neurons):
-        name = f"neuron_{module}_{layer}_{neuron}.png"
-        top_images(model, (module, layer, neuron), questions).plot(out / name)
-        written.append(name)
+        top_images(model, (module, layer, neuron), questions).plot(out.path(f"neuron_{module}_{layer}_{neuron}.png"))
         if module != "vision":
             tokens.append(written_tokens(model, (module, layer, neuron)).assign(module=module, layer=layer, neuron=neuron))
     accuracy, excess = ablations.accuracy(), ablations.against_controls()

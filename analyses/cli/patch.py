@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from analyses.cli.shared import add_model, add_out, at_least_one, load_model, out_folder
+from analyses.cli.outputs import Outputs
+from analyses.cli.shared import add_model, add_out, at_least_one, load_model
 
 NAME = "patch"
 HELP = "patch activations between two images"
@@ -42,6 +43,9 @@ def _one(options: argparse.Namespace) -> None:
     from analyses.views.patching import recovery_map, recovery_on_image
     from hooked_qwen2vl.processor import open_image
 
+    for image in (options.image, options.corrupted):
+        if image is not None:
+            open_image(image)
     model = load_model(options)
     if options.image is None:
         candidates = scene_candidates(20)
@@ -58,9 +62,6 @@ def _one(options: argparse.Namespace) -> None:
     table = sweep.index_df.assign(metric=sweep.values.flatten().tolist(), recovery=shares.flatten().tolist())
     if options.direction == "noise":
         shares = 1 - shares  # drawn: the share that is lost
-    out = out_folder(options)
-    table.to_csv(out / "patch.csv", index=False)
-    written = ["patch.csv", "patch.png"]
     if shares.ndim == 3:  # heads: the strongest at each position
         strongest = shares.abs().argmax(-1, keepdim=True)
         shares = shares.gather(-1, strongest)[..., 0]
@@ -70,16 +71,18 @@ def _one(options: argparse.Namespace) -> None:
     image = pair.clean.positions("image").tolist()
     labels = ["▢" if place in image else words[place] for place in positions]
     title = f"{pair.source.question} {pair.source.answer} / {pair.source.other or ''} ({options.activation}, {'recovered' if options.direction == 'denoise' else 'lost'})"
-    recovery_map(shares, layers, labels, title, out / "patch.png")
     columns = [positions.index(place) for place in pair.clean.positions("image[0]").tolist()]
     grid = shares[:, columns].unflatten(-1, pair.clean.grid())
-    recovery_on_image(grid, layers, [open_image(i).convert("RGB") for i in (pair.source.clean, pair.source.corrupted)], out / "patch_image.png")
-    written.append("patch_image.png")
+    pictures = [open_image(i).convert("RGB") for i in (pair.source.clean, pair.source.corrupted)]
+    with Outputs(options, NAME, question=pair.source.question, answer=pair.source.answer, other=pair.source.other) as out:
+        out.table("patch.csv", table)
+        recovery_map(shares, layers, labels, title, out.path("patch.png"))
+        recovery_on_image(grid, layers, pictures, out.path("patch_image.png"))
     print(f"question: {pair.source.question}\nclean: {pair.source.answer}, logit difference {pair.clean_difference:.3f}")
     print(f"corrupted: {model.tokenizer.decode([pair.other_id])}, logit difference {pair.corrupted_difference:.3f}\n")
     best = table.reindex(table["recovery"].abs().sort_values(ascending=False).index).head(10)
     print(best.to_string(index=False, float_format=lambda x: f"{x:.3f}"))
-    print("\n" + "\n".join(f"wrote {out / name}" for name in written))
+    print("\n" + out.wrote())
 
 
 def _many(options: argparse.Namespace) -> None:
@@ -89,18 +92,18 @@ def _many(options: argparse.Namespace) -> None:
 
     if options.activation != "resid_pre" or options.direction != "denoise":
         raise ValueError("many pairs are patched at resid_pre, denoising: leave out --activation and --direction.")
-    model = load_model(options)
     candidates = scene_candidates(2 * options.n) if options.data == "scenes" else in_turn(read_candidates(options.data, keep_bad=True))
+    model = load_model(options)
     pairs = check_pairs(model, candidates, n=options.n)
     study = locality_study(model, pairs, options.batch_size)
-    out = out_folder(options)
-    pairs.to_dataframe().to_csv(out / "pairs.csv", index=False)
-    study.to_dataframe().to_csv(out / "locality.csv", index=False)
-    study.plot(out / "locality.png")
+    with Outputs(options, NAME) as out:
+        out.table("pairs.csv", pairs.to_dataframe())
+        out.table("locality.csv", study.to_dataframe())
+        study.plot(out.path("locality.png"))
     if unseen := len(candidates) - len(pairs) - len(pairs.refused):
         print(f"{unseen} of {len(candidates)} candidates were not looked at: --n pairs were found, domains and categories in turn")
     print(f"{len(pairs)} pairs kept; refused: {pairs.reasons or 'none'}; {study.skipped} change the whole image\n")
     print("\n".join(f"{name}: {value:.4g}" for name, value in study.summary().items()) + "\n")
     table = study.to_dataframe().pivot(index="layer", columns="span", values="recovery")
     print(table.to_string(float_format=lambda x: f"{x:.3f}"))
-    print("\n" + "\n".join(f"wrote {out / name}" for name in ("pairs.csv", "locality.csv", "locality.png")))
+    print("\n" + out.wrote())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from analyses.cli.shared import add_out, at_least_one, out_folder
+from analyses.cli.outputs import Outputs
+from analyses.cli.shared import add_out, at_least_one
 
 NAME = "scenes"
 HELP = "a contact sheet of the embedded world"
@@ -20,6 +21,6 @@ def run(options: argparse.Namespace) -> None:
     from hooked_qwen2vl.scenes import contact_sheet, sample
 
     at_least_one(options, "n")
-    path = out_folder(options) / "scenes.png"
-    contact_sheet(sample(options.n, seed=options.seed), path)
-    print(f"wrote {path}")
+    with Outputs(options, NAME) as out:
+        contact_sheet(sample(options.n, seed=options.seed), out.path("scenes.png"))
+    print(out.wrote())

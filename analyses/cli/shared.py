@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,22 +70,100 @@ def _launched(options: argparse.Namespace, state: Any) -> bool:
 
 def _folder(text: str) -> Path:
     path = Path(text)
-    if path.exists() and not path.is_dir():
-        raise argparse.ArgumentTypeError(f"{path} is a file: expected a folder.")
+    with _as_argument_error():
+        if path.exists() and not path.is_dir():
+            raise argparse.ArgumentTypeError(f"{path} is a file: expected a folder.")
+        _refuse_unwritable(path)
     return path
 
 
+def page_file(text: str) -> Path:
+    """The name of a page to write."""
+    path = Path(text)
+    with _as_argument_error():
+        if path.is_dir():
+            raise argparse.ArgumentTypeError(f"{path} is a folder: expected the name of a page, such as {path / 'explorer.html'}.")
+        _refuse_unwritable(path.parent)
+    return path
+
+
+@contextmanager
+def _as_argument_error() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"no such name can be written ({getattr(error, 'strerror', None) or error}).") from error
+
+
+def _refuse_unwritable(folder: Path) -> None:
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise argparse.ArgumentTypeError(f"{there} is a file: nothing can be written below it.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(f"{there} may not be written to: choose another --out.")
+
+
 def load_model(options: argparse.Namespace) -> HookedQwen2VL:
-    """The model that the options name."""
+    """The model that the options name.
+
+    Raises:
+        ValueError: no such device, nothing there, or files that cannot be loaded, whatever is wrong with them.
+    """
+    check_device(options.device)
     from hooked_qwen2vl.model import HookedQwen2VL
 
-    return HookedQwen2VL.from_pretrained(options.model, dtype=options.dtype, device=options.device, adapter=options.adapter)
+    with loading(options.model):
+        return HookedQwen2VL.from_pretrained(options.model, dtype=options.dtype, device=options.device, adapter=options.adapter)
 
 
-def out_folder(options: argparse.Namespace) -> Path:
-    """--out, made: called when there is something to write."""
-    options.out.mkdir(parents=True, exist_ok=True)
-    return options.out
+@contextmanager
+def loading(name: str) -> Iterator[None]:
+    """What goes wrong in loading a model, in a paragraph with its name: hostile files can raise anything.
+
+    Raises:
+        ValueError: (from inside) anything but an interruption or a lack of memory.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+        raise
+    except BaseException as error:  # noqa: B036, what Rust panics with is no Exception
+        why = " ".join(str(error).split())[:500].rstrip(".") or "no reason is given"
+        if type(error) is ValueError and str(name) in str(error):
+            raise
+        if type(error) is ValueError:
+            raise ValueError(f"{name}: {why}.") from error
+        raise ValueError(
+            f"{name} cannot be loaded ({type(error).__name__}: {why}): its files are damaged, or not those of a supported model."
+        ) from error
+
+
+def check_device(device: str | None) -> None:
+    """Asks torch for a tensor there.
+
+    Raises:
+        ValueError: a device that is not there.
+    """
+    if device is None:
+        return
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:
+        why = str(error).strip().split("\n")[0][:200].rstrip(".")
+        raise ValueError(f"--device {device} cannot be used here ({why}): expected cpu, or an accelerator that this torch sees.") from error
+
+
+def in_range(options: argparse.Namespace, name: str, inside: Callable[[Any], bool], expected: str) -> None:
+    """A number, where it is given, must be as expected.
+
+    Raises:
+        ValueError: it is not.
+    """
+    value = getattr(options, name)
+    if value is not None and not inside(value):
+        raise ValueError(f"--{name.replace('_', '-')} must be {expected}, got {value}.")
 
 
 def at_least_one(options: argparse.Namespace, *names: str) -> None:
@@ -94,3 +175,21 @@ def at_least_one(options: argparse.Namespace, *names: str) -> None:
     for name in names:
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}.")
+
+
+def readable(questions: Iterable[Any]) -> list[Any]:
+    """The questions that can be read; the others are named.
+
+    Raises:
+        ValueError: none can.
+    """
+    from analyses.data.examples import problem_of
+
+    kept, problems = [], []
+    for question in questions:
+        (problems if (problem := problem_of(question)) else kept).append(problem or question)
+    for problem in problems:
+        print(f"left out: {problem}")
+    if not kept:
+        raise ValueError(f"no question can be read, the first: {problems[0]}")
+    return kept

@@ -35,7 +35,7 @@ from analyses.attention_heads import PASSAGE, AttentionHeads, detect_heads, text
 from analyses.common.result import Result
 from analyses.data.examples import Example
 from analyses.logit_lens import logit_lens, residual_stack
-from analyses.trajectory import Trajectories, answer_ids, answer_trajectory
+from analyses.trajectory import NoFirstToken, Trajectories, answer_ids, answer_trajectory
 from hooked_qwen2vl import HookedQwen2VL
 from hooked_qwen2vl.prompt_text import Part, special_tokens, tokenize_parts
 
@@ -375,7 +375,7 @@ def _tells_apart(model: Any, example: Example) -> bool:
     try:
         for answer in answers:
             answer_ids(model, answer, example.candidates)
-    except ValueError:
+    except NoFirstToken:
         return False
     return True
 

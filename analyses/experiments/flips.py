@@ -20,7 +20,7 @@ from analyses.data.examples import Example, image_key
 from analyses.experiments.experiment import Data, Done, Experiment
 from analyses.flip_patching import FlipTest, ablate_flip, attribute_flip
 from analyses.moved import moved_names
-from analyses.trajectory import answer_trajectory, doubt_beside_control, outcomes_by_category
+from analyses.trajectory import NoFirstToken, answer_trajectory, doubt_beside_control, outcomes_by_category
 from hooked_qwen2vl.image_embeddings import Prefixes
 
 __getattr__ = moved_names(__name__)
@@ -42,7 +42,7 @@ class FlipStudy(Result):
             figures of `Trajectory.summary`.
         flips: one row a flip: its prompt (a row of `prompts`) and what belongs to that, the figures of
             `FlipTest.summary`, and `entry_difference_random`, `final_difference_random`, means over the random draws.
-        skipped: questions without candidates, or whose answer has no first token of its own among them.
+        skipped: questions without an answer or candidates, or whose answer has no first token of its own among them.
     """
 
     prompts: pd.DataFrame
@@ -183,16 +183,18 @@ def flip_row(
     Args:
         encode: `model.encode`, or a store of prefixes that does the same.
     Returns:
-        None without candidates, or where the answer has no first token of its own among them.
+        None without an answer or candidates, or where the answer has no first token of its own among them.
+    Raises:
+        ValueError: an image or a prompt that cannot be read: a run records it.
     """
-    if not example.candidates:
+    if not example.candidates or not example.answer.strip():
         return None
     inputs = encode(model.to_inputs(example.question, images=list(example.images)))
     try:
         item = answer_trajectory(
             model, inputs, example.answer, example.candidates, category=example.category, question=example.question
         )
-    except ValueError:  # no first token of its own
+    except NoFirstToken:
         return None
     tests = []
     for entry in item.eligible_flips:

@@ -246,7 +246,7 @@ class HallucinationExperiment(Experiment):
     ):
         words = None if vocabulary is None else hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()[:16]
         self.layers = default_layers(model, image_layer, text_layer)
-        settings = {"methods": list(_methods(methods)), "vocabulary": words, "max_new_tokens": max_new_tokens}
+        settings = {"methods": list(check_methods(methods)), "vocabulary": words, "max_new_tokens": max_new_tokens}
         super().__init__(model, settings | dict(zip(("image_layer", "text_layer"), self.layers)))
         self.vocabulary, self.encode = vocabulary, Prefixes(model)
 
@@ -527,7 +527,12 @@ def _mention_claims(item: Question, caption: str, vocabulary: Mapping[str, str] 
     ]
 
 
-def _methods(methods: Sequence[str] | None) -> tuple[str, ...]:
+def check_methods(methods: Sequence[str] | None) -> tuple[str, ...]:
+    """The methods by name; None is all.
+
+    Raises:
+        ValueError: an unknown one.
+    """
     found = tuple(SCORES if methods is None else methods)
     if unknown := [name for name in found if name not in SCORES]:
         raise ValueError(f"unknown methods {', '.join(unknown)}; there are {', '.join(SCORES)}.")

@@ -6,6 +6,7 @@ asked about, beside as many other patches.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from random import Random
@@ -16,6 +17,7 @@ from tqdm.auto import tqdm
 
 from analyses.data.examples import Example, image_key
 from analyses.knockout import Knockout, attention_knockout
+from analyses.runs.engine import opened
 from hooked_qwen2vl.prompt_text import text_ids
 
 
@@ -28,28 +30,47 @@ def knockout_study(
     Flows: image → last, image → question, question → last, and to everything after the image: the object's patches, and
     as many other patches of the image drawn at random.
 
+    Returns:
+        the effects; items that could not be used are counted in `left_out`, by reason.
     Raises:
         ValueError: no item could be used.
     """
     done: list[Knockout] = []
+    left_out: Counter[str] = Counter()
     for example in tqdm(examples, desc="knockout", unit="item", disable=not progress, delay=2):
-        things = example.item.depends_on if example.item is not None else ()
-        inputs = model.encode(model.to_inputs(example.question, images=list(example.images)))
-        image = inputs.positions("image").tolist()
-        own = sorted({place for thing in things for place in inputs.positions(thing.box).tolist()})
-        others = [place for place in image if place not in own]
-        tokens = text_ids(model.tokenizer, example.answer)
-        if not own or len(own) > len(others) or len(tokens) != 1:
+        try:
+            inputs = model.encode(model.to_inputs(example.question, images=list(opened(example).images)))
+        except (ValueError, OSError) as error:
+            left_out[f"{example.id}: {error}"] += 1
             continue
-        after = list(range(image[-1] + 1, inputs.shape[1]))
-        control = sorted(Random(f"{seed} {example.id}").sample(others, len(own)))
-        flows = {
-            "image → last": ("image", "last"),
-            "image → question": ("image", "question"),
-            "question → last": ("question", "last"),
-            "object → all after": (own, after),
-            "as many other patches → all after": (control, after),
-        }
-        one = attention_knockout(model, inputs, tokens, flows, window, progress=False)
+        tokens = text_ids(model.tokenizer, example.answer)
+        found = _flows(inputs, example, seed)
+        if len(tokens) != 1 or isinstance(found, str):
+            left_out[found if isinstance(found, str) else "the answer is not a single token"] += 1
+            continue
+        one = attention_knockout(model, inputs, tokens, found, window, progress=False)
         done.append(replace(one, images=(image_key(example),) * len(one.baseline)))
-    return Knockout.join(done)
+    if not done:
+        raise ValueError(f"no item could be used: {dict(left_out) or 'there are none'}.")
+    return replace(Knockout.join(done), left_out=dict(left_out))
+
+
+def _flows(inputs: Any, example: Example, seed: int) -> dict[str, tuple[Any, Any]] | str:
+    """The flows to block, or why there are none."""
+    things = example.item.depends_on if example.item is not None else ()
+    own = sorted({place for thing in things for place in inputs.positions(thing.box).tolist()})
+    if not own:
+        return "no object that the answer depends on is known"
+    image = inputs.positions("image").tolist()
+    others = [place for place in image if place not in own]
+    if len(own) > len(others):
+        return "the object covers more than half of the image"
+    after = list(range(image[-1] + 1, inputs.shape[1]))
+    control = sorted(Random(f"{seed} {example.id}").sample(others, len(own)))
+    return {
+        "image → last": ("image", "last"),
+        "image → question": ("image", "question"),
+        "question → last": ("question", "last"),
+        "object → all after": (own, after),
+        "as many other patches → all after": (control, after),
+    }

@@ -59,6 +59,7 @@ from analyses.runs.plan import (
     Size,
     Sizer,
     digest,
+    embedding_bytes,
     label,
     make_plan,
     memory_for,
@@ -318,7 +319,7 @@ def prepare(
     rows = plan.groupby(["size", "batch"]).size().groupby("size").max()
     memory = None
     if sizes and _sees(model):
-        memory = memory_for(model, [(s, int(rows[str(s)])) for s in sizes], prefixes, gradients)
+        memory = memory_for(model, [(s, int(rows[str(s)])) for s in sizes], min(prefixes, embedding_bytes(model, sizes)), gradients)
     return Run(out, manifest, plan, share, written_parts(out, suffix), memory, suffix)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -214,7 +214,7 @@ class Memory:
         decoder: activations of the largest batch in one block, all positions.
         logits: of every position of the largest batch (with `logits_at`, a small part of it).
         tower: activations of the largest image in one block of the tower; images run one at a time.
-        prefixes: what the store of image prefixes may hold.
+        prefixes: what the store of image embeddings may hold.
         gradients: whether the activations of every block, and of the tower's images together, are kept for gradients.
     """
 
@@ -232,8 +232,20 @@ class Memory:
         return self.weights + (decoder + self.tower if self.gradients else max(decoder, self.tower)) + self.prefixes
 
     def __str__(self) -> str:
-        parts = {name: getattr(self, name) for name in ("weights", "decoder", "logits", "tower", "prefixes")}
-        return f"{_bytes(self.total)} ({', '.join(f'{name} {_bytes(value)}' for name, value in parts.items())})"
+        says = {"weights": "weights", "decoder": "decoder, largest batch", "logits": "its logits", "tower": "tower, largest image"}
+        parts = ", ".join(f"{words} {_bytes(getattr(self, name))}" for name, words in says.items())
+        return f"{_bytes(self.total)} ({parts}, image embeddings kept for later questions at most {_bytes(self.prefixes)})"
+
+
+def embedding_bytes(model: Any, sizes: Mapping[Size, int]) -> int:
+    """Bytes of the image embeddings of all questions, each with images of its own.
+
+    Args:
+        sizes: size -> questions.
+    """
+    vision = model.cfg.vision
+    each = vision.d_out * model.cfg.dtype.itemsize * (1 + len(vision.deepstack_layers)) // vision.spatial_merge_size**2
+    return sum(n * each * sum(h * w for h, w in size.grids) for size, n in sizes.items())
 
 
 def memory_for(model: Any, sizes: Iterable[tuple[Size, int]], prefixes: int = 0, gradients: bool = False) -> Memory:

@@ -297,7 +297,8 @@ class Page:
         )
 
     def write(self, path: str | Path) -> None:
-        Path(path).write_text(self.html(), encoding="utf-8")
+        with whole_file(path) as file:
+            file.write_text(self.html(), encoding="utf-8", errors="backslashreplace")
 
     def _repr_html_(self) -> str:
         """In a notebook: the page in a frame of its own, which grows as figures are drawn; nothing is fetched."""

@@ -25,6 +25,8 @@ from typing import Any
 
 import numpy as np
 
+from hooked_qwen2vl.files import whole_file
+
 FLOOR = -12.0  # log10 of the smallest probability told apart from 0
 _SIDE = 896  # pixels of the picture's longer side, at most
 
@@ -35,7 +37,8 @@ def explorer_page(result: Any, path: str | Path) -> None:
     parts = {"title": html.escape(title), "style": _file("css"), "script": _file("js"), "data": _payload(result)}
     # In one pass: what is put in is never itself filled in.
     page = re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], _file("html"))
-    Path(path).write_text(page, encoding="utf-8")
+    with whole_file(path) as file:
+        file.write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
 def _file(kind: str) -> str:

@@ -16,6 +16,7 @@ from matplotlib.ticker import FixedLocator
 from PIL import Image, ImageOps
 
 from analyses.views.text import columns, drawable, families, line
+from hooked_qwen2vl.files import whole_file
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito's
 BLUE, ORANGE = COLOURS[:2]
@@ -54,7 +55,9 @@ class Figure(figure.Figure):
     def saved(self, path: str | Path | None) -> Figure:
         """Itself, written to a file (png, pdf, svg, …) where one is named."""
         if path is not None:
-            self.savefig(path, dpi=200)
+            path = Path(path)
+            with whole_file(path if path.suffix else path.with_suffix(".png")) as file:
+                self.savefig(file, dpi=200)
         return self
 
     def _repr_png_(self) -> bytes:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hooked_qwen2vl.files import whole_file
+
 from .scene import BACKGROUND, CELL
 
 if TYPE_CHECKING:
@@ -57,6 +59,6 @@ def contact_sheet(items: Sequence[Item], path: str | Path, columns: int = 3) -> 
     for axis in axes[len(items) :]:
         axis.set_axis_off()
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with whole_file(path) as file:
+        figure.savefig(file)
     return path

@@ -1,0 +1,150 @@
+"""How many bytes an activation cache will hold, from the shapes of prompts and model, before anything is run.
+
+Scores and patterns of attention hold a number for each pair of positions, so they grow with the square of the prompt; everything
+else grows with its length.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformer_lens.utilities import Slice, SliceInput
+
+_SQUARE = ("hook_attn_scores", "hook_pattern")
+_SMALL = 1 << 28  # bytes that are never refused
+_SHOWN = 3
+
+
+class CacheSize(int):
+    """Bytes, as a number.
+
+    Attributes:
+        by_hook: bytes of each kind of activation over all layers ("blocks.attn.hook_pattern"), the largest first. A tensor that two
+            names share (`hook_resid_post` and the next `hook_resid_pre`) is counted once.
+    """
+
+    by_hook: dict[str, int]
+
+    def __new__(cls, by_hook: dict[str, int]) -> CacheSize:
+        size = super().__new__(cls, sum(by_hook.values()))
+        size.by_hook = dict(sorted(by_hook.items(), key=lambda pair: -pair[1]))
+        return size
+
+    def __str__(self) -> str:
+        largest = ", ".join(f"{name} {in_words(size)}" for name, size in list(self.by_hook.items())[:_SHOWN])
+        return f"{in_words(int(self))} (largest: {largest})"
+
+
+def cache_size(model: Any, inputs: Any, names: Iterable[str], pos_slice: Slice | SliceInput = None) -> CacheSize:
+    """Bytes of these activations of a run.
+
+    Args:
+        inputs: one or more prompts (`Inputs`).
+        names: of hook points.
+        pos_slice: positions kept on the text side.
+    """
+    length = inputs.shape[1]
+    kept = Slice.unwrap(pos_slice).apply(torch.empty(1, length, device="meta"), dim=1).numel()
+    patches = sum(t * h * w for t, h, w in (visual.grid for visual in inputs.visuals))
+    by_hook: dict[str, int] = {}
+    names = set(names)
+    for name in names:
+        before = re.sub(r"(?<=blocks\.)\d+(?=\.hook_resid_pre$)", lambda found: str(int(found[0]) - 1), name)
+        before = before.replace("hook_resid_pre", "hook_resid_post")
+        if before != name and before in names and before.replace("hook_resid_post", "hook_deepstack") not in names:
+            continue  # one tensor under two names
+        vision = name.startswith("vision_")
+        positions = (1, patches, patches) if vision else (len(inputs), kept, length)
+        kind = re.sub(r"\.\d+(?=\.)", "", name)
+        by_hook[kind] = by_hook.get(kind, 0) + _bytes_of(model.cfg, name, *positions)
+    return CacheSize(by_hook)
+
+
+def _bytes_of(cfg: Any, name: str, batch: int, kept: int, length: int) -> int:
+    vision = name.startswith("vision_")
+    own, wide = cfg.dtype.itemsize, max(cfg.dtype.itemsize, 4)
+    part, d_model = (cfg.vision, cfg.vision.d_vision) if vision else (cfg.text, cfg.text.d_model)
+    if name.startswith("vision_projector"):
+        return _of_projector(cfg, name.rpartition(".")[2], kept, own, wide)
+    heads, kv_heads = part.n_heads, part.n_heads if vision else part.n_key_value_heads
+    parent, _, hook = name.rpartition(".")
+    if hook in _SQUARE:
+        return batch * heads * kept * length * own
+    if parent.endswith(("q_norm", "k_norm")):
+        n = heads if parent.endswith("q_norm") else kv_heads
+        return batch * n * kept * (wide if hook == "hook_scale" else part.d_head * own)
+    if hook == "hook_scale":
+        return batch * kept * wide
+    widths = {
+        "hook_q": heads * part.d_head, "hook_rot_q": heads * part.d_head, "hook_z": heads * part.d_head, "hook_q_normed": heads * part.d_head,
+        "hook_k": kv_heads * part.d_head, "hook_rot_k": kv_heads * part.d_head, "hook_v": kv_heads * part.d_head,
+        "hook_k_normed": kv_heads * part.d_head, "hook_q_input": heads * d_model, "hook_attn_in": heads * d_model,
+        "hook_k_input": kv_heads * d_model, "hook_v_input": kv_heads * d_model, "hook_result": heads * d_model,
+        "hook_pre": part.d_mlp, "hook_pre_linear": part.d_mlp, "hook_post": part.d_mlp,
+    }  # fmt: skip
+    layer_norm = hook == "hook_normalized" and vision and part.tower != "qwen2_5_vl"
+    return batch * kept * widths.get(hook, d_model) * (wide if layer_norm else own)
+
+
+def _of_projector(cfg: Any, hook: str, patches: int, own: int, wide: int) -> int:
+    vision = cfg.vision
+    tokens = patches // vision.spatial_merge_size**2
+    if hook == "hook_scale":
+        return patches * wide
+    if hook in ("hook_pre", "hook_post"):
+        return tokens * vision.d_merge * own
+    if hook == "hook_out":
+        return tokens * vision.d_out * own
+    return patches * vision.d_vision * (wide if hook == "hook_normalized" and vision.tower != "qwen2_5_vl" else own)
+
+
+def require_room(size: CacheSize, device: torch.device | str) -> None:
+    """Refuses a cache that the device has no room for.
+
+    Raises:
+        ValueError: how much it would hold, what of it is largest, what is free, and what to leave out.
+    """
+    if size < _SMALL or (free := free_bytes(torch.device(device))) is None or size <= free:
+        return
+    square = sum(held for name, held in size.by_hook.items() if name.endswith(_SQUARE))
+    if square > size // 2:
+        rest = in_words(int(size) - square)
+        help = (
+            f"leave scores and patterns out, names_filter=lambda name: not name.endswith({_SQUARE}), which leaves {rest}, or keep the rows of "
+            f"a few queries, pos_slice=-1"
+        )
+    else:
+        help = "name the activations that are needed, names_filter=['blocks.5.hook_resid_post'], or keep a few positions, pos_slice=-1"
+    raise ValueError(f"the cache of this run would hold {size}; {device} has {in_words(free)} free: {help}.")
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """What can still be allocated there; None where nobody says."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type != "cpu":
+        return None
+    import psutil
+
+    limits = [psutil.virtual_memory().available]
+    group = Path("/sys/fs/cgroup")
+    try:  # of a container
+        held = int((group / "memory.current").read_text())
+        reclaimable = re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)
+        limits.append(int((group / "memory.max").read_text()) - held + (int(reclaimable[1]) if reclaimable else 0))
+    except (OSError, ValueError):  # none, or "max"
+        pass
+    return max(0, min(limits))
+
+
+def in_words(n: int) -> str:
+    """"3.6 GB"."""
+    for unit in ("B", "kB", "MB"):
+        if n < 1000:
+            return f"{n:.0f} {unit}"
+        n = n / 1000
+    return f"{n:.1f} GB"
