@@ -53,15 +53,26 @@ def cache_size(model: Any, inputs: Any, names: Iterable[str], pos_slice: Slice |
     by_hook: dict[str, int] = {}
     names = set(names)
     for name in names:
-        before = re.sub(r"(?<=blocks\.)\d+(?=\.hook_resid_pre$)", lambda found: str(int(found[0]) - 1), name)
-        before = before.replace("hook_resid_pre", "hook_resid_post")
-        if before != name and before in names and before.replace("hook_resid_post", "hook_deepstack") not in names:
-            continue  # one tensor under two names
+        if _same_tensor(name, names) in names:
+            continue
         vision = name.startswith("vision_")
         positions = (1, patches, patches) if vision else (len(inputs), kept, length)
         kind = re.sub(r"\.\d+(?=\.)", "", name)
-        by_hook[kind] = by_hook.get(kind, 0) + _bytes_of(model.cfg, name, *positions)
+        if held := _bytes_of(model.cfg, name, *positions):
+            by_hook[kind] = by_hook.get(kind, 0) + held
     return CacheSize(by_hook)
+
+
+def _same_tensor(name: str, names: set[str]) -> str:
+    """Another name of the same tensor; "" where there is none. (A stream that a DeepStack term was added to is a new one.)"""
+    if found := re.fullmatch(r"(.*blocks\.)(\d+)\.hook_resid_pre", name):
+        block = f"{found[1]}{int(found[2]) - 1}"
+        return "" if f"{block}.hook_deepstack" in names else f"{block}.hook_resid_post"
+    if found := re.fullmatch(r"(.*attn\.)hook_([qk])_normed", name):
+        return f"{found[1]}{found[2]}_norm.hook_out"
+    if found := re.fullmatch(r"(.*attn\.)([qk])_norm\.hook_in", name):
+        return f"{found[1]}hook_{found[2]}"
+    return ""
 
 
 def _bytes_of(cfg: Any, name: str, batch: int, kept: int, length: int) -> int:
@@ -69,7 +80,7 @@ def _bytes_of(cfg: Any, name: str, batch: int, kept: int, length: int) -> int:
     own, wide = cfg.dtype.itemsize, max(cfg.dtype.itemsize, 4)
     part, d_model = (cfg.vision, cfg.vision.d_vision) if vision else (cfg.text, cfg.text.d_model)
     if name.startswith("vision_projector"):
-        return _of_projector(cfg, name.rpartition(".")[2], kept, own, wide)
+        return _of_projector(cfg, name, kept, own, wide)
     heads, kv_heads = part.n_heads, part.n_heads if vision else part.n_key_value_heads
     parent, _, hook = name.rpartition(".")
     if hook in _SQUARE:
@@ -90,11 +101,11 @@ def _bytes_of(cfg: Any, name: str, batch: int, kept: int, length: int) -> int:
     return batch * kept * widths.get(hook, d_model) * (wide if layer_norm else own)
 
 
-def _of_projector(cfg: Any, hook: str, patches: int, own: int, wide: int) -> int:
-    vision = cfg.vision
+def _of_projector(cfg: Any, name: str, patches: int, own: int, wide: int) -> int:
+    vision, hook = cfg.vision, name.rpartition(".")[2]
     tokens = patches // vision.spatial_merge_size**2
     if hook == "hook_scale":
-        return patches * wide
+        return (tokens if ".deepstack." in name else patches) * wide  # those norm what is merged
     if hook in ("hook_pre", "hook_post"):
         return tokens * vision.d_merge * own
     if hook == "hook_out":

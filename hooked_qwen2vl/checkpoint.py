@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from .files import open_regular
 
 SCENES = Path(__file__).parent / "scenes" / "checkpoint"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -43,12 +45,22 @@ class Checkpoint(Mapping[str, Tensor]):
     files: dict[str, Path]
     adapter: Path | None = None
 
+    def __post_init__(self):
+        object.__setattr__(self, "_stamps", {path: _stamp(path) for path in set(self.files.values())})
+
+    def _refuse_changed(self, path: Path) -> None:
+        """What is mapped must be what was opened: a file that was cut short ends the process (SIGBUS) where it is read."""
+        if not path.exists() or _stamp(path) != self._stamps[path]:
+            raise ValueError(f"{path} has changed since it was opened: load the model again, and replace a checkpoint by a new folder.")
+
     def __getitem__(self, key: str) -> Tensor:
+        self._refuse_changed(self.files[key])
         with _open(self.files[key]) as file:
             return file.get_tensor(key)
 
     def items(self) -> Iterator[tuple[str, Tensor]]:  # one open file a shard, not one a tensor
         for path in dict.fromkeys(self.files.values()):
+            self._refuse_changed(path)
             with _open(path) as file:
                 for key in file.keys():  # noqa: SIM118, an open file is no mapping
                     yield key, file.get_tensor(key)
@@ -185,6 +197,8 @@ def _list_tensors(folder: Path) -> dict[str, Path]:
         weight_map = _read_json(index, "the list of shards").get("weight_map")
         if not isinstance(weight_map, dict):
             raise ValueError(f"{index} has no 'weight_map': expected an index written by transformers.")
+        if outside := [shard for shard in weight_map.values() if not _is_inside(shard)]:
+            raise ValueError(f"{index} names {ascii(outside[0])[:200]} as a shard: expected files of its own folder.")
         shards = sorted(set(weight_map.values()))
         absent = [shard for shard in shards if not (folder / shard).exists()]
         if absent:
@@ -211,12 +225,24 @@ def _list_tensors(folder: Path) -> dict[str, Path]:
     return files
 
 
+def _is_inside(shard: Any) -> bool:
+    """Whether an index's entry is the name of a file below its folder."""
+    return isinstance(shard, str) and bool(shard) and "\0" not in shard and not PurePath(shard).is_absolute() and ".." not in PurePath(shard).parts
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    about = path.stat()
+    return about.st_size, about.st_mtime_ns
+
+
 def _keys(path: Path) -> list[str]:
     with _open(path) as file:
         return list(file.keys())
 
 
 def _open(path: Path):
+    if path.exists() and not path.is_file():
+        open_regular(path)  # says what it is
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -228,11 +254,15 @@ def _open(path: Path):
 
 def _read_json(path: Path, what: str) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            content = json.loads(file.read().decode("utf-8"))
     except FileNotFoundError as error:
         raise ValueError(f"{path.parent} has no {path.name} ({what}): is it a Qwen2-VL folder?") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} ({what}) is not JSON: {error}.") from error
+    except (RecursionError, OSError) as error:
+        why = "brackets are nested too deep" if isinstance(error, RecursionError) else error.strerror
+        raise ValueError(f"{path} ({what}) cannot be read: {why}.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} ({what}) is not a JSON object.")
     return content

@@ -33,6 +33,7 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize 
 from .config import HookedQwen2VLConfig
 from .files import open_regular
 from .inputs import Inputs, Visual, padding_left
+from .limits import time_limit
 from .positions import IMAGE, VIDEO
 from .processor_files import (
     SETTINGS,
@@ -47,6 +48,7 @@ from .processor_files import (
 )
 from .prompt_text import Part, tokenize_parts
 
+TEMPLATE_SECONDS = 10.0
 ImageLike = Image.Image | str | Path | np.ndarray | Tensor
 VideoLike = Sequence[ImageLike] | np.ndarray | Tensor
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
@@ -163,13 +165,14 @@ class Processor:
         """Chat messages through the template, each content part marked and named."""
         source = self._template(template)
         marked, contents, medias, final = _mark(messages, typed=not special_tokens)
-        rendered = self.tokenizer.apply_chat_template(
-            marked,
-            tokenize=False,
-            add_generation_prompt=not final,
-            continue_final_message=final,
-            chat_template=source,
-        )
+        with time_limit(TEMPLATE_SECONDS, "the chat template of the checkpoint"):
+            rendered = self.tokenizer.apply_chat_template(
+                marked,
+                tokenize=False,
+                add_generation_prompt=not final,
+                continue_final_message=final,
+                chat_template=source,
+            )
         parts = []
         for index, piece in enumerate(_MARKED.split(rendered)):
             if index % 2:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -136,17 +137,19 @@ def test_no_memory_is_a_paragraph_and_a_fault_of_ours_is_not(capsys, monkeypatch
 
 
 def test_a_reader_that_goes_away_stops_nothing(tmp_path):
-    """`| head -1`: no complaint, and every file is written."""
-    command = f"{sys.executable} -m hooked_qwen2vl.cli lens --out {tmp_path}/out | head -1; exit ${{PIPESTATUS[0]}}"
+    """As with `| head`: no complaint, and every file is written."""
+    command = f"{sys.executable} -m hooked_qwen2vl.cli scenes --n 1 --out {tmp_path}/out | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
-    assert done.returncode == 0 and "rror" not in done.stderr, done.stderr
-    assert json.loads((tmp_path / "out" / "lens.json").read_text())["files"]
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert json.loads((tmp_path / "out" / "scenes.json").read_text())["files"]
 
 
-def test_output_that_the_terminal_cannot_spell(tmp_path):
-    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run([sys.executable, "-m", "hooked_qwen2vl.cli", "lens", "--out", tmp_path / "out", "--answer", "→ \u2713"], cwd=ROOT, capture_output=True, env=env)
-    assert done.returncode == 0, done.stderr
+def test_output_that_the_terminal_cannot_spell(monkeypatch, tmp_path):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert main(["scenes", "--n", "1", "--out", str(tmp_path / "→")]) == 0
+    terminal.flush()
+    assert b"wrote " in terminal.buffer.getvalue() and rb"\u2192" in terminal.buffer.getvalue()
 
 
 class Options:
@@ -212,7 +215,7 @@ def test_cells_that_a_spreadsheet_would_run(tmp_path):
 
 
 def test_studies_count_what_they_leave_out_and_record_what_cannot_be_read(scenes, tmp_path):
-    asked = list(examples("scenes", 6))
+    asked = list(examples("scenes", 3))
     bad = [Unreadable("bad", "", "", problem="f, line 3: no question"), Example("gone", "what?", "red", (tmp_path / "gone.png",), candidates=("red",))]
     study = knockout_study(scenes, [*asked, *bad], progress=False)
     left = dict(study.left_out)
@@ -224,3 +227,40 @@ def test_studies_count_what_they_leave_out_and_record_what_cannot_be_read(scenes
     assert len(flips.prompts) + flips.skipped == 2
     with pytest.raises(ValueError, match="no item could be used: .*line 3"):
         knockout_study(scenes, bad, progress=False)
+
+
+def test_an_index_stays_in_its_folder(checkpoint, tmp_path, capsys):
+    import shutil
+
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    for shard in ("../outside.safetensors", str(tmp_path / "outside.safetensors"), "a/../../outside.safetensors", "", 5, None, "a\0"):
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": shard}}))
+        refused(capsys, "lens", "--model", folder, words="expected files of its own folder")
+
+
+def test_a_checkpoint_that_changes_is_noticed(checkpoint, tmp_path):
+    import shutil
+
+    from hooked_qwen2vl.checkpoint import open_checkpoint
+
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    opened = open_checkpoint(folder)
+    name = next(iter(opened))
+    assert len(opened[name])
+    os.truncate(folder / "model.safetensors", 1000)
+    for read in (lambda: opened[name], lambda: dict(opened.items())):
+        with pytest.raises(ValueError, match="model.safetensors has changed since it was opened"):
+            read()
+
+
+def test_a_template_without_end_is_stopped(model, monkeypatch):
+    """Nested loops that would take hours."""
+    import hooked_qwen2vl.processor as module
+
+    monkeypatch.setattr(module, "TEMPLATE_SECONDS", 0.3)
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}"
+    monkeypatch.setattr(model.processor.tokenizer, "chat_template", endless)
+    monkeypatch.setattr(type(model.processor), "_template", lambda self, name: endless, raising=False)
+    with pytest.raises(ValueError, match="the chat template of the checkpoint took longer than 0.3 seconds"):
+        model.to_inputs("what?")

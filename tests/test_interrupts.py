@@ -15,11 +15,15 @@ import torch
 from run_child import questions
 
 from analyses.common.sums import add_up
+from analyses.data.benchmarks import load_scenes
+from analyses.experiments.hallucination import HallucinationExperiment
+from analyses.experiments.neurons import FiringExperiment
 from analyses.runs import activation_store, engine
 from analyses.runs.activation_store import ActivationStore, store_activations
 from analyses.runs.engine import read_composition, read_failures, read_results, run
 from analyses.runs.files import unfinished_path
 from analyses.runs.sums import read_sums, write_sums
+from hooked_qwen2vl import HookedQwen2VL
 
 SMALL = {"batch_size": 3, "batches_per_part": 4, "window": 64, "progress": False}
 N = 40
@@ -241,3 +245,28 @@ def test_sums_of_pieces_are_the_sums_bit_by_bit():
     later = add_up([{**rows[0], "n": n, "values": first}, *rows[4:]])
     assert np.array_equal(later[key][1], add_up(rows)[key][1])
     assert not np.array_equal(first + add_up(rows[4:])[key][1], add_up(rows)[key][1])
+
+
+@pytest.mark.parametrize("kind", [HallucinationExperiment, FiringExperiment])
+def test_a_model_that_changed_after_an_interruption_is_refused(kind, tmp_path, monkeypatch):
+    """`hallucination` and `neurons`: what is kept is of the model that began."""
+    model, data, calls = HookedQwen2VL.from_pretrained("scenes"), load_scenes(6), []
+    work = kind.__call__
+
+    def stopping(self, batch):
+        calls.append(len(batch))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return work(self, batch)
+
+    monkeypatch.setattr(kind, "__call__", stopping)
+    made = kind(model, ["probability"], None, 2) if kind is HallucinationExperiment else kind(model, 1)
+    with pytest.raises(KeyboardInterrupt, match="of 6 questions are done"):
+        made.start(data, tmp_path, batch_size=1, progress=False)
+    assert list(tmp_path.glob("unfinished-*"))
+    with torch.no_grad():
+        model.blocks[0].mlp.up_proj.weight[0, 0] += 1
+    with pytest.raises(ValueError, match="model.weights: "):
+        made.start(data, tmp_path, batch_size=1, progress=False)
+    with torch.no_grad():
+        model.blocks[0].mlp.up_proj.weight[0, 0] -= 1

@@ -127,7 +127,7 @@ COMMANDS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_killed_twenty_times_ends_as_if_never_stopped(name, processes, tmp_path):
-    """The command itself, on the embedded model, killed at random moments: each of its runs, and every table."""
+    """The command itself, on the embedded model, killed and interrupted at random moments: each of its runs, and every table."""
     moments, killed = random.Random(name), tmp_path / "killed"
 
     def start(out):
@@ -143,14 +143,15 @@ def test_a_command_killed_twenty_times_ends_as_if_never_stopped(name, processes,
     whole.join()
     assert whole.exitcode == 0
     total = parts(tmp_path / "whole")
-    for goal in sorted(moments.choices(range(total - 3), k=20)):  # so that none finishes, however fast the machine
+    for turn, goal in enumerate(sorted(moments.choices(range(total - 3), k=20))):  # so that none finishes, however fast the machine
+        how = signal.SIGINT if turn % 2 and goal else signal.SIGKILL
         process = start(killed)
         while parts(killed) < goal and process.is_alive():
             time.sleep(0.001)
         time.sleep(moments.uniform(0.0, 0.1))
-        os.kill(process.pid, signal.SIGKILL)
+        os.kill(process.pid, how)
         process.join()
-        assert process.exitcode == -signal.SIGKILL
+        assert process.exitcode == (130 if how == signal.SIGINT else -signal.SIGKILL)
         counts.append(parts(killed))
     assert counts == sorted(counts) and total / 2 < counts[-1] < total
     last = start(killed)

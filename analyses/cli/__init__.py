@@ -40,9 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     A reader that stops reading (`| head`) does not stop the command: its files are written.
     """
     with _tolerant_streams(), warnings.catch_warnings():
-        options = _parser().parse_args(arguments)
         warnings.showwarning = partial(_say, set())
         try:
+            options = _parser().parse_args(arguments)
             return options.run(options) or 0
         except KeyboardInterrupt as error:
             print(f"\nhooked-qwen2vl: {error if str(error) else 'interrupted: nothing of this command was written.'}", file=sys.stderr)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from analyses.cli.outputs import Outputs
-from analyses.cli.shared import add_model, add_out, add_run, at_least_one, finished, load_model, reports, run_options
+from analyses.cli.shared import add_model, add_out, add_run, at_least_one, check_data, finished, load_model, reports, run_options
 
 NAME = "flips"
 HELP = "where the answer flips between layers, and what makes it"
@@ -65,6 +65,7 @@ def _data_set(options: argparse.Namespace) -> None:
     from analyses.experiments.flips import FlipExperiment
     from analyses.runs.engine import this_share
 
+    check_data(options.data)
     share = this_share(options.shard)  # before the model: it gives each process its GPU
     experiment = FlipExperiment(load_model(options), options.components, options.random)
     rows = options.out / NAME

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from analyses.cli.outputs import Outputs
-from analyses.cli.shared import add_model, add_out, add_run, at_least_one, finished, in_range, load_model, reports, run_options
+from analyses.cli.shared import add_model, add_out, add_run, at_least_one, check_data, finished, in_range, load_model, reports, run_options
 
 NAME = "neurons"
 SOURCES = ("image", "text", "generated")
@@ -42,6 +42,7 @@ def run(options: argparse.Namespace) -> None:
     from analyses.experiments.neurons import AblationExperiment, EffectExperiment, FiringExperiment
     from analyses.runs.engine import this_share
 
+    check_data(options.data, options.test)
     share = this_share(options.shard)  # before the model: it gives each process its GPU
     model = load_model(options)
     chosen, judged = _data(options)

@@ -54,7 +54,7 @@ class Outputs:
                     if name not in self.names and Path(name).name == name and _checksum(self.folder / name) == checksum:
                         (self.folder / name).unlink()
                 with whole_file(self.manifest_path) as file:
-                    file.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+                    file.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", errors="backslashreplace")
         finally:
             if kind is not None:
                 self._whole.__exit__(kind, error, trace)
@@ -80,7 +80,7 @@ class Outputs:
 
     def _manifest(self) -> dict[str, Any]:
         made = {"command": self.command, "version": __version__, "written": datetime.now(UTC).isoformat(timespec="seconds")}
-        about = json.loads(json.dumps(self.about, default=str).encode("utf-8", "backslashreplace"))
+        about = json.loads(json.dumps(self.about, default=str))
         return {**made, **about, "files": {name: _checksum(self._place / name) for name in self.names}}
 
     def _before(self) -> dict[str, str]:

@@ -193,3 +193,16 @@ def readable(questions: Iterable[Any]) -> list[Any]:
     if not kept:
         raise ValueError(f"no question can be read, the first: {problems[0]}")
     return kept
+
+
+def check_data(*names: str | None) -> None:
+    """Whether there are questions under these names (of `data.examples`): before a model is loaded.
+
+    Raises:
+        ValueError: there are none.
+    """
+    from analyses.data.examples import examples
+
+    for name in names:
+        if name is not None:
+            next(examples(name, 1 if name.split(":")[0] == "scenes" else None, keep_bad=True))

@@ -42,8 +42,10 @@ from analyses.common.attention import attention_patterns
 from analyses.common.rectangles import Cells, heaviest_rectangle
 from analyses.common.result import Result
 from analyses.common.statistics import mean_interval, share_interval
+from analyses.common.tables import write_csv
 from analyses.contextual_lens import ground, span_positions, word_spans
 from analyses.logit_lens import residual_stack
+from hooked_qwen2vl.files import whole_file
 
 FIGURES = {"pointing": "pointing game (share of hits)", "ap": "average precision of the heat map", "iou": "IoU of the box"}
 OWN_BOX = "contextual lens, its box"
@@ -222,14 +224,14 @@ def main(arguments: list[str] | None = None) -> None:
     model = HookedQwen2VL.from_pretrained(options.model)
     layers = options.image_layer, options.text_layer
     result = run_experiment(model, load_split(options.split, options.n), *layers, options.seed)
-    options.out.mkdir(parents=True, exist_ok=True)
-    result.to_dataframe().to_csv(options.out / "summary.csv", index=False)
-    result.table.to_csv(options.out / "items.csv", index=False)
+    write_csv(result.to_dataframe(), options.out / "summary.csv")
+    write_csv(result.table, options.out / "items.csv")
     for name in FIGURES:
         result.plot(options.out / f"{name}.png", name)
     report = as_markdown(result, f"the first {options.n} items of the {options.split} split, weights {fingerprint(model)}")
     if options.report is not None:
-        options.report.write_text(report, encoding="utf-8")
+        with whole_file(options.report) as file:
+            file.write_text(report, encoding="utf-8")
     print(f"{report}\nwrote {options.out}")
 
 

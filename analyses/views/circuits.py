@@ -26,6 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from analyses.views.text import cut, readable
+from hooked_qwen2vl.files import whole_file
 
 MOST_TOKENS = 128  # of an attention figure: 300 take circuitsvis a minute and 600 never finish
 MOST_NUMBERS = 2_000_000  # of one figure: more is some 20 MB of page
