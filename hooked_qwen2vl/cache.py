@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +25,7 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.utilities import Slice, SliceInput
 
-from .files import whole_file
+from .files import open_regular, whole_file
 from .geometry import PromptShape
 from .hook_names import canonical
 from .layers import PROMPT, readable
@@ -158,6 +159,7 @@ class HookedCache(ActivationCache):
             ValueError: no such file, not a cache's, or of a model of another shape.
         """
         try:
+            open_regular(path).close()
             with safe_open(path, framework="pt", device=str(device)) as file:
                 header = file.metadata() or {}
                 if header.get("format") != FORMAT:
@@ -166,6 +168,13 @@ class HookedCache(ActivationCache):
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, safe_open is no mapping
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path} cannot be read as a cache ({error}): expected a file that cache.save wrote.") from error
+        try:
+            return cls._decode(header, tensors, model)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path} cannot be read as a cache ({type(error).__name__}: {str(error)[:200]}): its header is damaged.") from error
+
+    @classmethod
+    def _decode(cls, header: Mapping[str, str], tensors: Mapping[str, Tensor], model: Any) -> HookedCache:
         stored = json.loads(header["stored"])
         prompt = {name.removeprefix(_PROMPT): value for name, value in tensors.items() if name.startswith(_PROMPT)}
         shape = PromptShape(**prompt, sliced=json.loads(header["sliced"])) if prompt else None

@@ -17,14 +17,16 @@ from run_child import answer_with, questions
 from tiny import CHAT_TEMPLATE, tiny_hf, tiny_tokenizer
 
 from analyses.cli.shared import load_model
+from analyses.counterfactuals import Candidate
 from analyses.data.examples import Example
 from analyses.runs.engine import read_results, run
 from analyses.runs.plan import size_by_pixels
+from hooked_qwen2vl.cache import HookedCache
 from hooked_qwen2vl.cli import main
 from hooked_qwen2vl.processor import open_image
 
 pytestmark = pytest.mark.slow
-FOLDERS, IMAGES, ARGUMENTS = 500, 700, 800
+FOLDERS, IMAGES, RESULTS, ARGUMENTS = 400, 600, 300, 700  # 2,000; rows: 9,000 in test_rows.py
 VALUES = [None, 0, -1, 1, 3.5, 10**30, "", "x", [], {}, [1, 2], {"a": 1}, True, float("nan"), "\ud800", [[[]]], 2**31, "cuda", "../../x"]
 
 
@@ -128,6 +130,25 @@ def test_images(tmp_path):
                 refused += 1
         file.unlink()
     assert refused > IMAGES / 2
+
+
+def test_saved_results_and_caches(model, tmp_path):
+    """Damaged headers and bodies: what was saved, or the file's name."""
+    draw, refused = random.Random(3), 0
+    Candidate("what?", picture(30, 20), picture(30, 20, 1), "red", "blue", ((0.0, 0.0, 5.0, 5.0),)).save(tmp_path / "result.safetensors")
+    model.run_with_cache("what?", names_filter="hook_embed")[1].save(tmp_path / "cache.safetensors")
+    for name, load in (("result", Candidate.load), ("cache", lambda path: HookedCache.load(path, model))):
+        content = (tmp_path / f"{name}.safetensors").read_bytes()
+        file = tmp_path / f"damaged-{name}"
+        for _ in range(RESULTS // 2):
+            file.write_bytes(damaged(draw, content))
+            try:
+                load(file)
+            except Exception as error:
+                paragraph(error)
+                assert str(file) in str(error), error
+                refused += 1
+    assert refused > RESULTS / 2
 
 
 COMMANDS = ("lens", "explore", "flips", "patch", "knockout", "ground", "hallucination", "neurons", "compare", "check", "scenes")

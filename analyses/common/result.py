@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from analyses.moved import current_path
-from hooked_qwen2vl.files import whole_file
+from hooked_qwen2vl.files import open_regular, whole_file
 from hooked_qwen2vl.inputs import Inputs, Visual
 from hooked_qwen2vl.version import __version__
 
@@ -57,16 +57,17 @@ class Result:
         """The result that `save` wrote.
 
         Raises:
-            ValueError: no such file, not a result, another kind of result, or one that another version wrote otherwise.
+            ValueError: no such file, not a result, a damaged one, another kind of result, or one that another version wrote otherwise.
         """
         try:
+            open_regular(path).close()
             with safe_open(path, framework="pt") as file:
                 header = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, safe_open is no mapping
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path} cannot be read as a result ({error}): expected a file that save wrote.") from error
+        except (OSError, SafetensorError, ValueError) as error:
+            raise ValueError(f"{path} cannot be read as a result ({str(error).rstrip('.')}): expected a file that save wrote.") from error
         _check_format(path, header)
-        found, wanted = _current(header["type"]), _name(cls)
+        found, wanted = _current(header.get("type", "")), _name(cls)
         if found != wanted:
             short = [name.partition(":")[2] for name in (found, wanted)]
             found, wanted = short if short[0] != short[1] else (found, wanted)
@@ -74,7 +75,12 @@ class Result:
         try:
             return _decode(json.loads(header["value"]), tensors)
         except _Unknown as error:
-            raise ValueError(f"{path}, written by hooked_qwen2vl {header['version']}: {error}") from error
+            raise ValueError(f"{path}, written by hooked_qwen2vl {header.get('version')}: {error}") from error
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever a damaged header makes of it
+            why = " ".join(str(error).split())[:200]
+            raise ValueError(f"{path} cannot be read as a result ({type(error).__name__}: {why}): it is damaged, compute it again.") from error
 
 
 class _Unknown(Exception):
