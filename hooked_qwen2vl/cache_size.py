@@ -90,6 +90,8 @@ def _bytes_of(cfg: Any, name: str, batch: int, kept: int, length: int) -> int:
         return batch * n * kept * (wide if hook == "hook_scale" else part.d_head * own)
     if hook == "hook_scale":
         return batch * kept * wide
+    if parent == "unembed":
+        return batch * kept * cfg.text.d_vocab * own
     widths = {
         "hook_q": heads * part.d_head, "hook_rot_q": heads * part.d_head, "hook_z": heads * part.d_head, "hook_q_normed": heads * part.d_head,
         "hook_k": kv_heads * part.d_head, "hook_rot_k": kv_heads * part.d_head, "hook_v": kv_heads * part.d_head,

@@ -619,8 +619,8 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
             names_filter, vision, pos_slice: as `run_with_cache` takes them.
         """
         input = self.as_inputs(input)
-        wanted = _as_predicate(self._default_names(input, vision) if names_filter is None else names_filter)
-        return cache_size(self, input, [name for name in self.hook_dict if wanted(name)], pos_slice)
+        names_filter = self._default_names(input, vision) if names_filter is None else names_filter
+        return cache_size(self, input, chosen(names_filter, self.hook_dict), pos_slice)
 
     def get_caching_hooks(
         self,
