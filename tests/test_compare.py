@@ -373,8 +373,7 @@ def test_even_spread_by_hand(model):
 # ---- one model in another -----------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def tuned(processor):
+def tuned_by(processor, alpha):
     """The session's model with a LoRA merged into block 1: attention and MLP."""
     hf = tiny_hf()
     layer = hf.model.language_model.layers[1]
@@ -383,8 +382,13 @@ def tuned(processor):
         for linear in (layer.self_attn.q_proj, layer.mlp.down_proj):
             down = torch.randn(2, linear.in_features, generator=generator)
             up = torch.randn(linear.out_features, 2, generator=generator)
-            linear.weight.add_(up @ down, alpha=0.2)
+            linear.weight.add_(up @ down, alpha=alpha)
     return HookedQwen2VL.from_hf(hf, processor)
+
+
+@pytest.fixture(scope="module")
+def tuned(processor):
+    return tuned_by(processor, 0.2)
 
 
 @pytest.fixture(scope="module")
@@ -408,6 +412,37 @@ def test_everything_behind_the_change_gives_the_sources_logits(model, tuned, sho
             logits = target.run_with_hooks(shown[0], fwd_hooks=[(name, lambda x, hook, stream=stream: stream)])
             wanted, plain = source(shown[0]), target(shown[0])
         assert (logits - wanted).abs().max() < CLOSE * spread(wanted) and (plain - wanted).abs().max() > 0.1 * spread(wanted)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("alpha", "agreement"), [(0.015, 1.0), (0.2, 0.0)])
+def test_every_cell_of_two_models_by_hand(model, processor, shown, alpha, agreement):
+    """explained, same_top, the difference and the unpatched agreement, from plain runs with a hook; skipped prompts are counted."""
+    tuned = tuned_by(processor, alpha)
+    prompts = [shown[0], model.to_inputs("what is blue there?", images=[picture(56, 84, 2)])]
+    spans = ("all", "last", [1, 2])
+    result = patch_between_models(model, tuned, prompts, "mlp_out", spans, progress=False)
+    assert result.explained.shape == (model.cfg.n_layers, 3, len(prompts)) and result.skipped == 0
+    for item, prompt in enumerate(prompts):
+        wanted, plain = model(prompt)[0, -1].double().log_softmax(-1), tuned(prompt)[0, -1].double().log_softmax(-1)
+        gap = float(torch.nn.functional.kl_div(plain, wanted, log_target=True, reduction="sum"))
+        assert abs(float(result.difference[item]) - gap) < 1e-5
+        assert float(result.top_agrees[item]) == float(int(wanted.argmax()) == int(plain.argmax()))
+        for layer in range(model.cfg.n_layers):
+            name = f"blocks.{layer}.hook_mlp_out"
+            stream = model.run_with_cache(prompt, names_filter=name)[1][name]
+            for place, span in enumerate((slice(None), slice(-1, None), [1, 2])):
+
+                def put(x, hook, span=span, stream=stream):
+                    x = x.clone()
+                    x[:, span] = stream[:, span]
+                    return x
+
+                patched = tuned.run_with_hooks(prompt, fwd_hooks=[(name, put)])[0, -1].double().log_softmax(-1)
+                left = float(torch.nn.functional.kl_div(patched, wanted, log_target=True, reduction="sum"))
+                assert abs(float(result.explained[layer, place, item]) - (1 - left / gap)) < 1e-3
+                assert float(result.same_top[layer, place, item]) == float(int(wanted.argmax()) == int(patched.argmax()))
+    assert agreement in result.top_agrees and agreement in result.same_top
 
 
 def test_unpatched_agreement_is_of_the_same_prompts(model, tuned, shown):
