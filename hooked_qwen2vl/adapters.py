@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, refuse_other_adapters
 from .config import HookedQwen2VLConfig
-from .weights import LM_HEAD, canonical, few
+from .weights import LM_HEAD, canonical, canonical_tensors, few
 
 _WRAPPED = "base_model.model."  # what peft writes before the base model's own names
 _ADAPTED = re.compile(r"(.+?)\.(?:lora_\w+|base_layer)(?:\.|$)")
@@ -35,7 +35,7 @@ def merge_adapter(
 
     Args:
         config: the base's parsed `config.json`.
-        base: the base's tensors by HF name, in either layout.
+        base: the base's tensors by HF name, in either layout, of one dtype or with a dtype to cast them to.
         dtype: of the base before the merge, as a user of peft would load it; None keeps its own.
     Raises:
         ValueError: peft is not installed, another base's adapter, settings this peft does not know, or weights in the
@@ -44,7 +44,7 @@ def merge_adapter(
     peft = _peft(str(folder))
     with torch.device("meta"):
         hf_model = _reference_class(cfg)(_reference_class(cfg).config_class.from_dict(dict(config)))
-    tensors = {_hf_name(canonical(name)): tensor for name, tensor in base.items()}
+    tensors = {_hf_name(name): tensor for name, tensor in canonical_tensors(cfg, base, cfg.model_name).items()}
     absent = hf_model.load_state_dict(tensors, strict=False, assign=True).missing_keys
     hf_model.tie_weights()
     if absent := [name for name in absent if name != LM_HEAD or not cfg.text.tie_word_embeddings]:

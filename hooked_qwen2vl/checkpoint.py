@@ -91,6 +91,7 @@ def open_checkpoint(
     """
     folder = _find(str(name), revision, local_files_only)
     folder, adapter = _with_adapter(folder, revision, local_files_only, adapter)
+    _refuse_other_formats(folder)
     config = _read_json(folder / "config.json", "the model's configuration")
     settings = folder / "generation_config.json"
     generation = _read_json(settings, "how it ends an answer") if settings.exists() else {}
@@ -173,6 +174,8 @@ def _find(name: str, revision: str | None, local_files_only: bool) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
+    if folder.suffix == ".gguf" and folder.exists():
+        raise ValueError(f"{name} is a file of GGUF weights: load the folder of the checkpoint that it was converted from.")
     if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ValueError(
             f"no checkpoint at {name!r}: expected 'scenes', a folder with config.json and *.safetensors, or a hub id "
@@ -191,9 +194,43 @@ def _find(name: str, revision: str | None, local_files_only: bool) -> Path:
         ) from error
 
 
+# What is found in place of safetensors: (pattern, what it is, the way out).
+_FORMATS = (
+    ("*.gguf", "GGUF weights", "load the checkpoint that they were converted from"),
+    ("*.distcp", "shards of torch's distributed checkpoints (FSDP)", "merge them with `accelerate merge-weights`"),
+    ("pytorch_model_fsdp_*/*.distcp", "shards of torch's distributed checkpoints (FSDP)", "merge them with `accelerate merge-weights`"),
+    ("pytorch_model_fsdp*", "an FSDP checkpoint", "merge it with `accelerate merge-weights`"),
+    ("*zero_pp_rank*", "shards of DeepSpeed ZeRO", "merge them with its zero_to_fp32.py"),
+    ("global_step*/*", "shards of DeepSpeed ZeRO", "merge them with its zero_to_fp32.py"),
+    ("zero_to_fp32.py", "shards of DeepSpeed ZeRO", "merge them with its zero_to_fp32.py"),
+    ("*.bin", "only pickled weights, which are never opened", "convert it with transformers' save_pretrained"),
+    ("*.pt", "only pickled weights, which are never opened", "convert it with transformers' save_pretrained"),
+    ("*.pth", "only pickled weights, which are never opened", "convert it with transformers' save_pretrained"),
+    ("*.ckpt", "only pickled weights, which are never opened", "convert it with transformers' save_pretrained"),
+    ("*.h5", "TensorFlow weights", "convert it with transformers' save_pretrained"),
+    ("*.msgpack", "Flax weights", "convert it with transformers' save_pretrained"),
+)
+
+
+def _refuse_other_formats(folder: Path) -> None:
+    """Raises ValueError for a folder without safetensors, which says what its weights are."""
+    if (folder / SINGLE).exists() or (folder / INDEX).exists():
+        return
+    expected = f"expected {SINGLE} or {INDEX} with its shards"
+    for pattern, what, way_out in _FORMATS:
+        if found := sorted(path.relative_to(folder).as_posix() for path in folder.glob(pattern)):
+            names = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+            raise ValueError(f"{folder} holds {what} ({names}): {expected}; {way_out}.")
+    if found := sorted(path.name for path in folder.glob("*.safetensors") if path.name != ADAPTER_WEIGHTS):
+        raise ValueError(f"{folder} holds {', '.join(found[:3])}, and no {INDEX} that says what is in them: {expected}.")
+    if (folder / "config.json").exists():
+        raise ValueError(f"{folder} holds no weights: {expected}.")
+
+
 def _list_tensors(folder: Path) -> dict[str, Path]:
+    """HF name -> file; a whole model.safetensors goes before an index, as in transformers."""
     index = folder / INDEX
-    if index.exists():
+    if not (folder / SINGLE).exists():
         weight_map = _read_json(index, "the list of shards").get("weight_map")
         if not isinstance(weight_map, dict):
             raise ValueError(f"{index} has no 'weight_map': expected an index written by transformers.")
@@ -203,25 +240,20 @@ def _list_tensors(folder: Path) -> dict[str, Path]:
         absent = [shard for shard in shards if not (folder / shard).exists()]
         if absent:
             raise ValueError(
-                f"{folder} lists {len(shards)} shards but lacks {', '.join(absent)}: download the missing files."
+                f"{index} lists {len(shards)} shards but lacks {', '.join(absent[:3])}"
+                f"{f' and {len(absent) - 3} more' if len(absent) > 3 else ''}: download them, or remove an index of other files."
             )
         paths = [folder / shard for shard in shards]
-    elif (folder / SINGLE).exists():
-        weight_map, paths = None, [folder / SINGLE]
     else:
-        pickled = [path.name for path in folder.glob("*.bin")]
-        why = f"only pickled weights ({', '.join(pickled)}), which are never opened" if pickled else "no weights"
-        raise ValueError(
-            f"{folder} holds {why}: expected {SINGLE} or {INDEX} with its shards; convert it with transformers' "
-            f"save_pretrained."
-        )
+        weight_map, paths = None, [folder / SINGLE]
     files = {key: path for path in paths for key in _keys(path)}
     if weight_map is not None:
         wrong = [k for k, shard in weight_map.items() if files.get(k) != folder / shard] + [
             k for k in files if k not in weight_map
         ]
         if wrong:
-            raise ValueError(f"{index} does not describe its shards: {', '.join(sorted(wrong))}; download it anew.")
+            more = f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+            raise ValueError(f"{index} does not describe its shards: {', '.join(sorted(wrong)[:10])}{more}; download it anew.")
     return files
 
 
@@ -246,6 +278,10 @@ def _open(path: Path):
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
+        with path.open("rb") as file:
+            pointer = file.read(40).startswith(b"version https://git-lfs")
+        if pointer:
+            raise ValueError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in {path.parent}.") from error
         raise ValueError(
             f"{path} is not a whole safetensors file ({_first_line(error)}; it has {path.stat().st_size} bytes): "
             f"download it again."

@@ -10,6 +10,7 @@ vision tower (HF `vision_config.embed_dim` in Qwen2-VL, `hidden_size` in its suc
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from numbers import Real
@@ -22,12 +23,33 @@ from transformers import PretrainedConfig, Qwen2_5_VLConfig, Qwen2VLConfig, Qwen
 ARCHITECTURE = "Qwen2VLForConditionalGeneration"
 VISION_LAYER_NORM_EPS = 1e-6  # fixed in the reference code, not in the configuration
 
-# Keys found in published Qwen2-VL configurations that say nothing about the computation.
+# Keys found in published configurations, and in those that trainers write, that say nothing about the computation.
 _METADATA_KEYS = {
     "architectures", "auto_map", "transformers_version", "torch_dtype", "dtype", "model_type", "use_cache",
     "initializer_range", "attention_dropout", "max_window_layers", "vision_token_id", "in_chans",
-    "spatial_patch_size", "unsloth_fixed", "unsloth_version", "tokenizer_class", "processor_class",
+    "spatial_patch_size", "unsloth_fixed", "unsloth_version", "tokenizer_class", "processor_class", "tokenizer_padding_side",
+    "tokenizer_model_max_length", "gradient_checkpointing", "attn_implementation", "keys_to_ignore_at_inference",
+    "output_attentions", "output_hidden_states", "return_dict", "id2label", "label2id", "finetuning_task", "problem_type", "name_or_path",
 }  # fmt: skip
+_METADATA = re.compile(r"_.*|unsloth_.*|(\w+_)?(lr|learning_rate)|(freeze|tune)_\w+")
+# What transformers 4 wrote of every model, and what the key says where it changes nothing. Other values are refused.
+_INERT = {
+    "torchscript": False, "pruned_heads": {}, "use_bfloat16": False, "tf_legacy_loss": False, "tie_encoder_decoder": False,
+    "add_cross_attention": False, "is_decoder": False, "is_encoder_decoder": False, "chunk_size_feed_forward": 0, "temperature": 1.0,
+    "top_k": 50, "top_p": 1.0, "typical_p": 1.0, "repetition_penalty": 1.0, "length_penalty": 1.0, "diversity_penalty": 0.0,
+    "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1,
+    "max_length": 20, "min_length": 0, "do_sample": False, "early_stopping": False, "output_scores": False,
+    "return_dict_in_generate": False, "remove_invalid_values": False,
+}  # fmt: skip
+# Whole numbers, and the largest that any model of the line could have: a larger one would only take time and memory.
+_COUNTS = {
+    "num_hidden_layers": 1000, "depth": 1000, "hidden_size": 10**6, "embed_dim": 10**6, "out_hidden_size": 10**6,
+    "intermediate_size": 10**7, "num_attention_heads": 10**5, "num_key_value_heads": 10**5, "num_heads": 10**5, "head_dim": 10**5,
+    "vocab_size": 10**7, "max_position_embeddings": 10**9, "in_channels": 1000, "in_chans": 1000, "spatial_merge_size": 100, "patch_size": 10**4,
+    "temporal_patch_size": 100, "window_size": 10**6, "num_position_embeddings": 10**8,
+}  # fmt: skip
+_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+_FLAGS = ("tie_word_embeddings", "use_sliding_window", "attention_bias")
 
 
 @dataclass(frozen=True)
@@ -176,8 +198,12 @@ def convert_config(
     """
     config = config.to_dict() if isinstance(config, PretrainedConfig) else dict(config)
     family = _family(config, name)
+    _refuse_impossible(config, name)
     problems = _unknown_keys(config, family)
-    hf = family.config.from_dict(config)
+    try:
+        hf = family.config.from_dict(config)
+    except Exception as error:  # transformers checks some values itself, with errors of several libraries
+        raise ValueError(f"{name}: transformers cannot read this configuration ({' '.join(str(error).split())[:200]}).") from error
     problems += _unsupported_values(hf) + family.unsupported(hf)
     if problems:
         raise ValueError(
@@ -217,9 +243,48 @@ def convert_config(
     )
 
 
+def _refuse_impossible(config: dict, name: str) -> None:
+    """Values of a wrong type, or of a size that no model has, before anything is made of them.
+
+    Raises:
+        ValueError: there are some; each is named.
+    """
+    problems = _Problems()
+    for prefix in ("", "text_config", "vision_config"):
+        part = config.get(prefix) if prefix else config
+        part = part.to_dict() if isinstance(part, PretrainedConfig) else part
+        if part is None:
+            continue
+        if not isinstance(part, dict):
+            problems.append(f"{prefix} is a {type(part).__name__} (expected an object)")
+            continue
+        said = {f"{prefix}.{key}" if prefix else key: (key, value) for key, value in part.items() if value is not None}
+        for where, (key, value) in said.items():
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if key in _COUNTS:
+                problems.expect(whole and 1 <= value <= _COUNTS[key], where, value, f"a whole number in 1..{_COUNTS[key]}")
+            elif key in _IDS:
+                problems.expect(whole and value >= 0, where, value, "a token's id")
+            elif key in _FLAGS:
+                problems.expect(isinstance(value, bool), where, value, "true or false")
+            elif key in ("rope_scaling", "rope_parameters"):
+                section = value.get("mrope_section", [1]) if isinstance(value, dict) else None
+                problems.expect(_are_counts(section), where, value, "an object, with whole numbers in its mrope_section")
+            elif key == "mlp_ratio":
+                problems.expect(isinstance(value, Real) and 0 < value <= 1000, where, value, "a number above 0")
+            elif key in ("fullatt_block_indexes", "deepstack_visual_indexes"):
+                problems.expect(_are_counts(value, least=0), where, value, "a list of blocks")
+    if problems:
+        raise ValueError(f"{name}: this configuration describes no model: {'; '.join(problems[:10])}.")
+
+
+def _are_counts(values: Any, least: int = 1) -> bool:
+    return isinstance(values, (list, tuple)) and all(isinstance(n, int) and not isinstance(n, bool) and n >= least for n in values)
+
+
 def _family(config: dict, name: str) -> Family:
     """The model type's own reading of the configuration."""
-    model_type = config.get("model_type")
+    model_type = str(config.get("model_type"))
     family = FAMILIES.get(model_type)
     architectures = config.get("architectures") or ([family.architecture] if family else [])
     if family is not None and architectures == [family.architecture]:
@@ -244,11 +309,17 @@ def _unknown_keys(config: dict, family: Family) -> list[str]:
         value = value.to_dict() if isinstance(value, PretrainedConfig) else value
         parts.append((f"{part}.", value, {**PretrainedConfig().to_dict(), **keys, **reference}))
     return [
-        f"{prefix}{key} = {value!r} (a key it does not know)"
+        f"{prefix}{key} = {_brief(value)} " + (f"(expected {_INERT[key]!r})" if key in _INERT else "(a key it does not know)")
         for prefix, values, names in parts
         for key, value in values.items()
-        if key not in names and key not in _METADATA_KEYS and not key.startswith("_") and value is not None
-    ]
+        if key not in names and key not in _METADATA_KEYS and not _METADATA.fullmatch(key) and value is not None
+        and not (key in _INERT and value == _INERT[key] and isinstance(value, bool) == isinstance(_INERT[key], bool))
+    ]  # fmt: skip
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:110]}…"
 
 
 class _Problems(list):
@@ -256,7 +327,7 @@ class _Problems(list):
 
     def expect(self, holds: bool, key: str, value: Any, expected: str) -> None:
         if not holds:
-            self.append(f"{key} = {value!r} (expected {expected})")
+            self.append(f"{key} = {_brief(value)} (expected {expected})")
 
 
 def _unsupported_values(hf: PretrainedConfig) -> list[str]:

@@ -140,7 +140,7 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         if checkpoint.adapter is not None:
             source = merge_adapter(cfg, checkpoint.config, checkpoint, checkpoint.adapter, wanted)
             _say_adapted(cfg, str(checkpoint.adapter if adapter is None else adapter), source)
-        model = cls._from_weights(cfg, source, processor, str(checkpoint.folder))
+        model = cls._from_weights(cfg, source, processor, str(checkpoint.folder), wanted)
         if wanted is not None:
             model.to(wanted)
         if device_map is not None:
@@ -176,10 +176,12 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         return cls._from_weights(cfg, source, processor, name)
 
     @classmethod
-    def _from_weights(cls, cfg: HookedQwen2VLConfig, source: Any, processor: Processor | None, where: str):
+    def _from_weights(
+        cls, cfg: HookedQwen2VLConfig, source: Any, processor: Processor | None, where: str, dtype: torch.dtype | None = None
+    ) -> HookedQwen2VL:
         with torch.device("meta"):
             model = cls(cfg, processor)
-        load_weights(model, source, where)
+        load_weights(model, source, where, dtype)
         model._follow_weights()
         return model
 

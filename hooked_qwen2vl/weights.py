@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from os.path import commonprefix
 from typing import Any
 
 import torch
@@ -114,6 +115,49 @@ def canonical(name: str) -> str:
     return f"language_model.{name}"
 
 
+def canonical_tensors(cfg: HookedQwen2VLConfig, source: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The source's tensors by canonical name; a tied model of which only the head was stored has it as its embedding.
+
+    Raises:
+        ValueError: all names have a prefix that no checkpoint has, or one tensor is stored under both layouts' names with
+            different numbers.
+    """
+    tensors: dict[str, Tensor] = {}
+    first: dict[str, str] = {}
+    for name, tensor in source.items():
+        known = canonical(name)
+        if known in tensors and not _same(tensors[known], tensor):
+            raise ValueError(
+                f"{where} holds one weight twice, with different numbers: {first[known]} and {name}; remove the one that is stale."
+            )
+        tensors.setdefault(known, tensor)
+        first.setdefault(known, name)
+    _refuse_prefix(first.values(), conversion_table(cfg), where)
+    if cfg.text.tie_word_embeddings and LM_HEAD in tensors:
+        tensors.setdefault(EMBEDDING, tensors[LM_HEAD])
+    return tensors
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype and (one.data_ptr() == other.data_ptr() or torch.equal(one, other))
+
+
+def _refuse_prefix(names: Iterable[str], table: Mapping[str, Any], where: str) -> None:
+    """Refuses weights of a model that something had wrapped: without the common prefix the names are a checkpoint's."""
+    names = list(names)
+    prefix = commonprefix(names)
+
+    def known_without(cut: str) -> int:
+        return sum(canonical(name.removeprefix(cut)) in table for name in names)
+
+    cuts = ["", *(prefix[: found.end()] for found in re.finditer(r"\.", prefix))]
+    if cut := max(cuts, key=known_without):  # the shortest of the best
+        raise ValueError(
+            f"{where}: every weight's name begins with {cut!r}, so it was saved from a wrapper (DataParallel, torch.compile, an "
+            f"unmerged adapter), and transformers would not load it: save the model inside, or take the prefix away."
+        )
+
+
 def few(names: Iterable[str], most: int = 10, between: str = ", ") -> str:
     """The first of the names, and how many more there are."""
     names = list(names)
@@ -148,11 +192,13 @@ def refuse_quantised(config: Mapping[str, Any], where: str) -> None:
     Raises:
         ValueError: it has a `quantization_config`, of its own or of one of its halves.
     """
-    halves = [config, *(config.get(half) or {} for half in ("text_config", "vision_config"))]
-    settings = next((half["quantization_config"] for half in halves if half.get("quantization_config")), None)
+    halves = [config, *(config.get(half) for half in ("text_config", "vision_config"))]
+    stated = (half.get("quantization_config") for half in halves if isinstance(half, Mapping))
+    settings = next((settings for settings in stated if settings), None)
     if settings is None:
         return
-    settings = settings if isinstance(settings, Mapping) else settings.to_dict()
+    settings = settings.to_dict() if hasattr(settings, "to_dict") else settings
+    settings = settings if isinstance(settings, Mapping) else {"quant_method": str(settings)[:80]}
     bits = next((n for n in (8, 4) if settings.get(f"load_in_{n}bit")), settings.get("bits"))
     method = settings.get("quant_method", "unknown method")
     method = getattr(method, "value", method)
@@ -179,18 +225,20 @@ def _quantised(where: str, what: str) -> str:
     )
 
 
-def load_weights(model: nn.Module, source: Mapping[str, Tensor], where: str) -> None:
+def load_weights(model: nn.Module, source: Mapping[str, Tensor], where: str, dtype: torch.dtype | None = None) -> None:
     """Gives every parameter of the model the tensor the source holds for it, or changes nothing.
 
     Args:
         model: a HookedQwen2VL, its parameters still on the meta device.
         source: HF name (either layout) -> tensor; the model's parameters share its storage.
         where: what to call the source in errors.
+        dtype: what the model is cast to afterwards; None: to nothing, and then all weights must have one dtype.
     Raises:
-        ValueError: the weights are quantised; or keys are missing, unused or misshapen; all of them are listed. A stored
-            `lm_head.weight` under tied embeddings is accepted only when it equals the embedding.
+        ValueError: the weights are quantised, of several dtypes, or of a wrapped model; or keys are missing, unused or
+            misshapen: the first ten are listed. A stored `lm_head.weight` under tied embeddings is accepted only when it
+            equals the embedding, or stands for it.
     """
-    tensors = {canonical(name): tensor for name, tensor in source.items()}
+    tensors = canonical_tensors(model.cfg, source, where)
     table = conversion_table(model.cfg)
     if packed := _packed(tensors, table):
         more = f", and {len(packed) - 3} more" if len(packed) > 3 else ""
@@ -205,15 +253,27 @@ def load_weights(model: nn.Module, source: Mapping[str, Tensor], where: str) -> 
     if problems:
         raise ValueError(
             f"{where} does not hold the weights its configuration describes, so nothing was loaded:\n  "
-            + "\n  ".join(problems)
+            + few(problems, between="\n  ")
         )
-    dtypes = sorted({str(tensor.dtype) for tensor in assigned.values()})
-    if len(dtypes) > 1:
-        raise ValueError(f"{where} mixes weights of {', '.join(dtypes)}: expected one dtype throughout.")
+    if dtype is None:
+        _refuse_mixture({name: tensors[name] for name in table}, where)
     for name, _ in list(model.named_parameters()):
         if OUR_ZEROS.match(name):
             assigned[name] = torch.zeros_like(assigned[name.replace("bias", "weight")][:, 0].contiguous())
     install(model, assigned)
+
+
+def _refuse_mixture(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Refuses weights of several dtypes: the model computes in one, and which one is not ours to choose."""
+    by_dtype: dict[str, list[str]] = {}
+    for name, tensor in tensors.items():
+        by_dtype.setdefault(str(tensor.dtype).removeprefix("torch."), []).append(name)
+    if len(by_dtype) > 1:
+        said = ", ".join(f"{len(names)} of {dtype} (such as {names[0]})" for dtype, names in sorted(by_dtype.items()))
+        raise ValueError(
+            f"{where} mixes weights of several dtypes: {said}. Pass dtype= (say dtype={max(by_dtype, key=lambda d: len(by_dtype[d]))!r}) to "
+            f"cast them all, as transformers does; a model in memory: hf_model.to(dtype) first."
+        )
 
 
 def _check_head(cfg: HookedQwen2VLConfig, tensors: Mapping[str, Tensor]) -> Iterable[str]:
