@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -417,6 +417,11 @@ class Inputs(Geometry):
         """A copy that shares no storage."""
         return self[:]
 
+    def __deepcopy__(self, memo: dict) -> Inputs:
+        """A copy that shares nothing, without the graph of its image embeddings: a copy cannot have it."""
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: part.detach().clone() for name, part in parts.items() if isinstance(part, Tensor)})
+
     def detach(self) -> Inputs:
         """Without the graph of its pixels and image embeddings."""
         parts = {name: getattr(self, name) for name in ("pixels", "image_embeds", "deepstack_embeds")}
@@ -505,6 +510,10 @@ def _positions(
             steps += [step] * len(frames)
     image_grids, video_grids = (torch.tensor(grids[kind], dtype=torch.long).reshape(-1, 3) for kind in (IMAGE, VIDEO))
     return mrope_positions(types, mask, image_grids, video_grids, cfg.vision.spatial_merge_size, steps)
+
+
+# torch.load, by default, makes only what it knows: these are numbers and names.
+torch.serialization.add_safe_globals([Inputs, Visual])
 
 
 def _pad_left(rows: Int[Tensor, "batch pos"], width: int, value: int) -> Int[Tensor, "batch width"]:

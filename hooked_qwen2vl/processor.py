@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import SizeDict
@@ -31,9 +31,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize as resized_frames
 
 from .config import HookedQwen2VLConfig
-from .files import open_regular
 from .inputs import Inputs, Visual, padding_left
 from .limits import time_limit
+from .pictures import SIZE_KEYS, Element, ImageLike, VideoLike, element, open_image, short
 from .positions import IMAGE, VIDEO
 from .processor_files import (
     SETTINGS,
@@ -49,10 +49,7 @@ from .processor_files import (
 from .prompt_text import Part, tokenize_parts
 
 TEMPLATE_SECONDS = 10.0
-ImageLike = Image.Image | str | Path | np.ndarray | Tensor
-VideoLike = Sequence[ImageLike] | np.ndarray | Tensor
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
-MAX_ASPECT_RATIO = 200  # the reference refuses more
 _PLACEHOLDER = re.compile(r"((?:<\|vision_start\|>)?(?:<\|image_pad\|>|<\|video_pad\|>)(?:<\|vision_end\|>)?)")
 _MARK = "\ue000{}\ue001"  # private-use characters: they occur in no prompt
 _MARKED = re.compile("\ue000(\\d+)\ue001")
@@ -125,7 +122,8 @@ class Processor:
         self._check_fit(cfg)
         bounds = _pixel_bounds(min_pixels, max_pixels)
         conversations = list(self._conversations(prompt, images, videos, answers, messages, template, system, special_tokens))
-        rates = iter(_frame_rates(fps, sum(kind == VIDEO for _, medias in conversations for kind, _ in medias), cfg.vision.needs_fps))
+        shown = [media for _, medias in conversations for kind, media in medias if kind == VIDEO]
+        rates = iter(_frame_rates(_stated_rates(shown, fps, cfg.vision.needs_fps), len(shown), cfg.vision.needs_fps))
         rows = [self._row(cfg, parts, medias, bounds, rates) for parts, medias in conversations]
         return rows[0] if len(rows) == 1 else Inputs.stack(rows, cfg, self._pad_id())
 
@@ -269,10 +267,12 @@ class Processor:
         self, image: ImageLike, bounds: dict[str, int]
     ) -> tuple[Float[Tensor, "patch d_patch"], tuple[int, int, int], tuple[float, float]]:
         """Patches in the tower's order, grid (t, h, w), and original size (width, height)."""
-        picture = open_image(image)
+        given = image if isinstance(image, Element) else Element(image, {})
+        original = open_image(given.content)
+        picture = given.resized(original, self.image_processor.patch_size * self.image_processor.merge_size)
         size = _bounded(self.image_processor.size, bounds, "an image")
         processed = self.image_processor(images=[picture], size=size, return_tensors="pt")
-        return processed["pixel_values"], tuple(processed["image_grid_thw"][0].tolist()), picture.size
+        return processed["pixel_values"], tuple(processed["image_grid_thw"][0].tolist()), original.size
 
     def _video(
         self, video: VideoLike, bounds: dict[str, int], whole: bool = False
@@ -282,6 +282,8 @@ class Processor:
         Args:
             whole: whether the bounds are of all frames together, as Qwen3-VL has them.
         """
+        given = video if isinstance(video, Element) else Element(video, {})
+        video = given.content
         if isinstance(video, Image.Image) or not hasattr(video, "__iter__") or isinstance(video, (str, Path)):
             raise ValueError(
                 f"expected a video as a list of frames or an array [t, h, w, 3], got {type(video).__name__}: pass "
@@ -293,7 +295,8 @@ class Processor:
         sizes = {frame.size for frame in frames}
         if len(sizes) > 1:
             raise ValueError(f"the frames of a video differ in size: {sorted(sizes)}; resize them alike.")
-        processor = self.video_processor or self.image_processor
+        original, processor = frames[0].size, self.video_processor or self.image_processor
+        frames = [given.resized(frame, processor.patch_size * processor.merge_size) for frame in frames]
         pair, size = processor.temporal_patch_size, _bounded(self.video_size or processor.size, bounds, "a video's frame")
         if self.video_budget is not None:
             share = self.video_budget * pair // len(frames)
@@ -306,7 +309,7 @@ class Processor:
         # every image is `pair` copies of itself in time: take the n-th copy from the n-th frame of each group
         patches = processed["pixel_values"].reshape(t, pair, h * w, -1, pair, side * side)
         mixed = torch.stack([patches[:, n, :, :, n] for n in range(pair)], dim=3)
-        return mixed.reshape(t * h * w, -1), (t, h, w), frames[0].size
+        return mixed.reshape(t * h * w, -1), (t, h, w), original
 
 
 def _resizer_of_frames(ours: Qwen2VLImageProcessorPil, frames: list[Image.Image], bounds: dict[str, int]) -> Qwen2VLImageProcessorPil:
@@ -335,6 +338,16 @@ class _FixedSize(Qwen2VLImageProcessorPil):
         return PilBackend.resize(self, image=image, size=self.fixed, resample=resample)
 
 
+def _stated_rates(videos: list[Any], fps: float | Sequence[float] | None, needed: bool) -> float | Sequence[float] | None:
+    """`fps`, or what the messages say of their videos; Qwen2-VL's reference takes it there, to no effect."""
+    stated = [video.settings.get("fps") if isinstance(video, Element) else None for video in videos]
+    if not any(stated):
+        return fps
+    if fps is not None or None in stated:
+        raise ValueError("some of the messages' videos state their fps: let each state its own, and leave fps= out.")
+    return stated if needed else None
+
+
 def _frame_rates(fps: float | Sequence[float] | None, n_videos: int, needed: bool) -> list[float | None]:
     """Frames a second of each video; None where the model does not ask."""
     if not needed:
@@ -350,9 +363,9 @@ def _frame_rates(fps: float | Sequence[float] | None, n_videos: int, needed: boo
         return []
     rates = list(fps) if isinstance(fps, (list, tuple)) else [fps] * max(n_videos, 1)
     if len(rates) != n_videos:
-        raise ValueError(f"expected fps= for {n_videos} videos, one number for all or one for each, got {fps!r}.")
+        raise ValueError(f"expected fps= for {n_videos} videos, one number for all or one for each, got {short(fps)}.")
     if not all(isinstance(rate, Real) and not isinstance(rate, bool) and 0 < rate < float("inf") for rate in rates):
-        raise ValueError(f"fps is how many frames there are a second, a number above 0, got {fps!r}.")
+        raise ValueError(f"fps is how many frames there are a second, a number above 0, got {short(fps)}.")
     return [float(rate) for rate in rates]
 
 
@@ -386,86 +399,11 @@ def _expanded(parts: list[Part], visuals: Sequence[Visual], times: Sequence[list
             n_videos += visual.kind == VIDEO
 
 
-_LOSSY = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F", "LAB")  # what PIL's convert("RGB") clips or wraps
-
-
-def open_image(image: ImageLike) -> Image.Image:
-    """A picture from a PIL image, a path, or an array or tensor [h w 3] or [3 h w] of bytes.
-
-    As transformers reads them: a file is turned upright by its EXIF orientation, a PIL image is taken as it is
-    (where it has transparency, the image processor puts it on white).
-
-    Raises:
-        ValueError: missing or corrupt file, no pixels, an extreme aspect ratio, more than 8 bits a channel, or another kind of thing.
-    """
-    if isinstance(image, (str, Path)):
-        picture = _open_file(image)
-    elif isinstance(image, (np.ndarray, Tensor)):
-        picture = _from_array(image)
-    elif isinstance(image, Image.Image):
-        picture = image
-        if picture.mode in _LOSSY:
-            raise ValueError(_lossy(picture.mode))
-    else:
-        raise ValueError(f"expected an image (PIL, path, or array [h, w, 3] of bytes), got {type(image).__name__}.")
-    width, height = picture.size
-    if not width or not height:
-        raise ValueError(f"an image has no pixels: its size is {width}×{height}.")
-    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-        raise ValueError(
-            f"an image of {width}×{height} pixels is too long and thin: Qwen2-VL takes sides up to "
-            f"{MAX_ASPECT_RATIO} to 1; crop or pad it."
-        )
-    try:
-        picture.load()
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"an image could not be decoded ({error}): the file is cut short or damaged.") from error
-    return picture
-
-
-def _lossy(mode: str) -> str:
-    return (
-        f"an image of mode {mode!r} would lose its content as 8-bit RGB: scale its numbers to 0..255 yourself, for instance "
-        f"Image.fromarray((255 * (a - a.min()) / (a.max() - a.min())).astype('uint8')).convert('RGB') of a = numpy.asarray(image)"
-        + (", or use PIL.ImageCms for LAB." if mode == "LAB" else ".")
-    )
-
-
-def _open_file(path: str | Path) -> Image.Image:
-    if str(path).startswith(("http://", "https://")):
-        raise ValueError(f"{path} is a web address: download the image and pass its path.")
-    try:
-        with open_regular(str(path).removeprefix("file://")) as file, Image.open(file) as picture:
-            if picture.mode in _LOSSY:
-                raise ValueError(_lossy(picture.mode))
-            return ImageOps.exif_transpose(picture).convert("RGB")
-    except FileNotFoundError as error:
-        raise ValueError(f"there is no image at {str(path)[:300]}: check the path.") from error
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{path} is too large to open safely ({error}): make it smaller.") from error
-    except MemoryError:
-        raise
-    except Exception as error:  # decoders raise anything: KeyError, struct.error, ZeroDivisionError, …
-        why = getattr(error, "strerror", None) or str(error).replace(str(path), "it")
-        raise ValueError(f"{str(path)[:300]} is not a readable image ({why}): it is damaged or of another kind.") from error
-
-
-def _from_array(array: np.ndarray | Tensor) -> Image.Image:
-    """[h w 3] of bytes, or [3 h w] where the last axis is not 3 long."""
-    bytes_ = torch.uint8 if isinstance(array, Tensor) else np.uint8
-    shape = tuple(array.shape)
-    if len(shape) != 3 or 3 not in (shape[0], shape[-1]) or array.dtype != bytes_:
-        raise ValueError(f"expected an image array [h, w, 3] of uint8 in 0..255, got shape {shape} of {array.dtype}.")
-    array = array.cpu().numpy() if isinstance(array, Tensor) else array
-    array = array if shape[-1] == 3 else array.transpose(1, 2, 0)
-    return Image.fromarray(np.ascontiguousarray(array)) if array.size else Image.new("RGB", array.shape[1::-1])
-
-
 def _pixel_bounds(min_pixels: int | None, max_pixels: int | None) -> dict[str, int]:
     """Areas in pixels under the image processor's names; only those that are given."""
     for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name} is an area in pixels, a positive whole number, got {value!r}.")
+            raise ValueError(f"{name} is an area in pixels, a positive whole number, got {short(value)}.")
     if min_pixels is not None and max_pixels is not None and min_pixels > max_pixels:
         raise ValueError(f"min_pixels = {min_pixels} is more than max_pixels = {max_pixels}.")
     bounds = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
@@ -544,11 +482,12 @@ def _mark(messages: list[dict], typed: bool = True) -> tuple[list[dict], list[Pa
         out = []
         for item in items:
             kind = item.get("type") if isinstance(item, dict) else None
-            unknown = sorted(set(item) - {"type", kind}) if kind in ("text", "image", "video") else []
+            own = {"text": (), "image": SIZE_KEYS, "video": (*SIZE_KEYS, "fps")}
+            unknown = sorted(map(str, set(item) - {"type", kind, *own[kind]})) if kind in own else []
             if unknown:
                 raise ValueError(
-                    f"message {index} has a part of type {kind!r} with {unknown}, which would have no effect: pass "
-                    f"images as PIL images or paths under 'image', and min_pixels= and max_pixels= to to_inputs."
+                    f"message {index} has a part of type {kind!r} with {short(unknown)}, which would have no effect: expected "
+                    f"{', '.join(map(repr, ('type', kind, *own[kind])))}."
                 )
             if kind == "text":
                 if not isinstance(item.get("text"), str):
@@ -560,7 +499,8 @@ def _mark(messages: list[dict], typed: bool = True) -> tuple[list[dict], list[Pa
                 if media is None:
                     raise ValueError(f"message {index} has a part of type {kind!r} without its {kind!r}.")
                 out.append({"type": kind, kind: ""})
-                medias.append((IMAGE if kind == "image" else VIDEO, media))
+                settings = {key: item[key] for key in own[kind] if item.get(key) is not None}
+                medias.append((IMAGE if kind == "image" else VIDEO, element(kind, media, settings)))
             else:
                 raise ValueError(
                     f"message {index} has the part {short(item)}: expected a 'type' of 'text', 'image' or 'video'."
@@ -628,9 +568,3 @@ def _video(settings: dict[str, Any], where: str, images: Qwen2VLImageProcessorPi
     videos = image_processor(settings, where, {edge: area // 28**2 * token for edge, area in VIDEO_SIZE.items()})
     budget = int(settings.get("max_video_tokens", 128_000) * token * 0.9) if settings.get("cap_pixels_per_frame") else None
     return {"video_size": dict(videos.size), "video_processor": videos, "video_budget": budget}
-
-
-def short(value: Any) -> str:
-    """What came, for an error: at most 200 characters of it."""
-    text = repr(value[:200] if isinstance(value, (str, bytes)) else value)
-    return text if len(text) <= 200 else f"{text[:190]}…"

@@ -21,6 +21,8 @@ import numpy as np
 from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from .files import open_regular
+
 PROCESSOR, IMAGES, VIDEOS = "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"
 TOKENIZER, VOCABULARY, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 FILES = (PROCESSOR, IMAGES, VIDEOS, TOKENIZER, VOCABULARY, "tokenizer_config.json")
@@ -189,10 +191,15 @@ def _whole(folder: Path, file: str, what: str) -> tuple[dict[str, Any], str]:
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """A file's JSON object; None where there is no file."""
+    if not path.exists():
+        return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        with open_regular(path) as file:
+            content = json.loads(file.read().decode("utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}.") from error
-    if content is not None and not isinstance(content, dict):
+    except (RecursionError, OSError) as error:
+        raise ValueError(f"{path} cannot be read: {getattr(error, 'strerror', None) or 'brackets are nested too deep'}.") from error
+    if not isinstance(content, dict):
         raise ValueError(f"{path} is not a JSON object.")
     return content

@@ -413,7 +413,7 @@ def test_a_base_model_has_no_template(cfg):
         ({"messages": [user({"type": "image"}, text("a"))]}, "without its 'image'"),
         ({"messages": [user({"type": "audio", "text": "x"}, text("a"))]}, "expected a 'type' of"),
         ({"messages": [{"role": "user", "content": ["a"]}]}, "expected a 'type' of"),
-        ({"messages": [user({**image(WIDE), "max_pixels": 784}, text("a"))]}, "would have no effect"),
+        ({"messages": [user({**image(WIDE), "detail": "high"}, text("a"))]}, "would have no effect"),
     ],
 )  # fmt: skip
 def test_bad_input_says_what_is_wrong(model, arguments, message):
