@@ -1,4 +1,4 @@
-"""Methods on a hooked Qwen2-VL, one a file, and what is built on them.
+"""Methods on a hooked Qwen2-VL (or Qwen2.5-VL, Qwen3-VL), one a file, and what is built on them.
 
     cli/            the command line
     experiments/    a method over a data set, with its controls and intervals: in memory, or a run in a folder

@@ -1,4 +1,4 @@
-"""Qwen2-VL for TransformerLens users: hooks, cache, lens and patching on images.
+"""Qwen2-VL (and Qwen2.5-VL, Qwen3-VL) for TransformerLens users: hooks, cache, lens and patching on images.
 
 Axis words used throughout: `batch pos key_pos head kv_head d_model d_head d_mlp d_vocab layer` in the text
 decoder; `image patch image_token rows cols d_vision` in the vision tower, where a patch is 14×14 pixels and

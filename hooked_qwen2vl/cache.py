@@ -314,8 +314,8 @@ def cache_image(
     """One image's activations of the tower or projector, unpacked and in raster order.
 
     Args:
-        name: a hook of the tower ([1 patch …] gives the grid of 14-pixel patches) or of the projector's
-            image tokens ([1 image_token …] gives the grid of 28-pixel tokens).
+        name: a hook of the tower ([1 patch …] gives the grid of patches: 14 pixels, 16 in Qwen3-VL) or of the projector's
+            image tokens ([1 image_token …] gives the grid of image tokens, 28 or 32 pixels).
         row, image: which image of which prompt.
     Raises:
         ValueError: an activation that has no patch axis first (scores and patterns: index `cache.vision`).

@@ -107,7 +107,7 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         adapter: str | Path | bool | None = None,
         **of_transformer_lens: Any,
     ) -> HookedQwen2VL:
-        """Loads "scenes" (the embedded model), a Qwen2-VL folder, or a hub id, straight from safetensors.
+        """Loads "scenes" (the embedded model), a folder of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL, or a hub id, straight from safetensors.
 
         A folder with a LoRA adapter in it, beside weights or by itself, is the tuned model: `model.cfg.adapter` says which
         adapter is merged.
@@ -149,7 +149,7 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
 
     @classmethod
     def from_hf(cls, hf_model: Any, processor: Any = None) -> HookedQwen2VL:
-        """Hooks a Qwen2VLForConditionalGeneration in memory; the weights are shared, not copied.
+        """Hooks a Qwen2VL-, Qwen2_5_VL- or Qwen3VLForConditionalGeneration in memory; the weights are shared, not copied.
 
         Of a model with LoRA adapters (a PeftModel, or transformers' own `add_adapter`) those at work are merged, in copies;
         `model.cfg.adapter` has their names.

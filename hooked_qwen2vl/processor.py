@@ -298,7 +298,10 @@ class Processor:
         original, processor = frames[0].size, self.video_processor or self.image_processor
         frames = [given.resized(frame, processor.patch_size * processor.merge_size) for frame in frames]
         pair, size = processor.temporal_patch_size, _bounded(self.video_size or processor.size, bounds, "a video's frame")
-        if self.video_budget is not None:
+        if self.video_budget is not None and whole:
+            share = max(min(self.video_budget, size["longest_edge"] // len(frames)), int(size["shortest_edge"] * 1.05))
+            size["longest_edge"] = share * len(frames)
+        elif self.video_budget is not None:
             share = self.video_budget * pair // len(frames)
             size["longest_edge"] = max(min(size["longest_edge"], share), int(size["shortest_edge"] * 1.05))
         resizer = _resizer_of_frames(processor, frames, size) if whole else processor
@@ -562,9 +565,13 @@ def _video(settings: dict[str, Any], where: str, images: Qwen2VLImageProcessorPi
         images: whose sides of patches are taken where the settings do not say.
     """
     settings = {key: getattr(images, key) for key in ("patch_size", "temporal_patch_size", "merge_size")} | settings
-    if "Qwen3VL" in str(settings.get("video_processor_type")):  # its class has other defaults
+    whole = "Qwen3VL" in str(settings.get("video_processor_type"))  # its class has other defaults
+    if whole:
         settings = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3} | settings
     token = (images.patch_size * images.merge_size) ** 2
     videos = image_processor(settings, where, {edge: area // 28**2 * token for edge, area in VIDEO_SIZE.items()})
-    budget = int(settings.get("max_video_tokens", 128_000) * token * 0.9) if settings.get("cap_pixels_per_frame") else None
+    budget = None
+    if settings.get("cap_pixels_per_frame"):  # Qwen3-VL's is of one frame, Qwen2-VL's of all
+        most = settings.get("max_video_tokens", 768 if whole else 128_000) * token
+        budget = most if whole else int(most * 0.9)
     return {"video_size": dict(videos.size), "video_processor": videos, "video_budget": budget}

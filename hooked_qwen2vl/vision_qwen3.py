@@ -57,14 +57,13 @@ class VisionEncoder(nn.Module):
             grid_thw: patches along (t, h, w) of each image or video.
         """
         patches = self.hook_patch_embed(self.patch_embed(pixels)[None])
-        positions = self.hook_pos_embed(self.positions(grid_thw).to(patches.dtype)[None])
+        positions = self.hook_pos_embed(self.positions(grid_thw, patches.device).to(patches.dtype)[None])
         return self.run_blocks(patches + positions, grid_thw)
 
-    def positions(self, grid_thw: Int[Tensor, "image 3"]) -> Float[Tensor, "patch d_vision"]:
+    def positions(self, grid_thw: Int[Tensor, "image 3"], device: torch.device) -> Float[Tensor, "patch d_vision"]:
         """The table of positions, bilinearly interpolated to each grid; float32 or wider."""
         places, weights = interpolation(grid_thw, self.cfg.spatial_merge_size, self.cfg.position_side)
-        table = self.pos_embed.weight
-        return (self.pos_embed(places.to(table.device)) * weights[..., None].to(table.device)).sum(1)
+        return (self.pos_embed(places.to(device)) * weights[..., None].to(device)).sum(1)
 
     def run_blocks(
         self,

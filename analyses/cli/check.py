@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from transformers import Qwen2VLForConditionalGeneration
+    import transformers
     from transformers.utils import is_torchvision_available
 
     from hooked_qwen2vl.checkpoint import open_checkpoint
@@ -32,7 +32,8 @@ def run(options: argparse.Namespace) -> int:
     model = load_model(options)
     checkpoint = open_checkpoint(options.model, adapter=options.adapter)
     folder = checkpoint.folder
-    reference = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=model.cfg.dtype).eval().to(model.cfg.device)
+    architecture = getattr(transformers, model.cfg.original_architecture)
+    reference = architecture.from_pretrained(folder, dtype=model.cfg.dtype).eval().to(model.cfg.device)
     if checkpoint.adapter not in (None, folder):  # one in the folder itself transformers applies
         from peft import PeftModel
 

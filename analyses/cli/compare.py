@@ -1,6 +1,6 @@
 """The same questions and summaries for several models, aligned by relative depth: lens, trajectory, patching, heads.
 
-Without --with, the model stands beside its "twin": its own text decoder, exported as a Qwen2 and run by TransformerLens.
+Without --with, the model stands beside its "twin": its own text decoder, exported as a Qwen2 (or Qwen3) and run by TransformerLens.
 With --tuned, activations of the model are patched into its fine-tuned version, and back.
 """
 
@@ -23,7 +23,7 @@ PRINTED = ["model", "condition", "items", "right", "right_of_candidates", "answe
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("--with", dest="others", action="append", default=[], metavar="[NAME=]MODEL",
-                        help="another model: 'twin', or a folder or hub id of a text model or a Qwen2-VL; may be repeated")  # fmt: skip
+                        help="another model: 'twin', or a folder or hub id of a text model or one of this line; may be repeated")  # fmt: skip
     parser.add_argument("--tuned", metavar="MODEL", help="a fine-tuned version of --model, or a LoRA adapter of it (a PEFT folder)")
     parser.add_argument("--data", default="scenes", help="scenes, a .jsonl file or a folder (default: scenes)")
     parser.add_argument("--items", type=int, default=12, metavar="N", help="questions (default 12)")
@@ -89,22 +89,24 @@ def _tuned(options: argparse.Namespace, model: Any, questions: list) -> int:
 
 
 def _named(spec: str, options: argparse.Namespace, model: Any) -> tuple[str, Any]:
-    """(name, model) of NAME=MODEL or MODEL: a Qwen2-VL as ours, a text model as TransformerLens's bridge, or the twin.
+    """(name, model) of NAME=MODEL or MODEL: a Qwen2-VL, Qwen2.5-VL or Qwen3-VL as ours, a text model as TransformerLens's bridge, or the twin.
 
     Raises:
         ValueError: another model with a vision tower.
     """
     from transformers import AutoConfig
 
+    from hooked_qwen2vl.config import FAMILIES
+
     if spec == "twin":
         return spec, _twin(model)
     label, _, place = spec.rpartition("=")
     with loading(place):
         config = None if place == "scenes" or _is_adapter(place) else AutoConfig.from_pretrained(place)
-    if config is None or config.model_type == "qwen2_vl":
+    if config is None or config.model_type in FAMILIES:
         other = _qwen(place, options)
     elif hasattr(config, "vision_config"):
-        raise ValueError(f"{place} is a {config.model_type}: besides Qwen2-VL, only text models can stand beside this one.")
+        raise ValueError(f"{place} is a {config.model_type}: besides Qwen2-VL, Qwen2.5-VL and Qwen3-VL, only text models can stand beside this one.")
     else:
         with loading(place):
             other = _bridge(place, options.device or "cpu", options.dtype or "float32")
@@ -112,7 +114,7 @@ def _named(spec: str, options: argparse.Namespace, model: Any) -> tuple[str, Any
 
 
 def _qwen(place: str, options: argparse.Namespace) -> Any:
-    """A Qwen2-VL of a folder or hub id; an adapter's folder is --model with it."""
+    """A model of the line, of a folder or hub id; an adapter's folder is --model with it."""
     from hooked_qwen2vl.model import HookedQwen2VL
 
     base, adapter = (options.model, place) if _is_adapter(place) else (place, None)
@@ -125,7 +127,7 @@ def _is_adapter(place: str) -> bool:
 
 
 def _twin(model: Any) -> Any:
-    """The model's text decoder, exported as a Qwen2 and run by TransformerLens."""
+    """The model's text decoder, exported as a Qwen2 (or Qwen3) and run by TransformerLens."""
     with tempfile.TemporaryDirectory() as folder:
         place = model.export_text_model(Path(folder) / "text")
         return _bridge(str(place), model.cfg.device, str(model.cfg.dtype).removeprefix("torch."))
