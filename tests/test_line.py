@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from conftest import picture
 from tiny import real_rows, reference_logits, spread, tiny_hf, tiny_processor, tiny_processor3
 
+from analyses.cli import main
 from hooked_qwen2vl import HookedQwen2VL, Inputs, cache_image, vision_qwen3, vision_qwen25
 from hooked_qwen2vl import model as model_module
+from hooked_qwen2vl.config import convert_config
 from hooked_qwen2vl.selfcheck import reference_batch, reference_stages, relative_error, self_check
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
@@ -250,3 +252,82 @@ def test_a_video_needs_its_frame_rate(pair, fps):
 def test_a_model_without_time_refuses_a_frame_rate(model):
     with pytest.raises(ValueError, match="no effect"):
         model.to_inputs("what happens?", videos=[FRAMES], fps=2)
+
+
+# ---- files --------------------------------------------------------------------------------------------
+
+PUBLISHED = {  # as the hub's config.json of the 3B and the 2B say it, dropout and the like left out
+    "qwen2_5_vl": {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", "bos_token_id": 151643, "eos_token_id": 151645,
+        "vision_start_token_id": 151652, "vision_end_token_id": 151653, "vision_token_id": 151654, "image_token_id": 151655,
+        "video_token_id": 151656, "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 11008, "max_position_embeddings": 128000,
+        "max_window_layers": 70, "num_attention_heads": 16, "num_hidden_layers": 36, "num_key_value_heads": 2, "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0, "sliding_window": 32768, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "use_sliding_window": False,
+        "vision_config": {
+            "depth": 32, "hidden_act": "silu", "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "in_chans": 3,
+            "out_hidden_size": 2048, "patch_size": 14, "spatial_merge_size": 2, "spatial_patch_size": 14, "window_size": 112,
+            "fullatt_block_indexes": [7, 15, 23, 31], "tokens_per_second": 2, "temporal_patch_size": 2,
+        },
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "vocab_size": 151936,
+    },
+    "qwen3_vl": {
+        "architectures": ["Qwen3VLForConditionalGeneration"], "image_token_id": 151655, "model_type": "qwen3_vl",
+        "text_config": {
+            "attention_bias": False, "bos_token_id": 151643, "dtype": "bfloat16", "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu",
+            "hidden_size": 2048, "intermediate_size": 6144, "max_position_embeddings": 262144, "model_type": "qwen3_vl_text",
+            "num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 8, "rms_norm_eps": 1e-06, "rope_theta": 5000000,
+            "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"},
+            "tie_word_embeddings": True, "use_cache": True, "vocab_size": 151936,
+        },
+        "tie_word_embeddings": True, "video_token_id": 151656,
+        "vision_config": {
+            "deepstack_visual_indexes": [5, 11, 17], "depth": 24, "hidden_act": "gelu_pytorch_tanh", "hidden_size": 1024, "in_channels": 3,
+            "initializer_range": 0.02, "intermediate_size": 4096, "model_type": "qwen3_vl", "num_heads": 16, "num_position_embeddings": 2304,
+            "out_hidden_size": 2048, "patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2,
+        },
+        "vision_end_token_id": 151653, "vision_start_token_id": 151652,
+    },
+}  # fmt: skip
+
+
+def test_published_configurations_are_read():
+    middle, new = (convert_config(PUBLISHED[family], family) for family in FAMILIES)
+    assert (middle.d_head, middle.vision.window, middle.vision.tokens_per_second) == (128, 4, 2)
+    assert middle.vision.full_attention_layers == (7, 15, 23, 31) and middle.text.tie_word_embeddings and middle.rotary_base == 1e6
+    assert (new.d_head, new.n_heads, new.vision.position_side, new.rotary_base) == (128, 16, 48, 5e6)
+    assert new.vision.deepstack_layers == (5, 11, 17) and new.text.mrope_section == (24, 20, 20) and new.special.eos == (151645,)
+
+
+@pytest.mark.parametrize(
+    "family, part, change, message",
+    [
+        ("qwen3_vl", "vision_config", {"deepstack_visual_indexes": [11, 5, 17]}, "in order"),
+        ("qwen3_vl", "vision_config", {"num_position_embeddings": 2300}, "the square of a side"),
+        ("qwen3_vl", "text_config", {"attention_bias": True}, "attention_bias = True"),
+        ("qwen3_vl", "text_config", {"num_hidden_layers": 3}, "fewer than the decoder's 3 blocks"),
+        ("qwen3_vl", "text_config", {"num_experts": 8}, "num_experts = 8"),
+        ("qwen2_5_vl", "vision_config", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ("qwen2_5_vl", "vision_config", {"window_size": 14}, "window_size = 14"),
+        ("qwen2_5_vl", "vision_config", {"tokens_per_second": 0}, "tokens_per_second = 0"),
+        ("qwen2_5_vl", "vision_config", {"deepstack_visual_indexes": [1]}, "deepstack_visual_indexes"),
+    ],
+)
+def test_what_is_not_computed_is_refused(family, part, change, message):
+    config = {**PUBLISHED[family], part: {**PUBLISHED[family][part], **change}}
+    with pytest.raises(ValueError, match=message):
+        convert_config(config, family)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_folder_is_loaded_and_checked(family, tmp_path, capsys):
+    """As transformers writes it; the command `check` compares it with the class that its configuration names."""
+    hf, processor = tiny_hf(family=family), processor_of(family)
+    hf.save_pretrained(tmp_path)
+    processor.tokenizer.save_pretrained(tmp_path)
+    processor.image_processor.save_pretrained(tmp_path)
+    assert main(["check", "--model", str(tmp_path)]) == 0
+    assert "every stage agrees" in capsys.readouterr().out
+    model = HookedQwen2VL.from_pretrained(tmp_path)
+    videos = {"videos": [FRAMES], "fps": 2}
+    ours, theirs = (m.to_inputs("what?", **videos) for m in (model, HookedQwen2VL.from_hf(hf, processor)))
+    assert model.cfg.original_architecture == type(hf).__name__ and ours.shape[1] >= theirs.shape[1]
