@@ -20,7 +20,7 @@ TESTS = {
     "analyses/flip_patching.py": "test_flip_patching",
     "analyses/knockout.py": "test_knockout test_places",
     "analyses/logit_lens.py": "test_logit_lens",
-    "analyses/model_patching.py": "test_compare",
+    "analyses/model_patching.py": "test_compare test_places",
     "analyses/patched_runs.py": "test_patching",
     "analyses/patching.py": "test_patching",
     "analyses/project_away.py": "test_readouts",

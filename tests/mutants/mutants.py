@@ -7,7 +7,7 @@ otherwise. The sample takes places of the source at
 random, one fault at each. What is known is kept in a file beside the table, so that an interrupted run goes on; a change
 to the module or its tests begins anew.
 
-Left out, as no test could or should see them: annotations, the texts of errors, and decorators.
+Left out, as no test could or should see them: annotations, the texts of errors, decorators, and progress bars.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ SWAPPED = {
     "min": "max", "max": "min", "argmin": "argmax", "argmax": "argmin", "amin": "amax", "amax": "amin", "any": "all", "all": "any",
     "mean": "sum", "sum": "mean", "median": "mean", "nanmedian": "nanmean", "floor": "ceil", "ceil": "floor", "sort": "flip",
 }  # fmt: skip
+BARS = {"desc", "unit", "disable", "delay"}  # tqdm's arguments
 
 
 class SwapName(Operator):
@@ -86,7 +87,7 @@ def operators() -> dict[str, Operator]:
     found = {"swap-name": SwapName()}
     for name in cosmic_ray.plugins.operator_names():
         kind = cosmic_ray.plugins.get_operator(name)
-        if not kind.arguments() and "decorator" not in name:
+        if not kind.arguments() and "decorator" not in name.lower():
             found[name] = kind()
     return found
 
@@ -106,9 +107,11 @@ def all_mutants(source: str) -> list[Mutant]:
 
 
 def _is_left_out(node, start) -> bool:
-    """In an annotation (also of what a function returns), or in a raise statement."""
+    """In an annotation (also of what a function returns), in a raise statement, or in what a progress bar looks like."""
     while (parent := node.parent) is not None:
         if parent.type in ("raise_stmt", "annassign") and not _is_value(parent, start):
+            return True
+        if parent.type == "argument" and parent.children[0].value in BARS or parent.type == "param" and parent.name.value == "progress":
             return True
         if parent.type == "param" and parent.annotation is not None and _inside(parent.annotation, start):
             return True
