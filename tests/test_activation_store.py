@@ -163,6 +163,25 @@ def test_interrupted_it_goes_on_and_shares_add_up(model, data, store, tmp_path):
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_a_part_that_was_cut_short_says_how_all_of_it_ran(model, data, tmp_path):
+    """After Ctrl-C in a part, its file names the batches of before and of after: every question once."""
+
+    def stopping():
+        yield from data[:15]
+        raise KeyboardInterrupt
+
+    turns = [lambda: iter(data), stopping]
+    settings = {**SMALL, "window": 8, "batches_per_part": 100}
+    with pytest.raises(KeyboardInterrupt):
+        store_activations(model, lambda: turns.pop(0)(), NAMES, tmp_path, **settings)
+    assert 0 < len(ActivationStore(tmp_path, partial=True))
+    store_activations(model, data, NAMES, tmp_path, **settings)
+    for file in tmp_path.glob("part-*"):
+        with safe_open(file, "pt") as opened:
+            ran = [item for batch in json.loads(opened.metadata()["composition"]) for item in batch]
+            assert sorted(ran) == opened.get_tensor("item").unique().tolist()
+
+
 def test_bad_images_are_recorded_and_named(model, tmp_path):
     picture(56, 56).save(tmp_path / "good.png")
     (tmp_path / "bad.png").write_text("no")
@@ -189,8 +208,9 @@ def test_what_cannot_be_stored_is_refused(model, data, store, tmp_path):
         store_activations(model, data, "hook_embed", tmp_path, "imgae")
     with pytest.raises(ValueError, match="unknown dtype"):
         store_activations(model, data, "hook_embed", tmp_path, dtype="int8")
-    with pytest.raises(ValueError, match="expected names among"):
-        store.batches(8, "blocks.0.hook_resid_post")
+    for wrong in ({"names": "blocks.0.hook_resid_post"}, {"which": "imgae"}, {"batch_size": 0}, {"pool": 0}):
+        with pytest.raises(ValueError, match="expected names among"):
+            store.batches(**{"batch_size": 8, **wrong})
     with pytest.raises(ValueError, match="holds no run"):
         ActivationStore(tmp_path)
     state = store_activations(model, data, "hook_embed", tmp_path / "dry", dry_run=True)

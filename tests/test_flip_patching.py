@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from conftest import picture
 from tiny import tiny_hf
 
-from analyses.flip_patching import Component, ablate_flip, ablation_hooks, attribute_flip, component_effects
+from analyses.flip_patching import Component, FlipTest, ablate_flip, ablation_hooks, attribute_flip, component_effects
 from analyses.flip_patching import _random_like as random_like
 from analyses.logit_lens import residual_stack
 from hooked_qwen2vl import HookedQwen2VL
@@ -145,3 +146,29 @@ def test_controls_come_from_every_block_up_to_the_flips(model):
     assert {c.layer for draw in draws for c in draw if c.head is not None} == {0, 1, 2}
     assert {c.layer for draw in draws for c in draw if c.head is None} == {0, 1}  # that of block 2 was found
     assert {c.layer for seed in range(60) for c in random_like(model, found[:1], 0, Random(seed))} == {0}
+
+
+def test_what_a_test_says(model, prompts):
+    """Removed, reversed, and their shares by random draws, from numbers written here; the ranking from largest to smallest."""
+    flip = attribute_flip(model, prompts[0], 2, GAINED, LOST)
+    flip = replace(flip, heads=torch.tensor([0.25, -3.0, 2.0, 0.5]), mlp=0.75)
+    assert [value for _, value in flip.ranked()] == [2.0, 0.75, 0.5, 0.25, -3.0]
+    assert [str(component) for component, _ in flip.ranked()] == ["L1H2", "L1MLP", "L1H3", "L1H0", "L1H1"]
+    table = flip.to_dataframe()
+    assert table["attribution"].tolist() == [2.0, 0.75, 0.5, 0.25, -3.0, flip.bias, flip.norm] and (table["entry"] == 2).all()
+    random = torch.tensor([[-1.0, 2.0], [0.0, -2.0], [1.0, -0.5], [3.0, 1.0], [2.0, 4.0]])
+    for ablated, final, removed, turned, by_random in (
+        ((-0.5, 3.0), 2.0, True, False, 0.4),
+        ((0.0, -3.0), 2.0, True, True, 0.4),
+        ((0.5, -3.0), -2.0, False, False, 0.6),
+        ((1.0, 0.25), -2.0, False, True, 0.6),
+    ):
+        test = FlipTest(flip, (Component(1, 2), Component(1, None)), 1.5, final, ablated, random)
+        assert (test.removed, test.reversed) == (removed, turned)
+        assert test.removed_by_random == pytest.approx(0.4) and test.reversed_by_random == pytest.approx(by_random)
+        assert test.summary() == {
+            "entry": 2, "lost": flip.lost, "gained": flip.gained, "change": flip.after - flip.before,
+            "attribution_error": abs(flip.total - (flip.after - flip.before)), "components": "L1H2 L1MLP", "entry_difference": 1.5,
+            "entry_difference_ablated": ablated[0], "final_difference": final, "final_difference_ablated": ablated[1],
+            "removed": removed, "removed_by_random": pytest.approx(0.4), "reversed": turned, "reversed_by_random": pytest.approx(by_random),
+        }  # fmt: skip
