@@ -163,14 +163,20 @@ class Processor:
         """Chat messages through the template, each content part marked and named."""
         source = self._template(template)
         marked, contents, medias, final = _mark(messages, typed=not special_tokens)
-        with time_limit(TEMPLATE_SECONDS, "the chat template of the checkpoint"):
-            rendered = self.tokenizer.apply_chat_template(
-                marked,
-                tokenize=False,
-                add_generation_prompt=not final,
-                continue_final_message=final,
-                chat_template=source,
-            )
+        try:
+            with time_limit(TEMPLATE_SECONDS, "the chat template of the checkpoint"):
+                rendered = self.tokenizer.apply_chat_template(
+                    marked,
+                    tokenize=False,
+                    add_generation_prompt=not final,
+                    continue_final_message=final,
+                    chat_template=source,
+                )
+        except (ValueError, MemoryError):
+            raise
+        except Exception as error:  # a template is a program: it can fail in any way
+            why = " ".join(str(error).split())[:300].rstrip(".")
+            raise ValueError(f"the checkpoint's chat template cannot be applied ({type(error).__name__}: {why}).") from error
         parts = []
         for index, piece in enumerate(_MARKED.split(rendered)):
             if index % 2:
