@@ -1,4 +1,4 @@
-.PHONY: bench demo figures install lint mutants notebooks test test-slow
+.PHONY: bench demo figures install lint mutants notebooks test test-slow tl-suite
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export HF_HUB_OFFLINE := 1
 
@@ -21,6 +21,10 @@ test: install
 # The 2B geometry and every notebook.
 test-slow: install
 	.venv/bin/python -m pytest -m slow
+
+# TransformerLens's own tests with this model in its bridge's place; pip downloads them. The table: docs/transformer_lens.md.
+tl-suite: install
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv/bin/python tests/tl_suite/run.py
 
 # Faults that a reader would miss, and imports that point the wrong way (the contracts are in setup.cfg).
 lint: install

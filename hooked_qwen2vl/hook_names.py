@@ -16,6 +16,7 @@ _OF_A_BLOCK = {
     "hook_v_input": "attn.hook_v_input",
     "hook_in": "hook_resid_pre",
     "hook_out": "hook_resid_post",
+    "attn.hook_attn_in": "hook_attn_in",
     "attn.hook_out": "hook_attn_out",
     "mlp.hook_out": "hook_mlp_out",
 }

@@ -81,6 +81,7 @@ def test_shorthand_and_the_unembedding(small, inputs):
     assert cache["q_input", 1] is cache["q_input", -1] is cache["blocks.1.attn.hook_q_input"] and "blocks.1.hook_q_input" in cache
     assert torch.equal(cache["hook_unembed"], logits) and torch.equal(doubled, logits * 2)
     assert seen == ["blocks.1.attn.hook_k_input"]
+    assert small.get_hook_point("blocks.1.attn.hook_attn_in") is small.blocks[1].hook_attn_in
     assert small.get_hook_point("blocks.1.hook_q_input") is small.blocks[1].attn.hook_q_input and small.get_hook_point("x") is None
 
 
