@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib import figure
 from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator
-from PIL import Image, ImageOps
+from PIL import Image, ImageFilter
 
 from analyses.views.text import columns, drawable, families, line
 from hooked_qwen2vl.files import whole_file
@@ -23,7 +23,7 @@ BLUE, ORANGE = COLOURS[:2]
 GREY, NO_VALUE = "#999999", "#d9d9d9"
 LONGEST = 22.0  # inches of an axis
 _LONGEST_BAR = 5.0
-_SHADE = 0.45  # how much a black place of the image darkens what is drawn over it
+_MOST_TOUCH = 0.22  # how much an image's detail may lighten or darken the colours over it
 _LINE = 1.3 / 72  # inches of a line of text, a point of its size
 _DIGIT = 0.64 / 72
 
@@ -156,19 +156,20 @@ def bars(axes: Any, names: Sequence[str], values: Any, colours: Any = BLUE, size
 def on_image(axes: Any, values: Any, image: Any, colours: str, low: float, high: float) -> Any:
     """A map [row col], stretched over the image (original pixels); places without a value show the image alone.
 
-    The map is drawn as opaque as its colour bar, and the image as a shade over it, evened out and never so dark that a colour
-    could be taken for another's: so a dark photograph can be read, and its colours too.
+    The map is drawn as opaque as its colour bar, with the image's detail over it: what is lighter or darker there than around
+    it, as a touch of white or black. So flat places have the bar's colours, on dark photographs too.
     """
-    width, height = image.size
-    extent = (0, width, height, 0)
+    extent = (0, image.width, image.height, 0)
     values = np.ma.masked_invalid(np.asarray(values, dtype=float))
     grey_below(axes, image)
     drawn = axes.imshow(values, cmap=colours, vmin=low, vmax=high, extent=extent, interpolation="nearest")
     there = Image.fromarray(np.uint8(255 * ~np.ma.getmaskarray(values))).resize(image.size, Image.Resampling.NEAREST)
-    light = np.asarray(ImageOps.equalize(image.convert("L"))) / 255
-    shade = np.zeros((*light.shape, 4))
-    shade[..., 3] = _SHADE * (1 - light) * (np.asarray(there) > 0)
-    axes.imshow(shade, extent=extent)
+    light = image.convert("L")
+    around = light.filter(ImageFilter.GaussianBlur(max(image.size) / 12))
+    detail = (np.asarray(light, dtype=float) - np.asarray(around)) / 255
+    touch = np.repeat((detail > 0)[..., None].astype(float), 4, axis=2)
+    touch[..., 3] = np.minimum(_MOST_TOUCH, 0.8 * np.abs(detail)) * (np.asarray(there) > 0)
+    axes.imshow(touch, extent=extent)
     no_ticks(axes)
     return drawn
 

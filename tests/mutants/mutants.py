@@ -111,7 +111,9 @@ def _is_left_out(node, start) -> bool:
     while (parent := node.parent) is not None:
         if parent.type in ("raise_stmt", "annassign") and not _is_value(parent, start):
             return True
-        if parent.type == "argument" and parent.children[0].value in BARS or parent.type == "param" and parent.name.value == "progress":
+        if parent.type == "argument" and getattr(parent.children[0], "value", "") in BARS:
+            return True
+        if parent.type == "param" and parent.name.value == "progress":
             return True
         if parent.type == "param" and parent.annotation is not None and _inside(parent.annotation, start):
             return True
