@@ -182,6 +182,20 @@ def test_a_part_that_was_cut_short_says_how_all_of_it_ran(model, data, tmp_path)
             assert sorted(ran) == opened.get_tensor("item").unique().tolist()
 
 
+def test_a_changed_part_is_noticed(model, data, tmp_path):
+    store_activations(model, data[:6], "hook_embed", tmp_path, **{**SMALL, "batches_per_part": 100})
+    (file,) = tmp_path.glob("part-*")
+    whole = file.read_bytes()
+    for at in (len(whole) - 3, whole.index(b'"composition"') + 20):
+        damaged = bytearray(whole)
+        damaged[at] ^= 1
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=file.name):
+            list(ActivationStore(tmp_path).batches(64))
+    file.write_bytes(whole)
+    assert len(list(ActivationStore(tmp_path).batches(64)))
+
+
 def test_bad_images_are_recorded_and_named(model, tmp_path):
     picture(56, 56).save(tmp_path / "good.png")
     (tmp_path / "bad.png").write_text("no")

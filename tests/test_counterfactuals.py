@@ -99,7 +99,7 @@ def test_boxes_are_swapped_and_blurred():
     assert blurred[inside].std() < 0.5 * np.array(image)[inside].std()
     with pytest.raises(ValueError, match="one size"):
         swap_box(image, BOX, picture(84, 84))
-    for box in ((0, 0, 200, 20), (30, 0, 30, 20), (-5, 0, 10, 10)):
+    for box in ((0, 0, 200, 20), (0, 0, 20, 200), (30, 0, 30, 20), (-5, 0, 10, 10), (0, -5, 10, 10)):
         with pytest.raises(ValueError, match="not inside|outside the image|x0 < x1"):
             blur_box(image, box)
 
@@ -123,9 +123,9 @@ def test_as_many_pairs_as_asked_for(scenes, candidates):
     """Candidates are taken until n are kept, and no further; one that cannot be read is refused with its reason."""
     good = next(c for c in candidates if len(check_pairs(scenes, [c], progress=False)))
     bad = replace(good, clean="not/there.png")
-    drawn = iter([bad, good, good, good])
+    drawn = iter([bad, *[good] * 6])
     found = check_pairs(scenes, drawn, n=2, progress=False)
-    assert len(found) == 2 and len(list(drawn)) <= 1
+    assert len(found) == 2 and len(list(drawn)) >= 3
     assert [candidate for candidate, _ in found.refused] == [bad] and "not/there.png" in found.refused[0][1]
     assert len(check_pairs(scenes, [good] * 3, n=5, progress=False)) == 3
 
@@ -157,5 +157,11 @@ def test_bad_rows_of_tables_are_named(tmp_path):
             read_candidates(tmp_path / "pairs.csv")
         kept, bad = read_candidates(tmp_path / "pairs.csv", keep_bad=True)
         assert kept.boxes and not kept.problem and "row 2" in bad.problem and bad.id == "pairs-2 (row 2)"
+    (tmp_path / "pairs.csv").write_text(head + "q,a.png,b.png,red,,,\n" + good)
+    long, kept = read_candidates(tmp_path / "pairs.csv", keep_bad=True)
+    assert "more than the header" in long.problem and kept.answer == "red"
+    (tmp_path / "pairs.csv").write_text(head + 'q,a.png,b.png,"red')
+    with pytest.raises(ValueError, match="pairs.csv, line .*: not CSV"):
+        read_candidates(tmp_path / "pairs.csv")
     (tmp_path / "pairs.csv").write_text(head + "q,a.png,b.png,5 red,\n")
     assert read_candidates(tmp_path / "pairs.csv")[0].id == "pairs-1"

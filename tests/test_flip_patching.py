@@ -156,12 +156,12 @@ def test_what_a_test_says(model, prompts):
     assert [str(component) for component, _ in flip.ranked()] == ["L1H2", "L1MLP", "L1H3", "L1H0", "L1H1"]
     table = flip.to_dataframe()
     assert table["attribution"].tolist() == [2.0, 0.75, 0.5, 0.25, -3.0, flip.bias, flip.norm] and (table["entry"] == 2).all()
-    random = torch.tensor([[-1.0, 2.0], [0.0, -2.0], [1.0, -0.5], [3.0, 1.0], [2.0, 4.0]])
+    random = torch.tensor([[-1.0, 2.0], [0.0, -2.0], [1.0, 0.5], [3.0, 1.0], [2.0, 4.0]])
     for ablated, final, removed, turned, by_random in (
-        ((-0.5, 3.0), 2.0, True, False, 0.4),
-        ((0.0, -3.0), 2.0, True, True, 0.4),
-        ((0.5, -3.0), -2.0, False, False, 0.6),
-        ((1.0, 0.25), -2.0, False, True, 0.6),
+        ((-0.5, 3.0), 2.0, True, False, 0.2),
+        ((0.0, -3.0), 2.0, True, True, 0.2),
+        ((0.5, -3.0), -2.0, False, False, 0.8),
+        ((1.0, 0.25), -2.0, False, True, 0.8),
     ):
         test = FlipTest(flip, (Component(1, 2), Component(1, None)), 1.5, final, ablated, random)
         assert (test.removed, test.reversed) == (removed, turned)
