@@ -9,7 +9,7 @@
 
 The modules are treated apart. Sites: the decoder's gate (`mlp.hook_pre`; silu(x) > 0 iff x > 0), the tower's MLP and
 the projector, before their activation functions (which keep the sign of what they are given). Tokens are the prompt's
-positions in the decoder, 14-pixel patches in the tower, image tokens in the projector; padding never counts.
+positions in the decoder, patches in the tower (14 pixels; 16 in Qwen3-VL), image tokens in the projector; padding never counts.
 (ours) Counts are kept apart for image tokens, the prompt's text and the answer's tokens, so that each can be analysed alone.
 """
 

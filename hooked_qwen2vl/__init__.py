@@ -1,7 +1,7 @@
 """Qwen2-VL (and Qwen2.5-VL, Qwen3-VL) for TransformerLens users: hooks, cache, lens and patching on images.
 
 Axis words used throughout: `batch pos key_pos head kv_head d_model d_head d_mlp d_vocab layer` in the text
-decoder; `image patch image_token rows cols d_vision` in the vision tower, where a patch is 14×14 pixels and
+decoder; `image patch image_token rows cols d_vision` in the vision tower, where a patch is 14×14 pixels (16×16 in Qwen3-VL) and
 an image token 2×2 patches. `thw` is always (t, h, w). Boxes are (x0, y0, x1, y1), origin top left, in
 original pixels.
 

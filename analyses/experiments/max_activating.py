@@ -1,7 +1,7 @@
 """One neuron, seen from both sides: the images and patches that fire it, and the words it writes.
 
 1. Run every example and keep, for the neuron, its activation before the activation function at every image token (decoder,
-   projector: 28 pixels) or patch (tower: 14 pixels), on the image's grid. It fires above 0.
+   projector: 28 pixels; 32 in Qwen3-VL) or patch (tower: 14; 16), on the image's grid. It fires above 0.
 2. Keep the examples with the highest activation.
 3. What it writes: its row of W_out, weighted by the final norm, through the unembedding. The product with the neuron's
    activation may be negative in the decoder (its gate is multiplied by `up`): both ends of the list mean something.
