@@ -312,6 +312,7 @@ def same_tables(one, two):
     assert runs and tables
 
 
+@pytest.mark.slow
 def test_torchrun_gives_the_table_of_one_process(tmp_path):
     """The command itself, on the embedded model: both do a share, one makes the tables, row for row those of one process."""
     said = launched(TORCHRUN, [*FLIPS, "--out", str(tmp_path / "two")])

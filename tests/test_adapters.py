@@ -261,6 +261,7 @@ def test_without_peft_the_way_out_is_said(base, attention, monkeypatch):
         HookedQwen2VL.from_pretrained(base, adapter=attention)
 
 
+@pytest.mark.slow
 def test_base_and_tuned_beside_each_other_in_one_call_and_one_command(tmp_path, capsys):
     adapter = tmp_path / "adapter"
     hf = Qwen2VLForConditionalGeneration.from_pretrained(SCENES)

@@ -25,7 +25,7 @@ _KINDS = {"uint8": "<u1", "uint16": "<u2", "uint32": "<u4", "float32": "<f4"}
 
 @pytest.fixture(scope="module")
 def inputs(model):
-    return model.to_inputs("what is this?", images=[picture(140, 84, 1)], answers="red blue<|im_end|>")
+    return model.to_inputs("what is this?", images=[picture(140, 84, 1)], answers="red blue<|im_end|>", special_tokens=True)
 
 
 @pytest.fixture(scope="module")

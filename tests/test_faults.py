@@ -59,7 +59,7 @@ EARLY = [
     (["explore", "--out", "/dev/null/x.html"], "below it"), (["lens", "--out", "x" * 5000], "written"),
     (["lens", "--device", "cuda:99"], "--device cuda:99"), (["lens", "--device", "nonsense"], "--device nonsense"),
     (["lens", "--image", "/tmp", "--question", "what?"], "a folder"), (["lens", "--image", "/dev/zero", "--question", "what?"], "a device"),
-    (["lens", "--image", "x" * 5000, "--question", "what?"], "too long"), (["patch", "--data", "/nowhere.csv"], "/nowhere.csv"),
+    (["lens", "--image", "x" * 5000 + ".png", "--question", "what?"], "too long"), (["patch", "--data", "/nowhere.csv"], "/nowhere.csv"),
     (["compare", "--data", "/nowhere"], "/nowhere"), (["flips", "--data", "/dev/zero"], "/dev/zero"), (["flips", "--shard", "3/2"], "share k/n"),
 ]  # fmt: skip
 
