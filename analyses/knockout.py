@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from analyses.common.result import Result
 from analyses.common.statistics import standard_error
 from hooked_qwen2vl.geometry import Place
-from hooked_qwen2vl.layers import running_prompt
+from hooked_qwen2vl.layers import require_prompt
 
 FLOWS = {"image→question": ("image", "question"), "image→last": ("image", "last"), "question→last": ("question", "last")}
 
@@ -164,12 +164,7 @@ def knockout_hooks(
     prompt, shape = inputs.shape[1], inputs.prompt_shape.rows(row)
 
     def hook(scores: Tensor, hook: Any) -> Tensor:
-        running = running_prompt.get()
-        if running is not None and (why := shape.difference(running.beginning(prompt))):
-            raise ValueError(
-                f"{hook.name}: these knockout hooks were made for a prompt whose positions are not those of the prompts that are "
-                f"run: {why}. Make them with knockout_hooks of the prompt that you run; rows that differ are run one by one."
-            )
+        require_prompt(shape, hook, "these knockout hooks were")
         n_queries, n_keys = scores.shape[-2:]
         first = n_keys - n_queries  # in cached generation the queries are the last positions
         rows = queries[(queries >= first) & (queries < n_keys)]

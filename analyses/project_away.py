@@ -16,6 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from analyses.logit_lens import residual_stack
+from hooked_qwen2vl.geometry import PromptShape
+from hooked_qwen2vl.layers import require_prompt
 
 
 def project_away_hooks(
@@ -36,7 +38,7 @@ def project_away_hooks(
         n_layers: L; needed only to edit entry L.
     Raises:
         ValueError: no image in any row, padding on the right (generation would move it), no entries, as many directions
-            as entries are wanted, or a direction is zero.
+            as entries are wanted, or a direction is zero; (when run) prompts that do not begin as these do.
     """
     layers = list(layers)
     directions = direction.expand(len(layers), -1) if direction.ndim == 1 else direction
@@ -49,7 +51,7 @@ def project_away_hooks(
     where = (inputs.token_types > 0) & inputs.attention_mask.bool()
     if not bool(where.any()):
         raise ValueError("no row of the inputs has an image: there is nothing to edit.")
-    return [(_name(layer, n_layers), _edit(where, t, alpha)) for layer, t in zip(layers, directions)]
+    return [(_name(layer, n_layers), _edit(where, inputs.prompt_shape, t, alpha)) for layer, t in zip(layers, directions)]
 
 
 @torch.no_grad()
@@ -73,10 +75,11 @@ def project_away(
     return torch.where((p > 0)[..., None], (h - alpha * p[..., None] * t).to(vectors.dtype), vectors)
 
 
-def _edit(where: Tensor, direction: Tensor, alpha: float) -> Callable:
+def _edit(where: Tensor, shape: PromptShape, direction: Tensor, alpha: float) -> Callable:
     prompt = where.shape[1]
 
     def hook(residual: Float[Tensor, "batch pos d_model"], hook: Any) -> Tensor:
+        require_prompt(shape, hook, "these edits were")
         if residual.shape[1] < prompt:  # a decoding step: its keys and values of the prompt are edited already
             return residual
         residual = residual.clone()

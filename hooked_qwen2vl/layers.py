@@ -55,6 +55,22 @@ def on_its_own_prompts(hook: Callable) -> Callable:
     return checked
 
 
+def require_prompt(shape: Any, hook: Any, what: str) -> None:
+    """For hooks that act at places of one prompt: the prompts that are run must begin as it does.
+
+    Args:
+        shape: the prompt's (`geometry.PromptShape`). hook: the hook point. what: what is to act, for the message.
+    Raises:
+        ValueError: other padding, or images of another grid or place.
+    """
+    running = running_prompt.get()
+    if running is not None and (why := shape.difference(running.beginning(shape.attention_mask.shape[1]))):
+        raise ValueError(
+            f"{hook.name}: {what} made for a prompt whose positions are not those of the prompts that are run: {why}. Make them "
+            f"of the prompt that you run; rows that are laid out otherwise are run one by one."
+        )
+
+
 def listened(*hooks: HookPoint) -> bool:
     """Whether anything, a TransformerLens hook or a bare torch one, listens to any of these hook points."""
     for hook in hooks:  # a loop, because this is asked hundreds of times a token

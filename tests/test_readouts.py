@@ -312,3 +312,13 @@ def test_edits_that_cannot_be(model, batches):
         project_away_hooks(batches["image"], 0 * t, [1])
     with pytest.raises(ValueError, match="one for each of 2"):
         project_away_hooks(batches["image"], t.repeat(3, 1), [0, 1])
+
+
+def test_edits_are_of_their_own_prompt(model):
+    """Prompts of the same length whose image has another grid, and shorter ones, are refused: the edits mean other positions."""
+    square, wide, short = (model.to_inputs("what?", images=[picture(*size)]) for size in ((112, 84), (84, 112), (56, 56)))
+    hooks = project_away_hooks(square, torch.ones(model.cfg.d_model), [1])
+    assert not torch.equal(model.run_with_hooks(square, fwd_hooks=hooks), model(square))
+    for other in (wide, short):
+        with pytest.raises(ValueError, match="these edits were made for a prompt"):
+            model.run_with_hooks(other, fwd_hooks=hooks)
