@@ -173,7 +173,7 @@ def attribute_flip(
     names = [block + name for name in ("hook_resid_pre", "attn.hook_z", "hook_mlp_out", "hook_resid_post")]
     _, cache = model.run_with_cache(inputs, names_filter=names, stop_at_layer=entry)
     pre, z, mlp, post = (cache[name][row, at].double() for name in names)
-    direction, offset = _direction(model, gained, lost)
+    direction = _direction(model, gained, lost)
     r_pre, r_post = (_rms(model, h) for h in (pre, post))
     before, after = (float(h @ direction / r) for h, r in ((pre, r_pre), (post, r_post)))
     heads = torch.einsum("hd,hdm,m->h", z, model.blocks[layer].attn.W_O.double(), direction) / r_post
@@ -183,8 +183,8 @@ def attribute_flip(
         lost=model.tokenizer.decode([lost]),
         gained_id=gained,
         lost_id=lost,
-        before=before + offset,
-        after=after + offset,
+        before=before,
+        after=after,
         heads=heads.float().cpu(),
         bias=float(model.blocks[layer].attn.b_O.double() @ direction / r_post),
         mlp=float(mlp @ direction / r_post),
@@ -291,11 +291,9 @@ def _random_like(model: Any, found: Sequence[Component], layer: int, rng: Random
     return drawn
 
 
-def _direction(model: Any, gained: int, lost: int) -> tuple[Float[Tensor, "d_model"], float]:
-    """γ ⊙ (W_U[a] − W_U[b]) and b_U[a] − b_U[b], in double precision."""
-    u = (model.W_U[:, gained].double() - model.W_U[:, lost].double()) * model.ln_final.w.double()
-    bias = getattr(model, "b_U", None)
-    return u, 0.0 if bias is None else float(bias[gained].double() - bias[lost].double())
+def _direction(model: Any, gained: int, lost: int) -> Float[Tensor, "d_model"]:
+    """γ ⊙ (W_U[a] − W_U[b]), in double precision."""
+    return (model.W_U[:, gained].double() - model.W_U[:, lost].double()) * model.ln_final.w.double()
 
 
 def _rms(model: Any, h: Float[Tensor, "d_model"]) -> Tensor:
