@@ -164,11 +164,18 @@ def attribute_flip(
         entry: l in 1..L. gained, lost: token ids a and b.
         position: where the lens is read: a place that is one position (see `Inputs.resolve`).
     Raises:
-        ValueError: an entry that no block made.
+        ValueError: an entry that no block made, or an image's position behind a block after which DeepStack adds to it
+            (Qwen3-VL): what it adds is no component of the block.
     """
     if not 1 <= entry <= model.cfg.n_layers:
         raise ValueError(f"a flip is made by a block: its entry must be in 1..{model.cfg.n_layers}, got {entry}.")
     layer, at = entry - 1, inputs.position(position, row)
+    merged = len(model.cfg.vision.deepstack_layers)
+    if layer < merged and inputs.token_types[row, at] > 0:
+        raise ValueError(
+            f"position {at} is an image token, to which DeepStack adds after each of blocks 0..{merged - 1}: a flip there is not block "
+            f"{layer}'s alone. Read a text position, or an entry from {merged + 1} on."
+        )
     block = f"blocks.{layer}."
     names = [block + name for name in ("hook_resid_pre", "attn.hook_z", "hook_mlp_out", "hook_resid_post")]
     _, cache = model.run_with_cache(inputs, names_filter=names, stop_at_layer=entry)
