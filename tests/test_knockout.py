@@ -8,8 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import picture
+from tiny import tiny_hf
 
 from analyses.knockout import Knockout, attention_knockout, knockout_hooks, layers_around
+from hooked_qwen2vl import HookedQwen2VL
 
 RED = 258
 
@@ -92,6 +94,14 @@ def test_windows_that_are_none(model, pair):
     for window, expected in ((1, 1), (n_layers, n_layers), (None, max(1, round(n_layers / 4)))):
         result = attention_knockout(model, pair[0], [RED], {"f": ("image", "last")}, window, only_correct=False, progress=False)
         assert result.window == expected
+
+
+@pytest.mark.parametrize(("n_layers", "window"), [(1, 1), (6, 2), (10, 2), (11, 3)])
+def test_a_quarter_of_the_layers(processor, n_layers, window):
+    model = HookedQwen2VL.from_hf(tiny_hf(n_layers=n_layers), processor)
+    x = model.to_inputs("red?", images=[picture(56, 56)])
+    result = attention_knockout(model, x, [RED], {"f": ("image", "last")}, only_correct=False, progress=False)
+    assert result.window == window and result.effects.shape == (1, n_layers, 1)
 
 
 def test_several_queries_behind_a_cache(model):
