@@ -150,6 +150,8 @@ def test_end_tokens_are_left_out(model, answered):
     ended = item.extend(torch.tensor(model.cfg.special.eos[:1]), torch.tensor([True]))
     assert ended.positions("answer").shape[0] == item.positions("answer").shape[0] + 1
     assert abs(contextual_score(model, ended).score - contextual_score(model, item).score) < CLOSE
+    named = contextual_score(model, ended, span=ended.positions("answer").tolist()).score  # positions are taken as they are
+    assert abs(named - contextual_score(model, item).score) > 1e-4
 
 
 def test_every_noun_of_a_caption(model, streams, answered):
@@ -280,6 +282,21 @@ def test_the_heat_map_by_hand(model, answered, streams):
     stack[0] = 1.0  # at entry 0 everything is alike, and counts for nothing
     again = ground(model, answered, 1, stack=stack)
     assert all(torch.allclose(a, b, atol=CLOSE) for a, b in zip(again.heat, result.heat))
+
+
+def test_map_and_box_at_two_different_layers(model, answered, streams):
+    """The map is the score's own cosines; the box's cosine is that of its cells' mean vector, by hand."""
+    places = answered.positions("answer", 1)
+    for image_layer, text_layer in ((1, 3), (3, 1), (0, 2)):
+        result = ground(model, answered, 1, image_layer, text_layer)
+        mean = streams[1, text_layer, places].mean(0)
+        for image, similarity in enumerate(result.similarity):
+            vectors = streams[1, image_layer, answered.positions(f"image[{image}]", 1)]
+            by_hand = torch.tensor([cosine(mean, vector) for vector in vectors]).double()
+            assert torch.allclose(similarity.flatten(), by_hand, atol=CLOSE)
+            row0, col0, row1, col1 = result.cells[image]
+            inside = vectors.unflatten(0, tuple(similarity.shape))[row0:row1, col0:col1].flatten(0, 1).mean(0)
+            assert abs(float(result.box_scores[image]) - cosine(mean, inside)) < CLOSE
 
 
 def test_the_best_box_is_at_least_the_best_token(model, answered, batches):

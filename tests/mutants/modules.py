@@ -1,12 +1,12 @@
 """Which tests answer for which module: the only place that says so."""
 
 TESTS = {
-    "analyses/answer_scores.py": "test_hallucination",
+    "analyses/answer_scores.py": "test_contextual_lens test_hallucination",
     "analyses/attention_heads.py": "test_compare",
     "analyses/common/rectangles.py": "test_contextual_lens",
     "analyses/common/statistics.py": "test_statistics",
     "analyses/common/vocabulary.py": "test_logit_lens test_readouts",
-    "analyses/contextual_lens.py": "test_contextual_lens",
+    "analyses/contextual_lens.py": "test_contextual_lens test_places",
     "analyses/counterfactuals.py": "test_counterfactuals",
     "analyses/direct_path.py": "test_edge_attribution",
     "analyses/domain_neurons.py": "test_domain_neurons",
