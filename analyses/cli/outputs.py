@@ -15,12 +15,13 @@ import hashlib
 import json
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any, Self
 
 from hooked_qwen2vl.files import open_regular, whole_file, whole_files
 from hooked_qwen2vl.version import __version__
+
+if TYPE_CHECKING:  # --help need not wait for it
+    import pandas as pd
 
 
 class Outputs:
