@@ -269,7 +269,7 @@ def _refuse_impossible(config: dict, name: str) -> None:
                 problems.expect(isinstance(value, bool), where, value, "true or false")
             elif key in ("rope_scaling", "rope_parameters"):
                 section = value.get("mrope_section", [1]) if isinstance(value, dict) else None
-                problems.expect(_are_counts(section), where, value, "an object, with whole numbers in its mrope_section")
+                problems.expect(_are_counts(section, least=0), where, value, "an object, with whole numbers in its mrope_section")
             elif key == "mlp_ratio":
                 problems.expect(isinstance(value, Real) and 0 < value <= 1000, where, value, "a number above 0")
             elif key in ("fullatt_block_indexes", "deepstack_visual_indexes"):
