@@ -22,6 +22,7 @@ import pandas as pd
 from PIL import Image
 
 from analyses.data.examples import problem_of
+from hooked_qwen2vl.cache_size import in_words
 from hooked_qwen2vl.files import open_regular
 from hooked_qwen2vl.image_hash import image_hash
 from hooked_qwen2vl.prompt_text import text_ids
@@ -233,8 +234,8 @@ class Memory:
 
     def __str__(self) -> str:
         says = {"weights": "weights", "decoder": "decoder, largest batch", "logits": "its logits", "tower": "tower, largest image"}
-        parts = ", ".join(f"{words} {_bytes(getattr(self, name))}" for name, words in says.items())
-        return f"{_bytes(self.total)} ({parts}, image embeddings kept for later questions at most {_bytes(self.prefixes)})"
+        parts = ", ".join(f"{words} {in_words(getattr(self, name))}" for name, words in says.items())
+        return f"{in_words(self.total)} ({parts}, image embeddings kept for later questions at most {in_words(self.prefixes)})"
 
 
 def embedding_bytes(model: Any, sizes: Mapping[Size, int]) -> int:
@@ -271,11 +272,3 @@ def memory_for(model: Any, sizes: Iterable[tuple[Size, int]], prefixes: int = 0,
     if gradients:
         decoder, tower = decoder * text.n_layers, tower * vision.n_layers
     return Memory(sum(weights.values()), decoder, logits, tower, prefixes, gradients)
-
-
-def _bytes(n: int) -> str:
-    for unit in ("B", "kB", "MB"):
-        if n < 1000:
-            return f"{n:.0f} {unit}"
-        n = n / 1000
-    return f"{n:.1f} GB"
