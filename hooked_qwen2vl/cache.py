@@ -164,23 +164,22 @@ class HookedCache(ActivationCache):
                 header = file.metadata() or {}
                 if header.get("format") != FORMAT:
                     raise ValueError(f"{path} is not a cache of this package's: expected a file that cache.save wrote.")
-                _require_shape(path, header, model)
+                said = _header(path, header)
+                _require_shape(path, header["model_name"], said["model_shape"], model)
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, safe_open is no mapping
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path} cannot be read as a cache ({error}): expected a file that cache.save wrote.") from error
         try:
-            return cls._decode(header, tensors, model)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path} cannot be read as a cache ({type(error).__name__}: {str(error)[:200]}): its header is damaged.") from error
+            return cls._decode(said, tensors, model)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _damaged(path, error) from error
 
     @classmethod
-    def _decode(cls, header: Mapping[str, str], tensors: Mapping[str, Tensor], model: Any) -> HookedCache:
-        stored = json.loads(header["stored"])
+    def _decode(cls, said: Mapping[str, Any], tensors: Mapping[str, Tensor], model: Any) -> HookedCache:
         prompt = {name.removeprefix(_PROMPT): value for name, value in tensors.items() if name.startswith(_PROMPT)}
-        shape = PromptShape(**prompt, sliced=json.loads(header["sliced"])) if prompt else None
-        return cls(
-            {name: tensors[of] for name, of in stored.items()}, model, json.loads(header["has_batch_dim"]), prompt_shape=shape
-        )
+        shape = PromptShape(**prompt, sliced=said["sliced"]) if prompt else None
+        activations = {name: tensors[of] for name, of in said["stored"].items()}
+        return cls(activations, model, said["has_batch_dim"], prompt_shape=shape)
 
     def apply_slice_to_batch_dim(self, batch_slice: Slice | SliceInput) -> HookedCache:
         """A cache of the chosen rows; the tower's activations stay packed over all images."""
@@ -298,12 +297,30 @@ def _model_shape(model: Any) -> dict[str, int]:
     }
 
 
-def _require_shape(path: Any, header: dict[str, str], model: Any) -> None:
-    theirs, ours = json.loads(header["model_shape"]), _model_shape(model)
-    differing = [f"{name} {theirs.get(name)} (the model: {ours[name]})" for name in ours if theirs.get(name) != ours[name]]
+def _header(path: str | Path, header: Mapping[str, str]) -> dict[str, Any]:
+    """What `save` said of the cache, each field of the kind it wrote."""
+    kinds = {"model_shape": dict, "stored": dict, "has_batch_dim": bool, "sliced": bool}
+    try:
+        said = {name: json.loads(header[name]) for name in kinds}
+        strange = [name for name, kind in kinds.items() if not isinstance(said[name], kind)]
+        if strange or "model_name" not in header:
+            raise ValueError(f"no such {' or '.join(strange) or 'model_name'}")
+    except (ValueError, KeyError, RecursionError) as error:
+        raise _damaged(path, error) from error
+    return said
+
+
+def _damaged(path: str | Path, error: Exception) -> ValueError:
+    why = " ".join(str(error).split())[:200]
+    return ValueError(f"{path} cannot be read as a cache ({type(error).__name__}: {why}): its header is damaged.")
+
+
+def _require_shape(path: str | Path, name: str, theirs: Mapping[str, Any], model: Any) -> None:
+    ours = _model_shape(model)
+    differing = [f"{what} {theirs.get(what)} (the model: {ours[what]})" for what in ours if theirs.get(what) != ours[what]]
     if differing:
         raise ValueError(
-            f"{path} is a cache of {header['model_name']!r}, whose shape is another: {', '.join(differing)}; "
+            f"{path} is a cache of {name!r}, whose shape is another: {', '.join(differing)}; "
             f"load it with the model that made it."
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import picture
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import tiny_hf
 from transformer_lens import ActivationCache
@@ -122,3 +123,16 @@ def test_kept_positions_do_not_hold_the_others(model, batches, positions):
         index = [positions] if isinstance(positions, int) else positions
         expected = whole[name].movedim(axis, 0)[index].movedim(0, axis)
         assert torch.equal(value, expected), name  # an int keeps its axis, as in TransformerLens
+
+
+@pytest.mark.parametrize("field", ["model_shape", "stored", "has_batch_dim", "sliced", "model_name"])
+def test_a_damaged_header_names_the_file(model, tmp_path, field):
+    path = model.run_with_cache("red", names_filter="hook_embed")[1].save(tmp_path / "cache.safetensors")
+    with safe_open(path, framework="pt") as file:
+        header, tensors = file.metadata(), {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    for said in ("{", "[" * 2000, "null", "[1]") if field != "model_name" else (None,):
+        damaged = {**header, field: said}
+        save_file(tensors, path, {name: value for name, value in damaged.items() if value is not None})
+        with pytest.raises(ValueError, match="header is damaged") as error:
+            HookedCache.load(path, model)
+        assert str(path) in str(error.value) and len(str(error.value)) < 600
