@@ -28,6 +28,7 @@ tl-suite: install
 
 # Faults that a reader would miss, and imports that point the wrong way (the contracts are in setup.cfg).
 lint: install
+	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/lint-imports
 

@@ -174,9 +174,7 @@ def _even(patterns: Mapping[str, Float[Tensor, "pos key_pos"]]) -> dict[str, flo
 
 def _share(attention: Float[Tensor, "pos key_pos"], pattern: Float[Tensor, "pos key_pos"]) -> float:
     """The pattern's share of attention, over the queries for which it has a key."""
-    share = compute_head_attention_similarity_score(
-        attention, pattern, exclude_bos=False, exclude_current_token=False, error_measure="mul"
-    )
+    share = compute_head_attention_similarity_score(attention, pattern, exclude_bos=False, exclude_current_token=False, error_measure="mul")
     return share * len(pattern) / int(pattern.any(-1).sum())  # rows sum to 1: from all queries to those with a key
 
 

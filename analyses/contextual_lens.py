@@ -109,9 +109,7 @@ class LayerSweep(Result):
     def to_dataframe(self) -> pd.DataFrame:
         """One row a pair of entries."""
         return pd.DataFrame(
-            {"image_layer": i, "text_layer": t, "auroc": float(value)}
-            for i, row in enumerate(self.auroc)
-            for t, value in enumerate(row)
+            {"image_layer": i, "text_layer": t, "auroc": float(value)} for i, row in enumerate(self.auroc) for t, value in enumerate(row)
         )
 
     def plot(self, path: Any = None) -> Any:
@@ -264,9 +262,7 @@ def yes_no_subject(model: Any, inputs: Any, noun: str, row: int = 0) -> tuple[li
 
 
 @torch.no_grad()
-def sweep_layers(
-    model: Any, items: Iterable[Any], labels: Sequence[bool], span: Span = "answer", progress: bool = True
-) -> LayerSweep:
+def sweep_layers(model: Any, items: Iterable[Any], labels: Sequence[bool], span: Span = "answer", progress: bool = True) -> LayerSweep:
     """Picks the two entries by AUROC on a validation split.
 
     Args:
@@ -342,9 +338,7 @@ def ground(
     )
 
 
-def word_spans(
-    model: Any, inputs: Any, words: Sequence[str], row: int = 0, part: str = "answer"
-) -> dict[str, list[int]]:
+def word_spans(model: Any, inputs: Any, words: Sequence[str], row: int = 0, part: str = "answer") -> dict[str, list[int]]:
     """Where each word stands in a part of the prompt: "star", "star (2)", … -> its positions.
 
     For a caption, pass its nouns: which words are nouns is for the caller (or a tagger) to say.

@@ -224,7 +224,7 @@ def _json_rows(file: Path) -> Iterator[tuple[str, dict[str, Any] | ValueError]]:
 
 
 def _numbers(text: str) -> list[float] | str:
-    """"x0,y0,x1,y1" as a list; as it is where it is something else."""
+    """ "x0,y0,x1,y1" as a list; as it is where it is something else."""
     try:
         return [float(edge) for edge in text.split(",")]
     except ValueError:

@@ -80,9 +80,7 @@ class Selection(Result):
         return self.belongs.any(-1)
 
 
-def select_neurons(
-    rates: Float[Tensor, "layer neuron domain"], share: float = 0.01, quantile: float = 0.95
-) -> Selection:
+def select_neurons(rates: Float[Tensor, "layer neuron domain"], share: float = 0.01, quantile: float = 0.95) -> Selection:
     """Steps 2 to 4 of the method on one module's firing rates; ties go to the lower layer and neuron.
 
     Args:
@@ -143,10 +141,7 @@ class DomainNeurons(Result):
                 serves = [d for d, yes in zip(self.domains, selection.belongs[layer, neuron].tolist()) if yes]
                 rates = dict(zip((f"rate_{d}" for d in self.domains), selection.rates[layer, neuron].tolist()))
                 dape = float(selection.dape[layer, neuron])
-                rows.append(
-                    {"module": module, "layer": layer, "neuron": neuron, "dape_nats": dape, "domains": " ".join(serves)}
-                    | rates
-                )
+                rows.append({"module": module, "layer": layer, "neuron": neuron, "dape_nats": dape, "domains": " ".join(serves)} | rates)
         columns = ["module", "layer", "neuron", "dape_nats", "domains", *(f"rate_{d}" for d in self.domains)]
         return pd.DataFrame(rows, columns=columns)
 
@@ -166,8 +161,7 @@ class DomainNeurons(Result):
             flat = selection.belongs.flatten(0, 1).long()
             for domain, counts in zip(self.domains, (flat.T @ flat).tolist()):
                 rows += [
-                    {"module": module, "domain": domain, "other": other, "neurons": count}
-                    for other, count in zip(self.domains, counts)
+                    {"module": module, "domain": domain, "other": other, "neurons": count} for other, count in zip(self.domains, counts)
                 ]
         return pd.DataFrame(rows)
 
@@ -239,7 +233,10 @@ class Firings(Result):
         return (fired.double() / tokens.double()[:, None, None]).permute(1, 2, 0)
 
     def select(
-        self, share: float = 0.01, quantile: float = 0.95, sources: Sequence[str] = SOURCES,
+        self,
+        share: float = 0.01,
+        quantile: float = 0.95,
+        sources: Sequence[str] = SOURCES,
         modules: Sequence[str] | None = None,
     ) -> DomainNeurons:
         """The domain-specific neurons of each module.
@@ -486,8 +483,11 @@ def disable_neurons(
 
 
 def mean_activations(
-    model: Any, data: str | Path | Iterable[Example] = "scenes:train", limit: int | None = None,
-    modules: Sequence[str] | None = None, batch_size: int = 8,
+    model: Any,
+    data: str | Path | Iterable[Example] = "scenes:train",
+    limit: int | None = None,
+    modules: Sequence[str] | None = None,
+    batch_size: int = 8,
 ) -> dict[str, Float[Tensor, "layer neuron"]]:
     """module -> the mean of each neuron's activation before W_out over all tokens of the prompts; float32.
 

@@ -78,9 +78,7 @@ class EdgeAttribution(Result):
         return signed_map(self.scores.masked_fill(~self.edges, float("nan")), self.writers, self.readers, title, path)
 
 
-def edge_attribution(
-    model: Any, clean: Any, corrupted: Any, metric: Metric, ig_steps: int = 1, progress: bool = True
-) -> EdgeAttribution:
+def edge_attribution(model: Any, clean: Any, corrupted: Any, metric: Metric, ig_steps: int = 1, progress: bool = True) -> EdgeAttribution:
     """Scores every edge.
 
     Args:

@@ -94,9 +94,7 @@ class TextBank:
     layers: Int[Tensor, "entry"]
     model_name: str
 
-    def nearest(
-        self, vectors: Float[Tensor, "*axes d_model"], top_k: int = 5
-    ) -> tuple[Float[Tensor, "*axes k"], Int[Tensor, "*axes k"]]:
+    def nearest(self, vectors: Float[Tensor, "*axes d_model"], top_k: int = 5) -> tuple[Float[Tensor, "*axes k"], Int[Tensor, "*axes k"]]:
         """(cosines, entries) of the k nearest, over all entries at once.
 
         Raises:
@@ -131,9 +129,7 @@ def embedding_lens(
 
 
 @torch.no_grad()
-def text_bank(
-    model: Any, sentences: Sequence[str], layers: Sequence[int] | None = None, progress: bool = True
-) -> TextBank:
+def text_bank(model: Any, sentences: Sequence[str], layers: Sequence[int] | None = None, progress: bool = True) -> TextBank:
     """Runs sentences as plain text, without template or image, and keeps their tokens in context.
 
     Args:
@@ -231,9 +227,7 @@ def _nearest(
 ) -> tuple[Float[Tensor, "*axes k"], Int[Tensor, "*axes k"]]:
     """By cosine; ties go to the first entry, and the whole table of cosines never exists."""
     if vectors.shape[-1] != bank.shape[-1] or not 1 <= top_k <= len(bank):
-        raise ValueError(
-            f"expected vectors of width {bank.shape[-1]} and top_k in 1..{len(bank)}, got {vectors.shape[-1]} and {top_k}."
-        )
+        raise ValueError(f"expected vectors of width {bank.shape[-1]} and top_k in 1..{len(bank)}, got {vectors.shape[-1]} and {top_k}.")
     unit = _unit(vectors).flatten(0, -2)
     tables = ((rows @ bank.T).clamp(-1.0, 1.0) for rows in unit.split(_CHUNK))
     values, indices = (torch.cat(parts).unflatten(0, vectors.shape[:-1]) for parts in zip(*(_largest(t, top_k) for t in tables)))

@@ -239,9 +239,7 @@ def _refuse_another(model: Any, inputs: Any, number: int, image: Any) -> None:
             raise ValueError(f"image {number} to draw is not image {number} of the prompt: pass the prompt's own, in its order.")
 
 
-def _run(
-    model: Any, inputs: Any, last: int
-) -> tuple[Float[Tensor, "layer 1 pos d_model"], Float[Tensor, "block head pos"]]:
+def _run(model: Any, inputs: Any, last: int) -> tuple[Float[Tensor, "layer 1 pos d_model"], Float[Tensor, "block head pos"]]:
     """One forward: the residual stream, and of every pattern only the row of `last` (the squares would fill memory)."""
     with attention_patterns(model, lambda pattern: pattern[0, :, last].float().cpu()) as rows:
         stack, _ = residual_stack(model, inputs)

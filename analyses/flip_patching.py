@@ -155,9 +155,7 @@ class FlipTest:
 
 
 @torch.no_grad()
-def attribute_flip(
-    model: Any, inputs: Any, entry: int, gained: int, lost: int, position: Place = "last", row: int = 0
-) -> FlipAttribution:
+def attribute_flip(model: Any, inputs: Any, entry: int, gained: int, lost: int, position: Place = "last", row: int = 0) -> FlipAttribution:
     """The exact direct attribution of the flip at `entry` to the parts of the block before it.
 
     Args:
@@ -223,9 +221,7 @@ def component_effects(model: Any, inputs: Any, flip: FlipAttribution, counterfac
 
 
 @torch.no_grad()
-def ablate_flip(
-    model: Any, inputs: Any, flip: FlipAttribution, n_components: int = 2, n_random: int = 10, seed: int = 0
-) -> FlipTest:
+def ablate_flip(model: Any, inputs: Any, flip: FlipAttribution, n_components: int = 2, n_random: int = 10, seed: int = 0) -> FlipTest:
     """Ablates the components with the highest attribution, and random ones of the same kinds.
 
     Args:

@@ -185,5 +185,3 @@ def layers_around(centre: int, window: int, n_layers: int) -> range:
     """The window's layers, clipped to the model."""
     start = centre - (window - 1) // 2
     return range(max(0, start), min(n_layers, start + window))
-
-

@@ -205,8 +205,7 @@ def _result(
 ) -> LogitLens:
     """The readouts of the layers, stacked and labelled."""
     ids, probs, entropy, target_probs, target_ranks = (
-        torch.stack([getattr(part, name) for part in read])
-        for name in ("ids", "probs", "entropy", "target_probs", "target_ranks")
+        torch.stack([getattr(part, name) for part in read]) for name in ("ids", "probs", "entropy", "target_probs", "target_ranks")
     )
     whole = positions if isinstance(positions, str) and positions.startswith("image") else None
     grid = inputs.grid(row, int(whole[6:-1] or 0) if whole != "image" else 0) if whole else None

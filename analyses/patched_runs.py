@@ -205,9 +205,7 @@ def _past(model: Any, inputs: Any, cache: Any, layer: int, start: int, n: int) -
     if start == 0:
         return None
     entries = [
-        TransformerLensKeyValueCacheEntry(
-            *(_repeated(cache[name][:, :start], n) for name in _key_value_names([l])), frozen=True
-        )
+        TransformerLensKeyValueCacheEntry(*(_repeated(cache[name][:, :start], n) for name in _key_value_names([l])), frozen=True)
         if l >= layer
         else None
         for l in range(model.cfg.n_layers)

@@ -193,9 +193,7 @@ class _Record:
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{self.path} is no whole record of a sweep ({error}): delete it to begin anew.") from error
         if key != self.key:
-            raise ValueError(
-                f"{self.path} holds another sweep (other cells, prompts or weights): choose another file or delete it."
-            )
+            raise ValueError(f"{self.path} holds another sweep (other cells, prompts or weights): choose another file or delete it.")
         if not torch.allclose(stored["baselines"], self.baselines, rtol=1e-3, atol=1e-4):
             raise ValueError(
                 f"{self.path} holds a sweep with another metric: on the two unpatched runs it was {stored['baselines'].tolist()}, now "
@@ -257,9 +255,7 @@ def _clean_and_corrupted(result: PatchingResult, clean_metric: Tensor | None) ->
     return given, result.baseline
 
 
-def _plan(
-    model: Any, inputs: Any, activation: str, layers: Any, positions: Positions, heads: Any, metric_position: int
-) -> _Plan:
+def _plan(model: Any, inputs: Any, activation: str, layers: Any, positions: Positions, heads: Any, metric_position: int) -> _Plan:
     tower = activation.startswith(TOWER)
     kind = activation.removeprefix(TOWER)
     if kind not in STREAMS + HEADS:

@@ -202,7 +202,7 @@ class Trajectory(Result):
 
     @property
     def stages(self) -> list[str]:
-        """"none", "guess" or "sure" at each entry."""
+        """ "none", "guess" or "sure" at each entry."""
         guess, sure = self.birth(5), self.birth_sure
         return [
             "sure" if sure is not None and l >= sure else "guess" if guess is not None and l >= guess else "none"
@@ -399,9 +399,7 @@ def answer_trajectory(
 
 
 @torch.no_grad()
-def answer_log_probs(
-    model: Any, inputs: Any, answer: str, position: Place = "last", row: int = 0
-) -> Float[Tensor, "layer token"]:
+def answer_log_probs(model: Any, inputs: Any, answer: str, position: Place = "last", row: int = 0) -> Float[Tensor, "layer token"]:
     """The lens's log-probability of every token of an answer, spelt as given, each read behind those before it; nats.
 
     Of any answer, also one that no trajectory can follow. log p(answer) by layer is the sum over its tokens.
@@ -484,9 +482,7 @@ def trajectory_of_logits(
     )
 
 
-def shift_of_logits(
-    logits: Float[Tensor, "layer d_vocab"], last: Float[Tensor, "d_vocab"], text: Callable[[int], str]
-) -> dict[str, float]:
+def shift_of_logits(logits: Float[Tensor, "layer d_vocab"], last: Float[Tensor, "d_vocab"], text: Callable[[int], str]) -> dict[str, float]:
     """How far the last entry is from the one before it; from log-softmax in float64.
 
     Args:
@@ -541,8 +537,7 @@ def answer_ids(model: Any, answer: str, candidates: Sequence[str] = ()) -> tuple
     kept = sorted(ours - others)
     if not kept:
         raise NoFirstToken(
-            f"every first token of {answer!r} is also another candidate's: choose candidates that differ in their "
-            f"first token."
+            f"every first token of {answer!r} is also another candidate's: choose candidates that differ in their first token."
         )
     return kept, len(ours & others)
 
@@ -700,9 +695,7 @@ def _run(
     return stack[:, 0], int(model_ids[0]), _token_log_probs(model, stack, spelt)
 
 
-def _teacher_forced(
-    inputs: Any, tokens: Int[Tensor, "pos"], spelt: list[int], at: int, row: int
-) -> tuple[Any, int, list[int]]:
+def _teacher_forced(inputs: Any, tokens: Int[Tensor, "pos"], spelt: list[int], at: int, row: int) -> tuple[Any, int, list[int]]:
     """(the prompt that ends at the position and goes on with the answer, its row, the answer's tokens).
 
     The last token is not needed. No tokens where none can follow: in the middle of the images.

@@ -57,9 +57,7 @@ class TunedLens(nn.Module):
         """
         n_layers, d_model = self.b.shape
         if stack.shape[0] != n_layers + 1 or stack.shape[-1] != d_model:
-            raise ValueError(
-                f"expected the {n_layers + 1} entries of a residual stack of width {d_model}, got {tuple(stack.shape)}."
-            )
+            raise ValueError(f"expected the {n_layers + 1} entries of a residual stack of width {d_model}, got {tuple(stack.shape)}.")
         return torch.stack([self.translate(vectors, layer) for layer, vectors in enumerate(stack)])
 
     def translate(self, vectors: Float[Tensor, "*axes d_model"], layer: int) -> Float[Tensor, "*axes d_model"]:
@@ -164,9 +162,7 @@ def _streams(model: Any, prompts: Iterable[Any]) -> tuple[Float[Tensor, "entry n
     return stack, stack[-1]
 
 
-def _kl(
-    model: Any, stack: Float[Tensor, "layer n d_model"], goal: Float[Tensor, "n d_model"]
-) -> Float[Tensor, "layer n"]:
+def _kl(model: Any, stack: Float[Tensor, "layer n d_model"], goal: Float[Tensor, "n d_model"]) -> Float[Tensor, "layer n"]:
     """KL(p_L ‖ p_l) of every row, a chunk of rows at a time."""
     parts = []
     for start in range(0, len(goal), _CHUNK):

@@ -96,9 +96,7 @@ class Attention(nn.Module):
     something listens to them (see `Block`).
     """
 
-    def __init__(
-        self, d_model: int, n_heads: int, n_key_value_heads: int, d_head: int, bias: bool = True, norm_eps: float | None = None
-    ):
+    def __init__(self, d_model: int, n_heads: int, n_key_value_heads: int, d_head: int, bias: bool = True, norm_eps: float | None = None):
         """bias: of queries, keys and values. norm_eps: of the norms of queries and keys; None for none."""
         super().__init__()
         self.d_model, self.n_heads, self.n_key_value_heads, self.d_head = d_model, n_heads, n_key_value_heads, d_head

@@ -22,9 +22,7 @@ class Block(nn.Module):
 
     hook_out_is_single_residual_stream = True  # what TransformerLens's lens asks of a block
 
-    def __init__(
-        self, ln1: RMSNorm | LayerNorm, attn: Attention, ln2: RMSNorm | LayerNorm, mlp: GatedMLP | MLP
-    ):
+    def __init__(self, ln1: RMSNorm | LayerNorm, attn: Attention, ln2: RMSNorm | LayerNorm, mlp: GatedMLP | MLP):
         super().__init__()
         self.ln1, self.attn, self.ln2, self.mlp = ln1, attn, ln2, mlp
         self.hook_resid_pre = HookPoint()  # [batch, pos, d_model]

@@ -104,7 +104,9 @@ class HookedCache(ActivationCache):
         return HookedCache(free, self.model, self.has_batch_dim)
 
     def __contains__(self, key: object) -> bool:
-        return any(name in held for name in (key, canonical(key) if isinstance(key, str) else key) for held in (self.cache_dict, self.vision))
+        return any(
+            name in held for name in (key, canonical(key) if isinstance(key, str) else key) for held in (self.cache_dict, self.vision)
+        )
 
     def __repr__(self) -> str:
         return f"HookedCache with keys {list(self.cache_dict)} and vision keys {list(self.vision)}"
@@ -255,9 +257,7 @@ class HookedCache(ActivationCache):
         With cached scales TransformerLens divides by the scale and leaves the weight out, which is
         right only on folded weights; here the components sum to the normalised stream raw and processed.
         """
-        scaled = super().apply_ln_to_stack(
-            residual_stack, layer, mlp_input, pos_slice, batch_slice, has_batch_dim, recompute_ln
-        )
+        scaled = super().apply_ln_to_stack(residual_stack, layer, mlp_input, pos_slice, batch_slice, has_batch_dim, recompute_ln)
         if recompute_ln and layer in (None, -1, self.model.cfg.n_layers):  # that path ran the norm itself
             return scaled
         return scaled * self._norm_weight(layer, mlp_input).to(scaled.device)
@@ -320,14 +320,11 @@ def _require_shape(path: str | Path, name: str, theirs: Mapping[str, Any], model
     differing = [f"{what} {theirs.get(what)} (the model: {ours[what]})" for what in ours if theirs.get(what) != ours[what]]
     if differing:
         raise ValueError(
-            f"{path} is a cache of {name!r}, whose shape is another: {', '.join(differing)}; "
-            f"load it with the model that made it."
+            f"{path} is a cache of {name!r}, whose shape is another: {', '.join(differing)}; load it with the model that made it."
         )
 
 
-def cache_image(
-    cache: HookedCache, name: str, inputs: Any, row: int = 0, image: int = 0
-) -> Float[Tensor, "rows cols ..."]:
+def cache_image(cache: HookedCache, name: str, inputs: Any, row: int = 0, image: int = 0) -> Float[Tensor, "rows cols ..."]:
     """One image's activations of the tower or projector, unpacked and in raster order.
 
     Args:

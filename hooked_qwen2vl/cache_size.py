@@ -155,7 +155,7 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def in_words(n: int) -> str:
-    """"3.6 GB"."""
+    """ "3.6 GB"."""
     for unit in ("B", "kB", "MB"):
         if n < 1000:
             return f"{n:.0f} {unit}"

@@ -108,7 +108,9 @@ def _with_adapter(
             f"adapter={adapter} with {folder}: expected a PEFT folder or hub id, None, or (for a folder with weights of its own) False."
         )
     if not own and (folder / ADAPTER_WEIGHTS).exists() and adapter is not False:
-        raise ValueError(f"{folder} has {ADAPTER_WEIGHTS} but no {ADAPTER_CONFIG}, which says how to apply it: add it, or pass adapter=False.")
+        raise ValueError(
+            f"{folder} has {ADAPTER_WEIGHTS} but no {ADAPTER_CONFIG}, which says how to apply it: add it, or pass adapter=False."
+        )
     if not own or adapter is False:
         if adapter in (None, False):
             return folder, None
@@ -182,9 +184,7 @@ def _find(name: str, revision: str | None, local_files_only: bool) -> Path:
             f"such as 'Qwen/Qwen2-VL-2B-Instruct'."
         )
     try:
-        return Path(
-            snapshot_download(name, revision=revision, local_files_only=local_files_only, allow_patterns=WANTED)
-        )
+        return Path(snapshot_download(name, revision=revision, local_files_only=local_files_only, allow_patterns=WANTED))
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError, ValueError) as error:
         at = f" at revision {revision!r}" if revision else ""
         raise ValueError(
@@ -248,9 +248,7 @@ def _list_tensors(folder: Path) -> dict[str, Path]:
         weight_map, paths = None, [folder / SINGLE]
     files = {key: path for path in paths for key in _keys(path)}
     if weight_map is not None:
-        wrong = [k for k, shard in weight_map.items() if files.get(k) != folder / shard] + [
-            k for k in files if k not in weight_map
-        ]
+        wrong = [k for k, shard in weight_map.items() if files.get(k) != folder / shard] + [k for k in files if k not in weight_map]
         if wrong:
             more = f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
             raise ValueError(f"{index} does not describe its shards: {', '.join(sorted(wrong)[:10])}{more}; download it anew.")
@@ -259,7 +257,13 @@ def _list_tensors(folder: Path) -> dict[str, Path]:
 
 def _is_inside(shard: Any) -> bool:
     """Whether an index's entry is the name of a file below its folder."""
-    return isinstance(shard, str) and bool(shard) and "\0" not in shard and not PurePath(shard).is_absolute() and ".." not in PurePath(shard).parts
+    return (
+        isinstance(shard, str)
+        and bool(shard)
+        and "\0" not in shard
+        and not PurePath(shard).is_absolute()
+        and ".." not in PurePath(shard).parts
+    )
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -283,8 +287,7 @@ def _open(path: Path):
         if pointer:
             raise ValueError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in {path.parent}.") from error
         raise ValueError(
-            f"{path} is not a whole safetensors file ({_first_line(error)}; it has {path.stat().st_size} bytes): "
-            f"download it again."
+            f"{path} is not a whole safetensors file ({_first_line(error)}; it has {path.stat().st_size} bytes): download it again."
         ) from error
 
 

@@ -20,9 +20,7 @@ _INSIDE = re.compile(r"((vision_encoder\.)?blocks\.\d+|vision_projector)\..+")
 AWAY = ("cpu", "disk")
 
 
-def dispatch(
-    model: Any, device_map: str | dict, max_memory: dict | None = None, offload_folder: str | Path | None = None
-) -> Any:
+def dispatch(model: Any, device_map: str | dict, max_memory: dict | None = None, offload_folder: str | Path | None = None) -> Any:
     """Spreads a model over devices; blocks stay whole.
 
     Raises:

@@ -52,9 +52,7 @@ class Sampling:
         if self.temperature < 0 or self.freq_penalty < 0 or self.repetition_penalty <= 0:
             raise ValueError("temperature and freq_penalty must not be negative, repetition_penalty must be positive.")
 
-    def choose(
-        self, logits: Float[Tensor, "batch d_vocab"], sequence: Inputs, step: int
-    ) -> Int[Tensor, "batch"]:
+    def choose(self, logits: Float[Tensor, "batch d_vocab"], sequence: Inputs, step: int) -> Int[Tensor, "batch"]:
         """The next token of each row; with a seed, the same whatever else draws random numbers."""
         temperature = self.temperature if self.do_sample else 0.0
         logits, tokens = logits.float(), sequence.tokens
@@ -266,9 +264,7 @@ class Generation:
             if last:
                 return
 
-    def _next_logits(
-        self, sequence: Inputs, prompt: Inputs, past: TransformerLensKeyValueCache | None
-    ) -> Float[Tensor, "batch d_vocab"]:
+    def _next_logits(self, sequence: Inputs, prompt: Inputs, past: TransformerLensKeyValueCache | None) -> Float[Tensor, "batch d_vocab"]:
         """Logits of the next token: of the whole sequence, or of its last position on top of the past."""
         with self.watched_run(prompt):
             if past is None or sequence is prompt:

@@ -269,9 +269,7 @@ class Geometry:
             window = None if self.pixels is not None and packed.shape == self.pixels.shape else visual.window
             part = part[:, tower_order(h, w, visual.merge, window).to(packed.device)].unflatten(1, (h, w))
         else:
-            raise ValueError(
-                f"expected an activation over {n_patches} patches or {n_tokens} image tokens, got {len(packed)} rows."
-            )
+            raise ValueError(f"expected an activation over {n_patches} patches or {n_tokens} image tokens, got {len(packed)} rows.")
         return part if video is not None else part[0]
 
     def _positions_of_segment(self, name: str, row: int) -> Int[Tensor, "n"]:

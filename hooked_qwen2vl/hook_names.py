@@ -51,9 +51,7 @@ def chosen(names_filter: str | Sequence[str] | Callable[[str], bool], known: Col
     if not callable(names_filter):
         wanted = require([names_filter] if isinstance(names_filter, str) else names_filter, known)
         return [name for name in known if name in wanted]
-    return [name for name in known if names_filter(name)] or [
-        name for name in known if any(names_filter(other) for other in others(name))
-    ]
+    return [name for name in known if names_filter(name)] or [name for name in known if any(names_filter(other) for other in others(name))]
 
 
 def require(names: Sequence[str], known: Collection[str]) -> set[str]:

@@ -87,9 +87,7 @@ class Inputs(Geometry):
             raise ValueError(f"expected integer token ids, got {tokens.dtype}.")
         tokens = tokens.long()
         if int(tokens.min()) < 0 or int(tokens.max()) >= cfg.d_vocab:
-            raise ValueError(
-                f"token ids must be in 0..{cfg.d_vocab - 1}, got {int(tokens.min())}..{int(tokens.max())}."
-            )
+            raise ValueError(f"token ids must be in 0..{cfg.d_vocab - 1}, got {int(tokens.min())}..{int(tokens.max())}.")
         if tokens.shape[1] > cfg.n_ctx:
             raise ValueError(
                 f"the prompt has {tokens.shape[1]} tokens, the model's context {cfg.n_ctx}: use a smaller image "
@@ -189,8 +187,7 @@ class Inputs(Geometry):
                 position = _end_of(visual, kinds, position)
         if packs[IMAGE] or packs[VIDEO]:
             raise ValueError(
-                f"the processor's batch has {len(packs[IMAGE])} images and {len(packs[VIDEO])} videos that no "
-                f"placeholder refers to."
+                f"the processor's batch has {len(packs[IMAGE])} images and {len(packs[VIDEO])} videos that no placeholder refers to."
             )
         return cls.build(tokens, cfg, mask, visuals, torch.cat(pixels) if pixels else None)
 
@@ -216,9 +213,7 @@ class Inputs(Geometry):
     ) -> Inputs:
         """The same batch with its image embeddings computed, and what DeepStack adds where there are mergers for it."""
         added = deepstack_embeds if deepstack_embeds is not None and len(deepstack_embeds) else None
-        return replace(
-            self, image_embeds=image_embeds, encoded_by=encoded_by, encoded_pixels=self._pixel_digests(), deepstack_embeds=added
-        )
+        return replace(self, image_embeds=image_embeds, encoded_by=encoded_by, encoded_pixels=self._pixel_digests(), deepstack_embeds=added)
 
     @property
     def image_streams(self) -> Float[Tensor, "stream image_token d_model"]:
@@ -463,9 +458,7 @@ def padding_left(tokenizer: Any) -> Any:
     return tokenizer
 
 
-def padding_mask(
-    tokens: Int[Tensor, "batch pos"], pad: int | None, padding_side: str | None = None
-) -> Int[Tensor, "batch pos"]:
+def padding_mask(tokens: Int[Tensor, "batch pos"], pad: int | None, padding_side: str | None = None) -> Int[Tensor, "batch pos"]:
     """1 where a row has a token, 0 where the padding id stands at its ends.
 
     Args:
@@ -527,10 +520,7 @@ def _check_shape(tokens: Tensor) -> None:
 
 def _check_mask(mask: Tensor, tokens: Tensor) -> None:
     if mask.shape != tokens.shape or not bool(((mask == 0) | (mask == 1)).all()):
-        raise ValueError(
-            f"expected an attention mask of zeros and ones like the tokens {tuple(tokens.shape)}, got "
-            f"{tuple(mask.shape)}."
-        )
+        raise ValueError(f"expected an attention mask of zeros and ones like the tokens {tuple(tokens.shape)}, got {tuple(mask.shape)}.")
     if not bool(mask.any(-1).all()):
         raise ValueError("a prompt is empty: every row needs at least one token that is not padding.")
     begins = torch.nn.functional.pad(mask, (1, 0)).diff(dim=-1) == 1
@@ -605,9 +595,7 @@ def _rectangle(values: Any, key: str) -> Int[Tensor, "batch pos"]:
     try:
         return torch.as_tensor(values)
     except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"{key} is not one rectangle ({error}): call the processor with padding=True, return_tensors='pt'."
-        ) from error
+        raise ValueError(f"{key} is not one rectangle ({error}): call the processor with padding=True, return_tensors='pt'.") from error
 
 
 def _end_of(visual: Visual, kinds: Sequence[int], start: int) -> int:

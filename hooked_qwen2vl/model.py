@@ -332,7 +332,9 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         past = past_kv_cache if past_kv_cache is not None else past_key_values
         if past is not None or return_type == "logits_and_cache":
             if return_type in ("loss", "both") or (start_at_layer, stop_at_layer, inputs) != (None, None, None):
-                raise ValueError("with a past_kv_cache all layers are run, for logits: drop the loss, start_at_layer, stop_at_layer and inputs.")
+                raise ValueError(
+                    "with a past_kv_cache all layers are run, for logits: drop the loss, start_at_layer, stop_at_layer and inputs."
+                )
             return self._go_on(self.as_inputs(input, attention_mask, prepend_bos, padding_side), past, return_type, logits_at)
         if start_at_layer is None and inputs is not None:
             raise ValueError("inputs= says what a residual stream belongs to: it goes with start_at_layer=.")
@@ -351,9 +353,7 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
                 return residual
             return self.read_out(residual, inputs, return_type, loss_per_token, logits_at)
 
-    def _go_on(
-        self, new: Inputs, past: TransformerLensKeyValueCache | None, return_type: ReturnType, logits_at: int | slice | None
-    ) -> Any:
+    def _go_on(self, new: Inputs, past: TransformerLensKeyValueCache | None, return_type: ReturnType, logits_at: int | slice | None) -> Any:
         """The forward of tokens that come after those of a cache of keys and values."""
         past = TransformerLensKeyValueCache.init_cache(self.cfg, self.cfg.device, len(new)) if past is None else past
         whole, start = said_so_far(past, new), past.previous_attention_mask.shape[1]
@@ -434,9 +434,7 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         text, stop = self.cfg.text, start + residual.shape[1]
         copies = len(residual) // len(inputs)
         position_ids = inputs.position_ids[..., start:stop].repeat(1, copies, 1)
-        rotation = text_rotation(
-            position_ids, text.rotary_base, text.d_head, text.mrope_section, residual.dtype, text.mrope_interleaved
-        )
+        rotation = text_rotation(position_ids, text.rotary_base, text.d_head, text.mrope_section, residual.dtype, text.mrope_interleaved)
         seen = inputs.attention_mask[:, :stop].bool().repeat(copies, 1).to(residual.device)
         visible = Causal(residual.shape[1], stop, residual.device, None if bool(seen.all()) else seen)
         layers = range(self.cfg.n_layers) if layers is None else layers
@@ -769,8 +767,7 @@ def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     found = getattr(torch, str(dtype).removeprefix("torch."), None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(
-            f"unknown dtype {dtype!r}: expected 'float32', 'bfloat16', 'float16', 'float64', or None for the "
-            f"checkpoint's own."
+            f"unknown dtype {dtype!r}: expected 'float32', 'bfloat16', 'float16', 'float64', or None for the checkpoint's own."
         )
     return found
 

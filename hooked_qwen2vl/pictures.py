@@ -125,8 +125,7 @@ def open_image(image: ImageLike) -> Image.Image:
         raise ValueError(f"an image has no pixels: its size is {width}×{height}.")
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise ValueError(
-            f"an image of {width}×{height} pixels is too long and thin: Qwen2-VL takes sides up to "
-            f"{MAX_ASPECT_RATIO} to 1; crop or pad it."
+            f"an image of {width}×{height} pixels is too long and thin: Qwen2-VL takes sides up to {MAX_ASPECT_RATIO} to 1; crop or pad it."
         )
     try:
         picture.load()

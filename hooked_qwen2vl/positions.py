@@ -53,9 +53,7 @@ def raster_order(h: int, w: int, merge: int) -> Int[Tensor, "patch"]:
     return torch.argsort(rows * w + cols)
 
 
-def interpolation(
-    grid_thw: Int[Tensor, "image 3"], merge: int, side: int
-) -> tuple[Int[Tensor, "patch 4"], Float[Tensor, "patch 4"]]:
+def interpolation(grid_thw: Int[Tensor, "image 3"], merge: int, side: int) -> tuple[Int[Tensor, "patch 4"], Float[Tensor, "patch 4"]]:
     """Bilinear interpolation of a square table of positions to each grid, whose corners are the table's corners.
 
     Args:
@@ -81,9 +79,7 @@ def attention_segments(grid_thw: Int[Tensor, "image 3"]) -> Int[Tensor, "segment
     return (grid_thw[:, 1] * grid_thw[:, 2]).repeat_interleave(grid_thw[:, 0])
 
 
-def window_order(
-    grid_thw: Int[Tensor, "image 3"], merge: int, window: int
-) -> tuple[Int[Tensor, "image_token"], Int[Tensor, "window"]]:
+def window_order(grid_thw: Int[Tensor, "image 3"], merge: int, window: int) -> tuple[Int[Tensor, "image_token"], Int[Tensor, "window"]]:
     """Image tokens window by window, and how many each window has.
 
     A frame's windows come in raster order, and so do the tokens inside each; where the grid does not divide, the windows at

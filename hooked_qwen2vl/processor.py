@@ -200,7 +200,9 @@ class Processor:
         named = {"default": templates} if isinstance(templates, str) else templates
         wanted = name if isinstance(name, str) else "default"
         if wanted not in named:
-            raise ValueError(f"this checkpoint has no chat template {short(wanted)}: pass template= one of {', '.join(map(repr, sorted(named)))}.")
+            raise ValueError(
+                f"this checkpoint has no chat template {short(wanted)}: pass template= one of {', '.join(map(repr, sorted(named)))}."
+            )
         return named[wanted]
 
     def _row(
@@ -221,9 +223,7 @@ class Processor:
         for kind, pad, word in ((IMAGE, IMAGE_PAD, "image"), (VIDEO, VIDEO_PAD, "video")):
             given, asked = sum(k == kind for k, _ in medias), placeholders.count(pad)
             if given != asked:
-                raise ValueError(
-                    f"the prompt refers to {asked} {word}s ({pad}) but {given} {word}s came with it: pass one for each."
-                )
+                raise ValueError(f"the prompt refers to {asked} {word}s ({pad}) but {given} {word}s came with it: pass one for each.")
         medias = [(kind, list(m) if isinstance(m, Iterator) else m) for kind, m in _in_order(placeholders, medias)]
         whole = cfg.vision.timestamps  # whether a video's frames share its pixels
         processed = [self._image(m, bounds) if kind == IMAGE else self._video(m, bounds, whole) for kind, m in medias]
@@ -460,9 +460,7 @@ def _without_template(
 def _chats(messages: Any) -> list[list[dict]]:
     """One conversation or several, as a list of them."""
     if not isinstance(messages, (list, tuple)) or not messages:
-        raise ValueError(
-            f"expected messages=[{{'role': 'user', 'content': …}}, …] or a list of such, got {short(messages)}."
-        )
+        raise ValueError(f"expected messages=[{{'role': 'user', 'content': …}}, …] or a list of such, got {short(messages)}.")
     chats = [list(messages)] if isinstance(messages[0], dict) else [list(chat) for chat in messages]
     for chat in chats:
         if not all(isinstance(message, dict) for message in chat):
@@ -511,9 +509,7 @@ def _mark(messages: list[dict], typed: bool = True) -> tuple[list[dict], list[Pa
                 settings = {key: item[key] for key in own[kind] if item.get(key) is not None}
                 medias.append((IMAGE if kind == "image" else VIDEO, element(kind, media, settings)))
             else:
-                raise ValueError(
-                    f"message {index} has the part {short(item)}: expected a 'type' of 'text', 'image' or 'video'."
-                )
+                raise ValueError(f"message {index} has the part {short(item)}: expected a 'type' of 'text', 'image' or 'video'.")
         images, videos = message.get("_medias", ((), ()))
         medias += [(IMAGE, image) for image in images] + [(VIDEO, video) for video in videos]
         if role != "user" and all(item["type"] == "text" for item in out):
@@ -549,8 +545,7 @@ def _media_rows(media: Sequence[Any] | None, n_rows: int, single: bool, word: st
         return [list(media)]
     if len(media) != n_rows or any(row is not None and not isinstance(row, (list, tuple)) for row in media):
         raise ValueError(
-            f"for {n_rows} prompts expected {word}= a list of {n_rows} lists (one for each prompt, [] for none), got "
-            f"{len(media)} entries."
+            f"for {n_rows} prompts expected {word}= a list of {n_rows} lists (one for each prompt, [] for none), got {len(media)} entries."
         )
     return [list(row or []) for row in media]
 

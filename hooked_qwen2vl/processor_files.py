@@ -51,14 +51,18 @@ def read_tokenizer(folder: Path) -> Any:
     """
     whole = (folder / TOKENIZER).exists()
     if not whole and not ((folder / VOCABULARY).exists() and (folder / MERGES).exists()):
-        raise ValueError(f"{folder} has no tokenizer: expected {TOKENIZER}, or {VOCABULARY} and {MERGES}; without them every text is empty.")
+        raise ValueError(
+            f"{folder} has no tokenizer: expected {TOKENIZER}, or {VOCABULARY} and {MERGES}; without them every text is empty."
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         same = tokenizer.decode(tokenizer(_SAMPLE)["input_ids"], clean_up_tokenization_spaces=False)
     except Exception as error:  # the tokenizers library raises bare Exceptions
         raise ValueError(f"{folder} has no tokenizer that transformers can read ({str(error)[:200]}).") from error
     if same != _SAMPLE:
-        raise ValueError(f"the tokenizer in {folder} makes {same!r} of {_SAMPLE!r}: its vocabulary is missing or cut short; download it anew.")
+        raise ValueError(
+            f"the tokenizer in {folder} makes {same!r} of {_SAMPLE!r}: its vocabulary is missing or cut short; download it anew."
+        )
     return tokenizer
 
 
@@ -150,7 +154,9 @@ def _size(settings: Mapping[str, Any], where: str, default: Mapping[str, int]) -
     if wrong:
         raise ValueError(f"{where} has the size {', '.join(wrong)}: expected whole numbers above 0, areas in pixels.")
     if found["shortest_edge"] > found["longest_edge"]:
-        raise ValueError(f"{where} has a size whose shortest_edge {found['shortest_edge']} is more than its longest_edge {found['longest_edge']}.")
+        raise ValueError(
+            f"{where} has a size whose shortest_edge {found['shortest_edge']} is more than its longest_edge {found['longest_edge']}."
+        )
     return found
 
 

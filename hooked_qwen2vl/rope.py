@@ -30,9 +30,7 @@ def _rotation(angles: Float[Tensor, "... pos half"], dtype: torch.dtype) -> Rota
     return Rotation(angles.cos().to(dtype), angles.sin().to(dtype))
 
 
-def vision_rotation(
-    coordinates: Int[Tensor, "patch 2"], base: float, d_head: int, dtype: torch.dtype = torch.float32
-) -> Rotation:
+def vision_rotation(coordinates: Int[Tensor, "patch 2"], base: float, d_head: int, dtype: torch.dtype = torch.float32) -> Rotation:
     """2-D rotation of each patch: the first quarter of the head turns with the row, the second with the column.
 
     Args:

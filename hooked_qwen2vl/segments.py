@@ -30,9 +30,7 @@ def is_segment_name(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
-def names_from_ids(
-    tokens: Sequence[int], types: Sequence[int], cfg: HookedQwen2VLConfig, frames: Sequence[int] = ()
-) -> list[str]:
+def names_from_ids(tokens: Sequence[int], types: Sequence[int], cfg: HookedQwen2VLConfig, frames: Sequence[int] = ()) -> list[str]:
     """The part each position of one unpadded row belongs to.
 
     Where content begins with line breaks, one token may hold them and the template's own: it is the template's.

@@ -116,9 +116,7 @@ class TransformerLensWeights:
     def _for_each_head(self, W: Float[Tensor, "layer kv_head ..."]) -> Float[Tensor, "layer head ..."]:
         return W.repeat_interleave(self.cfg.n_heads // self.cfg.n_key_value_heads, dim=1)
 
-    def accumulated_bias(
-        self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
-    ) -> Float[Tensor, "d_model"]:
+    def accumulated_bias(self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True) -> Float[Tensor, "d_model"]:
         """Sum of the biases written into the residual stream before block `layer` (or before its MLP).
 
         The decoder's MLP has no output bias, so `include_mlp_biases` changes nothing.
@@ -129,9 +127,7 @@ class TransformerLensWeights:
         zero = torch.zeros(self.cfg.d_model, dtype=self.cfg.dtype, device=self.cfg.device)
         return sum((block.attn.b_O.to(self.cfg.device) for block in blocks), zero)
 
-    def tokens_to_residual_directions(
-        self, tokens: str | int | Int[Tensor, ""] | Int[Tensor, "..."]
-    ) -> Float[Tensor, "... d_model"]:
+    def tokens_to_residual_directions(self, tokens: str | int | Int[Tensor, ""] | Int[Tensor, "..."]) -> Float[Tensor, "... d_model"]:
         """The column of W_U of each token: the direction whose dot product with the *normalised* stream is its logit.
 
         On raw weights the final norm's weight γ stands between; `cache.apply_ln_to_stack` and

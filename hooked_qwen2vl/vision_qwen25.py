@@ -44,9 +44,7 @@ class VisionEncoder(nn.Module):
         self.hook_patch_embed = HookPoint()  # [1, patch, d_vision]
         self.blocks = nn.ModuleList(vision_block(cfg) for _ in range(cfg.n_layers))
 
-    def forward(
-        self, pixels: Float[Tensor, "patch d_patch"], grid_thw: Int[Tensor, "image 3"]
-    ) -> Float[Tensor, "1 patch d_vision"]:
+    def forward(self, pixels: Float[Tensor, "patch d_patch"], grid_thw: Int[Tensor, "image 3"]) -> Float[Tensor, "1 patch d_vision"]:
         """The tower's residual stream after its last block, window by window.
 
         Args:
@@ -84,9 +82,7 @@ class VisionProjector(Merger):
         super().__init__(cfg)
         self.ln = RMSNorm(cfg.d_vision, cfg.eps)
 
-    def forward(
-        self, resid: Float[Tensor, "1 patch d_vision"], grid_thw: Int[Tensor, "image 3"]
-    ) -> Float[Tensor, "1 image_token d_model"]:
+    def forward(self, resid: Float[Tensor, "1 patch d_vision"], grid_thw: Int[Tensor, "image 3"]) -> Float[Tensor, "1 image_token d_model"]:
         order, _ = window_order(grid_thw, self.cfg.spatial_merge_size, self.cfg.window)
         merged = self.ln(self.hook_in(resid)).reshape(1, -1, self.cfg.d_merge)
         return self.write(merged[:, order.argsort().to(merged.device)])

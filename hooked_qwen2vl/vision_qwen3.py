@@ -47,9 +47,7 @@ class VisionEncoder(nn.Module):
         self.hook_pos_embed = HookPoint()  # [1, patch, d_vision]
         self.blocks = nn.ModuleList(vision_block(cfg) for _ in range(cfg.n_layers))
 
-    def forward(
-        self, pixels: Float[Tensor, "patch d_patch"], grid_thw: Int[Tensor, "image 3"]
-    ) -> Float[Tensor, "stream patch d_vision"]:
+    def forward(self, pixels: Float[Tensor, "patch d_patch"], grid_thw: Int[Tensor, "image 3"]) -> Float[Tensor, "stream patch d_vision"]:
         """The tower's residual stream after its last block, then after each block that DeepStack taps.
 
         Args:

@@ -30,9 +30,7 @@ TEXT_TABLE = {
     "language_model.layers.{l}.mlp.up_proj.weight": ("blocks.{l}.mlp.up_proj.weight",),
     "language_model.layers.{l}.mlp.down_proj.weight": ("blocks.{l}.mlp.down_proj.weight",),
 }
-QKV_BIASES = {
-    f"language_model.layers.{{l}}.self_attn.{part}_proj.bias": (f"blocks.{{l}}.attn.{part}_proj.bias",) for part in "qkv"
-}
+QKV_BIASES = {f"language_model.layers.{{l}}.self_attn.{part}_proj.bias": (f"blocks.{{l}}.attn.{part}_proj.bias",) for part in "qkv"}
 QK_NORMS = {f"language_model.layers.{{l}}.self_attn.{part}_norm.weight": (f"blocks.{{l}}.attn.{part}_norm.w",) for part in "qk"}
 
 
@@ -252,8 +250,7 @@ def load_weights(model: nn.Module, source: Mapping[str, Tensor], where: str, dty
             problems += _assign(model, theirs, tensors[theirs], ours, assigned)
     if problems:
         raise ValueError(
-            f"{where} does not hold the weights its configuration describes, so nothing was loaded:\n  "
-            + few(problems, between="\n  ")
+            f"{where} does not hold the weights its configuration describes, so nothing was loaded:\n  " + few(problems, between="\n  ")
         )
     if dtype is None:
         _refuse_mixture({name: tensors[name] for name in table}, where)
@@ -288,9 +285,7 @@ def _check_head(cfg: HookedQwen2VLConfig, tensors: Mapping[str, Tensor]) -> Iter
     ]
 
 
-def _assign(
-    model: nn.Module, theirs: str, tensor: Tensor, ours: tuple[str, ...], assigned: dict[str, Tensor]
-) -> list[str]:
+def _assign(model: nn.Module, theirs: str, tensor: Tensor, ours: tuple[str, ...], assigned: dict[str, Tensor]) -> list[str]:
     """Cuts one tensor of the source into our parameters; returns what is wrong with its shape."""
     shapes = [tuple(model.get_parameter(name).shape) for name in ours]
     expected = (sum(shape[0] for shape in shapes), *shapes[0][1:])

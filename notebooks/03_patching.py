@@ -66,7 +66,9 @@ recovery_on_image(shares[:, image].unflatten(-1, pair.clean.grid()), layers, [pa
 # TransformerLens's own loop runs the whole model for every cell. On a few cells, the same numbers:
 
 # %%
-cells = pd.DataFrame([(layer, place) for layer in (0, len(layers) // 2, len(layers) - 1) for place in (best, len(words) - 1)], columns=["layer", "pos"])
+cells = pd.DataFrame(
+    [(layer, place) for layer in (0, len(layers) // 2, len(layers) - 1) for place in (best, len(words) - 1)], columns=["layer", "pos"]
+)
 _, cache = model.run_with_cache(pair.clean)
 cells["TransformerLens"] = generic_activation_patch(
     model, pair.corrupted, cache, pair.metric, layer_pos_patch_setter, "resid_pre", index_df=cells[["layer", "pos"]], reduce="mean"

@@ -1,6 +1,6 @@
 """Notebooks with their outputs: every percent source beside this file is run in a fresh kernel and written as HTML.
 
-    python notebooks/build.py [--out out/notebooks] [NAME ...]
+python notebooks/build.py [--out out/notebooks] [NAME ...]
 """
 
 from __future__ import annotations

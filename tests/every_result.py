@@ -177,9 +177,7 @@ def flip_study() -> FlipStudy:
     prompts.insert(0, "id", [f"i{i}" for i in range(10)])
     prompts["L"] = LAYERS
     n = 40
-    numbers = {
-        f"{where}_difference{what}": torch.randn(n).tolist() for where in ("entry", "final") for what in ("", "_ablated", "_random")
-    }
+    numbers = {f"{where}_difference{what}": torch.randn(n).tolist() for where in ("entry", "final") for what in ("", "_ablated", "_random")}
     flips = pd.DataFrame(
         {"prompt": [i % 10 for i in range(n)], "id": "i", "question": QUESTION, "category": "colour", "right": [i % 3 > 0 for i in range(n)],
          "L": LAYERS, "entry": [i % LAYERS + 1 for i in range(n)], "lost": "a", "gained": "中", "change": 1.0, "attribution_error": 0.0,
@@ -198,7 +196,10 @@ def neighbours(positions: int = POSITIONS) -> Neighbours:
 
 def chair() -> Chair:
     mentions = pd.DataFrame(
-        [{"image": f"i{i % 9}", "word": token(i), "object": token(i), "start": i, "end": i + 2, "hallucinated": i % 3 == 0} for i in range(80)]
+        [
+            {"image": f"i{i % 9}", "word": token(i), "object": token(i), "start": i, "end": i + 2, "hallucinated": i % 3 == 0}
+            for i in range(80)
+        ]
     )
     return Chair(mentions, 12)
 
@@ -250,7 +251,9 @@ RESULTS = {
     Grounding: grounding,
     GroundingExperiment: grounding_experiment,
     Hallucinations: hallucinations,
-    Knockout: lambda: Knockout(torch.randn(5, LAYERS, 6), torch.rand(6), ("image → last", "question → last", "中文", "$a$ → $b$", "x"), 5, 0, NAME),
+    Knockout: lambda: Knockout(
+        torch.randn(5, LAYERS, 6), torch.rand(6), ("image → last", "question → last", "中文", "$a$ → $b$", "x"), 5, 0, NAME
+    ),
     LayerSweep: lambda: LayerSweep(torch.rand(LAYERS + 1, LAYERS + 1), 14, 20, 100, 60, NAME),
     LocalityStudy: lambda: LocalityStudy((True, False), (0.1, 0.2), (0.1, 0.3), torch.rand(2, LAYERS, len(SPANS)), ("a", "b"), 3, 0, NAME),
     LogitLens: lens,

@@ -101,9 +101,7 @@ def inputs_for(model, image, **settings):
 def test_loading_needs_little_memory_of_its_own(folder):
     figures = {}
     for whose in ("ours", "theirs"):
-        run = subprocess.run(
-            [sys.executable, "-c", MEASURE, str(folder), whose], capture_output=True, text=True, check=True
-        )
+        run = subprocess.run([sys.executable, "-c", MEASURE, str(folder), whose], capture_output=True, text=True, check=True)
         figures[whose] = int(run.stdout.split("MB")[1])
     print(f"anonymous memory of loading: ours {figures['ours']} MB, transformers {figures['theirs']} MB")
     assert figures["ours"] <= 100, figures

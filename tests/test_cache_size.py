@@ -23,7 +23,11 @@ def test_every_hooks_bytes_are_those_of_the_cache(family, dtype):
     for pos_slice in (None, -1, slice(3, 9)):
         _, cache = model.run_with_cache(inputs, names_filter=lambda name: True, pos_slice=pos_slice)
         held = {**cache.cache_dict, **cache.vision}
-        wrong = {n: (int(cache_size(model, inputs, [n], pos_slice)), x.nbytes) for n, x in held.items() if cache_size(model, inputs, [n], pos_slice) != x.nbytes}
+        wrong = {
+            n: (int(cache_size(model, inputs, [n], pos_slice)), x.nbytes)
+            for n, x in held.items()
+            if cache_size(model, inputs, [n], pos_slice) != x.nbytes
+        }
         assert not wrong and len(held) == len(model.hook_dict)
     _, cache = model.run_with_cache(inputs)
     unique = sum({x.untyped_storage().data_ptr(): x.nbytes for x in (*cache.cache_dict.values(), *cache.vision.values())}.values())
@@ -35,7 +39,9 @@ def test_every_hooks_bytes_are_those_of_the_cache(family, dtype):
 
 def test_it_grows_with_the_square_and_says_what_is_largest(model):
     short, long = (model.to_inputs("what? " * n) for n in (10, 60))
-    square = {name: model.cache_size(long).by_hook[name] / model.cache_size(short).by_hook[name] for name in model.cache_size(short).by_hook}
+    square = {
+        name: model.cache_size(long).by_hook[name] / model.cache_size(short).by_hook[name] for name in model.cache_size(short).by_hook
+    }
     ratio = long.shape[1] / short.shape[1]
     for name, growth in square.items():
         assert growth == pytest.approx(ratio**2 if name.endswith(("scores", "pattern")) else ratio), name
@@ -48,7 +54,9 @@ def test_a_cache_without_room_is_refused_before_the_run(model, monkeypatch):
     monkeypatch.setattr(module, "free_bytes", lambda device: 10_000)
     ran = []
     monkeypatch.setattr(type(model), "run_blocks", lambda self, *args, **more: ran.append(1))
-    with pytest.raises(ValueError, match=r"would hold .* kB|MB .*cpu has 10 kB free: leave scores and patterns out, names_filter=.*pos_slice=-1") as caught:
+    with pytest.raises(
+        ValueError, match=r"would hold .* kB|MB .*cpu has 10 kB free: leave scores and patterns out, names_filter=.*pos_slice=-1"
+    ) as caught:
         model.run_with_cache(inputs)
     with pytest.raises(ValueError, match="name the activations that are needed"):
         model.run_with_cache(inputs, names_filter=lambda name: name.endswith("hook_resid_post"))

@@ -64,10 +64,7 @@ def folders(tmp_path_factory, model):
 
 @pytest.fixture(scope="module")
 def bridges(folders):
-    return {
-        name: TransformerBridge.boot_transformers(str(folder), device="cpu", dtype=torch.float32)
-        for name, folder in folders.items()
-    }
+    return {name: TransformerBridge.boot_transformers(str(folder), device="cpu", dtype=torch.float32) for name, folder in folders.items()}
 
 
 def questions(n=3):

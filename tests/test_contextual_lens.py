@@ -26,9 +26,7 @@ CLOSE = 1e-5  # float32 activations by two routes; measured 2e-7
 def answered(model):
     """Two rows: images of different shapes, an answer of several tokens, padding on the first."""
     wide, tall, small = picture(140, 84, 1), picture(60, 115, 2), picture(90, 56, 3)
-    return model.to_inputs(
-        ["what?", "which of the two is red?"], images=[[wide], [tall, small]], answers=["blue", "red, blue red"]
-    )
+    return model.to_inputs(["what?", "which of the two is red?"], images=[[wide], [tall, small]], answers=["blue", "red, blue red"])
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +58,7 @@ def test_the_best_rectangle_is_that_of_brute_force(rows, cols):
     for _ in range(5):
         vectors, target = torch.randn(rows, cols, 9), torch.randn(9)
         scores = {
-            (t, l, b, r): cosine(vectors[t:b, l:r].double().reshape(-1, 9).mean(0), target)
-            for t, l, b, r in every_rectangle(rows, cols)
+            (t, l, b, r): cosine(vectors[t:b, l:r].double().reshape(-1, 9).mean(0), target) for t, l, b, r in every_rectangle(rows, cols)
         }
         assert len(scores) == rows * (rows + 1) // 2 * (cols * (cols + 1) // 2)
         box, score = best_rectangle(vectors, target)
@@ -419,9 +416,7 @@ def test_doubt(model):
         evidence = Evidence(model, item)
         top1, probs = torch.tensor([top for top, _ in tops]), torch.tensor([p for _, p in tops])
         ranks = torch.where(top1 == ids[0], 0, rank)
-        evidence.__dict__["lens"] = {
-            name: values[:, None] for name, values in (("top1", top1), ("top1_prob", probs), ("rank", ranks))
-        }
+        evidence.__dict__["lens"] = {name: values[:, None] for name, values in (("top1", top1), ("top1_prob", probs), ("rank", ranks))}
         return -SCORES["neg_doubt"](model, evidence)
 
     never = [(ids[1], 0.9), (ids[1], 0.8), (ids[1], 0.7)]
@@ -448,12 +443,8 @@ def test_halves_of_characters_are_no_doubt_that_is_shared():
 
 
 def test_runs_are_shared_and_change_nothing(model, answered, monkeypatch):
-    other = model.to_inputs(
-        "which of the two is red?", images=[picture(84, 84, 7), picture(56, 84, 8)], answers="red, blue red"
-    )
-    separate = {
-        name: score(model, Evidence(model, answered, 1, other=other)) for name, score in SCORES.items()
-    }
+    other = model.to_inputs("which of the two is red?", images=[picture(84, 84, 7), picture(56, 84, 8)], answers="red, blue red")
+    separate = {name: score(model, Evidence(model, answered, 1, other=other)) for name, score in SCORES.items()}
     runs, blocks = [], model.run_blocks
     monkeypatch.setattr(model, "run_blocks", lambda *a, **k: (runs.append(1), blocks(*a, **k))[1])
     together = all_scores(model, answered, 1, other=other)
@@ -531,7 +522,9 @@ def test_the_experiment_runs(model, tmp_path):
     table = result.to_dataframe(resamples=50)
     assert (table.loc[table["category"] == "all", "items"] == n).all()
     known = table.dropna(subset=["ap_low"])
-    assert (known["scenes"] > 1).all() and set(known["category"]) == set(table.loc[table["scenes"] > 1, "category"]) < set(table["category"])
+    assert (known["scenes"] > 1).all() and set(known["category"]) == set(table.loc[table["scenes"] > 1, "category"]) < set(
+        table["category"]
+    )
     assert ((known["ap_low"] <= known["ap"]) & (known["ap"] <= known["ap_high"])).all()
     result.plot(tmp_path / "a.png", "iou")
     with pytest.raises(ValueError, match="no item"):

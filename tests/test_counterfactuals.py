@@ -151,7 +151,10 @@ def test_how_far_a_box_is_blurred():
 def test_bad_rows_of_tables_are_named(tmp_path):
     head = "question,clean,corrupted,answer,box\n"
     good = 'what?,a.png,b.png,red,"0,0,28,28"\n'
-    for text, message in ((good + 'q,a.png,b.png,red,"0,0,x,28"', "row 2.*a box is x0,y0,x1,y1"), (good + "q,a.png", "row 2: no corrupted")):
+    for text, message in (
+        (good + 'q,a.png,b.png,red,"0,0,x,28"', "row 2.*a box is x0,y0,x1,y1"),
+        (good + "q,a.png", "row 2: no corrupted"),
+    ):
         (tmp_path / "pairs.csv").write_text(head + text)
         with pytest.raises(ValueError, match=message):
             read_candidates(tmp_path / "pairs.csv")

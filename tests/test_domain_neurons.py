@@ -45,10 +45,7 @@ FLOAT_TOL = 1e-12  # float64 sums in another order
 
 def a_dataset(n: int = 6) -> list[Example]:
     sizes = [(84, 56), (56, 56), (60, 115)]
-    return [
-        Example(f"e{i}", "what is this?" if i % 2 else "red?", "", (picture(*sizes[i % 3], seed=i),), "ab"[i % 2])
-        for i in range(n)
-    ]
+    return [Example(f"e{i}", "what is this?" if i % 2 else "red?", "", (picture(*sizes[i % 3], seed=i),), "ab"[i % 2]) for i in range(n)]
 
 
 # ---- the formula ------------------------------------------------------------------------------------
@@ -107,9 +104,7 @@ def test_dape_identities():
 
 def test_scaling_the_counts_changes_nothing():
     fired, tokens = torch.randint(0, 50, (3, 3, 2, 60)), torch.full((3, 3), 50)
-    one, other = (
-        Firings({"decoder": n * fired}, {"decoder": n * tokens}, ("a", "b", "c"), "m").select() for n in (1, 7)
-    )
+    one, other = (Firings({"decoder": n * fired}, {"decoder": n * tokens}, ("a", "b", "c"), "m").select() for n in (1, 7))
     assert torch.equal(one.modules["decoder"].belongs, other.modules["decoder"].belongs)
 
 
@@ -582,7 +577,9 @@ def test_a_control_matches_the_rates_of_its_own_domain():
             own, drawn = neurons.masks(condition.target)["decoder"], condition.masks["decoder"]
             gaps = []
             for domain in range(3):
-                pairs = [(rates[layer, own[layer], domain].sort().values, rates[layer, drawn[layer], domain].sort().values) for layer in range(2)]
+                pairs = [
+                    (rates[layer, own[layer], domain].sort().values, rates[layer, drawn[layer], domain].sort().values) for layer in range(2)
+                ]
                 gaps.append(float(torch.cat([(x - y).abs() for x, y in pairs]).mean()))
             wanted = neurons.domains.index(condition.target)
             assert gaps[wanted] < 0.05 and gaps[wanted] == min(gaps), (condition.target, gaps)
@@ -619,7 +616,9 @@ def a_table() -> Ablations:
     for domain in "ab":
         for i in range(4):
             about = {"id": f"{domain}{i}", "image": f"{domain}{i // 2}", "domain": domain}
-            rows.append({"selection": NONE, "module": "all", "target": "", "seed": 0, "neurons": 0, **about, "right": i < 3, "log_prob": -1.0})
+            rows.append(
+                {"selection": NONE, "module": "all", "target": "", "seed": 0, "neurons": 0, **about, "right": i < 3, "log_prob": -1.0}
+            )
             for target in "ab":
                 lost = target == domain == "a" and i < 2
                 rows.append({"selection": FIRING, "module": "decoder", "target": target, "seed": 0, "neurons": 7, **about,

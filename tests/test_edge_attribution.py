@@ -71,8 +71,7 @@ def test_an_edge_is_the_slope_of_its_own_path(model, pair):
         name = f"blocks.1.attn.hook_{part}_input"
         with torch.no_grad():
             up, down = (
-                metric(model.run_with_hooks(corrupted, fwd_hooks=[(name, lambda x, hook, s=s: nudge(x, hook, s))]))
-                for s in (step, -step)
+                metric(model.run_with_hooks(corrupted, fwd_hooks=[(name, lambda x, hook, s=s: nudge(x, hook, s))])) for s in (step, -step)
             )
         score = result.scores[result.writers.index("L0H3"), result.readers.index(f"L1H{head}.{part}")]
         assert abs(score - (up - down) / (2 * step)) < 1e-6
@@ -82,9 +81,7 @@ def test_integrated_gradients_are_complete(model, pair):
     """The edges out of the embedding sum to the whole difference; plain EAP's need not."""
     with torch.no_grad():
         whole = metric(model(pair[0])) - metric(model(pair[1]))
-    errors = [
-        abs(edge_attribution(model, *pair, metric, ig_steps=steps).scores[0].sum() - whole) for steps in (1, 8, 64)
-    ]
+    errors = [abs(edge_attribution(model, *pair, metric, ig_steps=steps).scores[0].sum() - whole) for steps in (1, 8, 64)]
     assert errors[2] < 2e-3 * max(1.0, abs(whole)) and errors[2] < errors[0]
 
 

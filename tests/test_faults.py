@@ -115,7 +115,10 @@ def test_an_interruption_is_a_line_and_130(capsys, monkeypatch, tmp_path):
 
     monkeypatch.setattr(analyses.experiments.knockout, "knockout_study", stop)
     assert main(["knockout", "--out", str(tmp_path / "out")]) == 130
-    assert capsys.readouterr().err == "\nhooked-qwen2vl: interrupted: nothing of this command was written.\n" and not (tmp_path / "out").exists()
+    assert (
+        capsys.readouterr().err == "\nhooked-qwen2vl: interrupted: nothing of this command was written.\n"
+        and not (tmp_path / "out").exists()
+    )
 
 
 def test_no_memory_is_a_paragraph_and_a_fault_of_ours_is_not(capsys, monkeypatch):
@@ -127,7 +130,9 @@ def test_no_memory_is_a_paragraph_and_a_fault_of_ours_is_not(capsys, monkeypatch
 
         monkeypatch.setattr(module, "knockout_study", study)
 
-    fail_with(RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes"))
+    fail_with(
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes")
+    )
     refused(capsys, "knockout", words="the memory is not enough")
     fail_with(OSError(28, "No space left on device", "out/x.csv"))
     refused(capsys, "knockout", words="out/x.csv: no space left on device: make room")
@@ -204,7 +209,23 @@ with whole_files(Path({str(tmp_path)!r})) as folder:
 
 
 def test_cells_that_a_spreadsheet_would_run(tmp_path):
-    texts = ["=1+1", "+cmd|' /C calc'!A0", "-2+3", "@SUM(A1)", "-", "=", "'quoted", "''", "plain", "-5", "+1e3", "\t=1", "a=b", "＝1", "-\n=x"]
+    texts = [
+        "=1+1",
+        "+cmd|' /C calc'!A0",
+        "-2+3",
+        "@SUM(A1)",
+        "-",
+        "=",
+        "'quoted",
+        "''",
+        "plain",
+        "-5",
+        "+1e3",
+        "\t=1",
+        "a=b",
+        "＝1",
+        "-\n=x",
+    ]
     table = pd.DataFrame({"=text": texts, "number": np.linspace(-1, 1, len(texts)), "count": range(len(texts))})
     write_csv(table, tmp_path / "t.csv")
     pd.testing.assert_frame_equal(read_csv(tmp_path / "t.csv", dtype={"'=text": str}, keep_default_na=False), table)
@@ -216,7 +237,10 @@ def test_cells_that_a_spreadsheet_would_run(tmp_path):
 
 def test_studies_count_what_they_leave_out_and_record_what_cannot_be_read(scenes, tmp_path):
     asked = list(examples("scenes", 3))
-    bad = [Unreadable("bad", "", "", problem="f, line 3: no question"), Example("gone", "what?", "red", (tmp_path / "gone.png",), candidates=("red",))]
+    bad = [
+        Unreadable("bad", "", "", problem="f, line 3: no question"),
+        Example("gone", "what?", "red", (tmp_path / "gone.png",), candidates=("red",)),
+    ]
     study = knockout_study(scenes, [*asked, *bad], progress=False)
     left = dict(study.left_out)
     assert left.pop("bad: f, line 3: no question") == 1 and any("gone.png" in reason for reason in left)

@@ -53,5 +53,7 @@ with whole_file({str(tmp_path / "a")!r}) as file:
 def test_nobody_else_renames_what_it_wrote():
     """One way to do it: no other module replaces or renames files."""
     renames = re.compile(r"os\.(replace|rename|link)\(|\.rename\(Path|\.replace\((self\.)?(path|file|state)\)")
-    found = [path.name for folder in ("analyses", "hooked_qwen2vl") for path in (ROOT / folder).rglob("*.py") if renames.search(path.read_text())]
+    found = [
+        path.name for folder in ("analyses", "hooked_qwen2vl") for path in (ROOT / folder).rglob("*.py") if renames.search(path.read_text())
+    ]
     assert found == ["files.py"]

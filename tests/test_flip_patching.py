@@ -102,7 +102,10 @@ def test_the_ranking_is_tested(model, prompts):
     assert test.ablated[0] < test.entry_difference
     hooks = ablation_hooks([Component(1, None)], flip.position)
     without = model.run_with_hooks(inputs, fwd_hooks=hooks, stop_at_layer=2)[0, flip.position]
-    by_hand = stack[2, 0, flip.position] - model.run_with_cache(inputs, names_filter="blocks.1.hook_mlp_out")[1]["blocks.1.hook_mlp_out"][0, flip.position]
+    by_hand = (
+        stack[2, 0, flip.position]
+        - model.run_with_cache(inputs, names_filter="blocks.1.hook_mlp_out")[1]["blocks.1.hook_mlp_out"][0, flip.position]
+    )
     assert torch.allclose(without, by_hand, atol=1e-5)
 
 
@@ -122,9 +125,7 @@ def test_its_picture_has_every_part(model, prompts, tmp_path):
 def test_a_row_of_a_batch_is_itself(model, prompts):
     """Whatever is asked of row 1 is what that prompt gives alone; the rows are of different length."""
     questions, seeds = ["is the thing in it red?", "is it?"], (1, 2)
-    batch, other = (
-        model.to_inputs(questions, images=[[picture(84, 56, s)], [picture(84, 56, s + 4)]]) for s in seeds
-    )
+    batch, other = (model.to_inputs(questions, images=[[picture(84, 56, s)], [picture(84, 56, s + 4)]]) for s in seeds)
     alone, other_alone = (model.to_inputs(questions[1], images=[picture(84, 56, s + 4)]) for s in seeds)
     ours, theirs = (attribute_flip(model, x, 2, GAINED, LOST, row=row) for x, row in ((batch, 1), (alone, 0)))
     assert torch.allclose(ours.heads, theirs.heads, atol=EXACT) and abs(ours.after - theirs.after) < EXACT

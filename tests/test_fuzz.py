@@ -177,7 +177,11 @@ def test_arguments(tmp_path, monkeypatch, capsys):
         for _ in range(draw.randint(0, 4)):
             arguments.append(draw.choice(OPTIONS))
             arguments += [draw.choice(WORDS)] * (draw.random() < 0.8)
-        arguments += {"scenes": ["--n", "1", "--out", str(tmp_path / "scenes")], "hallucination": ["--limit", "2"], "patch": ["--n", "2"]}.get(arguments[0], [])
+        arguments += {
+            "scenes": ["--n", "1", "--out", str(tmp_path / "scenes")],
+            "hallucination": ["--limit", "2"],
+            "patch": ["--n", "2"],
+        }.get(arguments[0], [])
         try:
             codes.add(main(arguments))
         except SystemExit as stopped:

@@ -128,9 +128,7 @@ def test_compatibility_mode_and_parameters(pair):
             assert weight.shape == bridges[name].shape and (weight - bridges[name]).abs().max() < CLOSE, name
     assert ours.all_head_labels == theirs.all_head_labels == ours.all_head_labels() == ours.attn_head_labels == theirs.attn_head_labels
     assert torch.equal(ours.embed.W_E, theirs.embed.W_E)
-    assert ours.cfg.n_params == sum(
-        getattr(ours, name).numel() for name in ("W_Q", "W_K", "W_V", "W_O", "W_in", "W_gate", "W_out")
-    )
+    assert ours.cfg.n_params == sum(getattr(ours, name).numel() for name in ("W_Q", "W_K", "W_V", "W_O", "W_in", "W_gate", "W_out"))
 
 
 def test_the_number_of_parameters(processor):

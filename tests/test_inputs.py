@@ -22,9 +22,7 @@ from hooked_qwen2vl.positions import IMAGE
 
 def reference_ids(processor, messages, n_tokens):
     """The chat template applied whole, each placeholder repeated, tokenised whole."""
-    text = processor.tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True, chat_template=CHAT_TEMPLATE
-    )
+    text = processor.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, chat_template=CHAT_TEMPLATE)
     for n in n_tokens:
         text = text.replace("<|image_pad|>", "<|placeholder|>" * n, 1)
     return processor.tokenizer(text.replace("<|placeholder|>", "<|image_pad|>"))["input_ids"]
@@ -177,9 +175,7 @@ def test_rows_are_indexed_as_a_tensors(index, batches):
     assert inputs[index].ndim == 2  # an int too: an image needs its row
 
 
-@pytest.mark.parametrize(
-    "index", [(slice(None), 0), (0, 0), None, True, ..., torch.zeros(2, 2, dtype=torch.long), 4, -5]
-)
+@pytest.mark.parametrize("index", [(slice(None), 0), (0, 0), None, True, ..., torch.zeros(2, 2, dtype=torch.long), 4, -5])
 def test_positions_are_not_cut_out(index, batches):
     with pytest.raises(IndexError):
         batches["batch"][index]
@@ -272,9 +268,7 @@ def test_the_texts_own_padding_side_does_not_matter(model, batches):
     for row in range(4):
         mine = logits[row][ours.attention_mask[row].bool()]
         assert torch.allclose(mine, expected[row][inputs.attention_mask[row].bool()], atol=1e-4)
-        assert (
-            int(ours.positions("last", row)) == int(ours.attention_mask[row].sum()) - 1 or "answer" in ours.names[row]
-        )
+        assert int(ours.positions("last", row)) == int(ours.attention_mask[row].sum()) - 1 or "answer" in ours.names[row]
 
 
 # ---- TransformerLens's tools take it ----------------------------------------------------------
@@ -288,9 +282,7 @@ def test_interchange_reads_each_rows_own_image(model, batches):
         _, cache = model.run_with_cache(inputs, names_filter=name)
     assert torch.allclose(theirs, cache[name][torch.arange(4), last], atol=1e-4)
     swapped = inputs[[0, 3, 2, 1]]
-    assert not torch.allclose(
-        collect_activations(model, name, swapped, lambda rows: model(rows)[:, -1], positions=last), theirs, atol=1e-2
-    )
+    assert not torch.allclose(collect_activations(model, name, swapped, lambda rows: model(rows)[:, -1], positions=last), theirs, atol=1e-2)
 
 
 def test_attribution_patching_sees_the_image(model):
@@ -330,9 +322,7 @@ def test_a_box_gives_the_tokens_it_overlaps(model):
             (x0, x1), (y0, y1) = (np.sort(rng.choice(size + 1, 2, replace=False)) for size in (width, height))
             ys, xs = np.meshgrid(np.arange(height * 4) / 4 + 0.125, np.arange(width * 4) / 4 + 0.125, indexing="ij")
             inside = (xs > x0) & (xs < x1) & (ys > y0) & (ys < y1)
-            covered = [
-                bool((inside & (xs > a) & (xs < c) & (ys > b) & (ys < d)).any()) for a, b, c, d in edges.tolist()
-            ]
+            covered = [bool((inside & (xs > a) & (xs < c) & (ys > b) & (ys < d)).any()) for a, b, c, d in edges.tolist()]
             expected = inputs.positions(f"image[{image}]")[torch.tensor(covered)]
             assert inputs.positions((x0, y0, x1, y1), image=image).tolist() == expected.tolist()
 

@@ -46,7 +46,15 @@ def mixed(batch):
 
 def terms(batch):
     for example in batch:
-        yield {"id": example.id, "domain": example.id[-1], "source": "text", "module": "m", "layer": 0, "n": 1, "values": torch.rand(5).numpy()}
+        yield {
+            "id": example.id,
+            "domain": example.id[-1],
+            "source": "text",
+            "module": "m",
+            "layer": 0,
+            "n": 1,
+            "values": torch.rand(5).numpy(),
+        }
 
 
 class StopAt:
@@ -171,7 +179,16 @@ def test_no_flipped_bit_passes(copy, whole):
 def test_cut_and_foreign_files_are_named(copy):
     for name in ("part-00000.parquet", "plan.parquet", "run.json"):
         content = (copy / name).read_bytes()
-        for broken in (b"", content[:-20], content[: len(content) // 2], b"{}", b"PAR1", b"[" * 100000, b"\xff\xfe", json.dumps({"data": 3}).encode()):
+        for broken in (
+            b"",
+            content[:-20],
+            content[: len(content) // 2],
+            b"{}",
+            b"PAR1",
+            b"[" * 100000,
+            b"\xff\xfe",
+            json.dumps({"data": 3}).encode(),
+        ):
             (copy / name).write_bytes(broken)
             for look in (read, lambda out: run("mixed", questions(N), mixed, out, **SMALL)):
                 with pytest.raises(ValueError, match=rf"{name}|other settings") as caught:
@@ -240,7 +257,9 @@ def test_a_store_knows_its_parts(model, tmp_path):
 def test_sums_of_pieces_are_the_sums_bit_by_bit():
     """The order of adding is kept: what is done goes first."""
     draw = np.random.default_rng(0)
-    rows = [{"domain": "a", "source": "t", "module": "m", "layer": 0, "n": 1, "values": draw.random(50, dtype=np.float32)} for _ in range(9)]
+    rows = [
+        {"domain": "a", "source": "t", "module": "m", "layer": 0, "n": 1, "values": draw.random(50, dtype=np.float32)} for _ in range(9)
+    ]
     ((key, (n, first)),) = add_up(rows[:4]).items()
     later = add_up([{**rows[0], "n": n, "values": first}, *rows[4:]])
     assert np.array_equal(later[key][1], add_up(rows)[key][1])

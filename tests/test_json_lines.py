@@ -67,6 +67,7 @@ def test_bad_rows_are_given_where_they_are_counted(tmp_path):
 def test_every_file_of_rows_is_read_so(tmp_path):
     """Questions, pairs, captions, judgements: a text with U+2028 stays one, an array is as good as lines, bad rows are named."""
     for ascii_only, kind in ((False, "lines"), (True, "array")):
+
         def write(name, *rows, kind=kind, ascii_only=ascii_only):
             text = lines(rows, ascii_only) if kind == "lines" else json.dumps(rows)
             (tmp_path / name).write_text(text, encoding="utf-8")

@@ -28,9 +28,7 @@ def after_image(inputs):
 def test_blocking_the_image_everywhere_hides_it(model, pair):
     every = range(model.cfg.n_layers)
     with torch.no_grad():
-        one, two = (
-            model.run_with_hooks(x, fwd_hooks=knockout_hooks(x, "image", after_image(x), every)) for x in pair
-        )
+        one, two = (model.run_with_hooks(x, fwd_hooks=knockout_hooks(x, "image", after_image(x), every)) for x in pair)
         places = list(after_image(pair[0]))
         assert torch.equal(one[:, places], two[:, places])
         one, two = (model.run_with_hooks(x, fwd_hooks=knockout_hooks(x, "image", "last", every)) for x in pair)

@@ -13,7 +13,9 @@ from scipy.sparse.csgraph import connected_components
 
 import hooked_qwen2vl.scenes
 
-SCENES = sorted(f"hooked_qwen2vl.scenes.{file.stem}" for file in Path(hooked_qwen2vl.scenes.__file__).parent.glob("*.py") if file.stem != "__init__")
+SCENES = sorted(
+    f"hooked_qwen2vl.scenes.{file.stem}" for file in Path(hooked_qwen2vl.scenes.__file__).parent.glob("*.py") if file.stem != "__init__"
+)
 
 
 def circles(graph: grimp.ImportGraph) -> list[list[str]]:

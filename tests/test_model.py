@@ -247,9 +247,7 @@ def test_loss_of_an_answer_counts_the_answer_only(model, batches):
     with torch.no_grad():
         logits, loss = model(inputs, return_type="both")
     log_probs = logits.log_softmax(-1)
-    terms = [
-        -log_probs[row, i - 1, inputs.tokens[row, i]] for row in (0, 2) for i in inputs.positions("answer", row).tolist()
-    ]
+    terms = [-log_probs[row, i - 1, inputs.tokens[row, i]] for row in (0, 2) for i in inputs.positions("answer", row).tolist()]
     assert abs(loss - sum(terms) / len(terms)) < 1e-5
 
 

@@ -12,9 +12,7 @@ from hooked_qwen2vl.segments import names_from_ids, number_visuals
 START, END, BREAK, TEXT_END = 90, 91, 92, 93
 SYSTEM, USER, ASSISTANT = [1], [2, 3], [4, 5, 6]  # roles of one token and of several
 VISION_START, VISION_END, PAD = 94, 95, 96
-CFG = SimpleNamespace(
-    special=SimpleNamespace(eos=(END, TEXT_END)), vision_start_token_id=VISION_START, vision_end_token_id=VISION_END
-)
+CFG = SimpleNamespace(special=SimpleNamespace(eos=(END, TEXT_END)), vision_start_token_id=VISION_START, vision_end_token_id=VISION_END)
 
 
 def turn(role: list[int], content: list[int], closed: bool = True) -> list[int]:

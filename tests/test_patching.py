@@ -40,9 +40,7 @@ def pair(model):
 def batch(model):
     """Two pairs of different length: the shorter is padded."""
     prompts = ["is it?", "what is the thing?"]
-    return tuple(
-        model.to_inputs(prompts, images=[[picture(84, 56, s)], [picture(56, 56, s + 10)]]) for s in (1, 2)
-    )
+    return tuple(model.to_inputs(prompts, images=[[picture(84, 56, s)], [picture(56, 56, s + 10)]]) for s in (1, 2))
 
 
 def difference(logits):
@@ -123,9 +121,7 @@ def test_the_tower(model, kind):
 
 def test_the_tower_of_a_batch(model):
     """Two pairs of one length whose images are packed; and patching all of the tower is patching the image."""
-    clean, corrupted = (
-        model.to_inputs(["red?", "red!"], images=[[picture(84, 56, s)], [picture(84, 56, s + 10)]]) for s in (1, 2)
-    )
+    clean, corrupted = (model.to_inputs(["red?", "red!"], images=[[picture(84, 56, s)], [picture(84, 56, s + 10)]]) for s in (1, 2))
     with torch.no_grad():
         theirs = tower_by_hand(model, clean, corrupted, "resid_pre", difference)
         goal = difference(model(clean))
@@ -181,9 +177,7 @@ def test_another_metric_position(model, pair):
     ours = patch_sweep(model, clean, corrupted, difference, metric_position=place, progress=False)
     with torch.no_grad():
         _, cache = model.run_with_cache(clean)
-        theirs = patching.get_act_patch_resid_pre(
-            model, corrupted, cache, lambda logits: logits[0, place, 5] - logits[0, place, 7]
-        )
+        theirs = patching.get_act_patch_resid_pre(model, corrupted, cache, lambda logits: logits[0, place, 5] - logits[0, place, 7])
     assert (ours.values[..., 0] - theirs).abs().max() < 1e-4
     assert torch.equal(ours.values[:, place + 1 :, 0], ours.baseline.expand_as(ours.values[:, place + 1 :, 0]))
 
@@ -202,9 +196,7 @@ def test_an_interrupted_sweep_goes_on(model, pair, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         patch_sweep(model, *pair, failing, checkpoint=file, batch_size=8, progress=False)
     calls.clear()
-    resumed = patch_sweep(
-        model, *pair, lambda logits: calls.append(1) or difference(logits), checkpoint=file, progress=False
-    )
+    resumed = patch_sweep(model, *pair, lambda logits: calls.append(1) or difference(logits), checkpoint=file, progress=False)
     assert torch.allclose(resumed.values, whole.values, atol=1e-5)
     assert len(calls) == 2 * pair[0].shape[1] + 2  # two of three layers, and the two unpatched runs
     with pytest.raises(ValueError, match="another sweep"):
@@ -237,7 +229,13 @@ def test_places_after_the_one_that_is_read(model, pair, activation):
                 for head in range(ours.values.shape[2]) if activation != "resid_pre" else [None]:
 
                     def put(x, hook, places=places, head=head, source=cache[name]):
-                        index = (slice(None), head, places) if activation == "pattern" else (slice(None), places) if head is None else (slice(None), places, head)
+                        index = (
+                            (slice(None), head, places)
+                            if activation == "pattern"
+                            else (slice(None), places)
+                            if head is None
+                            else (slice(None), places, head)
+                        )
                         x[index] = source[index]
                         return x
 
@@ -283,7 +281,9 @@ def test_transformer_lens_results_need_their_baselines(model, pair):
     clean, corrupted = pair
     with torch.no_grad():
         _, cache = model.run_with_cache(clean)
-        theirs = patching.get_act_patch_attn_head_out_all_pos(model, corrupted, cache, lambda l: difference(l), reduce="none", baseline=True)
+        theirs = patching.get_act_patch_attn_head_out_all_pos(
+            model, corrupted, cache, lambda l: difference(l), reduce="none", baseline=True
+        )
         goal = difference(model(clean))
     assert recovery(theirs, goal)["per_example"].isfinite().all()
     with pytest.raises(ValueError, match="needs its baseline"):

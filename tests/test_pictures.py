@@ -344,7 +344,10 @@ def _offscreen(figure) -> list:
     for axes in figure.axes:
         for axis, (low, high) in ((axes.xaxis, sorted(axes.get_xlim())), (axes.yaxis, sorted(axes.get_ylim()))):
             found += [
-                text for tick in axis.get_major_ticks() if not low - 1e-9 <= tick.get_loc() <= high + 1e-9 for text in (tick.label1, tick.label2)
+                text
+                for tick in axis.get_major_ticks()
+                if not low - 1e-9 <= tick.get_loc() <= high + 1e-9
+                for text in (tick.label1, tick.label2)
             ]
             found.append(axis.get_offset_text())
         found += [] if axes.axison else axes.findobj(Text)

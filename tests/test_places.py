@@ -45,9 +45,7 @@ class World(NamedTuple):
 def world(model):
     from tiny import tiny_hf
 
-    inputs, other = (
-        model.encode(model.to_inputs("what?", images=[picture(140, 84, seed)], answers="red it")) for seed in (1, 2)
-    )
+    inputs, other = (model.encode(model.to_inputs("what?", images=[picture(140, 84, seed)], answers="red it")) for seed in (1, 2))
     different = HookedQwen2VL.from_hf(tiny_hf(seed=5), model.processor)
     return World(model, different, inputs, other, text_bank(model, ["red and blue", "it is red"], progress=False))
 
@@ -382,9 +380,7 @@ def test_a_text_has_no_segments(model):
     """The counterpart for models without images: positions as in `Inputs`, and `last`."""
     for prompt in ("the red thing", model.to_tokens("the red thing")):
         n = as_prompt(model, prompt).shape[1]
-        assert torch.equal(
-            answer_trajectory(model, prompt, "red").entropy, answer_trajectory(model, prompt, "red", position=n - 1).entropy
-        )
+        assert torch.equal(answer_trajectory(model, prompt, "red").entropy, answer_trajectory(model, prompt, "red", position=n - 1).entropy)
         for place in ("image", n, [0, 999], (0, 0, 28, 28)):
             with pytest.raises(ValueError):
                 answer_trajectory(model, prompt, "red", position=place)

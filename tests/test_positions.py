@@ -111,9 +111,7 @@ def batch_of(rows: list[list[int]], side: str) -> tuple[torch.Tensor, torch.Tens
 
 def reference(hf, types, mask, images, videos):
     ids = torch.zeros_like(types)
-    positions, delta = hf.model.get_rope_index(
-        ids, types, images if len(images) else None, videos if len(videos) else None, mask
-    )
+    positions, delta = hf.model.get_rope_index(ids, types, images if len(images) else None, videos if len(videos) else None, mask)
     return positions, delta.flatten()
 
 

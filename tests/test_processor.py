@@ -220,9 +220,7 @@ def test_arrays_are_pictures(given, model):
     assert open_image(given).size == (140, 84)  # (width, height)
 
 
-@pytest.mark.parametrize(
-    "bounds", [{"max_pixels": 4 * 784}, {"min_pixels": 40 * 784}, {"min_pixels": 784, "max_pixels": 784}]
-)
+@pytest.mark.parametrize("bounds", [{"max_pixels": 4 * 784}, {"min_pixels": 40 * 784}, {"min_pixels": 784, "max_pixels": 784}])
 def test_pixel_bounds_are_the_references(bounds, model, cfg, reference):
     size = {
         "shortest_edge": bounds.get("min_pixels", reference.image_processor.size["shortest_edge"]),

@@ -172,7 +172,10 @@ def test_several_templates_by_name(place, tmp_path, processor, cfg):
     write(tmp_path, processor.tokenizer, parts)
     loaded = Processor.from_folder(tmp_path)
     said = [loaded.to_inputs(cfg, "what?", template=template) for template in (True, "terse")]
-    assert [loaded.tokenizer.decode(inputs.tokens[0, inputs.span("system")]) for inputs in said] == ["You are a helpful assistant.", "Be terse."]
+    assert [loaded.tokenizer.decode(inputs.tokens[0, inputs.span("system")]) for inputs in said] == [
+        "You are a helpful assistant.",
+        "Be terse.",
+    ]
     with pytest.raises(ValueError, match="no chat template 'long': pass template= one of 'default', 'terse'"):
         loaded.to_inputs(cfg, "what?", template="long")
     with pytest.raises(ValueError, match="no chat template 'terse'"):

@@ -292,9 +292,7 @@ def test_generation_cached_and_not(model):
     inputs = model.to_inputs("what?", images=[picture(84, 84)])
     hooks = project_away_hooks(inputs, torch.randn(2, model.cfg.d_model) * 3, [0, 1], alpha=2.0)
     settings = {"max_new_tokens": 6, "do_sample": False, "stop_at_eos": False, "return_type": "tokens", "verbose": False}
-    cached, plain = (
-        model.generate(inputs, fwd_hooks=hooks, use_past_kv_cache=cache, **settings) for cache in (True, False)
-    )
+    cached, plain = (model.generate(inputs, fwd_hooks=hooks, use_past_kv_cache=cache, **settings) for cache in (True, False))
     assert torch.equal(cached, plain)
     assert not torch.equal(cached, model.generate(inputs, **settings))
 

@@ -95,7 +95,12 @@ def test_tables_keep_their_types_gaps_and_index(tmp_path):
         pd.DataFrame({"o": pd.Series([(1, 2), {"a": [None]}, "x", 3, float("nan"), None], dtype=object)}).iloc[::2],
     ):  # fmt: skip
         assert same(odd, Chair.load(Chair(odd, 3).save(tmp_path / "a")).mentions)
-    for empty in (pd.DataFrame(columns=["a"]), pd.DataFrame(index=[3, 4]), pd.DataFrame(), pd.DataFrame({"a": pd.Series([], dtype=float), "b": pd.Series([], dtype=object)})):
+    for empty in (
+        pd.DataFrame(columns=["a"]),
+        pd.DataFrame(index=[3, 4]),
+        pd.DataFrame(),
+        pd.DataFrame({"a": pd.Series([], dtype=float), "b": pd.Series([], dtype=object)}),
+    ):
         pd.testing.assert_frame_equal(Chair.load(Chair(empty, 3).save(tmp_path / "a")).mentions, empty)
     with pytest.raises(ValueError, match="of type datetime64"):
         Chair(pd.DataFrame({"when": pd.to_datetime(["2020-01-01"])}), 1).save(tmp_path / "a")
@@ -181,12 +186,17 @@ def test_named_tuples_stay_named(tmp_path):
 
 def test_a_file_of_the_format_before_says_who_wrote_it(lens, tmp_path):
     """The file was written by hooked_qwen2vl 0.1."""
-    with pytest.raises(ValueError, match=r"written by hooked_qwen2vl 0\.1 \(hooked_qwen2vl result 1\).* Compute it again .* or read it with"):
+    with pytest.raises(
+        ValueError, match=r"written by hooked_qwen2vl 0\.1 \(hooked_qwen2vl result 1\).* Compute it again .* or read it with"
+    ):
         FlipAttribution.load(Path(__file__).parent / "data" / "result_format_1.safetensors")
     for change, message in (
         ({"format": "hooked_qwen2vl result 3", "version": "9.1"}, r"written by hooked_qwen2vl 9\.1 .* Read it with that version"),
         ({"format": "something"}, "holds no result"),
-        ({"value": '{"class": "analyses.knockout:Knockout", "fields": {"effects": 1, "gone": 2}}'}, "had the fields effects, gone, and has "),
+        (
+            {"value": '{"class": "analyses.knockout:Knockout", "fields": {"effects": 1, "gone": 2}}'},
+            "had the fields effects, gone, and has ",
+        ),
         ({"value": '{"class": "somewhere.else:Thing", "fields": {}}'}, "no class somewhere.else:Thing; import the module"),
     ):
         with safe_open(lens.save(tmp_path / "a"), framework="pt") as file:

@@ -47,12 +47,21 @@ def load(kind, file):
         return [c for c in found if not c.problem], [c.problem for c in found if c.problem]
     if kind == "judgement":
         return list(read_judgements(file).items()), []
-    loader = {"pope": load_pope, "hqh": load_hqh, "amber": load_amber, "mmhal": load_mmhal, "chair": load_chair, "grounding": load_grounding}
+    loader = {
+        "pope": load_pope,
+        "hqh": load_hqh,
+        "amber": load_amber,
+        "mmhal": load_mmhal,
+        "chair": load_chair,
+        "grounding": load_grounding,
+    }
     found = loader[kind](file, **skip)
     return list(found), list(found.problems)
 
 
-TEXTS = st.text(st.characters(codec=None), max_size=8) | st.sampled_from(["", " ", "a\u2028b", "\ud800", "x" * 5000, "a\0b", "../..", "/dev/zero"])
+TEXTS = st.text(st.characters(codec=None), max_size=8) | st.sampled_from(
+    ["", " ", "a\u2028b", "\ud800", "x" * 5000, "a\0b", "../..", "/dev/zero"]
+)
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | TEXTS,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXTS, inner, max_size=3),
@@ -136,7 +145,14 @@ def test_a_hostile_row_is_recorded_and_the_run_goes_on(tmp_path):
     run("lengths", data, lambda batch: [{"id": e.id, "n": len(e.question)} for e in batch], tmp_path / "out", progress=False)
     read, failed = read_results(tmp_path / "out"), read_failures(tmp_path / "out")
     assert read["id"].tolist() == ["first", "last"] and read["n"].tolist() == [5, 10]
-    expected = [reason for _, reason in HOSTILE] + ["comes twice", "NaN is not JSON", "nested too deep", "5000 digits", "not JSON", "an object, got 7"]
+    expected = [reason for _, reason in HOSTILE] + [
+        "comes twice",
+        "NaN is not JSON",
+        "nested too deep",
+        "5000 digits",
+        "not JSON",
+        "an object, got 7",
+    ]
     assert len(failed) == len(expected)
     for words, error in zip(expected, failed["error"]):
         assert words in error and "questions.jsonl, line " in error and len(error) < 400

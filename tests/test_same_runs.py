@@ -29,7 +29,9 @@ def test_anything_else_does_not(column, value):
         same_rows(TABLE, other)
 
 
-@pytest.mark.parametrize("other", [TABLE[::-1], TABLE[:1], TABLE.rename(columns={"p": "q"}), TABLE[["token", "id", "p", "flips", "spread"]]])
+@pytest.mark.parametrize(
+    "other", [TABLE[::-1], TABLE[:1], TABLE.rename(columns={"p": "q"}), TABLE[["token", "id", "p", "flips", "spread"]]]
+)
 def test_rows_columns_and_their_order_count(other):
     with pytest.raises(AssertionError):
         same_rows(TABLE, other)

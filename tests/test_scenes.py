@@ -65,10 +65,7 @@ def test_same_seed_same_items_in_another_process(items):
 
 @pytest.mark.slow
 def test_splits_share_no_scene():
-    seen = {
-        name: {dataclasses.replace(i.scene, noise=0) for i in load_split(name, 400)}
-        for name in ("train", "validation", "test")
-    }
+    seen = {name: {dataclasses.replace(i.scene, noise=0) for i in load_split(name, 400)} for name in ("train", "validation", "test")}
     assert all(len(scenes) > 300 for scenes in seen.values())
     assert not seen["train"] & seen["test"] and not seen["train"] & seen["validation"]
     assert not seen["validation"] & seen["test"]
@@ -225,9 +222,7 @@ def test_questions_fall_into_whole_words(items, tokenizer):
 
 def test_chat_template(tokenizer):
     content = [{"type": "image"}, {"type": "text", "text": "Read the text."}]
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-    )
+    text = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
     assert text == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|><|image_pad|>"
         "<|vision_end|>Read the text.<|im_end|>\n<|im_start|>assistant\n"
@@ -249,9 +244,7 @@ def test_folder_fits_and_is_what_it_says():
 @pytest.mark.parametrize("grid", [(4, 6), (5, 5)])
 def test_patches_equal_the_reference_processors(grid):
     scenes = [make_scene(Random(k), "textures", "test", grid) for k in range(2)]
-    theirs = Qwen2VLImageProcessorPil.from_pretrained(CHECKPOINT)(
-        images=[render(scene) for scene in scenes], return_tensors="pt"
-    )
+    theirs = Qwen2VLImageProcessorPil.from_pretrained(CHECKPOINT)(images=[render(scene) for scene in scenes], return_tensors="pt")
     ours = torch.from_numpy(patchify(np.stack([draw(scene) for scene in scenes])))
     assert (ours - theirs["pixel_values"]).abs().max() < PATCH_TOLERANCE
     assert theirs["image_grid_thw"].tolist() == [[1, 2 * grid[0], 2 * grid[1]]] * 2  # not resized
@@ -276,9 +269,7 @@ def test_a_packed_question_is_a_single_turn_prompt():
             ).replace("<|image_pad|>", "<|image_pad|>" * 24)
             tokens = torch.tensor([tokenizer(text)["input_ids"]])
             model.model.rope_deltas = None
-            alone = model(
-                input_ids=tokens, mm_token_type_ids=(tokens == model.config.image_token_id).int(), **pixels
-            ).logits[0, -1]
+            alone = model(input_ids=tokens, mm_token_type_ids=(tokens == model.config.image_token_id).int(), **pixels).logits[0, -1]
             assert (packed[row, at] - alone).abs().max() < PACKING_TOLERANCE
             assert (packed[row, at - 1] - alone).abs().max() > 100 * PACKING_TOLERANCE
 
@@ -329,9 +320,9 @@ def test_generate_gives_what_was_measured(items, measured, tokenizer):
     processor = Qwen2VLImageProcessorPil.from_pretrained(CHECKPOINT)
     for item, right in list(zip(items, measured.right))[:8]:
         content = [{"type": "image"}, {"type": "text", "text": item.question}]
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        ).replace("<|image_pad|>", "<|image_pad|>" * (item.grid[0] * item.grid[1]))
+        text = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True).replace(
+            "<|image_pad|>", "<|image_pad|>" * (item.grid[0] * item.grid[1])
+        )
         tokens = torch.tensor([tokenizer(text)["input_ids"]])
         written = model.generate(
             input_ids=tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=8,

@@ -37,9 +37,7 @@ def resamples(clusters: np.ndarray, n_boot: int, seed: int) -> list[np.ndarray]:
     """The items of each resample: the drawn clusters one after the other, whole."""
     names = list(dict.fromkeys(clusters.tolist()))
     counts = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=n_boot)
-    return [
-        np.concatenate([np.flatnonzero(clusters == name) for name, times in zip(names, draw) for _ in range(times)]) for draw in counts
-    ]
+    return [np.concatenate([np.flatnonzero(clusters == name) for name, times in zip(names, draw) for _ in range(times)]) for draw in counts]
 
 
 # ---- means and shares -------------------------------------------------------------------------------

@@ -146,9 +146,7 @@ def test_sparse_probing(grouped):
 @pytest.mark.parametrize("role", ["Q", "K", "V"])
 def test_projection_kernel(grouped, bridge_of, role):
     """Equal to the same tool on a TransformerLens bridge with the same text weights."""
-    ours, theirs = (
-        analysis.attention_head_subspace_affinity(model, target_role=role) for model in (grouped, bridge_of(grouped))
-    )
+    ours, theirs = (analysis.attention_head_subspace_affinity(model, target_role=role) for model in (grouped, bridge_of(grouped)))
     for field in dataclasses.fields(ours):
         a, b = getattr(ours, field.name), getattr(theirs, field.name)
         if isinstance(a, torch.Tensor) and a.is_floating_point():
@@ -191,18 +189,14 @@ def test_patching_results_with_intervals(grouped):
             grouped, corrupted, cache, lambda logits: logits[:, -1, 5] - logits[:, -1, 7], reduce="none"
         )
         for row in range(2):
-            alone = patching.get_act_patch_resid_pre(
-                grouped, corrupted[row], cache.apply_slice_to_batch_dim(slice(row, row + 1)), metric
-            )
+            alone = patching.get_act_patch_resid_pre(grouped, corrupted[row], cache.apply_slice_to_batch_dim(slice(row, row + 1)), metric)
             assert torch.allclose(result.values[..., row], alone, atol=1e-4)
 
 
 def test_faithfulness(full, grouped):
     """Every edge kept recovers all, none recovers nothing; grouped heads are refused by TransformerLens."""
     clean, corrupted = (full.to_inputs("red?", images=[picture(28, 28, seed)], template=False) for seed in (1, 2))
-    edges = analysis.attribution_patch(
-        full, clean, corrupted, metric, analysis.EdgeAttributionConfig(granularity="edge")
-    ).edge_scores
+    edges = analysis.attribution_patch(full, clean, corrupted, metric, analysis.EdgeAttributionConfig(granularity="edge")).edge_scores
     everything = analysis.faithfulness(full, clean, corrupted, metric, list(edges))
     assert abs(everything.recovered - 1.0) < 1e-3 and everything.circuit_size == everything.total_edges
     with torch.no_grad():

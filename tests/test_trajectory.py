@@ -513,7 +513,9 @@ def test_flips_are_eligible_from_the_entry_that_bears_the_answer():
     """B_5 = 2 by hand: the flip there counts, the one before does not, nor one to a word that is no candidate."""
     text = dict(enumerate(["red", "blue", "green", "w", "x", "y", "z", "v"])).get
     logits = torch.zeros(6, 8)
-    for layer, order in enumerate(([1, 2, 3, 4, 5, 0], [2, 1, 3, 4, 5, 0], [1, 2, 3, 4, 0, 5], [3, 1, 2, 0, 4, 5], [1, 0, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5])):
+    for layer, order in enumerate(
+        ([1, 2, 3, 4, 5, 0], [2, 1, 3, 4, 5, 0], [1, 2, 3, 4, 0, 5], [3, 1, 2, 0, 4, 5], [1, 0, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5])
+    ):
         logits[layer, order] = torch.arange(9.0, 3.0, -1.0)
     names = ("red", "blue", "green")
     item = trajectory_of_logits(logits, None, [0], text, answer="red", candidates=names, candidate_ids=[[0], [1], [2]])

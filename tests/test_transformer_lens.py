@@ -80,9 +80,7 @@ def test_every_activation_of_the_same_name_agrees(small, bridge):
     assert compared >= len(expected_names)
 
 
-@pytest.mark.parametrize(
-    "weight", ["W_E", "W_U", "W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "W_in", "W_out", "W_gate"]
-)
+@pytest.mark.parametrize("weight", ["W_E", "W_U", "W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "W_in", "W_out", "W_gate"])
 def test_the_weights_are_the_bridges(small, bridge, weight):
     ours, theirs = getattr(small, weight), getattr(bridge, weight)
     assert ours.shape == theirs.shape and torch.equal(ours, theirs)
@@ -228,9 +226,7 @@ def _patched_by_hand(hf, module, is_input, clean, corrupted, at, width):
 
 def test_processed_log_probabilities_agree_with_the_processed_bridge(processor, tmp_path):
     model = HookedQwen2VL.from_hf(tiny_hf(n_layers=2), processor)
-    bridge = TransformerBridge.boot_transformers(
-        str(model.export_text_model(tmp_path / "text")), device="cpu", dtype=torch.float32
-    )
+    bridge = TransformerBridge.boot_transformers(str(model.export_text_model(tmp_path / "text")), device="cpu", dtype=torch.float32)
     bridge.enable_compatibility_mode()
     model.process_weights()
     tokens = model.to_tokens(TEXT)
@@ -341,8 +337,7 @@ def test_attribution_patching_against_finite_differences(processor, pair):
     step = 1e-5
     with torch.no_grad():
         up, down = (
-            metric(model.run_with_hooks(corrupted, fwd_hooks=[(name, lambda x, hook, s=s: x + s * direction)]))
-            for s in (step, -step)
+            metric(model.run_with_hooks(corrupted, fwd_hooks=[(name, lambda x, hook, s=s: x + s * direction)])) for s in (step, -step)
         )
     assert abs((up - down) / (2 * step) - slope) < 1e-6 * max(1, abs(slope))
 

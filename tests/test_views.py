@@ -171,7 +171,9 @@ def explorer(tmp_path_factory):
 def shown_tokens(browser, layer: int) -> list[str]:
     """The row of the table at a layer, once it follows the pointer."""
     browser.wait("document.documentElement.dataset.rested === String(state.place)")
-    return browser.js("return [...document.querySelectorAll(`#table .cell[data-layer='${arguments[0]}'] .text`)].map(e => e.textContent)", layer)
+    return browser.js(
+        "return [...document.querySelectorAll(`#table .cell[data-layer='${arguments[0]}'] .text`)].map(e => e.textContent)", layer
+    )
 
 
 def nothing_wrong(browser) -> None:
@@ -303,7 +305,9 @@ def test_the_tables_canvas_shows_what_the_table_says(browser, explorer, width):
             )
             assert max(map(abs, boxes)) < 2, boxes  # the transparent text lies over what is drawn
     written = []
-    browser.js("window.real = fitTable.found.context.fillText; window.said = []; fitTable.found.context.fillText = (text) => said.push(text)")
+    browser.js(
+        "window.real = fitTable.found.context.fillText; window.said = []; fitTable.found.context.fillText = (text) => said.push(text)"
+    )
     browser.js("select(arguments[0])", place + 1)
     browser.frames()
     written = browser.js("return said")

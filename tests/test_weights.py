@@ -33,8 +33,7 @@ def old_layout(folder, hf, shards: int):
     hf.save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
     tensors = {
-        name.replace("model.visual.", "visual.").replace("model.language_model.", "model."): tensor
-        for name, tensor in tensors.items()
+        name.replace("model.visual.", "visual.").replace("model.language_model.", "model."): tensor for name, tensor in tensors.items()
     }
     config = json.loads((folder / "config.json").read_text())
     text = config.pop("text_config")
@@ -42,9 +41,7 @@ def old_layout(folder, hf, shards: int):
     text.pop("layer_types"), text.pop("tie_word_embeddings", None), text.pop("model_type")
     config = {**text, **config, "rope_theta": rope["rope_theta"]}
     config["rope_scaling"] = {"type": "mrope", "mrope_section": rope["mrope_section"]}
-    config["vision_config"] = {
-        key: value for key, value in config["vision_config"].items() if key not in ("rope_parameters", "hidden_act")
-    }
+    config["vision_config"] = {key: value for key, value in config["vision_config"].items() if key not in ("rope_parameters", "hidden_act")}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "model.safetensors").unlink()
     names = sorted(tensors)
@@ -69,9 +66,7 @@ def test_from_hf_shares_storage(reference):
     model = HookedQwen2VL.from_hf(reference)
     theirs = {weight.untyped_storage().data_ptr() for weight in reference.parameters()}
     ours = {name: weight.untyped_storage().data_ptr() for name, weight in model.named_parameters()}
-    assert [name for name, pointer in ours.items() if pointer not in theirs] == [
-        f"blocks.{layer}.attn.o_proj.bias" for layer in range(2)
-    ]
+    assert [name for name, pointer in ours.items() if pointer not in theirs] == [f"blocks.{layer}.attn.o_proj.bias" for layer in range(2)]
     attn = model.blocks[1].attn
     for view in (attn.W_Q, attn.W_K, attn.W_V, attn.W_O, attn.b_Q, model.blocks[1].mlp.W_out, model.W_U, model.W_E):
         assert view.untyped_storage().data_ptr() in theirs

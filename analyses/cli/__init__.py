@@ -141,11 +141,12 @@ def _say(said: set[str], message: Warning | str, category: type[Warning], filena
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="hooked-qwen2vl", description="Qwen2-VL, Qwen2.5-VL and Qwen3-VL, opened as TransformerLens opens GPT-2.")
+    parser = argparse.ArgumentParser(
+        prog="hooked-qwen2vl", description="Qwen2-VL, Qwen2.5-VL and Qwen3-VL, opened as TransformerLens opens GPT-2."
+    )
     subparsers = parser.add_subparsers(required=True, metavar="command")
     for command in COMMANDS:
         subparser = subparsers.add_parser(command.NAME, help=command.HELP, description=command.__doc__)
         command.add_arguments(subparser)
         subparser.set_defaults(run=command.run)
     return parser
-

@@ -106,7 +106,9 @@ def _named(spec: str, options: argparse.Namespace, model: Any) -> tuple[str, Any
     if config is None or config.model_type in FAMILIES:
         other = _qwen(place, options)
     elif hasattr(config, "vision_config"):
-        raise ValueError(f"{place} is a {config.model_type}: besides Qwen2-VL, Qwen2.5-VL and Qwen3-VL, only text models can stand beside this one.")
+        raise ValueError(
+            f"{place} is a {config.model_type}: besides Qwen2-VL, Qwen2.5-VL and Qwen3-VL, only text models can stand beside this one."
+        )
     else:
         with loading(place):
             other = _bridge(place, options.device or "cpu", options.dtype or "float32")

@@ -19,7 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--answer", help="one prompt: the right answer")
     parser.add_argument("--candidates", default="", help="one prompt: possible answers, separated by commas")
     parser.add_argument("--data", default="scenes", help="a data set: 'scenes', a .jsonl file or a folder (see analyses.data.examples)")
-    parser.add_argument("--limit", type=int, default=200, help="questions of the data set to follow, domains and categories in turn (default 200)")
+    parser.add_argument(
+        "--limit", type=int, default=200, help="questions of the data set to follow, domains and categories in turn (default 200)"
+    )
     parser.add_argument("--components", type=int, default=2, help="components to ablate for a flip (default 2)")
     parser.add_argument("--random", type=int, default=10, help="random draws beside them (default 10)")
     add_run(parser, 8)
@@ -55,7 +57,9 @@ def _one(options: argparse.Namespace) -> None:
         print(f"\n{item.answer!r} is followed as: {item.label}; answer_log_prob is of the whole answer")
     for entry in item.eligible_flips if candidates else item.content_flips:
         flip = attribute_flip(model, inputs, entry, int(item.top1[entry]), int(item.top1[entry - 1]))
-        print(f"\nentry {entry}: {flip.lost!r} → {flip.gained!r}, logit difference {flip.before:.3f} → {flip.after:.3f}; block {flip.layer}:")
+        print(
+            f"\nentry {entry}: {flip.lost!r} → {flip.gained!r}, logit difference {flip.before:.3f} → {flip.after:.3f}; block {flip.layer}:"
+        )
         print(component_effects(model, inputs, flip).to_string(index=False, float_format=lambda x: f"{x:+.3f}"))
     print("\n" + out.wrote())
 

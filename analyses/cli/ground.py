@@ -60,5 +60,8 @@ def run(options: argparse.Namespace) -> None:
         places = zip(("at these layers", "maximum over layers"), (result.similarity[image], result.heat[image]))
         hottest = "; ".join(f"{name}: token {tuple(divmod(int(m.argmax()), m.shape[1]))}, {float(m.max()):.3f}" for name, m in places)
         print(f"image {image}:  best box ({corners}) in original pixels, cosine {cosine:.3f}\n          hottest {hottest}")
-    print("\n" + (MEASURED if own else "How far to trust this is not known for this model: docs/grounding.md says what was measured, and on what."))
+    print(
+        "\n"
+        + (MEASURED if own else "How far to trust this is not known for this model: docs/grounding.md says what was measured, and on what.")
+    )
     print("\n" + out.wrote())

@@ -30,9 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="default: every score of analyses.answer_scores")
     parser.add_argument("--image-layer", type=int, help="lens entry of the contextual lens's image side (default: half-way)")
     parser.add_argument("--text-layer", type=int, help="and of its text side (default: three quarters of the way)")
-    parser.add_argument(
-        "--sweep", type=int, default=0, metavar="N", help="scenes: choose both on N items of the validation split instead"
-    )
+    parser.add_argument("--sweep", type=int, default=0, metavar="N", help="scenes: choose both on N items of the validation split instead")
     parser.add_argument("--max-new-tokens", type=int, default=32)
     parser.add_argument("--n-boot", type=int, default=1000, help="resamples for the intervals (default 1000)")
     add_run(parser, 8)
@@ -154,7 +152,9 @@ def _report(options: argparse.Namespace, items: Any, name: str, judgements: Any,
     if result.judged["correct"].nunique() < 2:
         print("Right and hallucinated answers are both needed to compare scores; no table is made.")
         return
-    print(f"\nAUROC, {100 * result.level:.0f}% bootstrap intervals (clusters: {result.cluster}); higher tells right from hallucinated better, 0.5 not at all\n")
+    print(
+        f"\nAUROC, {100 * result.level:.0f}% bootstrap intervals (clusters: {result.cluster}); higher tells right from hallucinated better, 0.5 not at all\n"
+    )
     print(result.table().T.to_string())
     if few := result.few():
         print(f"\nfewer than 300 hallucinated answers, so wide intervals: {', '.join(f'{k} ({n})' for k, n in few.items())}")
@@ -184,7 +184,7 @@ def _chair(items: Any, vocabulary: Any, out: Outputs) -> None:
     from analyses.data.benchmarks import OBJECTS, chair
 
     if any(item.judge != OBJECTS for item in items):
-        raise ValueError("chair needs to know what is truly there: --objects FILE, or \"objects\" in every row.")
+        raise ValueError('chair needs to know what is truly there: --objects FILE, or "objects" in every row.')
     found = chair(items, vocabulary)
     print(found.to_dataframe().round(4).to_string(index=False))
     out.table("chair.csv", found.to_dataframe())

@@ -59,7 +59,9 @@ def run(options: argparse.Namespace) -> None:
     print(f"question: {question}\nanswer:   {said}\n")
     print(_table(lens))
     if lens.n_differs:
-        print(f"\nat {lens.n_differs} of {len(lens.positions)} positions the model's own logits put another token first than the lens in float32")
+        print(
+            f"\nat {lens.n_differs} of {len(lens.positions)} positions the model's own logits put another token first than the lens in float32"
+        )
     print("\n" + out.wrote())
 
 

@@ -76,7 +76,7 @@ class Outputs:
         write_csv(table, self.path(name))
 
     def wrote(self) -> str:
-        """"wrote FOLDER/a.csv", a line a file."""
+        """A line a file: `wrote FOLDER/a.csv`."""
         return "\n".join(f"wrote {self.folder / name}" for name in self.names)
 
     def _manifest(self) -> dict[str, Any]:

@@ -80,7 +80,9 @@ class Result:
             raise
         except Exception as error:  # whatever a damaged header makes of it
             why = " ".join(str(error).split())[:200]
-            raise ValueError(f"{path} cannot be read as a result ({type(error).__name__}: {why}): it is damaged, compute it again.") from error
+            raise ValueError(
+                f"{path} cannot be read as a result ({type(error).__name__}: {why}): it is damaged, compute it again."
+            ) from error
 
 
 class _Unknown(Exception):

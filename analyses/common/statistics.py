@@ -51,7 +51,9 @@ def cluster_codes(clusters: Sequence[Any] | None, n: int) -> Int[np.ndarray, "it
     return codes
 
 
-def cluster_draws(n_clusters: int, n_boot: int, rng: np.random.Generator, n: int | None = None) -> Iterator[Int[np.ndarray, "draw cluster"]]:
+def cluster_draws(
+    n_clusters: int, n_boot: int, rng: np.random.Generator, n: int | None = None
+) -> Iterator[Int[np.ndarray, "draw cluster"]]:
     """How often each resample holds each cluster, a slab of resamples at a time.
 
     Args:

@@ -84,9 +84,7 @@ class Benchmark(list[Question]):
 # ---- loaders ----------------------------------------------------------------------------------------
 
 
-def load_pope(
-    file: str | Path, images: str | Path | None = None, skip_bad: bool = False, check_images: bool = True
-) -> Benchmark:
+def load_pope(file: str | Path, images: str | Path | None = None, skip_bad: bool = False, check_images: bool = True) -> Benchmark:
     """POPE: rows {question_id, image, text, label}, label yes or no.
 
     Args:
@@ -112,9 +110,7 @@ def load_pope(
     return _load("pope", columns.POPE, file, question, skip_bad)
 
 
-def load_hqh(
-    folder: str | Path, images: str | Path | None = None, skip_bad: bool = False, check_images: bool = True
-) -> Benchmark:
+def load_hqh(folder: str | Path, images: str | Path | None = None, skip_bad: bool = False, check_images: bool = True) -> Benchmark:
     """HQH: DIR/HQH.json, rows {id, image_id, image, instruction, ground_truth, type}; free answers, for a judge.
 
     Args and errors: as `load_pope`; images are looked for where the row says, from the folder.
@@ -136,9 +132,7 @@ def load_hqh(
     return _load("hqh", columns.HQH, file, question, skip_bad)
 
 
-def load_amber(
-    folder: str | Path, images: str | Path | None = None, skip_bad: bool = False, check_images: bool = True
-) -> Benchmark:
+def load_amber(folder: str | Path, images: str | Path | None = None, skip_bad: bool = False, check_images: bool = True) -> Benchmark:
     """AMBER: queries {id, image, query}, and annotations.json, an array in which id − 1 is the row of a query.
 
     Args:
@@ -176,9 +170,7 @@ def load_amber(
     return _load("amber", columns.AMBER_QUERY, queries, question, skip_bad)
 
 
-def load_mmhal(
-    file: str | Path, images: str | Path | None = None, skip_bad: bool = False, check_images: bool = True
-) -> Benchmark:
+def load_mmhal(file: str | Path, images: str | Path | None = None, skip_bad: bool = False, check_images: bool = True) -> Benchmark:
     """MMHal-Bench: an array {question, gt_answer, model_answer, image_content[]}; type = index mod 8; for a judge.
 
     The image is the row's `image`, the last part of its `image_src`, or `image_id`.jpg, in `images` (by default
@@ -240,9 +232,7 @@ def load_chair(
     return _load("chair", columns.CAPTION, file, question, skip_bad)
 
 
-def load_grounding(
-    file: str | Path, images: str | Path | None = None, skip_bad: bool = False, check_images: bool = True
-) -> Benchmark:
+def load_grounding(file: str | Path, images: str | Path | None = None, skip_bad: bool = False, check_images: bool = True) -> Benchmark:
     """Phrases and where they are: {image, phrase, box | bbox, mask}, as an array or JSON lines.
 
     box is (x0, y0, x1, y1), bbox is COCO's (x, y, width, height), both in original pixels; mask is an image file of the
@@ -296,7 +286,7 @@ LOADERS: dict[str, Callable[..., Benchmark]] = {
 
 
 def parse_yes_no(text: str) -> str:
-    """"no" or "yes", as POPE's own script reads an answer: its first sentence, "no" where a word is No, not or no.
+    """ "no" or "yes", as POPE's own script reads an answer: its first sentence, "no" where a word is No, not or no.
 
     Everything else is "yes", also an answer that is neither (`says_yes_or_no` tells).
     """
@@ -429,8 +419,7 @@ def chair(items: Sequence[Question], vocabulary: Mapping[str, str]) -> Chair:
             raise ValueError(f"{item.source or item.id}: {unknown[0]!r} is not in the vocabulary of {len(vocabulary)} words.")
         there = {vocabulary[name.lower()] for name in item.truth}
         rows += [
-            {"image": item.id, **found._asdict(), "hallucinated": found.object not in there}
-            for found in mentions(item.given, vocabulary)
+            {"image": item.id, **found._asdict(), "hallucinated": found.object not in there} for found in mentions(item.given, vocabulary)
         ]
     table = pd.DataFrame(rows, columns=["image", *Mention._fields, "hallucinated"]).astype({"hallucinated": bool})
     return Chair(table, len(items))
@@ -488,9 +477,7 @@ def _plain(text: str) -> str:
 # ---- reading ----------------------------------------------------------------------------------------
 
 
-def _load(
-    name: str, schema: Schema, files: Path | Sequence[Path], question: Callable[[dict, int], dict], skip_bad: bool
-) -> Benchmark:
+def _load(name: str, schema: Schema, files: Path | Sequence[Path], question: Callable[[dict, int], dict], skip_bad: bool) -> Benchmark:
     """Every row of the files, read by its schema, through `question`; what either refuses, and ids seen before, are the problems."""
     items, problems, seen, unknown = [], [], {}, {}
     for file in [files] if isinstance(files, Path) else files:

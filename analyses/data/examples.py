@@ -165,7 +165,7 @@ def _turns(groups: Iterable[Sequence[Any]]) -> list[Any]:
 
 
 def _shares(items: Sequence[Any], kept: Sequence[Any]) -> str:
-    """"150 of 960 are kept: cats 50 of 320, charts 50 of 320, dogs 50 of 320"."""
+    """ "150 of 960 are kept: cats 50 of 320, charts 50 of 320, dogs 50 of 320"."""
     by = "domain" if len({item.domain for item in items}) > 1 else "category"
     there, here = (Counter(getattr(item, by) or "none" for item in some) for some in (items, kept))
     lines = [f"{name} {here[name]} of {n}" for name, n in there.items()]

@@ -128,8 +128,14 @@ class Experiment:
         return self.read(out, **about)
 
     def start(
-        self, data: Data, out: str | Path, *, batch_size: int = 8, shard: tuple[int, int] | None = None,
-        dry_run: bool = False, progress: bool = True,
+        self,
+        data: Data,
+        out: str | Path,
+        *,
+        batch_size: int = 8,
+        shard: tuple[int, int] | None = None,
+        dry_run: bool = False,
+        progress: bool = True,
     ) -> Run:
         """Does what is not in the folder yet, or says what would be done (`dry_run`): the run as it stands then."""  # fmt: skip
         again = data if callable(data) else partial(iter, data if isinstance(data, Sequence) else list(data))

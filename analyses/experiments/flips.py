@@ -191,9 +191,7 @@ def flip_row(
         return None
     inputs = encode(model.to_inputs(example.question, images=list(example.images)))
     try:
-        item = answer_trajectory(
-            model, inputs, example.answer, example.candidates, category=example.category, question=example.question
-        )
+        item = answer_trajectory(model, inputs, example.answer, example.candidates, category=example.category, question=example.question)
     except NoFirstToken:
         return None
     tests = []

@@ -122,7 +122,14 @@ def run_experiment(
         heats, own, right = _heat_maps(model, item, other, image_layer, text_layer)
         heats |= {"(random)": torch.from_numpy(rng.random(item.grid)), "(centre)": centre_heat(*item.grid)}
         mask = _mask(item)
-        known = {"item": number, "scene": item.scene.key, "category": item.category, "domain": item.domain, "right": right, "share": mask.mean()}
+        known = {
+            "item": number,
+            "scene": item.scene.key,
+            "category": item.category,
+            "domain": item.domain,
+            "right": right,
+            "share": mask.mean(),
+        }
         for method in METHODS:
             rows.append({**known, "method": method, **figures(heats[method], mask)})
         rows.append({**known, "method": OWN_BOX, "pointing": np.nan, "ap": np.nan, "iou": box_iou(own, mask)})
@@ -174,9 +181,7 @@ def _mask(item: Any) -> Bool[np.ndarray, "rows cols"]:
 
 
 @torch.no_grad()
-def _heat_maps(
-    model: Any, item: Any, other: Any, image_layer: int | None, text_layer: int | None
-) -> tuple[dict[str, Tensor], Cells, bool]:
+def _heat_maps(model: Any, item: Any, other: Any, image_layer: int | None, text_layer: int | None) -> tuple[dict[str, Tensor], Cells, bool]:
     """Heat maps of the methods that look, the contextual lens's own box, and whether the model answers rightly."""
     inputs, swapped = (model.to_inputs(item.question, images=[x.image], answers=item.answer) for x in (item, other))
     image, first = inputs.positions("image"), int(inputs.positions("answer")[0])

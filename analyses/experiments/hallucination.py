@@ -99,7 +99,7 @@ class Claim:
 
     @property
     def said(self) -> str:
-        """"yes" or "no" where a noun is scored, else ""."""
+        """ "yes" or "no" where a noun is scored, else ""."""
         return _SAYS.match(self.text)[1].lower() if self.noun else ""
 
 
@@ -264,9 +264,7 @@ class HallucinationExperiment(Experiment):
                 yield {**_about(claim), **scores, "cut": answer.cut, "other_tokens": answer.other_tokens}
 
     @staticmethod
-    def result(
-        done: Done, data: str, judgements: Mapping[str, bool] | None = None, n_boot: int = 1000, seed: int = 0
-    ) -> Hallucinations:
+    def result(done: Done, data: str, judgements: Mapping[str, bool] | None = None, n_boot: int = 1000, seed: int = 0) -> Hallucinations:
         claims, settings = _as_claims(done.rows, set(done.ids), judgements), done.settings
         methods, layers = tuple(settings["methods"]), (settings["image_layer"], settings["text_layer"])
         return Hallucinations(claims, methods, data, done.model_name, n_boot, seed, weights=done.weights(), layers=layers)
@@ -414,9 +412,7 @@ def score_claim(
     pictures = _readable(other) if CONTROL in methods else ()
     try:
         control = encode(claim_inputs(model, claim, pictures)) if pictures else None
-        evidence = _Encoded(
-            model, claim_inputs(model, claim), 0, claim.noun or None, control, image_layer, text_layer, encode
-        )
+        evidence = _Encoded(model, claim_inputs(model, claim), 0, claim.noun or None, control, image_layer, text_layer, encode)
         names = [name for name in methods if name != CONTROL or control is not None]
         return {**nothing, **{name: SCORES[name](model, evidence) for name in names}, "refused": ""}
     except ValueError as error:
@@ -461,9 +457,7 @@ def claim_inputs(model: Any, claim: Claim, images: Sequence[Any] | None = None) 
     return replace(inputs, names=(names,))
 
 
-def choose_layers(
-    model: Any, items: Sequence[Question], max_new_tokens: int = 32, progress: bool = True
-) -> LayerSweep:
+def choose_layers(model: Any, items: Sequence[Question], max_new_tokens: int = 32, progress: bool = True) -> LayerSweep:
     """The contextual lens's two entries by AUROC over the model's own answers to a validation split.
 
     Only answers that are judged and that are scored themselves: a yes/no question's noun is another thing.
@@ -521,10 +515,7 @@ def _mention_claims(item: Question, caption: str, vocabulary: Mapping[str, str] 
     if vocabulary is None:
         raise ValueError("captions need a vocabulary of objects: benchmarks.read_synonyms(file).")
     there = {vocabulary.get(name.lower(), name.lower()) for name in item.truth}
-    return [
-        Claim(f"{item.id}#{m.start}", item, caption, m.object in there, (m.start, m.end))
-        for m in mentions(caption, vocabulary)
-    ]
+    return [Claim(f"{item.id}#{m.start}", item, caption, m.object in there, (m.start, m.end)) for m in mentions(caption, vocabulary)]
 
 
 def check_methods(methods: Sequence[str] | None) -> tuple[str, ...]:

@@ -22,9 +22,7 @@ from hooked_qwen2vl.prompt_text import text_ids
 
 
 @torch.no_grad()
-def knockout_study(
-    model: Any, examples: Iterable[Example], window: int | None = None, seed: int = 0, progress: bool = True
-) -> Knockout:
+def knockout_study(model: Any, examples: Iterable[Example], window: int | None = None, seed: int = 0, progress: bool = True) -> Knockout:
     """Blocks flows for every item whose objects are known and whose answer is right and a single token.
 
     Flows: image → last, image → question, question → last, and to everything after the image: the object's patches, and

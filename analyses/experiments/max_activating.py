@@ -74,8 +74,12 @@ class TopImages(Result):
 
 @torch.no_grad()
 def top_images(
-    model: Any, neuron: tuple[str, int, int], data: str | Path | Iterable[Example] = "scenes", limit: int | None = None,
-    n: int = 4, batch_size: int = 8,
+    model: Any,
+    neuron: tuple[str, int, int],
+    data: str | Path | Iterable[Example] = "scenes",
+    limit: int | None = None,
+    n: int = 4,
+    batch_size: int = 8,
 ) -> TopImages:
     """The n images that fire a neuron the most.
 
@@ -103,9 +107,7 @@ def top_images(
             (heapq.heappush if len(best) < n else heapq.heappushpop)(best, entry)
     if not best:
         raise ValueError("no example has an image.")
-    fired = tuple(
-        Fired(e.id, e.question, e.domain, open_image(e.images[0]), grid) for _, _, e, grid in sorted(best, reverse=True)
-    )
+    fired = tuple(Fired(e.id, e.question, e.domain, open_image(e.images[0]), grid) for _, _, e, grid in sorted(best, reverse=True))
     writes = () if module == "vision" else tuple(written_tokens(model, neuron).query("end == 'most'")["token"])
     return TopImages(neuron, fired, writes)
 

@@ -379,9 +379,7 @@ def _first_order(model: Any, inputs: Any, sites: Mapping[str, tuple[str, int]]) 
         kept[sites[hook.name]] = post
 
     with torch.enable_grad():
-        losses = model.run_with_hooks(
-            inputs, return_type="loss", loss_per_token=True, fwd_hooks=[(name, keep) for name in sites]
-        )
+        losses = model.run_with_hooks(inputs, return_type="loss", loss_per_token=True, fwd_hooks=[(name, keep) for name in sites])
         gradients = torch.autograd.grad(-losses.sum(), list(kept.values()))
     return {site: (a.detach() * g).flatten(0, -2) for (site, a), g in zip(kept.items(), gradients)}
 
@@ -595,8 +593,7 @@ def _under_all(model: Any, batch: Batch, wanted: Sequence[Condition], crossed: S
 def _outcomes(model: Any, batch: Batch) -> list[tuple[bool, float]]:
     texts, log_probs = answer(model, batch)
     return [
-        (text is not None and same_answer(text, right), float(log_prob))
-        for text, right, log_prob in zip(texts, batch.answers, log_probs)
+        (text is not None and same_answer(text, right), float(log_prob)) for text, right, log_prob in zip(texts, batch.answers, log_probs)
     ]
 
 
@@ -632,9 +629,7 @@ def _with_pool(group: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 
 
 @torch.no_grad()
-def stream_by_layer(
-    model: Any, batches: Sequence[Batch], wanted: Sequence[Condition] = (), progress: bool = True
-) -> pd.DataFrame:
+def stream_by_layer(model: Any, batches: Sequence[Batch], wanted: Sequence[Condition] = (), progress: bool = True) -> pd.DataFrame:
     """How far ablation moves the residual stream, and the logit lens's entropy, by layer and kind of token.
 
     Args:

@@ -79,9 +79,7 @@ def store_activations(
         "names": names, "keep": keep, "dtype": str(stored).removeprefix("torch."), "answers": answers,
         "batch_size": batch_size, "batches_per_part": batches_per_part, "window": window,
     }  # fmt: skip
-    state = prepare(
-        "activations", examples, out, settings, model, size_by_model(model), shard=shard, suffix=SUFFIX, prefixes=CAPACITY
-    )
+    state = prepare("activations", examples, out, settings, model, size_by_model(model), shard=shard, suffix=SUFFIX, prefixes=CAPACITY)
     if dry_run:
         return state
     prefixes = Prefixes(model)
@@ -224,9 +222,7 @@ class ActivationStore:
 # ---- writing ----------------------------------------------------------------------------------
 
 
-def _rows_of(
-    cache: Mapping[str, Tensor], inputs: Any, row: int, names: Sequence[str], keep: str, dtype: torch.dtype
-) -> dict[str, Tensor]:
+def _rows_of(cache: Mapping[str, Tensor], inputs: Any, row: int, names: Sequence[str], keep: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """The chosen positions of one prompt."""
     seen = inputs.attention_mask[row].bool()
     if keep == "all":

@@ -323,9 +323,7 @@ def prepare(
     return Run(out, manifest, plan, share, written_parts(out, suffix), memory, suffix)
 
 
-def work_on(
-    state: Run, examples: Data, work: Callable, write: Writer, progress: bool = True
-) -> None:
+def work_on(state: Run, examples: Data, work: Callable, write: Writer, progress: bool = True) -> None:
     """Does the parts of this share that are not written yet.
 
     Args:
@@ -492,9 +490,7 @@ def _do_batch(part: Part, number: int, batch: Mapping[int, Example], work: Calla
     places = {example.id: item for item, example in batch.items()}
     for row in rows:
         if not isinstance(row, Mapping) or row.get("id") not in places or any(name in row for name in RESERVED):
-            raise TypeError(
-                f"work must give rows (dicts) with the 'id' of a question of its batch and without {RESERVED}, got {row!r}."
-            )
+            raise TypeError(f"work must give rows (dicts) with the 'id' of a question of its batch and without {RESERVED}, got {row!r}.")
         part.results.append((places[row["id"]], row["id"], number, row))
 
 

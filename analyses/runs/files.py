@@ -106,8 +106,7 @@ def refuse_another(out: Path, manifest: Mapping[str, Any]) -> None:
     differences = list(_differences(kept, manifest))
     if differences:
         raise ValueError(
-            f"{out} holds a run with other settings; go on with the same, or choose another folder:\n  "
-            + "\n  ".join(differences)
+            f"{out} holds a run with other settings; go on with the same, or choose another folder:\n  " + "\n  ".join(differences)
         )
 
 

@@ -61,9 +61,7 @@ UNREADABLE = "image unreadable"
 Sizer = Callable[["Example"], Any]
 
 
-def size_by_model(
-    model: Any, min_pixels: int | None = None, max_pixels: int | None = None, by_domain: bool = False
-) -> Sizer:
+def size_by_model(model: Any, min_pixels: int | None = None, max_pixels: int | None = None, by_domain: bool = False) -> Sizer:
     """The size of a question as this model's processor makes it; only headers of images are read.
 
     Args:
@@ -118,9 +116,7 @@ def _seen_size(image: Image.Image) -> tuple[int, int]:
     return (height, width) if swapped else (width, height)
 
 
-def make_plan(
-    stream: Iterable[Example], size: Sizer, batch_size: int, batches_per_part: int, window: int
-) -> pd.DataFrame:
+def make_plan(stream: Iterable[Example], size: Sizer, batch_size: int, batches_per_part: int, window: int) -> pd.DataFrame:
     """One row a question, in the order in which they will be run.
 
     Returns:

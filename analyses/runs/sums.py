@@ -29,10 +29,7 @@ def write_sums(state: Run, number: int, part: Part, file: Path) -> None:
     for item, id, batch, term in results:
         places.setdefault(tuple(term[name] for name in KEYS), (item, id, batch))
     sums = add_up(term for *_, term in results)
-    rows = [
-        (*places[key], {"id": places[key][1], **dict(zip(KEYS, key)), "n": n, "values": values})
-        for key, (n, values) in sums.items()
-    ]
+    rows = [(*places[key], {"id": places[key][1], **dict(zip(KEYS, key)), "n": n, "values": values}) for key, (n, values) in sums.items()]
     failures, composition = part.failures, part.composition
     if part.earlier is not None:
         table, kept = read_rows(part.earlier)

@@ -106,4 +106,3 @@ def _scale(values: np.ndarray) -> tuple[float, float, str]:
 def _check_grid(n: int, grid: tuple[int, int]) -> None:
     if n != grid[0] * grid[1]:
         raise ValueError(f"expected {grid[0]}×{grid[1]} image tokens, got {n}.")
-

@@ -169,9 +169,7 @@ class Page:
         """
         self.figure("AttentionPatterns", tokens=_texts(shown), attention=_attention(pattern, shown))
 
-    def attention_heads(
-        self, pattern: Float[Tensor, "head pos key_pos"], shown: Strip, names: Sequence[str] | None = None
-    ) -> None:
+    def attention_heads(self, pattern: Float[Tensor, "head pos key_pos"], shown: Strip, names: Sequence[str] | None = None) -> None:
         """A map for each head; the one chosen is shown large, long tokens cut. `names` label the heads.
 
         Raises:
@@ -342,8 +340,7 @@ def lens_page(lens: Any, path: str | Path) -> None:
         answer = as_text(lens.top_tokens[-1][index][0])
         page.heading(
             f"Top tokens by layer at position {position} ({html.unescape(as_text(lens.prompt_tokens[index]))})",
-            f"Hover an entry of the residual stream. Colour: log-probability of the final top token "
-            f"{html.unescape(answer)}.",
+            f"Hover an entry of the residual stream. Colour: log-probability of the final top token {html.unescape(answer)}.",
         )
         page.figure(
             "TokenLogProbs",

@@ -95,9 +95,7 @@ def attribution_plot(flip: Any, path: str | Path | None = None) -> Figure:
     colours = [ORANGE if value > 0 else BLUE for value in table["attribution"]]
     bars(axes, table["component"], table["attribution"], colours, size=7)
     axes.set_xlabel("direct attribution (logits)")
-    figure.titled(
-        f"entry {flip.entry}: {visible(flip.lost)} → {visible(flip.gained)}, {flip.before:+.2f} → {flip.after:+.2f} logits"
-    )
+    figure.titled(f"entry {flip.entry}: {visible(flip.lost)} → {visible(flip.gained)}, {flip.before:+.2f} → {flip.after:+.2f} logits")
     return figure.saved(path)
 
 

@@ -120,6 +120,4 @@ def _draw(axes: Any, box: Sequence[float], colour: str, style: str) -> None:
     """A box on a dark rim, so that it shows on any picture."""
     x0, y0, x1, y1 = box
     for width, edge, dashes in ((3.4, "#222222", "-"), (1.8, colour, style)):
-        axes.add_patch(
-            Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=edge, linewidth=width, linestyle=dashes, clip_on=False)
-        )
+        axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=edge, linewidth=width, linestyle=dashes, clip_on=False))

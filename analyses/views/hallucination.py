@@ -159,4 +159,3 @@ def _title(result: Any, category: str, table: Any) -> str:
 def _name(method: str) -> str:
     """neg_x is shown as −x: higher is better for all."""
     return method.replace("neg_", "−").replace("_", " ")
-

@@ -12,9 +12,7 @@ from analyses.views.figure import Figure, colour_bar, largest, on_image, picture
 from analyses.views.maps import signed_map
 
 
-def recovery_map(
-    recovery: Any, layers: Sequence[int], labels: Sequence[str], title: str, path: str | Path | None = None
-) -> Figure:
+def recovery_map(recovery: Any, layers: Sequence[int], labels: Sequence[str], title: str, path: str | Path | None = None) -> Figure:
     """[layer position], the last layer on top, with no effect white, towards the clean run red and away from it blue.
 
     Args:

@@ -117,7 +117,9 @@ def _name_cells(axes: Any, tokens: np.ndarray, image: Any, window: tuple[int, in
         for col in range(window[2], window[3]):
             centre = ((col + 0.5) * image.width / cols, (row + 0.5) * image.height / rows)
             text = visible(tokens[row, col], 8)
-            axes.text(*centre, text, ha="center", va="center", fontsize=size, color="white", path_effects=RIM, clip_on=True, in_layout=False)
+            axes.text(
+                *centre, text, ha="center", va="center", fontsize=size, color="white", path_effects=RIM, clip_on=True, in_layout=False
+            )
 
 
 def _interesting(tokens: np.ndarray, sure: np.ndarray) -> tuple[int, int, int, int]:

@@ -80,7 +80,6 @@ def _width(c: str, names: tuple[str, ...]) -> float:
     return 1.0
 
 
-
 def families() -> tuple[str, ...]:
     """What matplotlib is set to draw with, then the fonts of FALLBACKS that are installed."""
     return (*rcParams["font.family"], *_installed())

@@ -39,7 +39,14 @@ def trajectory_plot(item: Any, path: str | Path | None = None) -> Figure:
     right.set_ylabel("entropy (nats)", color="#777777")
     right.set_ylim(bottom=0)
     lines = [*drawn, right.get_lines()[0]]
-    figure.legend(lines, [line.get_label() for line in lines], frameon=False, fontsize=8, loc="outside lower center", ncols=2 if item.label != item.answer or len(lines) > 3 else 3)
+    figure.legend(
+        lines,
+        [line.get_label() for line in lines],
+        frameon=False,
+        fontsize=8,
+        loc="outside lower center",
+        ncols=2 if item.label != item.answer or len(lines) > 3 else 3,
+    )
     note = "\n(the model's own top token is another)" if item.differs_from_model else ""
     figure.titled(f"{line(item.question) or visible(item.answer)}: {item.outcome}{note}")
     return figure.saved(path)

@@ -131,9 +131,7 @@ class Packer:
 def _positions(before: int, rows: int, cols: int, after: int, lengths: tuple[int, ...]) -> Tensor:
     """[3 1 pos] M-RoPE positions; every question starts where the prefix ends."""
     text = torch.arange(before).expand(3, -1)
-    raster = torch.stack(
-        (torch.zeros(rows * cols), torch.arange(rows).repeat_interleave(cols), torch.arange(cols).repeat(rows))
-    ).long()
+    raster = torch.stack((torch.zeros(rows * cols), torch.arange(rows).repeat_interleave(cols), torch.arange(cols).repeat(rows))).long()
     close = before + max(rows, cols)
     parts = [text, before + raster, close + torch.arange(after).expand(3, -1)]
     parts += [close + after + torch.arange(length).expand(3, -1) for length in lengths]

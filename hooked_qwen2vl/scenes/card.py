@@ -131,9 +131,7 @@ def _hops(depth: pd.DataFrame) -> str:
         return ""
     one, two = depth.loc["attribute", "mean"], depth.loc["relation", "mean"]
     order = "earlier than" if one < two - 0.05 else "later than" if one > two + 0.05 else "as early as"
-    return (
-        f"One hop (attribute, mean depth {one:.2f}) is settled {order} two (relation, {two:.2f})."
-    )
+    return f"One hop (attribute, mean depth {one:.2f}) is settled {order} two (relation, {two:.2f})."
 
 
 def _training(folder: Path) -> str:

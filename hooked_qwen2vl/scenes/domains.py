@@ -50,9 +50,7 @@ def _scatter(rng: Random, rows: int, cols: int, n: int, make: Callable[[], tuple
             side = 2 if rng.random() < big else 1
             if things and rng.random() < 0.6:
                 a = rng.choice(things)
-                row, col = rng.choice(
-                    [(a.row, a.col - side), (a.row, a.col + a.cols), (a.row - side, a.col), (a.row + a.rows, a.col)]
-                )
+                row, col = rng.choice([(a.row, a.col - side), (a.row, a.col + a.cols), (a.row - side, a.col), (a.row + a.rows, a.col)])
             else:
                 row, col = rng.randrange(rows - side + 1), rng.randrange(cols - side + 1)
             thing = Thing(kind, color, row, col, side, side, facing)
@@ -379,9 +377,7 @@ def _bar_phrase(thing: Thing) -> str:
 def _edit_bar(scene: Scene, thing: Thing) -> list[Thing]:
     free = [c for c in COLORS if not q.matching(scene, color=c)]
     heights = range(1, min(scene.rows, 6) + 1)
-    return [replace(thing, color=c) for c in free] + [
-        replace(thing, row=scene.rows - h, rows=h) for h in heights if h != thing.rows
-    ]
+    return [replace(thing, color=c) for c in free] + [replace(thing, row=scene.rows - h, rows=h) for h in heights if h != thing.rows]
 
 
 # ---- textures ---------------------------------------------------------------------------------------

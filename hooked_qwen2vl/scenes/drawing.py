@@ -62,9 +62,7 @@ def _noise(seed: int, height: int, width: int) -> tuple[float, np.ndarray]:
 
 
 @lru_cache(maxsize=8192)
-def _sprite(
-    kind: str, color: str, rows: int, cols: int, facing: str, path: tuple[Cell, ...]
-) -> tuple[np.ndarray, np.ndarray]:
+def _sprite(kind: str, color: str, rows: int, cols: int, facing: str, path: tuple[Cell, ...]) -> tuple[np.ndarray, np.ndarray]:
     """(colour [3], coverage [height width 1] in 0..1) of one thing, in its own box."""
     scale = CELL * _SUPERSAMPLING
     image = Image.new("L", (cols * scale, rows * scale))
@@ -89,10 +87,7 @@ def _sprite(
 # Outlines in the unit square, x to the right and y down.
 _ARROW = [(0.1, 0.38), (0.5, 0.38), (0.5, 0.12), (0.92, 0.5), (0.5, 0.88), (0.5, 0.62), (0.1, 0.62)]
 _HEAD = [(0.3, 0.1), (0.95, 0.5), (0.3, 0.9)]
-_STAR = [
-    (0.5 + r * math.sin(math.pi * k / 5), 0.53 - r * math.cos(math.pi * k / 5))
-    for k, r in enumerate([0.47, 0.19] * 5)
-]
+_STAR = [(0.5 + r * math.sin(math.pi * k / 5), 0.53 - r * math.cos(math.pi * k / 5)) for k, r in enumerate([0.47, 0.19] * 5)]
 _HEART = [
     (0.5 + 0.42 * math.sin(t) ** 3, 0.47 - 0.026 * (13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t)
      - math.cos(4 * t)))

@@ -53,9 +53,7 @@ def evaluate(items: Sequence[Item], folder: str | Path = CHECKPOINT, blind: bool
     chunks = [ids[i : i + _BATCH] for ids in by_grid.values() for i in range(0, len(ids), _BATCH)]
     rows: dict[int, dict] = {}
     for chunk in tqdm(chunks, desc="blind" if blind else "measuring", leave=False, disable=len(chunks) < 5):
-        batch = packer.pack(
-            [items[i].scene for i in chunk], [[(items[i].question, items[i].answer, items[i].category)] for i in chunk]
-        )
+        batch = packer.pack([items[i].scene for i in chunk], [[(items[i].question, items[i].answer, items[i].category)] for i in chunk])
         if blind:
             batch.pixels.normal_(generator=generator)
         streams = _residual_streams(model, batch)

@@ -119,16 +119,12 @@ def bigger(text: str, first: dict, second: dict) -> Question:
 
 def background() -> Question:
     """Asks for the background's colour."""
-    return Question(
-        "What color is the background?", "environment", "background", lambda s: (s.background, (s.backdrop,))
-    )
+    return Question("What color is the background?", "environment", "background", lambda s: (s.background, (s.backdrop,)))
 
 
 def caption(phrase: Callable[[Thing], str]) -> Question:
     """Asks for all things, in raster order."""
-    return Question(
-        "Describe the image.", "caption", "caption", lambda s: (" , ".join(map(phrase, s.things)), s.things)
-    )
+    return Question("Describe the image.", "caption", "caption", lambda s: (" , ".join(map(phrase, s.things)), s.things))
 
 
 def beside(scene: Scene) -> list[tuple[Thing, Thing, str]]:

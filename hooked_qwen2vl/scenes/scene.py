@@ -53,9 +53,7 @@ class Thing:
         """The cells it covers."""
         if self.path:
             return frozenset(self.path)
-        return frozenset(
-            (r, c) for r in range(self.row, self.row + self.rows) for c in range(self.col, self.col + self.cols)
-        )
+        return frozenset((r, c) for r in range(self.row, self.row + self.rows) for c in range(self.col, self.col + self.cols))
 
     @property
     def box(self) -> Box:

@@ -1,7 +1,7 @@
 """The world's items: a picture, a question, its answer, and all that is known about why.
 
-    seed ─► scene (until it belongs to the split) ─► question ─► answer and the things it depends on
-                                                         └─► the same question of a scene with one attribute changed
+seed ─► scene (until it belongs to the split) ─► question ─► answer and the things it depends on
+                                                     └─► the same question of a scene with one attribute changed
 """
 
 from __future__ import annotations

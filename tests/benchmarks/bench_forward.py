@@ -1,6 +1,6 @@
 """The plain forward with an image, and with hooks on the residual stream, beside transformers'.
 
-    python bench_forward.py [small medium 2b] [--quick]
+python bench_forward.py [small medium 2b] [--quick]
 """
 
 from __future__ import annotations
@@ -43,9 +43,7 @@ def rows(name: str) -> Iterator[Row]:
     if large:
         return
     streams = [key for key, _ in hooks if key.endswith("resid_pre")]
-    pair = interleaved(
-        lambda: model.run_with_cache(inputs, names_filter=streams), lambda: theirs(output_hidden_states=True)
-    )
+    pair = interleaved(lambda: model.run_with_cache(inputs, names_filter=streams), lambda: theirs(output_hidden_states=True))
     yield pair.row(0, "residual stream cached / transformers output_hidden_states", size)
     encoded = model.encode(inputs)
     yield interleaved(lambda: model(encoded), theirs).row(0, "forward from encode()d inputs / transformers SDPA", size)

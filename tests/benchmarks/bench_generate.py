@@ -24,9 +24,7 @@ def rows(name: str, batch_size: int, image_tokens: int) -> Iterator[Row]:
 
     def ours(*criteria):
         stopping = StoppingCriteriaList(criteria)
-        return model.generate(
-            inputs, **settings, stopping_criteria=stopping, stop_at_eos=False, return_type="tokens", verbose=False
-        )
+        return model.generate(inputs, **settings, stopping_criteria=stopping, stop_at_eos=False, return_type="tokens", verbose=False)
 
     def theirs(*criteria):
         hf.model.rope_deltas = None

@@ -20,7 +20,14 @@ from tiny import LINE, randomise, tiny_processor, tiny_processor3
 from hooked_qwen2vl import HookedQwen2VL
 from hooked_qwen2vl.selfcheck import reference_batch
 
-TEXT = {"vocab_size": 16384, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 2}
+TEXT = {
+    "vocab_size": 16384,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+}
 ROPE = {
     "qwen2_5_vl": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]},
     "qwen3_vl": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [12, 10, 10], "mrope_interleaved": True},

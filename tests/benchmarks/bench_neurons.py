@@ -23,9 +23,7 @@ def rows() -> Iterator[Row]:
     items = sample(BATCH, split="train")  # all domains in every batch: the most groups to count apart
     inputs = model.to_inputs([item.question for item in items], images=[[item.image] for item in items])
     domains, counter = [item.domain for item in items], FiringCounter(model)
-    pair = interleaved(
-        lambda: counter.add(model, inputs, domains), lambda: model(inputs, return_type=None), n=40, warm=3
-    )
+    pair = interleaved(lambda: counter.add(model, inputs, domains), lambda: model(inputs, return_type=None), n=40, warm=3)
     yield pair.row(0, "counting firings / the plain forward", f"embedded model, {BATCH} questions", "≤ 1.1")
 
 

@@ -1,6 +1,6 @@
 """Two untrained text models beside which docs/compare.md sets the embedded one: what no training looks like.
 
-    python tests/benchmarks/compare_shapes.py DIR      # writes DIR/gpt2 and DIR/qwen2, with the embedded model's tokenizer
+python tests/benchmarks/compare_shapes.py DIR      # writes DIR/gpt2 and DIR/qwen2, with the embedded model's tokenizer
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ class Row:
 
     @property
     def met(self) -> str:
-        """"yes", "no", "within noise" when the goal lies inside the interval, or "" without a goal."""
+        """ "yes", "no", "within noise" when the goal lies inside the interval, or "" without a goal."""
         if not self.goal:
             return ""
         sign, bound = self.goal.split()[0], float(self.goal.split()[1])
@@ -96,9 +96,7 @@ class Pair:
         return Row(mark, what, size, value, "×", low, high, goal, f"{seconds}{'; ' + note if note else ''}")
 
 
-def interleaved(
-    ours: Callable[[], Any], theirs: Callable[[], Any], n: int = 30, warm: int = 1, budget: float = BUDGET
-) -> Pair:
+def interleaved(ours: Callable[[], Any], theirs: Callable[[], Any], n: int = 30, warm: int = 1, budget: float = BUDGET) -> Pair:
     """Times both in turn, n times or until the budget (seconds on the clock) is spent, but at least five times."""
     for _ in range(warm):
         ours(), theirs()
@@ -252,5 +250,3 @@ def _version(name: str) -> str | None:
 
 def _seconds(value: float) -> str:
     return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.1f} ms"
-
-

@@ -21,6 +21,7 @@ def sweep(hf, clean, corrupted, right, wrong):
     def keep(index):
         def hook(module, args):
             kept[index] = args[0].clone()
+
         return hook
 
     def put(index, position):
@@ -28,6 +29,7 @@ def sweep(hf, clean, corrupted, right, wrong):
             stream = args[0].clone()
             stream[:, position] = kept[index][:, position]
             return (stream, *args[1:])
+
         return hook
 
     handles = [layer.register_forward_pre_hook(keep(l)) for l, layer in enumerate(layers)]
