@@ -13,6 +13,6 @@ other. `lint-imports` holds it (setup.cfg), and a new module must be given its p
 
 import sys
 
-from .moved import MovedModules
+from hooked_qwen2vl.moved import MovedModules
 
 sys.meta_path.append(MovedModules())

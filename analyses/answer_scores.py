@@ -8,7 +8,7 @@
     probability            p(answer), the product over its tokens
     mean_log_prob          mean log-probability of its tokens, nats
     neg_entropy            −mean entropy of the distributions that its tokens were taken from, nats
-    internal_confidence    max over entries and image tokens of the logit lens's p(token)  (Jiang et al., arXiv 2410.02762)
+    internal_confidence    max over layers and image tokens of the logit lens's p(token)  (Jiang et al., arXiv 2410.02762)
     blind_difference       p(answer | image) − p(answer | blank image)
     attention_on_image     attention from where the answer is predicted to the image, mean over layers and heads
     contextual             the contextual lens (`analyses.contextual_lens`)
@@ -85,7 +85,7 @@ class Evidence:
 
     @property
     def stack(self) -> Float[Tensor, "layer pos d_model"]:
-        """The residual stream at the entries 0..L."""
+        """The residual stream at the layers 0..L."""
         return self._run[0]
 
     @property
@@ -105,7 +105,7 @@ class Evidence:
 
     @cached_property
     def token_log_probs(self) -> Float[Tensor, "token"]:
-        """The model's log-probability of each answer token, nats: the lens's last entry."""
+        """The model's log-probability of each answer token, nats: the last layer."""
         vectors = self.stack[-1, [p - 1 for p in self.answer]]
         return readout(self.model, vectors, self.answer_ids[:, None], top_k=1).target_log_probs[:, 0]
 
@@ -198,7 +198,7 @@ def blind_difference(evidence: Evidence) -> float:
 
 @_score
 def internal_confidence(evidence: Evidence) -> float:
-    """Max over entries 0..L and image tokens of the logit lens's p(token), mean over the answer's tokens (ours); in [0, 1].
+    """Max over layers 0..L and image tokens of the logit lens's p(token), mean over the answer's tokens (ours); in [0, 1].
 
     With a noun: of the noun's tokens, the sign flipped when the answer is no; then in [-1, 1].
     """
@@ -241,13 +241,13 @@ def contextual_control(evidence: Evidence) -> float:
 
 @_score
 def neg_flips(evidence: Evidence) -> float:
-    """−F: how often the top-1 changes from entry to entry, where the answer's first token is predicted."""
+    """−F: how often the top-1 changes from layer to layer, where the answer's first token is predicted."""
     return -float(len(flips(_top1(evidence, 0))))
 
 
 @_score
 def neg_stability(evidence: Evidence) -> float:
-    """−S / L, in [-1, 0]: S is the entry from which the top-1 is the final one; high when the model settles early."""
+    """−S / L, in [-1, 0]: S is the layer from which the top-1 is the final one; high when the model settles early."""
     return -stability(_top1(evidence, 0)) / evidence.model.cfg.n_layers
 
 
@@ -255,7 +255,7 @@ def neg_stability(evidence: Evidence) -> float:
 def neg_doubt(evidence: Evidence) -> float:
     """−doubt (ours), in [-1, 0]: a rival word that was held, then lost, without knowing the right answer.
 
-    From B_5, the entry at which the answer's first token is first among the top five, to L − 1: the largest probability
+    From B_5, the layer at which the answer's first token is first among the top five, to L − 1: the largest probability
     of a top-1 that is another word (other than in case or space). 0 where there is none, 1 where the answer is never
     among the top five.
     """
@@ -277,7 +277,7 @@ def neg_overthinking(evidence: Evidence) -> float:
 
     (mean over l = 1..L of the lens's entropy H_l) · (number of different top-1 tokens at l = 1..L) / L, at the position
     that predicts the token. Source: Shoby et al., Overthinking Causes Hallucination, arXiv 2603.07619; the formula is
-    that of the authors' code (`compute_overthinking`), which leaves out entry 0.
+    that of the authors' code (`compute_overthinking`), which leaves out layer 0.
     """
     n_layers = evidence.model.cfg.n_layers
     entropy = evidence.lens["entropy"][1:].mean(0)

@@ -1,13 +1,13 @@
 """The contextual lens: an answer is grounded where its contextual embedding is close to an image token's.
 
-1. Run prompt and answer. h^l is the residual stream at lens entry l = 0..L (0 the embeddings, L after the last block).
-2. Average the answer's tokens at a late entry, raw, not normalised: a = mean_t h^{l_T}(a_t). The positions are those of
+1. Run prompt and answer. h^l is the residual stream at layer l of 0..L (before block l; L: after the last).
+2. Average the answer's tokens at a late layer, raw, not normalised: a = mean_t h^{l_T}(a_t). The positions are those of
    the answer's own tokens; end tokens are left out (ours).
-3. Score = max_n cos(a, h^{l_I}(v_n)) over the image tokens v_n at a middle entry. Low: hallucinated.
+3. Score = max_n cos(a, h^{l_I}(v_n)) over the image tokens v_n at a middle layer. Low: hallucinated.
    Defaults l_I = round(0.5 L), l_T = round(0.75 L); `sweep_layers` picks them by AUROC on a validation split.
 4. Grounding. Heat map: max_{l ≥ 1} cos(h^l(a), h^l(v_n)). Box: the rectangle of image tokens whose mean vector, at the
-   entry l_I, has the largest cosine with a, among all rectangles, by integral image in float64. Taking the score's own
-   two entries for the box is ours: so the box's cosine is never below the score.
+   layer l_I, has the largest cosine with a, among all rectangles, by integral image in float64. Taking the score's own
+   two layers for the box is ours: so the box's cosine is never below the score.
 
 Source: Beyond Logit Lens (arXiv 2411.19187). Its tables were not at hand: no reproduction of its numbers is claimed.
 """
@@ -48,7 +48,7 @@ class ContextualScore(Result):
         names: of the spans. texts: what they say.
         images: [image_token] which image each token belongs to.
         boxes: [image_token 4] (x0, y0, x1, y1) in that image's original pixels.
-        image_layer, text_layer: lens entries compared.
+        image_layer, text_layer: layers compared.
         model_name: of the model.
     """
 
@@ -90,7 +90,7 @@ class ContextualScore(Result):
 
 @dataclass(frozen=True)
 class LayerSweep(Result):
-    """AUROC of the score for "correct" at every pair of entries.
+    """AUROC of the score for "correct" at every pair of layers.
 
     Attributes:
         auroc: [image_layer text_layer], in [0, 1].
@@ -107,7 +107,7 @@ class LayerSweep(Result):
     model_name: str
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a pair of entries."""
+        """One row a pair of layers."""
         return pd.DataFrame(
             {"image_layer": i, "text_layer": t, "auroc": float(value)} for i, row in enumerate(self.auroc) for t, value in enumerate(row)
         )
@@ -124,14 +124,14 @@ class Grounding(Result):
     """Where in its images an answer is.
 
     Attributes:
-        heat: for each image [rows cols], max over entries ≥ 1 of the cosine with the answer, in [-1, 1]: the paper's heat map.
-        similarity: for each image [rows cols], the cosine at the box's entries; its maximum is the contextual score. The box
+        heat: for each image [rows cols], max over layers ≥ 1 of the cosine with the answer, in [-1, 1]: the paper's heat map.
+        similarity: for each image [rows cols], the cosine at the box's layers; its maximum is the contextual score. The box
             belongs to this map; it need not hold the hottest token of `heat`.
         cells: for each image its best rectangle (row0, col0, row1, col1) in image tokens, ends excluded.
         boxes: [image 4] the same rectangles (x0, y0, x1, y1) in original pixels of their image.
         box_scores: [image] their cosines.
         sizes: (width, height) of each image in original pixels.
-        text: the answer. image_layer, text_layer: the entries compared for the box.
+        text: the answer. image_layer, text_layer: the layers compared for the box.
         model_name: of the model.
     """
 
@@ -203,11 +203,11 @@ def contextual_score(
 
     Args:
         inputs: prompts with images and a teacher-forced answer: `model.to_inputs(question, images=[im], answers="red")`.
-        image_layer, text_layer: lens entries, 0..L; None takes round(0.5 L) and round(0.75 L).
+        image_layer, text_layer: layers, 0..L; None takes round(0.5 L) and round(0.75 L).
         span: "answer" or another part, positions, or a slice; or name -> span for several (see `word_spans`).
         stack: the row's residual stream, if it is at hand: saves the run.
     Raises:
-        ValueError: no such row, part, position or entry, or the row has no image.
+        ValueError: no such row, part, position or layer, or the row has no image.
     """
     layers = default_layers(model, image_layer, text_layer)
     spans = dict(span) if isinstance(span, Mapping) else {span if isinstance(span, str) else "span": span}
@@ -263,7 +263,7 @@ def yes_no_subject(model: Any, inputs: Any, noun: str, row: int = 0) -> tuple[li
 
 @torch.no_grad()
 def sweep_layers(model: Any, items: Iterable[Any], labels: Sequence[bool], span: Span = "answer", progress: bool = True) -> LayerSweep:
-    """Picks the two entries by AUROC on a validation split.
+    """Picks the two layers by AUROC on a validation split.
 
     Args:
         items: `Inputs` of one row each, with image and teacher-forced answer; may be a generator.
@@ -303,7 +303,7 @@ def ground(
 
     Args:
         inputs, row, span, stack: as `contextual_score`.
-        image_layer, text_layer: entries compared for the box; the heat map goes over all entries ≥ 1.
+        image_layer, text_layer: layers compared for the box; the heat map goes over all layers ≥ 1.
     Raises:
         ValueError: as `contextual_score`.
     """
@@ -384,7 +384,7 @@ def default_layers(model: Any, image_layer: int | None, text_layer: int | None) 
     text_layer = round(0.75 * n_layers) if text_layer is None else text_layer
     for name, layer in (("image_layer", image_layer), ("text_layer", text_layer)):
         if not 0 <= layer <= n_layers:
-            raise ValueError(f"{name} must be a lens entry in 0..{n_layers}, got {layer}.")
+            raise ValueError(f"{name} must be a layer in 0..{n_layers}, got {layer}.")
     return image_layer, text_layer
 
 

@@ -32,8 +32,8 @@ from tqdm.auto import tqdm
 from analyses.common.result import Result
 from analyses.common.sums import Sums, add_up
 from analyses.data.examples import Example, examples, in_batches
-from analyses.moved import moved_names
 from hooked_qwen2vl.image_embeddings import Prefixes
+from hooked_qwen2vl.moved import moved_names
 
 __getattr__ = moved_names(__name__)
 

@@ -1,14 +1,14 @@
 """What is an image token near? Its nearest input embeddings, and its nearest text tokens in context.
 
 Embedding lens
-1. Take the residual stream at the positions asked for, at every lens entry.
+1. Take the residual stream at the positions asked for, at every layer.
 2. Compare with every row of W_E by cosine; keep the k nearest words.
 
 Contextual neighbours (LatentLens, arXiv 2602.00462)
-1. Run sentences through the model as plain text; keep the residual stream of every token, at several entries. A token
+1. Run sentences through the model as plain text; keep the residual stream of every token, at several layers. A token
    whose prefix was seen before is the same vector and is kept once; a sentence's first token, which has no context
    and is an attention sink, is left out (ours: the authors leave out the first two).
-2. Compare an image token with all of them, whatever their entry, by cosine; the k nearest say, with their sentence,
+2. Compare an image token with all of them, whatever their layer, by cosine; the k nearest say, with their sentence,
    what it is near.
 """
 
@@ -38,10 +38,10 @@ class Neighbours(Result):
 
     Attributes:
         similarity: [layer pos k] cosines, falling, in [-1, 1].
-        indices: [layer pos k] of the neighbours: token ids, or entries of the bank.
+        indices: [layer pos k] of the neighbours: token ids, or tokens of the bank.
         tokens: their text, nested [layer][pos][k].
-        contexts: where they come from, nested alike: "" for input embeddings, "entry 4: a red [circle]" for a bank.
-        layers: lens entries of the vectors. positions: in the prompt.
+        contexts: where they come from, nested alike: "" for input embeddings, "layer 4: a red [circle]" for a bank.
+        layers: of the vectors. positions: in the prompt.
         model_name: of the model.
     """
 
@@ -81,24 +81,24 @@ class TextBank:
     """Text tokens in context.
 
     Attributes:
-        vectors: [entry d_model] of length 1, float32.
+        vectors: [bank_token d_model] of length 1, float32.
         tokens: their text. sentences: where they stand; places: at which token of it.
-        layers: [entry] the lens entry each was taken at.
+        layers: [bank_token] the layer each was taken at.
         model_name: of the model whose residual stream they are.
     """
 
-    vectors: Float[Tensor, "entry d_model"]
+    vectors: Float[Tensor, "bank_token d_model"]
     tokens: tuple[str, ...]
     sentences: tuple[str, ...]
     places: tuple[int, ...]
-    layers: Int[Tensor, "entry"]
+    layers: Int[Tensor, "bank_token"]
     model_name: str
 
     def nearest(self, vectors: Float[Tensor, "*axes d_model"], top_k: int = 5) -> tuple[Float[Tensor, "*axes k"], Int[Tensor, "*axes k"]]:
-        """(cosines, entries) of the k nearest, over all entries at once.
+        """(cosines, bank tokens) of the k nearest, over all of the bank at once.
 
         Raises:
-            ValueError: vectors of another width, or fewer entries than k.
+            ValueError: vectors of another width, or fewer bank tokens than k.
         """
         return _nearest(vectors, self.vectors, top_k)
 
@@ -107,13 +107,13 @@ class TextBank:
 def embedding_lens(
     model: Any, inputs: Any, positions: Any = "image", top_k: int = 5, row: int = 0, layers: Sequence[int] | None = None
 ) -> Neighbours:
-    """The input embeddings nearest to the residual stream; the images' own vectors are at entry 0.
+    """The input embeddings nearest to the residual stream; the images' own vectors are at layer 0.
 
     Args:
         inputs, positions, row: as `analyses.logit_lens.logit_lens`.
-        layers: lens entries; None takes all.
+        layers: which to read, 0..L; None takes all.
     Raises:
-        ValueError: no such part, position or entry, or more top_k than words.
+        ValueError: no such part, position or layer, or more top_k than words.
     """
     vectors, layers, chosen = _vectors(model, inputs, positions, row, layers)
     similarity, indices = _nearest(vectors, _unit(model.W_E.detach().cpu()), top_k)
@@ -133,11 +133,11 @@ def text_bank(model: Any, sentences: Sequence[str], layers: Sequence[int] | None
     """Runs sentences as plain text, without template or image, and keeps their tokens in context.
 
     Args:
-        layers: lens entries; None takes 1..L (entry 0 has no context).
+        layers: which to keep; None takes 1..L (layer 0 has no context).
     Raises:
-        ValueError: no sentence has two tokens, or no such entry.
+        ValueError: no sentence has two tokens, or no such layer.
     """
-    layers = _entries(model, range(1, model.cfg.n_layers + 1) if layers is None else layers)
+    layers = _checked_layers(model, range(1, model.cfg.n_layers + 1) if layers is None else layers)
     seen: set[tuple[int, ...]] = set()
     vectors, tokens, kept, places = [], [], [], []
     for sentence in tqdm(sentences, desc="text bank", unit="sentence", disable=not progress, delay=2):
@@ -175,7 +175,7 @@ def contextual_neighbours(
     row: int = 0,
     layers: Sequence[int] | None = None,
 ) -> Neighbours:
-    """The bank's text tokens nearest to the residual stream, over all of the bank's entries.
+    """The bank's text tokens nearest to the residual stream, over all of the bank.
 
     Args:
         inputs, positions, row, layers: as `embedding_lens`.
@@ -199,33 +199,33 @@ def contextual_neighbours(
     )
 
 
-def _in_context(model: Any, bank: TextBank, entry: int) -> str:
+def _in_context(model: Any, bank: TextBank, item: int) -> str:
     """The sentence, with the token in brackets; of a part of a character, the whole one."""
-    text, spans = characters(model, model.to_tokens(bank.sentences[entry])[0].tolist())
-    start, end = spans[bank.places[entry]]
-    return f"entry {int(bank.layers[entry])}: {text[:start]}[{text[start:end]}]{text[end:]}"
+    text, spans = characters(model, model.to_tokens(bank.sentences[item])[0].tolist())
+    start, end = spans[bank.places[item]]
+    return f"layer {int(bank.layers[item])}: {text[:start]}[{text[start:end]}]{text[end:]}"
 
 
 def _vectors(
     model: Any, inputs: Any, positions: Any, row: int, layers: Sequence[int] | None
 ) -> tuple[Float[Tensor, "layer pos d_model"], tuple[int, ...], tuple[int, ...]]:
-    layers = _entries(model, range(model.cfg.n_layers + 1) if layers is None else layers)
+    layers = _checked_layers(model, range(model.cfg.n_layers + 1) if layers is None else layers)
     stack, _ = residual_stack(model, inputs)
     chosen = as_prompt(model, inputs).resolve(positions, row).tolist()
     return stack[list(layers), row][:, chosen].cpu(), layers, tuple(chosen)
 
 
-def _entries(model: Any, layers: Sequence[int]) -> tuple[int, ...]:
+def _checked_layers(model: Any, layers: Sequence[int]) -> tuple[int, ...]:
     layers = tuple(int(layer) for layer in layers)
     if not layers or not all(0 <= layer <= model.cfg.n_layers for layer in layers):
-        raise ValueError(f"lens entries must be in 0..{model.cfg.n_layers}, got {layers}.")
+        raise ValueError(f"layers must be in 0..{model.cfg.n_layers}, got {layers}.")
     return layers
 
 
 def _nearest(
-    vectors: Float[Tensor, "*axes d_model"], bank: Float[Tensor, "entry d_model"], top_k: int
+    vectors: Float[Tensor, "*axes d_model"], bank: Float[Tensor, "bank_token d_model"], top_k: int
 ) -> tuple[Float[Tensor, "*axes k"], Int[Tensor, "*axes k"]]:
-    """By cosine; ties go to the first entry, and the whole table of cosines never exists."""
+    """By cosine; ties go to the first of the bank, and the whole table of cosines never exists."""
     if vectors.shape[-1] != bank.shape[-1] or not 1 <= top_k <= len(bank):
         raise ValueError(f"expected vectors of width {bank.shape[-1]} and top_k in 1..{len(bank)}, got {vectors.shape[-1]} and {top_k}.")
     unit = _unit(vectors).flatten(0, -2)
@@ -234,7 +234,7 @@ def _nearest(
     return values, indices
 
 
-def _largest(table: Float[Tensor, "row entry"], top_k: int) -> tuple[Float[Tensor, "row k"], Int[Tensor, "row k"]]:
+def _largest(table: Float[Tensor, "row bank_token"], top_k: int) -> tuple[Float[Tensor, "row k"], Int[Tensor, "row k"]]:
     indices = largest(table, top_k)
     return table.gather(-1, indices), indices
 

@@ -1,11 +1,11 @@
 """Everything the explorer page shows of one prompt with images, computed once.
 
-1. Logit lens (nostalgebraist, 2020) at every position: the top k of every entry of the residual stream (see
-   `analyses.logit_lens`), and the answer's tokens followed through all entries and positions.
-2. At the position that predicts the answer, the probabilities of many tokens by entry: those that are largest
-   anywhere, and by entry the most that any other token has, so that a token not kept still has a bound.
+1. Logit lens (nostalgebraist, 2020) at every position: the top k of every layer of the residual stream (see
+   `analyses.logit_lens`), and the answer's tokens followed through all layers and positions.
+2. At the position that predicts the answer, the probabilities of many tokens by layer: those that are largest
+   anywhere, and by layer the most that any other token has, so that a token not kept still has a bound.
 3. Contextual heat map (arXiv 2411.19187): cos(mean_t h^l(a_t), h^l(v)), the answer's own tokens a_t averaged raw
-   before the cosine, end tokens left out, both sides at the same entry l.
+   before the cosine, end tokens left out, both sides at the same layer l.
 4. Attention pattern from the position that predicts the answer to every position, head by head.
 5. Patching recovery by layer and position, if a sweep is given.
 """
@@ -34,7 +34,7 @@ from analyses.views.figure import refuse_other_picture
 
 @dataclass(frozen=True)
 class Explorer(Result):
-    """One prompt, opened. Its positions are the prompt's without padding; entries run from 0 to L, blocks to L−1.
+    """One prompt, opened. Its positions are the prompt's without padding; layers run from 0 to L, blocks to L−1.
 
     Attributes:
         lens: at every position; its targets are the tokens followed everywhere.
@@ -43,10 +43,10 @@ class Explorer(Result):
         last: which position predicts the answer's first token.
         answer: places of the answer's own tokens; empty without an answer.
         kept_ids: ids whose probabilities at `last` are kept; kept_tokens: their text.
-        kept_probs: [layer token] of them, by entry.
+        kept_probs: [layer token] of them, by layer.
         rest_prob: [layer] the most that any other token has at `last`; 0 if all are kept.
         attention: [layer head pos] from `last`, by block; each row sums to 1.
-        contextual: [layer pos] cosine with the answer, by entry; None without an answer.
+        contextual: [layer pos] cosine with the answer, by layer; None without an answer.
         recovery: [layer pos] of a patching sweep, by block; NaN where nothing was patched; None without one.
         question, answer_text, model_name: as shown.
     """
@@ -70,10 +70,10 @@ class Explorer(Result):
     model_name: str
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row for each entry and position: the lens's top token and what the maps hold there.
+        """One row for each layer and position: the lens's top token and what the maps hold there.
 
         Probabilities, attention (mean over heads) and recovery as fractions, cosines in −1..1, entropy in nats; NaN
-        where a map has no value: blocks end one before the last entry.
+        where a map has no value: blocks end one before the last layer.
         """
         n_layers, n_positions = self.lens.entropy.shape
         layers = torch.arange(n_layers)[:, None].expand(-1, n_positions)
@@ -258,13 +258,13 @@ def _many_tokens(
 
 
 def _contextual(stack: Float[Tensor, "layer pos d_model"], answer: Sequence[int]) -> Float[Tensor, "layer pos"]:
-    """Cosine of every position with the mean of the answer's, at each entry."""
+    """Cosine of every position with the mean of the answer's, at each layer."""
     wide = stack.float()
     return F.cosine_similarity(wide, wide[:, list(answer)].mean(1, keepdim=True), dim=-1).cpu()
 
 
 def _to_entries(values: Tensor | None, n_layers: int, n_positions: int = 0) -> Tensor:
-    """A map over blocks as one over entries: block l reads entry l, nothing reads the last."""
+    """A map over blocks as one over layers: block l reads layer l, nothing reads the last."""
     if values is None:
         return torch.full((n_layers, n_positions), torch.nan)
     return F.pad(values, (0, 0, 0, n_layers - len(values)), value=torch.nan)

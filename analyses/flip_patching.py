@@ -1,6 +1,6 @@
 """Where an answer flips: which heads and which MLP of the block that made the flip, and whether they cause it.
 
-A flip at lens entry l, from token b to token a, is made by block l−1; the residual stream h_l already contains it.
+A flip at layer l, from token b to token a, is made by block l−1; the residual stream h_l already contains it.
 With u = W_U[a] − W_U[b], γ the final norm's weight, r = rms(h) and LD_l = z_l(a) − z_l(b):
 
     LD_l − LD_{l−1} = Σ_c (γ ⊙ c / r_l) · u + LD_{l−1} (r_{l−1} / r_l − 1)          exactly,
@@ -11,7 +11,7 @@ over what block l−1 adds: each head's output, the attention's bias, and the ML
 2. Causal effect on the final logit difference of each component at the answer's position: put in from a
    counterfactual prompt, or ablated (set to 0) (`component_effects`).
 3. Test of the ranking (`ablate_flip`): ablate the components that the attribution puts first, and as often as many
-   random components of the same kinds from the blocks before the flip. The flip is *removed* if the lens at entry l
+   random components of the same kinds from the blocks before the flip. The flip is *removed* if the lens at layer l
    no longer prefers a to b, and *reversed at the output* if the sign of the final logit difference changes.
 
 Source: METHODS (ours); direct attribution as in TransformerLens; ablation as in Wang et al. 2022 (IOI).
@@ -32,6 +32,7 @@ from torch import Tensor
 from analyses.common.result import Result
 from analyses.patching import patch_sweep
 from hooked_qwen2vl.geometry import Place
+from hooked_qwen2vl.moved import renamed_arguments, renamed_attributes
 
 
 class Component(NamedTuple):
@@ -44,18 +45,19 @@ class Component(NamedTuple):
         return f"L{self.layer}H{self.head}" if self.head is not None else f"L{self.layer}MLP"
 
 
+@renamed_attributes
 @dataclass(frozen=True)
 class FlipAttribution(Result):
     """The direct attribution of one flip; all in logits of (a − b).
 
     Attributes:
-        entry: l, the first lens entry that prefers a. gained, lost: tokens a and b, as text; ids beside them.
+        flip_layer: l, the first layer that prefers a. gained, lost: tokens a and b, as text; ids beside them.
         before, after: LD_{l−1} and LD_l.
         heads: [head] of block l−1. bias: the attention's output bias. mlp. norm: the rescaling of what was there.
         position: where the lens is read. row: of which prompt of the batch.
     """
 
-    entry: int
+    flip_layer: int
     gained: str
     lost: str
     gained_id: int
@@ -70,9 +72,9 @@ class FlipAttribution(Result):
     row: int = 0
 
     @property
-    def layer(self) -> int:
-        """The block that made the flip."""
-        return self.entry - 1
+    def block(self) -> int:
+        """The block that made the flip: l − 1."""
+        return self.flip_layer - 1
 
     @property
     def total(self) -> float:
@@ -81,14 +83,14 @@ class FlipAttribution(Result):
 
     def ranked(self) -> list[tuple[Component, float]]:
         """Heads and MLP by falling contribution."""
-        parts = [(Component(self.layer, head), float(value)) for head, value in enumerate(self.heads)]
-        return sorted([*parts, (Component(self.layer, None), self.mlp)], key=lambda part: -part[1])
+        parts = [(Component(self.block, head), float(value)) for head, value in enumerate(self.heads)]
+        return sorted([*parts, (Component(self.block, None), self.mlp)], key=lambda part: -part[1])
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row a part, by falling contribution; the last two are the bias and the norm."""
         rows = [(str(component), value) for component, value in self.ranked()]
         table = pd.DataFrame([*rows, ("bias", self.bias), ("norm", self.norm)], columns=["component", "attribution"])
-        return table.assign(flip=f"{self.lost} → {self.gained}", entry=self.entry)
+        return table.assign(flip=f"{self.lost} → {self.gained}", layer=self.flip_layer)
 
     def plot(self, path: Any = None) -> Any:
         """The parts of the change, largest first."""
@@ -97,25 +99,26 @@ class FlipAttribution(Result):
         return attribution_plot(self, path)
 
 
+@renamed_attributes
 @dataclass(frozen=True)
 class FlipTest:
     """What ablating the found components did to a flip, beside random ones.
 
     Attributes:
-        components: those found. entry_difference, final_difference: LD_l and LD_L of (a − b) as the model is.
+        components: those found. lens_difference, final_difference: LD_l and LD_L of (a − b) as the model is.
         ablated: (LD_l, LD_L) with the components at 0. random: [draw 2] the same for random components.
     """
 
     attribution: FlipAttribution
     components: tuple[Component, ...]
-    entry_difference: float
+    lens_difference: float
     final_difference: float
     ablated: tuple[float, float]
     random: Float[Tensor, "draw 2"]
 
     @property
     def removed(self) -> bool:
-        """Without them, the lens at the flip's entry does not prefer a."""
+        """Without them, the lens at the flip's layer does not prefer a."""
         return self.ablated[0] <= 0
 
     @property
@@ -137,14 +140,14 @@ class FlipTest:
         """One row for a table."""
         flip = self.attribution
         return {
-            "entry": flip.entry,
+            "layer": flip.flip_layer,
             "lost": flip.lost,
             "gained": flip.gained,
             "change": flip.after - flip.before,
             "attribution_error": abs(flip.total - (flip.after - flip.before)),
             "components": " ".join(map(str, self.components)),
-            "entry_difference": self.entry_difference,
-            "entry_difference_ablated": self.ablated[0],
+            "lens_difference": self.lens_difference,
+            "lens_difference_ablated": self.ablated[0],
             "final_difference": self.final_difference,
             "final_difference_ablated": self.ablated[1],
             "removed": self.removed,
@@ -154,36 +157,36 @@ class FlipTest:
         }
 
 
+@renamed_arguments
 @torch.no_grad()
-def attribute_flip(model: Any, inputs: Any, entry: int, gained: int, lost: int, position: Place = "last", row: int = 0) -> FlipAttribution:
-    """The exact direct attribution of the flip at `entry` to the parts of the block before it.
+def attribute_flip(model: Any, inputs: Any, layer: int, gained: int, lost: int, position: Place = "last", row: int = 0) -> FlipAttribution:
+    """The exact direct attribution of the flip at `layer` to the parts of the block before it.
 
     Args:
-        entry: l in 1..L. gained, lost: token ids a and b.
+        layer: l in 1..L. gained, lost: token ids a and b.
         position: where the lens is read: a place that is one position (see `Inputs.resolve`).
     Raises:
-        ValueError: an entry that no block made, or an image's position behind a block after which DeepStack adds to it
+        ValueError: a layer that no block made, or an image's position behind a block after which DeepStack adds to it
             (Qwen3-VL): what it adds is no component of the block.
     """
-    if not 1 <= entry <= model.cfg.n_layers:
-        raise ValueError(f"a flip is made by a block: its entry must be in 1..{model.cfg.n_layers}, got {entry}.")
-    layer, at = entry - 1, inputs.position(position, row)
+    if not 1 <= layer <= model.cfg.n_layers:
+        raise ValueError(f"a flip is made by a block: its layer must be in 1..{model.cfg.n_layers}, got {layer}.")
+    block, at = layer - 1, inputs.position(position, row)
     merged = len(model.cfg.vision.deepstack_layers)
-    if layer < merged and inputs.token_types[row, at] > 0:
+    if block < merged and inputs.token_types[row, at] > 0:
         raise ValueError(
             f"position {at} is an image token, to which DeepStack adds after each of blocks 0..{merged - 1}: a flip there is not block "
-            f"{layer}'s alone. Read a text position, or an entry from {merged + 1} on."
+            f"{block}'s alone. Read a text position, or a layer from {merged + 1} on."
         )
-    block = f"blocks.{layer}."
-    names = [block + name for name in ("hook_resid_pre", "attn.hook_z", "hook_mlp_out", "hook_resid_post")]
-    _, cache = model.run_with_cache(inputs, names_filter=names, stop_at_layer=entry)
+    names = [f"blocks.{block}.{name}" for name in ("hook_resid_pre", "attn.hook_z", "hook_mlp_out", "hook_resid_post")]
+    _, cache = model.run_with_cache(inputs, names_filter=names, stop_at_layer=layer)
     pre, z, mlp, post = (cache[name][row, at].double() for name in names)
     direction = _direction(model, gained, lost)
     r_pre, r_post = (_rms(model, h) for h in (pre, post))
     before, after = (float(h @ direction / r) for h, r in ((pre, r_pre), (post, r_post)))
-    heads = torch.einsum("hd,hdm,m->h", z, model.blocks[layer].attn.W_O.double(), direction) / r_post
+    heads = torch.einsum("hd,hdm,m->h", z, model.blocks[block].attn.W_O.double(), direction) / r_post
     return FlipAttribution(
-        entry=entry,
+        flip_layer=layer,
         gained=model.tokenizer.decode([gained]),
         lost=model.tokenizer.decode([lost]),
         gained_id=gained,
@@ -191,7 +194,7 @@ def attribute_flip(model: Any, inputs: Any, entry: int, gained: int, lost: int, 
         before=before,
         after=after,
         heads=heads.float().cpu(),
-        bias=float(model.blocks[layer].attn.b_O.double() @ direction / r_post),
+        bias=float(model.blocks[block].attn.b_O.double() @ direction / r_post),
         mlp=float(mlp @ direction / r_post),
         norm=float(before * (r_pre / r_post - 1)),
         position=at,
@@ -230,10 +233,10 @@ def ablate_flip(model: Any, inputs: Any, flip: FlipAttribution, n_components: in
     """
     inputs = _its_row(model, inputs, flip)
     found = [component for component, value in flip.ranked() if value > 0][:n_components]
-    rng = Random(f"{seed} {flip.entry} {flip.gained_id} {flip.lost_id}")
-    draws = [_differences(model, inputs, flip, _random_like(model, found, flip.layer, rng)) for _ in range(n_random)]
-    entry, final = _differences(model, inputs, flip, [])
-    return FlipTest(flip, tuple(found), entry, final, _differences(model, inputs, flip, found), torch.tensor(draws))
+    rng = Random(f"{seed} {flip.flip_layer} {flip.gained_id} {flip.lost_id}")
+    draws = [_differences(model, inputs, flip, _random_like(model, found, flip.block, rng)) for _ in range(n_random)]
+    at_layer, final = _differences(model, inputs, flip, [])
+    return FlipTest(flip, tuple(found), at_layer, final, _differences(model, inputs, flip, found), torch.tensor(draws))
 
 
 def ablation_hooks(components: Sequence[Component], position: int) -> list[tuple[str, Callable]]:
@@ -262,25 +265,25 @@ def _its_row(model: Any, inputs: Any, flip: FlipAttribution) -> Any:
 
 
 def _differences(model: Any, inputs: Any, flip: FlipAttribution, ablated: Sequence[Component]) -> tuple[float, float]:
-    """LD of (a − b) at the flip's entry and at the output, with components set to 0."""
+    """LD of (a − b) at the flip's layer and at the output, with components set to 0."""
     stream = {}
-    keep = (f"blocks.{flip.layer}.hook_resid_post", lambda x, hook: stream.update(post=x[:, flip.position : flip.position + 1]))
+    keep = (f"blocks.{flip.block}.hook_resid_post", lambda x, hook: stream.update(post=x[:, flip.position : flip.position + 1]))
     hooks = [*ablation_hooks(ablated, flip.position), keep]
     logits = model.run_with_hooks(inputs, fwd_hooks=hooks, logits_at=flip.position)
-    entry = model.unembed(model.ln_final(stream["post"]))
-    return tuple(float(z[0, 0, flip.gained_id] - z[0, 0, flip.lost_id]) for z in (entry, logits))
+    at_layer = model.unembed(model.ln_final(stream["post"]))
+    return tuple(float(z[0, 0, flip.gained_id] - z[0, 0, flip.lost_id]) for z in (at_layer, logits))
 
 
 def _patched(model: Any, inputs: Any, flip: FlipAttribution, counterfactual: Any) -> dict[Component, float]:
     """Final logit difference with each component from the counterfactual, by the exact fast sweep."""
-    place = {"layers": [flip.layer], "positions": [flip.position], "metric_position": flip.position, "progress": False}
+    place = {"layers": [flip.block], "positions": [flip.position], "metric_position": flip.position, "progress": False}
 
     def metric(logits: Tensor) -> Tensor:
         return logits[:, -1, flip.gained_id] - logits[:, -1, flip.lost_id]
 
     heads, mlp = (patch_sweep(model, counterfactual, inputs, metric, kind, **place) for kind in ("z", "mlp_out"))
-    values = {Component(flip.layer, head): float(value) for head, value in enumerate(heads.values.flatten())}
-    return values | {Component(flip.layer, None): float(mlp.values)}
+    values = {Component(flip.block, head): float(value) for head, value in enumerate(heads.values.flatten())}
+    return values | {Component(flip.block, None): float(mlp.values)}
 
 
 def _random_like(model: Any, found: Sequence[Component], layer: int, rng: Random) -> list[Component]:

@@ -1,13 +1,13 @@
 """The logit lens: what would the model say if it stopped after each block? (nostalgebraist, 2020)
 
 1. Run the model without logits, keeping only the residual stream at the layers and positions asked for:
-   entry l of L+1 is the stream before block l, entry L after the last.
-2. Read every entry through the model's own final norm, with statistics recomputed for that entry, and W_U.
+   layer l of 0..L is the stream before block l (0: the embeddings), layer L after the last block.
+2. Read every layer through the model's own final norm, with statistics recomputed for that layer, and W_U.
 3. Keep the top k tokens, the entropy (nats) and the targets; logits of all layers × positions × words never exist.
-4. Compare the top token of entry L with the model's own.
+4. Compare the top token of layer L with the model's own.
 
-Entry L *is* the model's own prediction, read in float32. A half-precision model multiplies in its own precision, where
-the best words often tie or change places: `differs` says at which positions. Norming entry L twice, as notebooks on
+Layer L *is* the model's own prediction, read in float32. A half-precision model multiplies in its own precision, where
+the best words often tie or change places: `differs` says at which positions. Norming layer L twice, as notebooks on
 HF's hidden states do, is the classic mistake: here the stream is always the un-normed one.
 """
 
@@ -29,6 +29,9 @@ from analyses.common.vocabulary import Readout, readout
 from hooked_qwen2vl import HookedQwen2VL
 from hooked_qwen2vl.geometry import Place
 from hooked_qwen2vl.layers import readable
+from hooked_qwen2vl.moved import moved_names
+
+__getattr__ = moved_names(__name__)
 
 CHUNK = 128  # positions whose own logits exist at once
 
@@ -41,13 +44,13 @@ class LogitLens(Result):
         top_ids: [layer pos k] token ids by falling probability.
         top_probs: [layer pos k] their probabilities.
         entropy: [layer pos] of the whole distribution, nats.
-        final_probs: [layer pos] probability of the token that the last entry puts first.
+        final_probs: [layer pos] probability of the token that the last layer puts first.
         final_ranks: [layer pos] its rank, 0 the most probable.
         target_ids: [target] ids asked for, if any.
         target_probs: [layer pos target] their probabilities.
         target_ranks: [layer pos target] their ranks, 0 the most probable.
         positions: positions in the prompt.
-        layers: the entries read, 0 … L.
+        layers: the layers read, 0 … L.
         layer_labels: "0_pre" … "final_post".
         prompt_tokens: the token at each position, as text.
         top_tokens: text of top_ids, nested [layer][pos][k].
@@ -55,7 +58,7 @@ class LogitLens(Result):
         grid: (rows, cols) of image tokens when the positions are one whole image, else None.
         model_name: of the model.
         model_ids: [pos] the token that the model's own logits put first; None in a file of an earlier version.
-        differs: [pos] whether entry L, read in float32, puts another token first than the model's own logits.
+        differs: [pos] whether layer L, read in float32, puts another token first than the model's own logits.
     """
 
     top_ids: Int[Tensor, "layer pos k"]
@@ -79,13 +82,13 @@ class LogitLens(Result):
 
     @property
     def n_differs(self) -> int:
-        """At how many positions entry L puts another token first than the model's own logits; see `differs`."""
+        """At how many positions layer L puts another token first than the model's own logits; see `differs`."""
         return 0 if self.differs is None else int(self.differs.sum())
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row for each layer, position and rank; probabilities in 0..1, entropy in nats.
 
-        `differs_from_model` is of the position: whether its last entry puts another token first than the model.
+        `differs_from_model` is of the position: whether its last layer puts another token first than the model.
         """
         rows = []
         for layer, label in enumerate(self.layer_labels):
@@ -94,7 +97,7 @@ class LogitLens(Result):
                     rows.append(
                         {
                             "layer": self.layers[layer],
-                            "entry": label,
+                            "layer_label": label,
                             "position": position,
                             "prompt_token": self.prompt_tokens[index],
                             "rank": rank + 1,
@@ -156,8 +159,8 @@ def logit_lens(
         targets: tokens (or single-token strings) whose probability and rank to follow.
         row: which prompt of a batch.
         chunk_size: how many vectors are read at once; their logits take 4 bytes × words each.
-        layers: entries to read, 0 (the embedding) … L (after the last block), negative from the end; None reads all.
-        translator: a tuned lens (`analyses.tuned_lens`): what each entry becomes before it is read.
+        layers: which to read, 0 (the embedding) … L (after the last block), negative from the end; None reads all.
+        translator: a tuned lens (`analyses.tuned_lens`): what each layer becomes before it is read.
     Raises:
         ValueError: no such row, part, position or layer, more top_k than words, or a tuned lens of another model.
     """
@@ -165,7 +168,7 @@ def logit_lens(
     chosen = prompt.resolve(positions, row).tolist()
     tokens = prompt.tokens[row]
     read_layers = _layers(layers, model.cfg.n_layers)
-    entries, model_ids = read_entries(model, inputs, sorted({*read_layers, model.cfg.n_layers}), chosen, row)
+    streams, model_ids = residual_at(model, inputs, sorted({*read_layers, model.cfg.n_layers}), chosen, row)
     if translator is not None:
         fitted_to = getattr(translator, "model_name", "")
         if fitted_to and fitted_to != str(model.cfg.model_name):
@@ -173,11 +176,11 @@ def logit_lens(
                 f"this lens was fitted to {fitted_to}, the model is {model.cfg.model_name}: fit one to it, or set "
                 f"lens.model_name = '' to read one model with another's translators on purpose."
             )
-        entries = {layer: translator.translate(vectors, layer) for layer, vectors in entries.items()}
+        streams = {layer: translator.translate(vectors, layer) for layer, vectors in streams.items()}
     wanted = [] if targets is None else to_token_ids(model, targets)
     shared = torch.tensor(wanted, dtype=torch.long).expand(len(chosen), -1)
-    # The last entry is read first: what it puts first is followed through the others.
-    last = readout(model, entries[model.cfg.n_layers], shared, top_k, chunk_size)
+    # The last layer is read first: what it puts first is followed through the others.
+    last = readout(model, streams[model.cfg.n_layers], shared, top_k, chunk_size)
     followed = torch.cat((last.ids[:, :1], shared), dim=1)
     last = replace(
         last,
@@ -185,7 +188,7 @@ def logit_lens(
         target_ranks=torch.cat((torch.zeros_like(followed[:, :1]), last.target_ranks), dim=1),
     )
     read = {
-        layer: last if layer == model.cfg.n_layers else readout(model, entries.pop(layer), followed, top_k, chunk_size)
+        layer: last if layer == model.cfg.n_layers else readout(model, streams.pop(layer), followed, top_k, chunk_size)
         for layer in dict.fromkeys(read_layers)
     }
     lens = _result(model, inputs, [read[layer] for layer in read_layers], read_layers, tokens, chosen, wanted, positions, row)
@@ -238,10 +241,10 @@ def residual_stack(model: Any, inputs: Any) -> tuple[Float[Tensor, "layer batch 
 
 
 @torch.no_grad()
-def read_entries(
+def residual_at(
     model: Any, inputs: Any, layers: Sequence[int], chosen: Sequence[int], row: int
 ) -> tuple[dict[int, Float[Tensor, "pos d_model"]], Int[Tensor, "pos"]]:
-    """(lens entry -> the stream there, the token that the model's own logits put first) at the chosen positions of a row.
+    """(layer -> the stream there, the token that the model's own logits put first) at the chosen positions of a row.
 
     Of our models nothing else is kept, and no other position's logits are computed.
     """
@@ -266,7 +269,7 @@ def _layers(layers: Sequence[int] | None, n_layers: int) -> list[int]:
         return list(range(n_layers + 1))
     wrong = [layer for layer in layers if not -n_layers - 1 <= layer <= n_layers]
     if wrong or not len(layers):
-        raise ValueError(f"layers must name entries of 0..{n_layers} (negative from the end), got {list(layers)}.")
+        raise ValueError(f"layers must be in 0..{n_layers} (negative from the end), got {list(layers)}.")
     return [layer % (n_layers + 1) for layer in layers]
 
 

@@ -1,7 +1,7 @@
 """ProjectAway: take a word's direction out of the image tokens (Jiang et al., arXiv 2410.02762).
 
-1. t is the word's direction: the residual stream at its last token, the word run alone as text, at some entry.
-2. For every image token h at the entries asked for, p = ⟨h, t⟩ / ⟨t, t⟩.
+1. t is the word's direction: the residual stream at its last token, the word run alone as text, at some layer.
+2. For every image token h at the layers asked for, p = ⟨h, t⟩ / ⟨t, t⟩.
 3. Where p > 0, h ← h − α p t; elsewhere h stays as it is. With α = 1 nothing of t is left: ⟨h, t⟩ = 0.
 4. Go on: a plain run, a cached one, or generation, in which the prompt's image tokens are edited once, in the prefill.
 """
@@ -32,18 +32,18 @@ def project_away_hooks(
     Args:
         inputs: what will be run, padded on the left; every row's own image tokens are edited (rows without an image
             are left alone).
-        direction: t, one for all entries or one for each of `layers`.
-        layers: lens entries to edit, 0..L; the edit is of the stream there, so what follows sees it.
+        direction: t, one for all layers or one for each of `layers`.
+        layers: which to edit, 0..L; the edit is of the stream there, so what follows sees it.
         alpha: 1 removes the direction; less, a part of it; more, turns it round.
-        n_layers: L; needed only to edit entry L.
+        n_layers: L; needed only to edit layer L.
     Raises:
-        ValueError: no image in any row, padding on the right (generation would move it), no entries, as many directions
-            as entries are wanted, or a direction is zero; (when run) prompts that do not begin as these do.
+        ValueError: no image in any row, padding on the right (generation would move it), no layers, as many directions
+            as layers are wanted, or a direction is zero; (when run) prompts that do not begin as these do.
     """
     layers = list(layers)
     directions = direction.expand(len(layers), -1) if direction.ndim == 1 else direction
     if not layers or len(directions) != len(layers):
-        raise ValueError(f"expected one direction, or one for each of {len(layers)} entries, got {len(directions)}.")
+        raise ValueError(f"expected one direction, or one for each of {len(layers)} layers, got {len(directions)}.")
     if not bool((directions.norm(dim=-1) > 0).all()):
         raise ValueError("a direction is the zero vector: there is nothing to project on.")
     if inputs.left_padded() is not inputs:
@@ -56,13 +56,13 @@ def project_away_hooks(
 
 @torch.no_grad()
 def text_direction(model: Any, text: str, layer: int) -> Float[Tensor, "d_model"]:
-    """t of a word: the residual stream at its last token, at one lens entry, the word run alone as text.
+    """t of a word: the residual stream at its last token, at one layer, the word run alone as text.
 
     Raises:
-        ValueError: an empty text, or no such entry.
+        ValueError: an empty text, or no such layer.
     """
     if not 0 <= layer <= model.cfg.n_layers:
-        raise ValueError(f"layer must be a lens entry in 0..{model.cfg.n_layers}, got {layer}.")
+        raise ValueError(f"layer must be in 0..{model.cfg.n_layers}, got {layer}.")
     return residual_stack(model, model.to_tokens(text))[0][layer, 0, -1].clone()
 
 
@@ -95,5 +95,5 @@ def _name(layer: int, n_layers: int | None) -> str:
     if layer == n_layers:
         return f"blocks.{layer - 1}.hook_resid_post"
     if layer < 0 or (n_layers is not None and layer > n_layers):
-        raise ValueError(f"lens entries begin at 0 and end at L, got {layer}.")
+        raise ValueError(f"layers begin at 0 and end at L, got {layer}.")
     return f"blocks.{layer}.hook_resid_pre"

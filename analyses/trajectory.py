@@ -1,6 +1,6 @@
 """Answer trajectories: when does the answer appear in the residual stream, does it stay, where does it flip?
 
-For one position, z_l = W_U · norm(h_l) for the lens entries l = 0..L (h_0 the embedding, h_L after the last block),
+For one position, z_l = W_U · norm(h_l) for the layers l = 0..L (h_0 the embedding, h_L after the last block),
 read as the logit lens reads them (`common.vocabulary`: W_U in float32); p_l = softmax(z_l). Natural logarithms.
 
 1. A, the answer's first tokens: of every variant {as given, lower, Capitalised} × {with, without a leading space},
@@ -9,7 +9,7 @@ read as the logit lens reads them (`common.vocabulary`: W_U in float32); p_l = s
 2. Birth: B_k = min{l : best rank of A < k}, k = 1, 5; B_half = min{l : Σ_A p_l ≥ 0.5}; None if never.
 3. Stages of confidence: before B_5 none, from B_5 guess, from B_half sure.
 4. Stability S = min{l : the top-1 is the final one from l on} (prediction depth, Baldock et al. 2021).
-5. Flips: entries l ≥ 1 whose top-1 differs from that of l−1; *form* flips change only case or space of the word,
+5. Flips: layers l ≥ 1 whose top-1 differs from that of l−1; *form* flips change only case or space of the word,
    *content* flips the word.
 6. Outcome. Right: straight (once top-1, always) or wavered. Wrong: held then lost (doubt), settled early (S ≤ L/2)
    or settled late. Beside doubt, how often a control is held and lost: one candidate that is neither the answer nor what
@@ -17,7 +17,7 @@ read as the logit lens reads them (`common.vocabulary`: W_U in float32); p_l = s
 7. Last-layer shift: KL(p_L‖p_{L−1}), JS, total variation and its split, beside the double-norm control: what a
    notebook sees that norms HF's last hidden state, which is already normed, once more. On folded weights that takes the
    weight that was folded; where it is not known, the control is not reported.
-8. The whole answer: log p(answer) at entry l is the sum over its tokens, spelt as given, each read at its own position
+8. The whole answer: log p(answer) at layer l is the sum over its tokens, spelt as given, each read at its own position
    behind those before it (teacher-forced).
 
 z_L is the model's own prediction. In half precision the model's logits tie or change places where those in float32 do
@@ -42,7 +42,7 @@ from torch import Tensor
 from analyses.common.prompts import TextPrompt, as_prompt
 from analyses.common.result import Result
 from analyses.common.vocabulary import final_norm, logits_of, readout
-from analyses.logit_lens import read_entries
+from analyses.logit_lens import residual_at
 from hooked_qwen2vl import Inputs
 from hooked_qwen2vl.geometry import Place
 from hooked_qwen2vl.prompt_text import text_ids
@@ -113,7 +113,7 @@ class Trajectory(Result):
 
     @property
     def n_layers(self) -> int:
-        """L: entries run from 0 to L."""
+        """L: layers run from 0 to L."""
         return len(self.top1) - 1
 
     @property
@@ -137,21 +137,21 @@ class Trajectory(Result):
 
     @property
     def differs_from_model(self) -> bool:
-        """Whether entry L, read in float32, puts another token first than the model's own logits."""
+        """Whether layer L, read in float32, puts another token first than the model's own logits."""
         return self.model_top1 is not None and int(self.top1[-1]) != self.model_top1
 
     def birth(self, k: int = 1) -> int | None:
-        """B_k: first entry at which A is among the k most probable tokens."""
+        """B_k: first layer at which A is among the k most probable tokens."""
         return _first(self.answer_rank < k)
 
     @property
     def birth_sure(self) -> int | None:
-        """B_half: first entry at which A has half of the probability."""
+        """B_half: first layer at which A has half of the probability."""
         return _first(self.answer_prob >= SURE)
 
     @property
     def stability(self) -> int:
-        """S: from this entry on the top-1 is the final one."""
+        """S: from this layer on the top-1 is the final one."""
         return stability(self.top1.tolist())
 
     @property
@@ -202,7 +202,7 @@ class Trajectory(Result):
 
     @property
     def stages(self) -> list[str]:
-        """ "none", "guess" or "sure" at each entry."""
+        """ "none", "guess" or "sure" at each layer."""
         guess, sure = self.birth(5), self.birth_sure
         return [
             "sure" if sure is not None and l >= sure else "guess" if guess is not None and l >= guess else "none"
@@ -253,7 +253,7 @@ class Trajectory(Result):
         return figures | {"no_double_norm": self.no_double_norm}
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row an entry."""
+        """One row a layer."""
         return pd.DataFrame(
             {
                 "layer": range(self.n_layers + 1),
@@ -330,7 +330,7 @@ def doubt_beside_control(table: pd.DataFrame) -> pd.Series:
         table: one row an item (`Trajectory.summary`); one of an earlier version has no control.
     Returns:
         with_control: items that have a control; doubt, control_doubt: shares of them whose answer, whose control was on top
-        before the last entry and is not there. wrong_with_control, doubt_if_wrong, control_doubt_if_wrong: the same of
+        before the last layer and is not there. wrong_with_control, doubt_if_wrong, control_doubt_if_wrong: the same of
         those that are answered wrongly. NaN where there is no item.
     """
     with_control = table[table["control_layers_held"].notna()] if "control_layers_held" in table else table[:0]
@@ -483,15 +483,15 @@ def trajectory_of_logits(
 
 
 def shift_of_logits(logits: Float[Tensor, "layer d_vocab"], last: Float[Tensor, "d_vocab"], text: Callable[[int], str]) -> dict[str, float]:
-    """How far the last entry is from the one before it; from log-softmax in float64.
+    """How far the last layer is from the one before it; from log-softmax in float64.
 
     Args:
-        logits: of every entry. last: what to take as the last (the model's own, or the double norm's).
+        logits: of every layer. last: what to take as the last (the model's own, or the double norm's).
         text: a token's text by its id.
     Returns:
         kl (nats), js (nats, in [0, ln 2]), tv (in [0, 1]) and its parts: `tv_form` (other forms of the final word),
         `tv_function` (function words, punctuation and template tokens), `tv_content` (rival words and parts of
-        characters); `js_ratio`, the JS over the median JS of neighbouring entries before; `argmax_changed`, 1 where the
+        characters); `js_ratio`, the JS over the median JS of neighbouring layers before; `argmax_changed`, 1 where the
         top-1 differs from p_L's.
     """
     log_probs, last = logits.double().log_softmax(-1), last.double().log_softmax(-1)
@@ -559,7 +559,7 @@ def outcome(holds: Sequence[bool], settled: int) -> str:
     """The outcome class.
 
     Args:
-        holds: whether the answer is top-1 at each entry.
+        holds: whether the answer is top-1 at each layer.
         settled: S.
     """
     last = len(holds) - 1
@@ -664,7 +664,7 @@ def _is_function(token: str) -> bool:
 
 
 def _normed_once_more(model: Any, last: Float[Tensor, "row d_model"]) -> tuple[Float[Tensor, "row d_model"] | None, str]:
-    """(the last entry normed once, which the lens norms again; "") or (None, why it is not known)."""
+    """(the last layer normed once, which the lens norms again; "") or (None, why it is not known)."""
     normed = final_norm(model, last)
     folded = getattr(getattr(model, "ln_final", None), "folded_w", None)
     if folded is not None:
@@ -690,8 +690,8 @@ def _run(
     """(the stream at the position, what the model's own logits put first there, the whole answer's log-probabilities)."""
     prompt, row, spelt = _teacher_forced(inputs, tokens, spelt, at, row)
     layers = range(model.cfg.n_layers + 1)
-    entries, model_ids = read_entries(model, prompt, layers, list(range(at, at + max(1, len(spelt)))), row)
-    stack = torch.stack([entries[layer] for layer in layers])
+    streams, model_ids = residual_at(model, prompt, layers, list(range(at, at + max(1, len(spelt)))), row)
+    stack = torch.stack([streams[layer] for layer in layers])
     return stack[:, 0], int(model_ids[0]), _token_log_probs(model, stack, spelt)
 
 

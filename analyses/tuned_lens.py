@@ -1,13 +1,13 @@
-"""The tuned lens: an affine correction for each entry before the logit lens reads it (Belrose et al., arXiv 2303.08112).
+"""The tuned lens: an affine correction for each layer before the logit lens reads it (Belrose et al., arXiv 2303.08112).
 
-1. Translators T_l(h) = h + A_l h + b_l for the entries l = 0..L−1, zero at first: then it is the logit lens, exactly.
-   Entry L is the model's own prediction and is left alone.
+1. Translators T_l(h) = h + A_l h + b_l for the layers l = 0..L−1, zero at first: then it is the logit lens, exactly.
+   Layer L is the model's own prediction and is left alone.
 2. Run the user's prompts; keep the residual streams. The model's weights are not touched.
 3. Minimise the mean over l of KL(p_L ‖ softmax(W_U · norm(T_l(h_l)))), nats, with Adam on random batches of positions
    (ours: the authors use SGD with momentum).
 
 A fitted lens goes wherever the stream is read: `logit_lens(model, inputs, translator=lens)`, `lens(stack)` for a whole
-residual stack, `lens.translate(vectors, layer)` for one entry.
+residual stack, `lens.translate(vectors, layer)` for one layer.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _CHUNK = 64
 
 
 class TunedLens(nn.Module):
-    """Translators for every entry but the last.
+    """Translators for every layer but the last.
 
     Attributes:
-        A: [layer d_model d_model], b: [layer d_model] of the entries 0..L−1, float32.
+        A: [layer d_model d_model], b: [layer d_model] of the layers 0..L−1, float32.
         model_name: of the model they were fitted to.
         losses: the fit's loss by step, nats; () for a lens that was loaded or not fitted.
     """
@@ -47,30 +47,28 @@ class TunedLens(nn.Module):
         self.b = nn.Parameter(torch.zeros(n_layers, d_model))
         self.model_name, self.losses = model_name, ()
 
-    def forward(self, stack: Float[Tensor, "entry *axes d_model"]) -> Float[Tensor, "entry *axes d_model"]:
-        """The translated residual stack, in the stack's dtype; entry L unchanged.
+    def forward(self, stack: Float[Tensor, "layer *axes d_model"]) -> Float[Tensor, "layer *axes d_model"]:
+        """The translated residual stack, in the stack's dtype; layer L unchanged.
 
         Args:
-            stack: all L+1 entries, in order.
+            stack: all L+1 layers, in order.
         Raises:
-            ValueError: another number of entries, or another width.
+            ValueError: another number of layers, or another width.
         """
         n_layers, d_model = self.b.shape
         if stack.shape[0] != n_layers + 1 or stack.shape[-1] != d_model:
-            raise ValueError(f"expected the {n_layers + 1} entries of a residual stack of width {d_model}, got {tuple(stack.shape)}.")
+            raise ValueError(f"expected the {n_layers + 1} layers of a residual stack of width {d_model}, got {tuple(stack.shape)}.")
         return torch.stack([self.translate(vectors, layer) for layer, vectors in enumerate(stack)])
 
     def translate(self, vectors: Float[Tensor, "*axes d_model"], layer: int) -> Float[Tensor, "*axes d_model"]:
-        """T_l of vectors from one entry, in their dtype; entry L unchanged.
+        """T_l of vectors from one layer, in their dtype; layer L unchanged.
 
         Raises:
-            ValueError: no such entry, or another width.
+            ValueError: no such layer, or another width.
         """
         n_layers, d_model = self.b.shape
         if not 0 <= layer <= n_layers or vectors.shape[-1] != d_model:
-            raise ValueError(
-                f"this lens is for the entries 0..{n_layers} of width {d_model}, got entry {layer} and {tuple(vectors.shape)}."
-            )
+            raise ValueError(f"this lens is for the layers 0..{n_layers} of width {d_model}, got layer {layer} and {tuple(vectors.shape)}.")
         if layer == n_layers:
             return vectors
         A, b = self.A[layer].to(vectors.device), self.b[layer].to(vectors.device)
@@ -139,7 +137,7 @@ def fit_tuned_lens(
 
 @torch.no_grad()
 def kl_by_layer(model: Any, prompts: Iterable[Any], translator: TunedLens | None = None) -> pd.DataFrame:
-    """KL(p_L ‖ p_l), nats, mean over the prompts' positions, by entry 0..L−1; of the plain lens without a translator.
+    """KL(p_L ‖ p_l), nats, mean over the prompts' positions, by layer 0..L−1; of the plain lens without a translator.
 
     Raises:
         ValueError: no prompts.
@@ -150,8 +148,8 @@ def kl_by_layer(model: Any, prompts: Iterable[Any], translator: TunedLens | None
 
 
 @torch.no_grad()
-def _streams(model: Any, prompts: Iterable[Any]) -> tuple[Float[Tensor, "entry n d_model"], Float[Tensor, "n d_model"]]:
-    """The residual stack over all positions that are not padding, float32; its last entry is the goal."""
+def _streams(model: Any, prompts: Iterable[Any]) -> tuple[Float[Tensor, "layer n d_model"], Float[Tensor, "n d_model"]]:
+    """The residual stack over all positions that are not padding, float32; its last layer is the goal."""
     parts = []
     for prompt in prompts:
         stack, _ = residual_stack(model, prompt)

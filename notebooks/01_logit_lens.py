@@ -37,7 +37,7 @@ lens = logit_lens(model, inputs, positions="last", top_k=5, targets=[item.answer
 lens.plot()
 
 # %% [markdown]
-# The same, by hand: TransformerLens's own `accumulated_resid`. Its last entry *is* the model's prediction; norming
+# The same, by hand: TransformerLens's own `accumulated_resid`. Its last layer *is* the model's prediction; norming
 # HF's last hidden state once more, as notebooks do, is not.
 
 # %%
@@ -50,7 +50,7 @@ image_lens = logit_lens(model, inputs, positions="image[0]")
 image_lens.plot_image(item.image)
 
 # %% [markdown]
-# **What was learnt.** The table says at which entry the answer's rank becomes 0 and stays there.
+# **What was learnt.** The table says at which layer the answer's rank becomes 0 and stays there.
 
 # %%
-lens.to_dataframe().query("rank == 1")[["entry", "token", "probability", "entropy_nats"]]
+lens.to_dataframe().query("rank == 1")[["layer_label", "token", "probability", "entropy_nats"]]

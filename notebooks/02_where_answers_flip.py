@@ -54,10 +54,10 @@ item.plot()
 # `ablated` is causal: how the *output's* logit difference changes when the part is set to 0.
 
 # %%
-for entry in item.eligible_flips:
-    flip = attribute_flip(model, inputs, entry, int(item.top1[entry]), int(item.top1[entry - 1]))
+for layer in item.eligible_flips:
+    flip = attribute_flip(model, inputs, layer, int(item.top1[layer]), int(item.top1[layer - 1]))
     assert abs(flip.total - (flip.after - flip.before)) < 1e-3
-    print(f"entry {entry}, made by block {flip.layer}: {flip.lost!r} → {flip.gained!r}, {flip.before:+.2f} → {flip.after:+.2f}")
+    print(f"layer {layer}, made by block {flip.block}: {flip.lost!r} → {flip.gained!r}, {flip.before:+.2f} → {flip.after:+.2f}")
     display(component_effects(model, inputs, flip).style.format(precision=2))
 
 # %% [markdown]
@@ -69,7 +69,7 @@ study.plot_trajectories()
 
 # %% [markdown]
 # Every flip between two possible answers is tested: the two parts with the highest attribution are set to 0, beside as
-# many random parts. *Removed* at its own entry is close to what the attribution says; *reversed at the output* is the
+# many random parts. *Removed* at its own layer is close to what the attribution says; *reversed at the output* is the
 # causal test.
 
 # %%
@@ -79,7 +79,7 @@ study.plot()
 study.summary()
 
 # %% [markdown]
-# The last layer: from the last entry but one to the output, as it is, and as a notebook would see it that norms the last
+# The last layer: from the last layer but one to the output, as it is, and as a notebook would see it that norms the last
 # hidden state twice. What the second column shows beyond the first is an artefact.
 
 # %%

@@ -37,12 +37,12 @@ models |= {name: TransformerBridge.boot_transformers(place, device="cpu") for na
 questions = list(examples("scenes", ITEMS))
 
 # %% [markdown]
-# On text alone the twin *is* the decoder, entry by entry: if this fails, nothing below means anything.
+# On text alone the twin *is* the decoder, layer by layer: if this fails, nothing below means anything.
 
 # %%
 agreement = text_agreement(model, models["twin"], [example.question for example in questions])
 assert agreement["ok"].all()
-agreement.groupby("entry", sort=False)["share"].max()
+agreement.groupby("layer_label", sort=False)["share"].max()
 
 # %%
 comparison = compare_models(models, questions)

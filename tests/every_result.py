@@ -177,10 +177,10 @@ def flip_study() -> FlipStudy:
     prompts.insert(0, "id", [f"i{i}" for i in range(10)])
     prompts["L"] = LAYERS
     n = 40
-    numbers = {f"{where}_difference{what}": torch.randn(n).tolist() for where in ("entry", "final") for what in ("", "_ablated", "_random")}
+    numbers = {f"{where}_difference{what}": torch.randn(n).tolist() for where in ("lens", "final") for what in ("", "_ablated", "_random")}
     flips = pd.DataFrame(
         {"prompt": [i % 10 for i in range(n)], "id": "i", "question": QUESTION, "category": "colour", "right": [i % 3 > 0 for i in range(n)],
-         "L": LAYERS, "entry": [i % LAYERS + 1 for i in range(n)], "lost": "a", "gained": "中", "change": 1.0, "attribution_error": 0.0,
+         "L": LAYERS, "layer": [i % LAYERS + 1 for i in range(n)], "lost": "a", "gained": "中", "change": 1.0, "attribution_error": 0.0,
          "components": "L3H2", **numbers, "removed": True, "removed_by_random": 0.1, "reversed": False, "reversed_by_random": 0.2}
     )  # fmt: skip
     return FlipStudy(prompts, flips, 1)

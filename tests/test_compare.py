@@ -97,7 +97,7 @@ def test_every_model_is_asked_the_same(comparison):
 
 
 def a_trajectory(ranks, top1, candidates_top, probs) -> Trajectory:
-    """Of the answer "red" over 5 entries; what the summary does not use is 0."""
+    """Of the answer "red" over 5 layers; what the summary does not use is 0."""
     zeros, shift = torch.zeros(5), {"tv": 0.0}
     return Trajectory(
         "?", "red", (1,), 0, torch.tensor(top1), tuple(map(str, top1)), torch.tensor(probs), torch.tensor(ranks), "blue", zeros, zeros,
@@ -135,7 +135,7 @@ def test_a_run_by_hand():
 
 
 def test_the_best_head_and_its_depth_by_hand():
-    """The best head, not the block with the best mean; its block lies between two entries."""
+    """The best head, not the block with the best mean; its block lies between two layers."""
     scores = torch.tensor([[0.5, 0.5], [0.1, 0.2], [0.9, 0.0], [0.3, 0.3]])
     kinds = dict.fromkeys(KINDS, scores)
     even_image = dict.fromkeys([*KINDS, "image sink"], 0.02)
@@ -152,7 +152,7 @@ def test_the_best_head_and_its_depth_by_hand():
 
 
 def test_the_final_tokens_probability_at_every_entry(comparison, bridges):
-    """That of the token which the last entry puts first, read by hand; not of each entry's own top token."""
+    """That of the token which the last layer puts first, read by hand; not of each layer's own top token."""
     run, differs = runs(comparison)["llama", "words"], False
     bridge = bridges["llama"]
     for number, example in enumerate(questions()):
@@ -293,7 +293,7 @@ def test_a_wrong_twin_is_found_at_its_entry(processor, tmp_path):
     with torch.no_grad():
         changed.blocks[1].mlp.down_proj.weight.mul_(1.001)
     table = text_agreement(changed, twin, ["is it red?"])
-    assert table[~table["ok"]]["entry"].iloc[0] == "2_pre"
+    assert table[~table["ok"]]["layer_label"].iloc[0] == "2_pre"
     tokens = ask(twin, "is it red?")
     with torch.no_grad():
         ours, theirs = changed(tokens), twin(tokens)

@@ -276,7 +276,7 @@ def test_the_heat_map_by_hand(model, answered, streams):
         assert torch.allclose(heat.flatten(), torch.tensor(expected).double(), atol=CLOSE)
         assert heat.abs().max() <= 1
     stack = streams[1].clone()
-    stack[0] = 1.0  # at entry 0 everything is alike, and counts for nothing
+    stack[0] = 1.0  # at layer 0 everything is alike, and counts for nothing
     again = ground(model, answered, 1, stack=stack)
     assert all(torch.allclose(a, b, atol=CLOSE) for a, b in zip(again.heat, result.heat))
 
@@ -408,7 +408,7 @@ def test_inner_scores_by_hand(model, answered, streams):
 
 
 def test_doubt(model):
-    """On made lenses: the top token and its probability at each entry; the answer, "red", is second where it is not first."""
+    """On made lenses: the top token and its probability at each layer; the answer, "red", is second where it is not first."""
     ids = [model.to_single_token(w) for w in ("red", "blue", " red")]
     item = model.to_inputs("what?", images=[picture(56, 56)], answers="red")
 
@@ -425,7 +425,7 @@ def test_doubt(model):
     assert doubt([(ids[0], 0.6), (ids[0], 0.7), (ids[0], 0.9)]) == 0.0
     assert doubt([(ids[0], 0.6), (ids[1], 0.8), (ids[0], 0.9)]) == pytest.approx(0.8)
     assert doubt([(ids[0], 0.6), (ids[2], 0.8), (ids[0], 0.9)]) == 0.0  # only the space differs: the same word
-    assert doubt([(ids[0], 0.6), (ids[0], 0.8), (ids[1], 0.9)]) == 0.0  # the last entry is the model's answer, not a doubt
+    assert doubt([(ids[0], 0.6), (ids[0], 0.8), (ids[1], 0.9)]) == 0.0  # the last layer is the model's answer, not a doubt
 
 
 def test_halves_of_characters_are_no_doubt_that_is_shared():

@@ -62,18 +62,18 @@ def test_every_number_against_the_models_own_activations(model, inputs, result):
     streams = [*(cache["resid_pre", l][0] for l in range(model.cfg.n_layers)), cache["resid_post", -1][0]]
     answer = inputs.positions("answer")[:-1]  # without the end token
     assert list(result.answer) == answer.tolist()
-    for entry, stream in enumerate(streams):
+    for layer, stream in enumerate(streams):
         mean = stream[answer].double().mean(0)
         for place in range(n):
             cosine = (stream[place].double() @ mean) / (stream[place].double().norm() * mean.norm())
-            assert abs(result.contextual[entry, place] - cosine) < 1e-5
+            assert abs(result.contextual[layer, place] - cosine) < 1e-5
         x = stream[last].double()
         normed = x / (x.pow(2).mean() + model.cfg.eps).sqrt() * model.ln_final.w.double()
         probs = (normed @ model.W_U.double()).softmax(-1).detach()
-        assert torch.allclose(result.kept_probs[entry].double(), probs[result.kept_ids], atol=1e-5)
+        assert torch.allclose(result.kept_probs[layer].double(), probs[result.kept_ids], atol=1e-5)
         others = probs.clone()
         others[result.kept_ids] = 0
-        assert abs(result.rest_prob[entry] - others.max()) < 1e-5 and others.max() > 0
+        assert abs(result.rest_prob[layer] - others.max()) < 1e-5 and others.max() > 0
     assert torch.allclose(result.kept_probs[-1], logits[0, last].softmax(-1)[result.kept_ids], atol=1e-5)
     for layer in range(model.cfg.n_layers):
         assert torch.allclose(result.attention[layer], cache["pattern", layer][0, :, last], atol=1e-6)
@@ -163,7 +163,7 @@ def test_table_and_pictures(result, tmp_path):
     assert len(table) == result.lens.entropy.numel() and table["attention"].isna().sum() == len(result.parts)
     assert table["recovery"].isna().all() and not table["contextual"].isna().any()
     figure = result.plot(tmp_path / "maps.pdf")
-    columns = min(5, len(result.lens.layer_labels))  # evenly spaced entries, every one where they are few
+    columns = min(5, len(result.lens.layer_labels))  # evenly spaced layers, every one where they are few
     assert len(figure.axes) == 3 * columns + 3 and (tmp_path / "maps.pdf").stat().st_size > 0  # and a colour bar a row
     heads = result.plot_heads(tmp_path / "heads.png")
     assert len(heads.axes) == len(result.attention) * (1 + result.attention.shape[1])
@@ -218,7 +218,7 @@ def test_the_page_loads_nothing(result, tmp_path):
 
 
 def test_a_large_image_stays_small(tmp_path):
-    """1,200 image tokens × 29 entries × top 5, the lens reading a hundred thousand different tokens."""
+    """1,200 image tokens × 29 layers × top 5, the lens reading a hundred thousand different tokens."""
     large().page(tmp_path / "page.html")
     assert (tmp_path / "page.html").stat().st_size < 3_000_000
 

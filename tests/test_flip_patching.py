@@ -38,18 +38,18 @@ def prompts(model):
     return [model.encode(model.to_inputs("is it red?", images=[picture(84, 56, seed)])) for seed in (1, 2)]
 
 
-@pytest.mark.parametrize("entry", [1, 2, 3])
-def test_the_attribution_is_exact(model, prompts, entry):
+@pytest.mark.parametrize("layer", [1, 2, 3])
+def test_the_attribution_is_exact(model, prompts, layer):
     inputs = prompts[0]
     stack, _ = residual_stack(model, inputs)
     lens = model.unembed(model.ln_final(stack[:, 0]))
     for position in ("last", 3):
-        flip = attribute_flip(model, inputs, entry, GAINED, LOST, position)
+        flip = attribute_flip(model, inputs, layer, GAINED, LOST, position)
         differences = lens[:, flip.position, GAINED] - lens[:, flip.position, LOST]
-        assert abs(flip.after - differences[entry]) < EXACT and abs(flip.before - differences[entry - 1]) < EXACT
+        assert abs(flip.after - differences[layer]) < EXACT and abs(flip.before - differences[layer - 1]) < EXACT
         assert abs(flip.total - (flip.after - flip.before)) < EXACT
         assert abs(flip.total - flip.norm - (flip.after - flip.before)) > 100 * EXACT  # the rescaling matters here
-    assert flip.layer == entry - 1 and len(flip.heads) == model.cfg.n_heads
+    assert flip.block == layer - 1 and len(flip.heads) == model.cfg.n_heads
 
 
 def test_a_head_is_its_own_result(model, prompts):
@@ -95,11 +95,11 @@ def test_the_ranking_is_tested(model, prompts):
     flip = attribute_flip(model, inputs, 2, gained, lost)
     test = ablate_flip(model, inputs, flip, n_components=2, n_random=6)
     assert test.components == tuple(c for c, value in flip.ranked()[:2] if value > 0)
-    assert abs(test.entry_difference - flip.after) < 1e-4
+    assert abs(test.lens_difference - flip.after) < 1e-4
     assert test.random.shape == (6, 2) and test.removed == (test.ablated[0] <= 0)
     again = ablate_flip(model, inputs, flip, n_components=2, n_random=6)
     assert torch.equal(test.random, again.random)
-    assert test.ablated[0] < test.entry_difference
+    assert test.ablated[0] < test.lens_difference
     hooks = ablation_hooks([Component(1, None)], flip.position)
     without = model.run_with_hooks(inputs, fwd_hooks=hooks, stop_at_layer=2)[0, flip.position]
     by_hand = (
@@ -156,7 +156,7 @@ def test_what_a_test_says(model, prompts):
     assert [value for _, value in flip.ranked()] == [2.0, 0.75, 0.5, 0.25, -3.0]
     assert [str(component) for component, _ in flip.ranked()] == ["L1H2", "L1MLP", "L1H3", "L1H0", "L1H1"]
     table = flip.to_dataframe()
-    assert table["attribution"].tolist() == [2.0, 0.75, 0.5, 0.25, -3.0, flip.bias, flip.norm] and (table["entry"] == 2).all()
+    assert table["attribution"].tolist() == [2.0, 0.75, 0.5, 0.25, -3.0, flip.bias, flip.norm] and (table["layer"] == 2).all()
     random = torch.tensor([[-1.0, 2.0], [0.0, -2.0], [1.0, 0.5], [3.0, 1.0], [2.0, 4.0]])
     for ablated, final, removed, turned, by_random in (
         ((-0.5, 3.0), 2.0, True, False, 0.2),
@@ -168,8 +168,8 @@ def test_what_a_test_says(model, prompts):
         assert (test.removed, test.reversed) == (removed, turned)
         assert test.removed_by_random == pytest.approx(0.4) and test.reversed_by_random == pytest.approx(by_random)
         assert test.summary() == {
-            "entry": 2, "lost": flip.lost, "gained": flip.gained, "change": flip.after - flip.before,
-            "attribution_error": abs(flip.total - (flip.after - flip.before)), "components": "L1H2 L1MLP", "entry_difference": 1.5,
-            "entry_difference_ablated": ablated[0], "final_difference": final, "final_difference_ablated": ablated[1],
+            "layer": 2, "lost": flip.lost, "gained": flip.gained, "change": flip.after - flip.before,
+            "attribution_error": abs(flip.total - (flip.after - flip.before)), "components": "L1H2 L1MLP", "lens_difference": 1.5,
+            "lens_difference_ablated": ablated[0], "final_difference": final, "final_difference_ablated": ablated[1],
             "removed": removed, "removed_by_random": pytest.approx(0.4), "reversed": turned, "reversed_by_random": pytest.approx(by_random),
         }  # fmt: skip

@@ -122,11 +122,11 @@ def test_parts_without_any_flip_are_read(tmp_path):
     """A column of empty lists knows no type of its own."""
 
     def work(batch):
-        return [{"id": e.id, "flip_entry": [] if e.id < "3" else [1, 2], "flip_gained": [] if e.id < "3" else ["a", "b"]} for e in batch]
+        return [{"id": e.id, "flip_layer": [] if e.id < "3" else [1, 2], "flip_gained": [] if e.id < "3" else ["a", "b"]} for e in batch]
 
     run("lists", [Example(str(i), "what?", "") for i in range(6)], work, tmp_path, batch_size=1, batches_per_part=3, progress=False)
     table = read_results(tmp_path)
-    assert [list(entry) for entry in table["flip_entry"]] == [[]] * 3 + [[1, 2]] * 3
+    assert [list(layers) for layers in table["flip_layer"]] == [[]] * 3 + [[1, 2]] * 3
     assert list(table["flip_gained"][5]) == ["a", "b"]
 
 

@@ -307,7 +307,7 @@ def test_a_run_gives_what_memory_gives(model, items, tmp_path):
     pd.testing.assert_frame_equal(two.claims, whole.claims, check_exact=True)
     assert one.weights == whole.weights == describe_model(model)["weights"] and one.methods == tuple(FAST)
     assert one.layers == whole.layers == default_layers(model, None, None)
-    assert f"image at entry {one.layers[0]} and the text at entry {one.layers[1]}." in one.markdown()
+    assert f"image at layer {one.layers[0]} and the text at layer {one.layers[1]}." in one.markdown()
     assert whole.claims["answer"].nunique() > 1 and whole.claims[CONTROL].notna().all()
 
 
@@ -521,7 +521,7 @@ def test_layers_of_the_contextual_lens(model, items):
 
 
 def test_layers_are_chosen_on_answers_alone(model, items):
-    """The same pair as a sweep over every entry by hand; a yes/no question's noun is left out."""
+    """The same pair as a sweep over every layer by hand; a yes/no question's noun is left out."""
     said = [answer.text for answer in generate_answers(model, items, max_new_tokens=1)]
     half = [dataclasses.replace(item, answer=text if n % 2 else "wrong") for n, (item, text) in enumerate(zip(items, said))]
     sweep = choose_layers(model, half, max_new_tokens=1, progress=False)

@@ -275,19 +275,19 @@ def test_normalised_queries_have_no_qk_matrix(qwen3):
 
 @torch.no_grad()
 def test_flips_are_attributed_where_blocks_make_them(qwen3):
-    """The parts sum to the lens's change at every entry of a text position; where DeepStack adds, an image's position is refused."""
+    """The parts sum to the lens's change at every layer of a text position; where DeepStack adds, an image's position is refused."""
     inputs = short(qwen3, 1)
     stack, _ = residual_stack(qwen3, inputs)
     lens = qwen3.unembed(qwen3.ln_final(stack[:, 0]))
     merged = len(qwen3.cfg.vision.deepstack_layers)
     image = int(inputs.positions("image")[1])
     for position in (int(inputs.positions("last")[0]), image):
-        for entry in range(1, qwen3.cfg.n_layers + 1):
-            if position == image and entry <= merged:
+        for layer in range(1, qwen3.cfg.n_layers + 1):
+            if position == image and layer <= merged:
                 with pytest.raises(ValueError, match="to which DeepStack adds"):
-                    attribute_flip(qwen3, inputs, entry, 5, 9, position)
+                    attribute_flip(qwen3, inputs, layer, 5, 9, position)
                 continue
-            flip = attribute_flip(qwen3, inputs, entry, 5, 9, position)
+            flip = attribute_flip(qwen3, inputs, layer, 5, 9, position)
             differences = lens[:, position, 5] - lens[:, position, 9]
-            assert abs(flip.after - float(differences[entry])) < 1e-5 and abs(flip.before - float(differences[entry - 1])) < 1e-5
+            assert abs(flip.after - float(differences[layer])) < 1e-5 and abs(flip.before - float(differences[layer - 1])) < 1e-5
             assert abs(flip.total - (flip.after - flip.before)) < 1e-5

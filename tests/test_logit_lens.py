@@ -68,7 +68,7 @@ def test_every_column_of_the_table(model, batches):
             for rank in range(2):
                 token = int(lens.top_ids[layer, index, rank])
                 assert next(rows) == {
-                    "layer": layer, "entry": label, "position": position, "prompt_token": "<|image_pad|>", "rank": rank + 1,
+                    "layer": layer, "layer_label": label, "position": position, "prompt_token": "<|image_pad|>", "rank": rank + 1,
                     "token_id": token, "token": model.tokenizer.decode([token]),
                     "probability": float(lens.top_probs[layer, index, rank]), "entropy_nats": float(lens.entropy[layer, index]),
                     "differs_from_model": False,
@@ -83,7 +83,7 @@ def test_the_first_and_the_last_entry_there_is(model, batches):
     for layers, expected in (([-L - 1], (0,)), ([L], (L,)), ([-1, 0], (L, 0))):
         assert logit_lens(model, batches["image"], layers=layers).layers == expected
     for layers in ([L + 1], [-L - 2], []):
-        with pytest.raises(ValueError, match="layers must name entries"):
+        with pytest.raises(ValueError, match="layers must be in"):
             logit_lens(model, batches["image"], layers=layers)
 
 
@@ -168,7 +168,7 @@ def test_layers_asked_for_are_those_of_the_whole_lens(model, batches):
     with model.hooks(fwd_hooks=[*hooks, ("ln_final.hook_normalized", lambda x, hook: read.append(tuple(x.shape)))]):
         logit_lens(model, inputs, 4, layers=[0])
     assert [shape for shape in read if isinstance(shape, tuple)][1:] == [(1, 1, model.cfg.d_model)] * 2
-    with pytest.raises(ValueError, match="layers must name entries"):
+    with pytest.raises(ValueError, match="layers must be in"):
         logit_lens(model, inputs, "image", layers=[L + 1])
 
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import pickle
 import subprocess
 import sys
 import warnings
 from importlib import import_module
+from types import SimpleNamespace
 
+import pandas as pd
 import pytest
+from every_result import RESULTS
 
-from analyses.moved import KEPT, MOVED
 from hooked_qwen2vl import HookedQwen2VL, Inputs
+from hooked_qwen2vl.moved import ARGUMENTS, ATTRIBUTES, COLUMNS, KEPT, MOVED, NAMES
 
-NAMES = {
+PUBLIC = {
     "analyses.activation_store": "ActivationStore store_activations",
     "analyses.attention_heads": "detect_heads",
     "analyses.baselines": "SCORES all_scores",
@@ -69,12 +74,12 @@ RUN_AS_MODULES = [
 
 
 @pytest.mark.filterwarnings("ignore:.* is now :DeprecationWarning")
-@pytest.mark.parametrize("path", NAMES)
+@pytest.mark.parametrize("path", PUBLIC)
 def test_every_public_name_is_there(path):
     module = import_module(path)
-    missing = [name for name in NAMES[path].split() if not hasattr(module, name)]
+    missing = [name for name in PUBLIC[path].split() if not hasattr(module, name)]
     assert not missing
-    for name in NAMES[path].split():  # as `from path import name` has it
+    for name in PUBLIC[path].split():  # as `from path import name` has it
         space = {}
         exec(f"from {path} import {name}", space)
         assert space[name] is getattr(module, name)
@@ -166,3 +171,52 @@ def test_a_module_imported_by_its_old_path_can_be_reloaded():
         "assert reload(old) is new and old.__name__ == 'analyses.common.rectangles'\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ---- names that classes, functions and tables had before -------------------------------------------------
+
+
+def each(table: dict) -> list[tuple[str, str, str]]:
+    return [(place, old, new) for place, names in table.items() for old, new in names.items()]
+
+
+def thing(place: str):
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)
+
+
+@pytest.mark.parametrize("module, old, new", each(NAMES))
+def test_an_old_name_is_the_very_thing(module, old, new):
+    home, _, name = new.partition(":")
+    with pytest.warns(DeprecationWarning, match=rf"{module}\.{old} is now {home}\.{name}\."):
+        found = getattr(import_module(module), old)
+    assert found is thing(new) and old not in vars(import_module(module))
+
+
+@pytest.mark.parametrize("place, old, new", each(ATTRIBUTES))
+def test_an_old_attribute_gives_what_the_new_one_does(place, old, new):
+    kind = thing(place)
+    assert new in {*getattr(kind, "__dataclass_fields__", {}), *dir(kind)} and old not in getattr(kind, "__dataclass_fields__", {})
+    with pytest.warns(DeprecationWarning, match=rf"{kind.__name__}\.{old} is now .*{kind.__name__}\.{new}\."):
+        assert inspect.getattr_static(kind, old).fget(SimpleNamespace(**{new: 7})) == 7
+
+
+@pytest.mark.parametrize("place, old, new", each(ARGUMENTS))
+def test_an_old_argument_is_taken_and_both_are_refused(place, old, new):
+    function = thing(place)
+    names = inspect.signature(function).parameters
+    assert new in names and old not in names
+    with pytest.warns(DeprecationWarning, match=rf"\({old}=\) is now .*\({new}=\)\."), pytest.raises(TypeError, match="missing"):
+        function(**{old: 7})  # of the others, not of this one
+    with pytest.raises(TypeError, match=f"{new}= and {old}="):
+        function(**{old: 7, new: 7})
+
+
+def test_tables_in_files_have_their_columns_of_now(tmp_path):
+    for place, names in COLUMNS.items():
+        result = RESULTS[thing(place)]()
+        tables = {f: value for f, value in vars(result).items() if isinstance(value, pd.DataFrame)}
+        before = {f: table.rename(columns={new: old for old, new in names.items()}) for f, table in tables.items()}
+        assert any(not before[f].columns.equals(table.columns) for f, table in tables.items())
+        again = type(result).load(dataclasses.replace(result, **before).save(tmp_path / "before"))
+        assert all(getattr(again, f).columns.equals(table.columns) for f, table in tables.items())

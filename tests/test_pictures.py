@@ -162,9 +162,9 @@ def flip_attribution(figure, result):
 
 
 def flips(figure, result):
-    histogram, entry, final = figure.axes
+    histogram, at_layer, final = figure.axes
     assert sum(bar.get_height() for bar in histogram.patches) == len(result.flips)
-    for axes, where in ((entry, "entry"), (final, "final")):
+    for axes, where in ((at_layer, "lens"), (final, "final")):
         found = axes.collections[1].get_offsets()
         assert np.allclose(found, result.flips[[f"{where}_difference", f"{where}_difference_ablated"]])
 

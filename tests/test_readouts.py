@@ -76,22 +76,22 @@ def bank(model):
 
 
 def test_a_banks_own_vector_finds_itself(bank):
-    similarity, entries = bank.nearest(17.0 * bank.vectors, top_k=1)
-    assert entries[:, 0].tolist() == list(range(len(bank.tokens)))
+    similarity, items = bank.nearest(17.0 * bank.vectors, top_k=1)
+    assert items[:, 0].tolist() == list(range(len(bank.tokens)))
     assert torch.allclose(similarity, torch.ones_like(similarity), atol=CLOSE)
 
 
 def test_a_token_of_the_prompt_finds_itself_in_context(model, bank):
-    """The sentence as a prompt: every token but the first is nearest to its own place in the bank, at its own entry."""
+    """The sentence as a prompt: every token but the first is nearest to its own place in the bank, at its own layer."""
     sentence = "a blue one"
     found = contextual_neighbours(model, model.to_tokens(sentence), bank, slice(1, None), top_k=1, layers=[1, 3])
     assert torch.allclose(found.similarity, torch.ones_like(found.similarity), atol=CLOSE)
     for i, layer in enumerate(found.layers):
         for j, position in enumerate(found.positions):
-            entry = int(found.indices[i, j, 0])
-            assert (bank.sentences[entry], bank.places[entry], int(bank.layers[entry])) == (sentence, position, layer)
+            item = int(found.indices[i, j, 0])
+            assert (bank.sentences[item], bank.places[item], int(bank.layers[item])) == (sentence, position, layer)
             bare = found.contexts[i][j][0].split(": ", 1)[1]
-            assert bare.replace("[", "").replace("]", "") == sentence and f"[{bank.tokens[entry]}]" in bare
+            assert bare.replace("[", "").replace("]", "") == sentence and f"[{bank.tokens[item]}]" in bare
 
 
 def test_a_prefix_is_kept_once_and_a_first_token_never(model, bank):
@@ -101,7 +101,7 @@ def test_a_prefix_is_kept_once_and_a_first_token_never(model, bank):
     while first[: shared + 1] == last[: shared + 1]:
         shared += 1
     assert shared >= 2
-    assert len(bank.tokens) == 3 * (sum(n_tokens) - 3 - (shared - 1))  # three entries; less first tokens and the prefix
+    assert len(bank.tokens) == 3 * (sum(n_tokens) - 3 - (shared - 1))  # three layers; less first tokens and the prefix
     assert 0 not in bank.places
     with pytest.raises(ValueError, match="two tokens"):
         text_bank(model, ["a"])
@@ -155,7 +155,7 @@ def test_a_translator_is_read_through_norm_and_unembedding(model, batches):
             assert torch.allclose(ours.top_probs[layer], top.values, atol=CLOSE)
     plain = logit_lens(model, batches["image"], "question")
     assert not torch.equal(ours.top_probs[1], plain.top_probs[1]) and torch.equal(ours.top_probs[3], plain.top_probs[3])
-    with pytest.raises(ValueError, match="4 entries"):
+    with pytest.raises(ValueError, match="4 layers"):
         lens(stack[:2])
 
 
@@ -178,7 +178,7 @@ def test_fitting_brings_it_closer_also_on_other_prompts(model, tmp_path):
 
 
 def test_three_steps_of_fitting_by_hand(model, batches):
-    """Adam on the mean over entries and positions of KL(p_L ‖ p_l), with gradients of an own, plain computation."""
+    """Adam on the mean over layers and positions of KL(p_L ‖ p_l), with gradients of an own, plain computation."""
     inputs, steps, rate = batches["batch"], 3, 2e-3
     lens = fit_tuned_lens(model, [inputs], steps=steps, batch_size=9, learning_rate=rate, seed=4, progress=False)
     stack, _ = residual_stack(model, inputs)

@@ -177,6 +177,15 @@ def test_a_class_whose_module_moved_is_found(tmp_path, monkeypatch):
     assert same(given, TopImages.load(tmp_path / "a"))
 
 
+def test_a_field_that_had_another_name_is_read(tmp_path):
+    flip = RESULTS[FlipAttribution]()
+    with safe_open(flip.save(tmp_path / "now"), framework="pt") as file:
+        tensors, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    assert '"flip_layer"' in header["value"]
+    save_file(tensors, tmp_path / "before", header | {"value": header["value"].replace('"flip_layer"', '"entry"')})
+    assert same(FlipAttribution.load(tmp_path / "before"), flip)
+
+
 def test_named_tuples_stay_named(tmp_path):
     box = Mention("dog", "dog", 1, 4)
     candidate = Candidate("?", "a.png", "b.png", "a", None, (box, (1.0, 2.0, 3.0, 4.0)))

@@ -36,9 +36,9 @@ def test_flips_of_a_data_set(scenes, flips):
     for example in examples("scenes", 16):
         inputs = scenes.encode(scenes.to_inputs(example.question, images=list(example.images)))
         item = answer_trajectory(scenes, inputs, example.answer, example.candidates, category=example.category)
-        for entry in item.eligible_flips:  # the table's rows, made by hand
-            gained, lost = int(item.top1[entry]), int(item.top1[entry - 1])
-            test = ablate_flip(scenes, inputs, attribute_flip(scenes, inputs, entry, gained, lost), n_random=3)
+        for layer in item.eligible_flips:  # the table's rows, made by hand
+            gained, lost = int(item.top1[layer]), int(item.top1[layer - 1])
+            test = ablate_flip(scenes, inputs, attribute_flip(scenes, inputs, layer, gained, lost), n_random=3)
             assert test.attribution.before <= 1e-5 and test.attribution.after >= -1e-5
             assert table.loc[row, list(test.summary())].tolist() == list(test.summary().values())
             assert table.loc[row, "final_difference_random"] == pytest.approx(float(test.random[:, 1].mean()))

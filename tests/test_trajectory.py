@@ -176,7 +176,7 @@ def test_half_precision_is_read_in_float32():
     table = lens.to_dataframe().query("layer == 3 and rank == 1")
     assert table["differs_from_model"].tolist() == differs.tolist()
     assert f"another at {lens.n_differs}" in logit_lens(model, inputs, slice(None)).plot().axes[0].get_xlabel()
-    assert logit_lens(model, inputs, slice(None), layers=[0]).n_differs == lens.n_differs  # also where entry L is not asked for
+    assert logit_lens(model, inputs, slice(None), layers=[0]).n_differs == lens.n_differs  # also where layer L is not asked for
 
 
 @pytest.fixture(scope="module")
@@ -427,7 +427,7 @@ def by_hand(model, tokens, streams, spelt, at):
 
 @pytest.mark.parametrize("answer", ["zyzzyva", " café", "red 7", "cyan"])
 def test_the_whole_answer_by_layer(hard, answer):
-    """Against a run of the prompt with the answer in it, entry by entry; from prompts with no answer, with another, with it."""
+    """Against a run of the prompt with the answer in it, layer by layer; from prompts with no answer, with another, with it."""
     image = picture(84, 56)
     forced = hard.to_inputs("what?", images=[image], answers=answer)
     spelt = hard.tokenizer(answer, add_special_tokens=False)["input_ids"]
@@ -614,7 +614,7 @@ def test_doubt_beside_its_control_by_hand():
     assert (table.loc["c", "doubt_if_wrong"], table.loc["c", "control_doubt_if_wrong"]) == (pytest.approx(2 / 3), pytest.approx(2 / 3))
     assert (table.loc["d", "doubt_if_wrong"], table.loc["d", "control_doubt_if_wrong"]) == (0.0, 1.0)
     assert table["differs_from_model"].tolist() == [2, 0]
-    said = one([2, 1, 2], names=three)  # the control blue at the last entry would be what is said: green is said
+    said = one([2, 1, 2], names=three)  # the control blue at the last layer would be what is said: green is said
     assert said.control == "blue" and said.control_held == [1]
     alone = doubt_beside_control(Trajectories(items[4:5]).to_dataframe())
     assert alone["with_control"] == 0 and math.isnan(alone["doubt"]) and math.isnan(alone["control_doubt_if_wrong"])

@@ -239,7 +239,7 @@ def test_the_explorers_numbers(browser, explorer):
     browser.js("setMode('attention'); state.shade = '2'")  # the second head
     found = browser.js("return [...Array(data.n).keys()].map(p => valueAt(3, p))")
     assert np.abs(np.array(found) - result.attention[3, 1].numpy()).max() <= 0.004 * float(result.attention[3, 1].max())
-    assert np.isnan(float(browser.js("return String(valueAt(data.blocks, 0))")))  # no block reads the last entry
+    assert np.isnan(float(browser.js("return String(valueAt(data.blocks, 0))")))  # no block reads the last layer
     ids, kept = result.kept_ids.tolist(), result.kept_probs
     for token in (ids[30], ids[100]):
         for layer in (0, 6):

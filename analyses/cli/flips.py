@@ -55,10 +55,10 @@ def _one(options: argparse.Namespace) -> None:
     print("\n" + "\n".join(f"{name}: {value}" for name, value in item.summary().items()))
     if item.label != item.answer:
         print(f"\n{item.answer!r} is followed as: {item.label}; answer_log_prob is of the whole answer")
-    for entry in item.eligible_flips if candidates else item.content_flips:
-        flip = attribute_flip(model, inputs, entry, int(item.top1[entry]), int(item.top1[entry - 1]))
+    for layer in item.eligible_flips if candidates else item.content_flips:
+        flip = attribute_flip(model, inputs, layer, int(item.top1[layer]), int(item.top1[layer - 1]))
         print(
-            f"\nentry {entry}: {flip.lost!r} → {flip.gained!r}, logit difference {flip.before:.3f} → {flip.after:.3f}; block {flip.layer}:"
+            f"\nlayer {layer}: {flip.lost!r} → {flip.gained!r}, logit difference {flip.before:.3f} → {flip.after:.3f}; block {flip.block}:"
         )
         print(component_effects(model, inputs, flip).to_string(index=False, float_format=lambda x: f"{x:+.3f}"))
     print("\n" + out.wrote())

@@ -22,8 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", action="append", default=[], help="an image file; may be repeated")
     parser.add_argument("--question", help="default: a shipped image and its question")
     parser.add_argument("--answer", help="teacher-forced; without it, what the model itself answers")
-    parser.add_argument("--image-layer", type=int, metavar="L", help="lens entry of the image tokens (default round(0.5 L))")
-    parser.add_argument("--text-layer", type=int, metavar="L", help="lens entry of the answer (default round(0.75 L))")
+    parser.add_argument("--image-layer", type=int, metavar="L", help="layer of the image tokens (default round(0.5 L))")
+    parser.add_argument("--text-layer", type=int, metavar="L", help="layer of the answer (default round(0.75 L))")
     parser.add_argument("--max-new-tokens", type=int, default=20, metavar="N", help="of an answer of its own (default 20)")
     add_out(parser)
 

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--judgements", type=Path, metavar="FILE", help='a judge\'s JSON lines {"id": …, "correct": true}')
     parser.add_argument("--skip-bad", action="store_true", help="leave bad rows out (they are named) instead of stopping")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="default: every score of analyses.answer_scores")
-    parser.add_argument("--image-layer", type=int, help="lens entry of the contextual lens's image side (default: half-way)")
+    parser.add_argument("--image-layer", type=int, help="layer of the contextual lens's image side (default: half-way)")
     parser.add_argument("--text-layer", type=int, help="and of its text side (default: three quarters of the way)")
     parser.add_argument("--sweep", type=int, default=0, metavar="N", help="scenes: choose both on N items of the validation split instead")
     parser.add_argument("--max-new-tokens", type=int, default=32)
@@ -101,7 +101,7 @@ def _load(options: argparse.Namespace) -> tuple[Any, str]:
 
 
 def _layers(options: argparse.Namespace, model: Any) -> tuple[int | None, int | None]:
-    """The contextual lens's entries: as given, or chosen on the validation split."""
+    """The contextual lens's layers: as given, or chosen on the validation split."""
     if not options.sweep:
         return options.image_layer, options.text_layer
     from analyses.data.benchmarks import load_scenes
@@ -114,8 +114,8 @@ def _layers(options: argparse.Namespace, model: Any) -> tuple[int | None, int | 
     sweep = choose_layers(model, load_scenes(options.sweep, "validation"), options.max_new_tokens)
     best = float(sweep.auroc[sweep.image_layer, sweep.text_layer])
     print(
-        f"layers by {sweep.n_items} validation answers ({sweep.n_items - sweep.n_correct} hallucinated): image entry "
-        f"{sweep.image_layer}, text entry {sweep.text_layer}, AUROC there {best:.3f}"
+        f"layers by {sweep.n_items} validation answers ({sweep.n_items - sweep.n_correct} hallucinated): image layer "
+        f"{sweep.image_layer}, text layer {sweep.text_layer}, AUROC there {best:.3f}"
     )
     return sweep.image_layer, sweep.text_layer
 

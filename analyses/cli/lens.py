@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _table(lens) -> str:
     """The layers of the first answer token: entropy, and the top tokens with their probabilities."""
-    lines = [f"{'entry':>11}  {'entropy':>8}  top tokens at the first token of the answer"]
+    lines = [f"{'layer':>11}  {'entropy':>8}  top tokens at the first token of the answer"]
     for layer, label in enumerate(lens.layer_labels):
         tops = zip(lens.top_tokens[layer][0], lens.top_probs[layer, 0].tolist())
         words = "  ".join(f"{token!r:<12} {probability:5.3f}" for token, probability in tops)

@@ -26,9 +26,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from analyses.moved import current_path
 from hooked_qwen2vl.files import open_regular, whole_file
 from hooked_qwen2vl.inputs import Inputs, Visual
+from hooked_qwen2vl.moved import current_fields, current_path, renamed_columns
 from hooked_qwen2vl.version import __version__
 
 FORMAT = "hooked_qwen2vl result 2"
@@ -182,11 +182,13 @@ def _decode_class(value: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
     kinds = {_name(kind): kind for kind in (*_derived(Result), Inputs, Visual, *_derived(tuple))}
     if name not in kinds:
         raise _Unknown(f"there is no class {name}; import the module that defines it first.")
-    kind, given = kinds[name], list(value["fields"])
+    kind, stored = kinds[name], current_fields(name, value["fields"])
     expected = [f.name for f in fields(kind)] if is_dataclass(kind) else list(kind._fields)
-    if set(given) != set(expected):
-        raise _Unknown(f"{name} had the fields {', '.join(given)}, and has {', '.join(expected)} now. Compute the result again.")
-    return kind(**{field: _decode(item, tensors) for field, item in value["fields"].items()})
+    if set(stored) != set(expected):
+        raise _Unknown(f"{name} had the fields {', '.join(value['fields'])}, and has {', '.join(expected)} now. Compute the result again.")
+    decoded = {field: _decode(item, tensors) for field, item in stored.items()}
+    columns = renamed_columns(kind)
+    return kind(**{f: v.rename(columns=columns) if columns and isinstance(v, pd.DataFrame) else v for f, v in decoded.items()})
 
 
 def _derived(kind: type) -> Iterator[type]:

@@ -2,16 +2,16 @@
 
 1. Every model is asked the same questions in its own form: through its chat template if it has one, else as plain text,
    with its own tokenizer; with the image (models that see), with the scene described in words, and with neither.
-2. Lens and trajectory: at the last position, entry l of L has depth l / L; entropy is given as a share of ln V, because
+2. Lens and trajectory: at the last position, layer l of L has depth l / L; entropy is given as a share of ln V, because
    vocabularies differ in size.
-3. Patching: the question with a counterfactual scene is the corrupted run; at each entry the clean stream is put in at
+3. Patching: the question with a counterfactual scene is the corrupted run; at each layer the clean stream is put in at
    the positions where the prompts differ, or at the last position. The metric is max z over the answer's first
    tokens − max z over the counterfactual's; recovery = (patched − corrupted) / (clean − corrupted), averaged
    with the pairs' gaps |clean − corrupted| as weights (ours: a plain mean of ratios is ruled by the pairs that hardly
    differ). The first curve says where the answer leaves the scene, the second where it arrives. They start at 1 and
    0 and end at 0 and 1 exactly, in any causal decoder. Pairs of prompts that a tokenizer gives different lengths are
    left out and counted: positions would not correspond (and GPT-2's position embeddings would be patched too).
-4. Heads: see `attention_heads`; block l lies between the entries l and l + 1, at depth (l + ½) / L.
+4. Heads: see `attention_heads`; block l lies between the layers l and l + 1, at depth (l + ½) / L.
 
 A question on which some model's tokenizer cannot tell the candidates' first tokens apart is left out for all of
 them and counted, so that every model is asked the same.
@@ -52,7 +52,7 @@ class Run(Result):
     Attributes:
         model, condition: names.
         trajectories: of each question's answer.
-        entropy_share, final_prob: [item layer] entropy / ln V, and the probability of what the last entry puts first.
+        entropy_share, final_prob: [item layer] entropy / ln V, and the probability of what the last layer puts first.
         recovery_scene, recovery_last: [pair layer] see above. gap: [pair] |clean − corrupted|, in logits.
         unaligned, small: pairs left out, for different lengths or too small a gap.
     """
@@ -74,7 +74,7 @@ class Run(Result):
         return torch.stack([item.answer_prob for item in self.trajectories.items])
 
     def curve(self, measure: str) -> tuple[np.ndarray, np.ndarray] | None:
-        """(depth of each entry, mean over items) of one of MEASURES; None where no item has it."""
+        """(depth of each layer, mean over items) of one of MEASURES; None where no item has it."""
         values = getattr(self, measure)
         if not len(values):
             return None
@@ -129,7 +129,7 @@ class Comparison(Result):
         """One row a model, condition, measure and depth (0 the embedding, 1 the output): the mean over items.
 
         Args:
-            depths: a grid that all models are interpolated to, linearly; None keeps each model's own entries.
+            depths: a grid that all models are interpolated to, linearly; None keeps each model's own layers.
         """
         rows = []
         for run in self.runs:
@@ -236,13 +236,13 @@ def patch_by_depth(
     metric: Callable[[Float[Tensor, "d_vocab"]], Tensor],
     places: Sequence[int],
 ) -> tuple[Float[Tensor, "layer"], float]:
-    """Recovery when the clean stream is put in at some positions, at every entry 0..L; on any TransformerLens model.
+    """Recovery when the clean stream is put in at some positions, at every layer 0..L; on any TransformerLens model.
 
     Args:
         clean, corrupted: prompts of one row each and one length.
         metric: logits at the last position to a number.
     Returns:
-        the recovery, and the gap |clean − corrupted|; NaN for all entries where the gap is below 0.001.
+        the recovery, and the gap |clean − corrupted|; NaN for all layers where the gap is below 0.001.
     """
     n_layers = model.cfg.n_layers
     names = [f"blocks.{layer}.hook_resid_pre" for layer in range(n_layers)] + [f"blocks.{n_layers - 1}.hook_resid_post"]
@@ -273,7 +273,7 @@ def text_agreement(model: Any, twin: Any, texts: Sequence[str], tolerance: float
         twin: a TransformerLens model of the exported folder.
         tolerance: largest difference allowed, as a share of what is compared: its standard deviation.
     Returns:
-        one row a text and entry, and one for the logits: the largest absolute difference, the same as a share, `ok`.
+        one row a text and layer, and one for the logits: the largest absolute difference, the same as a share, `ok`.
     """
     rows = []
     for text in texts:
@@ -283,7 +283,7 @@ def text_agreement(model: Any, twin: Any, texts: Sequence[str], tolerance: float
         for label, one, other in pairs:
             error = float((one - other).abs().max())
             share = error / float(other.std())
-            rows.append({"text": text, "entry": label, "error": error, "share": share, "ok": share <= tolerance})
+            rows.append({"text": text, "layer_label": label, "error": error, "share": share, "ok": share <= tolerance})
     return pd.DataFrame(rows)
 
 

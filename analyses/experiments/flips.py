@@ -19,16 +19,16 @@ from analyses.common.statistics import share_interval
 from analyses.data.examples import Example, image_key
 from analyses.experiments.experiment import Data, Done, Experiment
 from analyses.flip_patching import FlipTest, ablate_flip, attribute_flip
-from analyses.moved import moved_names
 from analyses.trajectory import NoFirstToken, answer_trajectory, doubt_beside_control, outcomes_by_category
 from hooked_qwen2vl.image_embeddings import Prefixes
+from hooked_qwen2vl.moved import moved_names, renamed_columns
 
 __getattr__ = moved_names(__name__)
 
 FLIP = "flip_"  # columns that hold a list, one value a flip
 FLIP_FIGURES = (
-    "entry", "lost", "gained", "change", "attribution_error", "components", "entry_difference", "entry_difference_ablated",
-    "entry_difference_random", "final_difference", "final_difference_ablated", "final_difference_random",
+    "layer", "lost", "gained", "change", "attribution_error", "components", "lens_difference", "lens_difference_ablated",
+    "lens_difference_random", "final_difference", "final_difference_ablated", "final_difference_random",
     "removed", "removed_by_random", "reversed", "reversed_by_random",
 )  # fmt: skip
 
@@ -41,7 +41,7 @@ class FlipStudy(Result):
         prompts: one row a prompt: id, image (the same for prompts about one image), L (the number of layers), and the
             figures of `Trajectory.summary`.
         flips: one row a flip: its prompt (a row of `prompts`) and what belongs to that, the figures of
-            `FlipTest.summary`, and `entry_difference_random`, `final_difference_random`, means over the random draws.
+            `FlipTest.summary`, and `lens_difference_random`, `final_difference_random`, means over the random draws.
         skipped: questions without an answer or candidates, or whose answer has no first token of its own among them.
     """
 
@@ -56,6 +56,7 @@ class FlipStudy(Result):
         Raises:
             ValueError: no question was followed.
         """
+        rows = rows.rename(columns={f"{FLIP}{old}": f"{FLIP}{new}" for old, new in renamed_columns(cls).items()})
         if not len(rows):
             raise ValueError("no question could be followed: each needs candidates, and an answer that differs from them.")
         nested = [name for name in rows if name.startswith(FLIP)]
@@ -78,11 +79,11 @@ class FlipStudy(Result):
         return doubt_beside_control(self.prompts)
 
     def summary(self) -> pd.DataFrame:
-        """Flips removed (at their entry) and reversed (at the output) by ablating the found components and by random
+        """Flips removed (at their layer) and reversed (at the output) by ablating the found components and by random
         ones: share, its 95 % interval, and how many flips, prompts and clusters. The interval resamples clusters with all
         their flips: images (prompts, in tables that do not name images).
 
-        That the lens at the flip's own entry changes is close to what the attribution says; that the output changes
+        That the lens at the flip's own layer changes is close to what the attribution says; that the output changes
         is the causal test.
         """
         flips, resampled = self.flips, "image" if "image" in self.flips else "prompt"
@@ -195,13 +196,13 @@ def flip_row(
     except NoFirstToken:
         return None
     tests = []
-    for entry in item.eligible_flips:
-        flip = attribute_flip(model, inputs, entry, int(item.top1[entry]), int(item.top1[entry - 1]))
+    for layer in item.eligible_flips:
+        flip = attribute_flip(model, inputs, layer, int(item.top1[layer]), int(item.top1[layer - 1]))
         tests.append(_test_row(ablate_flip(model, inputs, flip, n_components, n_random, seed)))
     nested = {f"{FLIP}{name}": [test[name] for test in tests] for name in FLIP_FIGURES}
     return {"id": example.id, "image": image_key(example), "L": item.n_layers, **item.summary(), **nested}
 
 
 def _test_row(test: FlipTest) -> dict[str, Any]:
-    entry, final = test.random.mean(0).tolist()
-    return {**test.summary(), "entry_difference_random": entry, "final_difference_random": final}
+    at_layer, final = test.random.mean(0).tolist()
+    return {**test.summary(), "lens_difference_random": at_layer, "final_difference_random": final}

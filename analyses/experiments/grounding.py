@@ -5,8 +5,8 @@
 1. Take items of a split with a right answer that depends on some of the cells, not all and not none; the others
    ("What is the background?", "no", "0") are counted and left out.
 2. Teacher-force the right answer. Heat maps over the image tokens:
-     contextual lens   max over entries ≥ 1 of the cosine with the answer; its own best box by the mean vector
-     logit lens        max over entries of p(the first token of the answer, or of the noun)
+     contextual lens   max over layers ≥ 1 of the cosine with the answer; its own best box by the mean vector
+     logit lens        max over layers of p(the first token of the answer, or of the noun)
      attention         from where the answer's first token is predicted, mean over layers and heads
      (shuffled image)  the contextual lens on another item's image of the same grid: what the words alone give
      (random)          uniform numbers

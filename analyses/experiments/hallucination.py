@@ -39,9 +39,9 @@ from analyses.data.examples import image_key, in_batches
 from analyses.data.json_lines import read_rows
 from analyses.data.schema import JUDGEMENT
 from analyses.experiments.experiment import Done, Experiment
-from analyses.moved import moved_names
 from hooked_qwen2vl.image_embeddings import Prefixes
 from hooked_qwen2vl.image_hash import image_hash
+from hooked_qwen2vl.moved import moved_names
 from hooked_qwen2vl.processor import open_image
 from hooked_qwen2vl.prompt_text import text_ids
 
@@ -111,7 +111,7 @@ class Hallucinations(Result):
         claims: one row a claim: key, id, image (the same for questions about one image), category, question, gold, answer, correct (None: needs a judge), judge, said,
             noun, error (why scores are missing), a column a method (NaN where there is none), cut and other_tokens.
         methods: their names. data, model_name, weights: what was run; `weights` is their hash.
-        layers: the contextual lens's entries, of its image and of its text side.
+        layers: the contextual lens's layers, of its image and of its text side.
         n_boot, seed, level: of the bootstrap.
     """
 
@@ -228,7 +228,7 @@ class HallucinationExperiment(Experiment):
     Args:
         methods: of `answer_scores.SCORES`; None takes all.
         vocabulary: word -> object, for captions (`benchmarks.read_synonyms`).
-        image_layer, text_layer: lens entries of the contextual lens (see `choose_layers`); None takes its defaults.
+        image_layer, text_layer: layers of the contextual lens (see `choose_layers`); None takes its defaults.
     Raises:
         ValueError: an unknown method or layer; (when called) a question without image, or captions without a vocabulary.
     """
@@ -458,7 +458,7 @@ def claim_inputs(model: Any, claim: Claim, images: Sequence[Any] | None = None) 
 
 
 def choose_layers(model: Any, items: Sequence[Question], max_new_tokens: int = 32, progress: bool = True) -> LayerSweep:
-    """The contextual lens's two entries by AUROC over the model's own answers to a validation split.
+    """The contextual lens's two layers by AUROC over the model's own answers to a validation split.
 
     Only answers that are judged and that are scored themselves: a yes/no question's noun is another thing.
 

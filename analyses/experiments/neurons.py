@@ -36,8 +36,8 @@ from analyses.data.examples import Example, examples, image_key, in_batches
 from analyses.domain_neurons import SITES, DomainNeurons, Firings, disable_neurons, firing_terms, hook_sites, token_sources
 from analyses.experiments.experiment import Data, Done, Experiment
 from analyses.logit_lens import residual_stack
-from analyses.moved import moved_names
 from hooked_qwen2vl.image_embeddings import Prefixes
+from hooked_qwen2vl.moved import moved_names
 from hooked_qwen2vl.prompt_text import text_ids
 
 __getattr__ = moved_names(__name__)
@@ -635,7 +635,7 @@ def stream_by_layer(model: Any, batches: Sequence[Batch], wanted: Sequence[Condi
     Args:
         wanted: conditions, each run on its own domain's questions; the untouched run comes first.
     Returns:
-        one row a condition (selection, module, target, seed), domain, lens entry (0 = embeddings, n_layers = output) and
+        one row a condition (selection, module, target, seed), domain, layer (0 = embeddings, n_layers = output) and
         source (image, text, last: the position that predicts the answer): `deviation`, mean of ‖h' − h‖ / ‖h‖, and
         `entropy_nats`, mean of the lens's entropy.
     """
@@ -649,12 +649,12 @@ def stream_by_layer(model: Any, batches: Sequence[Batch], wanted: Sequence[Condi
                 with disable_neurons(model, condition.masks):
                     stack, _ = residual_stack(model, batch.inputs)
             deviation = (stack.float() - untouched.float()).norm(dim=-1) / untouched.float().norm(dim=-1)
-            for entry, (moved, vectors) in enumerate(zip(deviation.cpu(), stack)):
+            for layer, (moved, vectors) in enumerate(zip(deviation.cpu(), stack)):
                 for source, here in sources.items():
                     entropy = logit_readout(model, vectors[here.to(vectors.device)], return_type="log_probs", chunk_size=64).entropy
                     rows.append(
                         {"selection": condition.selection, "module": condition.module, "target": condition.target,
-                         "seed": condition.seed, "domain": batch.domain, "layer": entry, "source": source,
+                         "seed": condition.seed, "domain": batch.domain, "layer": layer, "source": source,
                          "tokens": int(here.sum()), "deviation": float(moved[here].sum()), "entropy_nats": float(entropy.sum())}
                     )  # fmt: skip
     keys = ["selection", "module", "target", "seed", "domain", "layer", "source"]

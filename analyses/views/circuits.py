@@ -340,7 +340,7 @@ def lens_page(lens: Any, path: str | Path) -> None:
         answer = as_text(lens.top_tokens[-1][index][0])
         page.heading(
             f"Top tokens by layer at position {position} ({html.unescape(as_text(lens.prompt_tokens[index]))})",
-            f"Hover an entry of the residual stream. Colour: log-probability of the final top token {html.unescape(answer)}.",
+            f"Hover a layer of the residual stream. Colour: log-probability of the final top token {html.unescape(answer)}.",
         )
         page.figure(
             "TokenLogProbs",
@@ -350,7 +350,7 @@ def lens_page(lens: Any, path: str | Path) -> None:
             correctTokenRank=lens.final_ranks[:, index].tolist(),
             correctTokenLogProb=lens.final_probs[:, index].log().tolist(),
         )
-    page.heading("Top token of every layer", "One row an entry, one token a position; colour: its probability, 0 to 1.")
+    page.heading("Top token of every layer", "One row a layer, one token a position; colour: its probability, 0 to 1.")
     for layer, label in reversed(list(enumerate(lens.layer_labels))):
         page.figure(
             "ColoredTokens",

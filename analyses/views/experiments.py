@@ -46,7 +46,7 @@ def lines_by_span(axes: Any, table: Any, group: str, value: str) -> None:
 
 
 def flip_study_plot(table: Any, path: str | Path | None = None) -> Figure:
-    """At which lens entry flips happen; the logit difference at the flip's entry, and at the output, as it is and ablated.
+    """At which layer flips happen; the logit difference at the flip's layer, and at the output, as it is and ablated.
 
     Args:
         table: one row a flip.
@@ -62,16 +62,16 @@ def flip_study_plot(table: Any, path: str | Path | None = None) -> Figure:
 
 def _draw_flips(figure: Figure, panels: Any, table: Any) -> None:
     depth = int(table["L"].max())
-    groups = [table.loc[table["right"] == right, "entry"] for right in (True, False)]
+    groups = [table.loc[table["right"] == right, "layer"] for right in (True, False)]
     panels[0].hist(
         groups, bins=np.arange(0.5, depth + 1.5), stacked=True, color=[BLUE, ORANGE], rwidth=0.9,
         label=["answered rightly", "answered wrongly"],
     )  # fmt: skip
-    panels[0].set_xlabel("lens entry of the flip (made by the block before it)")
+    panels[0].set_xlabel("layer of the flip (made by the block before it)")
     panels[0].set_ylabel("eligible flips")
     label_layers(panels[0].xaxis, range(1, depth + 1))
     panels[0].legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
-    for axes, column, where in zip(panels[1:], ("entry_difference", "final_difference"), ("at the flip's entry", "at the output")):
+    for axes, column, where in zip(panels[1:], ("lens_difference", "final_difference"), ("at the flip's layer", "at the output")):
         _before_after(axes, table[column], table[f"{column}_ablated"], table[f"{column}_random"])
         axes.set_xlabel(f"logit difference {where}")
         axes.set_ylabel("the same, components ablated")
@@ -95,7 +95,7 @@ def attribution_plot(flip: Any, path: str | Path | None = None) -> Figure:
     colours = [ORANGE if value > 0 else BLUE for value in table["attribution"]]
     bars(axes, table["component"], table["attribution"], colours, size=7)
     axes.set_xlabel("direct attribution (logits)")
-    figure.titled(f"entry {flip.entry}: {visible(flip.lost)} → {visible(flip.gained)}, {flip.before:+.2f} → {flip.after:+.2f} logits")
+    figure.titled(f"layer {flip.flip_layer}: {visible(flip.lost)} → {visible(flip.gained)}, {flip.before:+.2f} → {flip.after:+.2f} logits")
     return figure.saved(path)
 
 

@@ -1,6 +1,6 @@
 "use strict";
-// One state, and functions that draw it. A place is an index into the prompt's positions; an entry is a layer of the
-// residual stream (0..L); block l reads entry l, so maps over blocks have nothing at the last entry.
+// One state, and functions that draw it. A place is an index into the prompt's positions; layer l of 0..L is the
+// residual stream before block l, L after the last; block l reads layer l, so maps over blocks have nothing at the last layer.
 // Every text of the model's goes in through textContent.
 
 const $ = (id) => document.getElementById(id);
@@ -37,7 +37,7 @@ function prepare() {
   let id = 0;
   data.ids = data.ids.map((step) => (id += step));
   data.n = data.prompt.length;
-  data.entries = data.layers.length;
+  data.nLayers = data.layers.length;
   data.shown = new Array(data.texts.length);
   data.imageOf = new Int16Array(data.n).fill(-1);
   data.images.forEach((image, number) => {
@@ -91,7 +91,7 @@ function limits() {
   const key = [state.mode, state.shade, state.same ? "all" : state.layer].join();
   if (limits.known.has(key)) return limits.known.get(key);
   let low = Infinity, high = -Infinity;
-  const layers = state.same ? [...data.layers.keys()] : [state.layer];
+  const layers = state.same ? [...data.nLayers.keys()] : [state.layer];
   for (const layer of layers)
     for (const { start, rows, cols } of data.images)
       for (let place = start; place < start + rows * cols; place++) {
@@ -274,7 +274,7 @@ function drawLegend([low, high]) {
   ramp().forEach((colour, at) => { context.fillStyle = rgb(colour); context.fillRect(at, 0, 1, 1); });
   $("low").textContent = number(low);
   $("high").textContent = number(high);
-  const block = state.layer < data.blocks ? `block ${state.layer}` : "no block reads the last entry";
+  const block = state.layer < data.blocks ? `block ${state.layer}` : "no block reads the last layer";
   const units = {
     lens: { top: "probability of the top token", entropy: "entropy, nats" }[state.shade] ?? "its probability; hatched: not among those kept",
     contextual: "cosine with the answer",
@@ -307,7 +307,7 @@ function moveCursor() {
 
 function makeTable() {
   makeTable.rows = [];
-  for (let layer = data.entries - 1; layer >= 0; layer--) {
+  for (let layer = data.nLayers - 1; layer >= 0; layer--) {
     const row = $("table").appendChild(element("tr"));
     const head = row.appendChild(element("th", "", data.layers[layer]));
     head.scope = "row";
@@ -348,10 +348,10 @@ function fitTable() {
 function fillTable() {
   const { context, columns, tops, left, height, fonts, room, letter, withP } = fitTable.found;
   const { top, topProbs } = data.arrays;
-  const inks = new Array(data.entries * data.k);
+  const inks = new Array(data.nLayers * data.k);
   context.font = fonts[0];
   context.textAlign = "left";
-  for (let layer = 0; layer < data.entries; layer++)
+  for (let layer = 0; layer < data.nLayers; layer++)
     for (let rank = 0; rank < data.k; rank++) {
       const at = topAt(layer, state.place) + rank;
       const colour = ramps.plain[Math.round(probability(topProbs, at) * (RAMP_SIZE - 1))];
@@ -364,7 +364,7 @@ function fillTable() {
     }
   context.font = fonts[1];
   context.textAlign = "right";
-  for (let layer = 0; withP && layer < data.entries; layer++)
+  for (let layer = 0; withP && layer < data.nLayers; layer++)
     for (let rank = 0; rank < data.k; rank++) {
       const [x, width] = columns[rank];
       context.fillStyle = inks[layer * data.k + rank];
@@ -401,7 +401,7 @@ function atRest() {
 
 function markLayer() {
   makeTable.rows.forEach(({ row }, layer) => row.classList.toggle("now", layer === state.layer));
-  const words = `${state.layer}/${data.entries - 1} ${data.layers[state.layer]}`;
+  const words = `${state.layer}/${data.nLayers - 1} ${data.layers[state.layer]}`;
   $("layer").value = state.layer;
   $("layer-name").textContent = words;
   $("layer").setAttribute("aria-valuetext", words);
@@ -461,7 +461,7 @@ function addTyped(typed) {
   $("typed").value = "";
 }
 
-const most = () => Math.max(...Array.from({ length: data.entries }, (_, layer) => probability(data.arrays.restProb, layer)));
+const most = () => Math.max(...Array.from({ length: data.nLayers }, (_, layer) => probability(data.arrays.restProb, layer)));
 
 function suggest() {
   const word = $("typed").value.trim().toLowerCase();
@@ -507,7 +507,7 @@ function fitPlot() {
 function plotScales() {
   const [width, height] = plotScales.size;
   const [left, right, top, bottom] = [44, 8, 8, 34];
-  const x = (layer) => left + ((width - left - right) * layer) / (data.entries - 1);
+  const x = (layer) => left + ((width - left - right) * layer) / (data.nLayers - 1);
   const decades = 6;
   const share = (p) => (state.log ? Math.max(0, 1 + Math.log10(Math.max(p, 1e-12)) / decades) : p);
   const y = (p) => height - bottom - (height - top - bottom) * share(p);
@@ -523,10 +523,10 @@ function drawPlot() {
     shape("line", { x1: left, x2: width - right, y1: y(tick), y2: y(tick), style: "stroke: var(--line)" }),
     shape("text", { x: left - 5, y: y(tick) + 4, "text-anchor": "end" }, state.log && tick < 1 ? tick.toExponential(0) : String(tick)),
   ]);
-  const step = Math.ceil(data.entries / (width / 34));
-  for (let layer = 0; layer < data.entries; layer += step)
+  const step = Math.ceil(data.nLayers / (width / 34));
+  for (let layer = 0; layer < data.nLayers; layer += step)
     drawn.push(shape("text", { x: x(layer), y: height - bottom + 14, "text-anchor": "middle" }, String(layer)));
-  drawn.push(shape("text", { x: (left + width) / 2, y: height - 4, "text-anchor": "middle" }, "entry of the residual stream"));
+  drawn.push(shape("text", { x: (left + width) / 2, y: height - 4, "text-anchor": "middle" }, "layer of the residual stream"));
   drawn.push(shape("line", { id: "plot-now", x1: x(state.layer), x2: x(state.layer), y1: y(1), y2: height - bottom, style: "stroke: var(--mark)", "stroke-width": 1.5, "stroke-dasharray": "3 3" }));
   drawPlot.series = state.chips.map((_, at) => {
     const colour = `var(--c${at % MOST_CHIPS})`;
@@ -546,7 +546,7 @@ function fillPlot() {
   let anywhere = false;
   state.chips.forEach((token, at) => {
     let line = "", dots = "", triangles = "", joined = false;
-    for (let layer = 0; layer < data.entries; layer++) {
+    for (let layer = 0; layer < data.nLayers; layer++) {
       const { p, known } = probabilityOf(token, layer, state.place);
       const [cx, cy] = [x(layer).toFixed(1), y(p).toFixed(1)];
       if (known) {
@@ -659,7 +659,7 @@ function select(place) {
 }
 
 function setLayer(layer) {
-  state.layer = Math.max(0, Math.min(data.entries - 1, layer));
+  state.layer = Math.max(0, Math.min(data.nLayers - 1, layer));
   soon(markLayer, drawMap, fillFacts, fillChips, drawPlot, colourStrip);
 }
 
@@ -779,7 +779,7 @@ function listen() {
   $("plot").addEventListener("click", (event) => {
     const { left, right, width } = plotScales();
     const x = event.clientX - $("plot").getBoundingClientRect().left;
-    setLayer(Math.round(((x - left) / (width - left - right)) * (data.entries - 1)));
+    setLayer(Math.round(((x - left) / (width - left - right)) * (data.nLayers - 1)));
   });
   document.addEventListener("keydown", pressed);
   window.addEventListener("resize", () => { fitStage(); soon(drawMap, moveCursor); });
@@ -816,7 +816,7 @@ function begin() {
   $("question").textContent = data.question || "Explorer";
   $("answer").textContent = data.answer ? `answer: ${data.answer}` : "";
   $("model").textContent = `${data.model} · ${data.n} positions, ${data.blocks} layers`;
-  $("layer").max = data.entries - 1;
+  $("layer").max = data.nLayers - 1;
   $("modes").replaceChildren(...modes().map((mode) => {
     const label = element("label", "", MODES[mode]);
     const radio = label.appendChild(Object.assign(element("input"), { type: "radio", name: "mode", value: mode }));
@@ -826,7 +826,7 @@ function begin() {
   $("image-choice").hidden = data.images.length < 2;
   $("image").replaceChildren(...data.images.map((_, number) => Object.assign(element("option", "", String(number)), { value: number })));
   $("main").hidden = false;
-  state.layer = data.entries - 1;
+  state.layer = data.nLayers - 1;
   state.place = data.last;
   const final = data.arrays.top[topAt(state.layer, data.last)];
   state.chips = [...new Set([...(data.arrays.followed ?? []).slice(0, 1), final, data.arrays.top[topAt(state.layer, data.last) + Math.min(1, data.k - 1)]])];

@@ -76,12 +76,12 @@ def score_plot(result: Any, path: str | Path | None = None) -> Figure:
     axes = figure.subplots()
     bars(axes, names, result.scores.numpy())
     axes.set_xlabel("cosine with the closest image token (low: hallucinated)", fontsize=8)
-    figure.titled(f"Contextual lens, entries {result.image_layer} and {result.text_layer}, {result.model_name}")
+    figure.titled(f"Contextual lens, layers {result.image_layer} and {result.text_layer}, {result.model_name}")
     return figure.saved(path)
 
 
 def sweep_plot(result: Any, path: str | Path | None = None) -> Figure:
-    """AUROC of every pair of entries, 0.5 white; the chosen pair framed."""
+    """AUROC of every pair of layers, 0.5 white; the chosen pair framed."""
     auroc = result.auroc.numpy()
     n = len(auroc)
     spread = max(float(np.abs(auroc - 0.5).max()), 0.05)
@@ -89,8 +89,8 @@ def sweep_plot(result: Any, path: str | Path | None = None) -> Figure:
     axes = figure.subplots()
     colours = axes.imshow(auroc, origin="lower", cmap="RdBu_r", vmin=0.5 - spread, vmax=0.5 + spread)
     axes.add_patch(Rectangle((result.text_layer - 0.5, result.image_layer - 0.5), 1, 1, fill=False, linewidth=2))
-    axes.set_xlabel("lens entry of the answer", fontsize=8)
-    axes.set_ylabel("lens entry of the image tokens", fontsize=8)
+    axes.set_xlabel("layer of the answer", fontsize=8)
+    axes.set_ylabel("layer of the image tokens", fontsize=8)
     axes.set_title(f"AUROC of the contextual score\n{result.n_items} items, {result.n_correct} correct", fontsize=9)
     for axis in (axes.xaxis, axes.yaxis):
         label_ticks(axis, range(n), 0.25 * n)

@@ -132,7 +132,7 @@ def markdown(result: Any) -> str:
         f"{counts['all'][0]} hallucinated; {100 * result.level:.0f}% intervals from {result.n_boot} resamples of {_RESAMPLED[result.cluster]}."
     ]
     if result.layers is not None:
-        parts.append("The contextual lens reads the image at entry {} and the text at entry {}.".format(*result.layers))
+        parts.append("The contextual lens reads the image at layer {} and the text at layer {}.".format(*result.layers))
     for figure, title in _FIGURES.items():
         table = result.table(figure)
         kept = [c for c in table.columns if c in defined and table.loc[list(result.methods), c].ne("–").any()]

@@ -60,7 +60,7 @@ def heat_map(lens: Any, path: str | Path | None = None) -> Figure:
     columns = list(map(str, lens.positions)) if many else [visible(token) for token in lens.prompt_tokens]
     across = "position in the prompt" if many else "position (its own token; the lens reads the next)"
     differing = f"; the model's own top token is another at {lens.n_differs}" if lens.n_differs else ""
-    words = (f"Logit lens, {lens.model_name}", across + differing, "entry of the residual stream", "probability of the top token")
+    words = (f"Logit lens, {lens.model_name}", across + differing, "layer of the residual stream", "probability of the top token")
     return token_map(lens.top_probs[..., 0].numpy(), tokens, lens.layer_labels, columns, (0, 1), words, path)
 
 
@@ -68,7 +68,7 @@ def neighbours_plot(result: Any, path: str | Path | None = None) -> Figure:
     """Layer × position, the nearest token in each cell, coloured by its cosine; the last layer on top."""
     cosines = result.similarity[..., 0].numpy()
     tokens = [[at[0] for at in layer] for layer in result.tokens]
-    words = (f"Nearest neighbours, {result.model_name}", "position in the prompt", "lens entry", "cosine with the nearest")
+    words = (f"Nearest neighbours, {result.model_name}", "position in the prompt", "layer", "cosine with the nearest")
     scale = (float(cosines.min()), float(cosines.max()))
     return token_map(cosines, tokens, result.layers, list(map(str, result.positions)), scale, words, path)
 

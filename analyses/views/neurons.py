@@ -102,7 +102,7 @@ def controls_plot(table: pd.DataFrame, model_name: str, path: str | Path | None 
 
 
 def streams_plot(table: pd.DataFrame, model_name: str, path: str | Path | None = None, module: str = "all") -> Figure:
-    """Left: the lens's entropy by entry and kind of token, nothing off (thin lines: domains). Right: how far ablation moves the stream."""
+    """Left: the lens's entropy by layer and kind of token, nothing off (thin lines: domains). Right: how far ablation moves the stream."""
     figure = Figure(figsize=(10.4, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     calm = table[table["selection"] == "none"]
@@ -128,7 +128,7 @@ def streams_plot(table: pd.DataFrame, model_name: str, path: str | Path | None =
     right.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     right.set_title(f"off: {_module(module)}", fontsize=9)
     for axes in (left, right):
-        axes.set_xlabel("lens entry (0: embeddings, last: the output)", fontsize=9)
+        axes.set_xlabel("layer (0: embeddings, last: the output)", fontsize=9)
         axes.set_ylim(bottom=0)
         axes.tick_params(labelsize=8)
     figure.titled(model_name)

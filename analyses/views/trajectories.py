@@ -32,7 +32,7 @@ def trajectory_plot(item: Any, path: str | Path | None = None) -> Figure:
         axes.axvline(layer, color="#444444", linewidth=0.8, linestyle=":" if layer in item.content_flips else (0, (1, 4)))
         axes.text(layer, 1.02, visible(item.top1_tokens[layer], 8), rotation=45, fontsize=6, ha="left", va="bottom")
     axes.set_ylim(-0.02, 1.02)
-    axes.set_xlabel("lens entry (0: embedding, last: the model's output)")
+    axes.set_xlabel("layer (0: embedding, last: the model's output)")
     axes.set_ylabel("probability")
     right = axes.twinx()
     right.plot(layers, item.entropy, color="#777777", linewidth=1, linestyle="--", label="entropy")

@@ -57,7 +57,7 @@ def figure_depths(seen: pd.DataFrame, path: Path) -> None:
         if len(depth):
             shares = [(depth <= layer).mean() for layer in range(n_layers + 1)]
             axis.plot(range(n_layers + 1), shares, marker="o", markersize=3, label=category)
-    axis.set_xlabel("lens entry (0: embeddings; last: the model's output)")
+    axis.set_xlabel("layer (0: embeddings; last: the model's output)")
     axis.set_ylabel("share of right answers\nthat are top-1 from here on")
     axis.set_ylim(-0.02, 1.02)
     axis.spines[["top", "right"]].set_visible(False)
@@ -112,7 +112,7 @@ Each shape wears its typical colour in about three quarters of the scenes.
 
 ## How answers emerge
 
-The lens entry from which on the top-1 at the last position is the final answer, over right answers:
+The layer from which on the top-1 at the last position is the final answer, over right answers:
 
 {_markdown(depth, digits=2)}
 

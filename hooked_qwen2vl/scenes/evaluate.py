@@ -39,7 +39,7 @@ def evaluate(items: Sequence[Item], folder: str | Path = CHECKPOINT, blind: bool
         blind: with noise of the picture's mean and spread in its place.
     Returns:
         columns question, answer, category, domain, typical, unseen, predicted (the first answer token),
-        right, and depth: the lens entry (0 = embeddings, n_layers = the output) from which on the top-1
+        right, and depth: the layer (0 = embeddings, n_layers = the output) from which on the top-1
         at the last position is what the model answers.
     """
     import pandas as pd
@@ -74,7 +74,7 @@ def evaluate(items: Sequence[Item], folder: str | Path = CHECKPOINT, blind: bool
 
 
 def _residual_streams(model, batch) -> list[torch.Tensor]:
-    """[batch pos d_model] of every lens entry, normed once."""
+    """[batch pos d_model] of every layer, normed once."""
     layers = model.model.language_model
     raw: list[torch.Tensor] = []
     hooks = [layer.register_forward_pre_hook(lambda _, args: raw.append(args[0])) for layer in layers.layers]
@@ -87,7 +87,7 @@ def _residual_streams(model, batch) -> list[torch.Tensor]:
 
 
 def _trailing(same: list[bool]) -> int:
-    """How many entries at the end are True."""
+    """How many values at the end are True."""
     return next((n for n, ok in enumerate(reversed(same)) if not ok), len(same))
 
 

@@ -1,4 +1,4 @@
-"""What a move of the pointer costs on the largest explorer page (1,200 image tokens × 29 entries × top 5), in headless Chromium.
+"""What a move of the pointer costs on the largest explorer page (1,200 image tokens × 29 layers × top 5), in headless Chromium.
 
 The main thread's own processor time, from Chromium's counters: other load on the machine hardly shows in it. A
 picture of 60 a second leaves 16.7 ms.
@@ -24,7 +24,7 @@ def rows() -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder, chromium() as browser:
         page = Path(folder) / "page.html"
         large().page(page)
-        size = "1,200 image tokens × 29 entries × top 5"
+        size = "1,200 image tokens × 29 layers × top 5"
         yield Row(0, "the explorer page", size, page.stat().st_size / 1e6, "MB", goal="≤ 3")
         browser.open(page, "document.documentElement.dataset.ready")
         browser.sweep(20)

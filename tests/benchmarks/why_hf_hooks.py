@@ -103,7 +103,7 @@ def mistakes(hf, clean, corrupted, other, right, wrong, effect):
     share = float((twice.argmax(-1) != logits.argmax(-1)).float().mean())
     found["last hidden state normed again"] = (
         0.0, float((twice.softmax(-1) - logits.softmax(-1)).abs().max()),
-        f"largest error of a probability at the lens's last entry; the top token differs at {share:.0%} of the positions; "
+        f"largest error of a probability at the last layer; the top token differs at {share:.0%} of the positions; "
         f"the norm's weight varies by {float(norm.weight.std() / norm.weight.mean()):.0%} of its mean",
     )  # fmt: skip
 
@@ -133,7 +133,7 @@ def mistakes(hf, clean, corrupted, other, right, wrong, effect):
     handle = layers[2].register_forward_hook(tuple_idiom)
     found["output[0][:, position] on a tensor"] = (
         float(effect[3, position]), difference(fresh(corrupted).logits),
-        f"cell (entry 3, position {position}) of the sweep",
+        f"cell (layer 3, position {position}) of the sweep",
     )  # fmt: skip
     handle.remove()
     return found

@@ -52,7 +52,7 @@ def mistakes(model, clean, corrupted, right, wrong, effect):
         layers[2].output[0][:, position] = kept[0][:, position]
         logits = model.lm_head.output[0, -1].save()
     found["output[0][:, position] on a tensor"] = (
-        float(effect[3, position]), float(logits[right] - logits[wrong]), f"cell (entry 3, position {position}) of the sweep",
+        float(effect[3, position]), float(logits[right] - logits[wrong]), f"cell (layer 3, position {position}) of the sweep",
     )  # fmt: skip
     return found
 

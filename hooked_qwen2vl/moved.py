@@ -1,9 +1,17 @@
-"""Import paths of earlier versions: each gives the very module, or name, that is meant now."""
+"""Names of earlier versions, of both packages: each gives the very thing that is meant now, with a DeprecationWarning.
+
+modules      MOVED, found by MovedModules; KEPT are public paths that stay, without a warning
+names        NAMES, by a module's `__getattr__ = moved_names(__name__)`
+attributes   ATTRIBUTES, by the class decorator `renamed_attributes`
+arguments    ARGUMENTS, by the function decorator `renamed_arguments`
+stored       fields and columns in files that earlier versions wrote: ATTRIBUTES and COLUMNS, by `current_fields` and `renamed_columns`
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from importlib import import_module
 from importlib.abc import InspectLoader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -34,6 +42,7 @@ MOVED = {
     "analyses.views.studies": "analyses.views.experiments",
 }
 NAMES = {  # module -> name of earlier versions -> module and name now
+    "analyses.logit_lens": {"read_entries": "analyses.logit_lens:residual_at"},
     "analyses.domain_neurons": {
         "firing_work": "analyses.experiments.neurons:FiringExperiment",
         "read_firings": "analyses.experiments.neurons:read_firings",
@@ -56,6 +65,22 @@ NAMES = {  # module -> name of earlier versions -> module and name now
     },
 }
 
+ATTRIBUTES = {  # class -> name of earlier versions -> name now
+    "analyses.flip_patching:FlipAttribution": {"entry": "flip_layer", "layer": "block"},
+    "analyses.flip_patching:FlipTest": {"entry_difference": "lens_difference"},
+}
+ARGUMENTS = {  # function -> name of earlier versions -> name now
+    "analyses.flip_patching:attribute_flip": {"entry": "layer"},
+}
+COLUMNS = {  # result -> column of earlier versions -> column now, of its tables in files
+    "analyses.experiments.flips:FlipStudy": {
+        "entry": "layer",
+        "entry_difference": "lens_difference",
+        "entry_difference_ablated": "lens_difference_ablated",
+        "entry_difference_random": "lens_difference_random",
+    },
+}
+
 
 def moved_names(module: str) -> Callable[[str], Any]:
     """A module's `__getattr__`: names that it had in earlier versions, each with a DeprecationWarning."""
@@ -64,10 +89,68 @@ def moved_names(module: str) -> Callable[[str], Any]:
         if name not in NAMES[module]:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
         home, _, now = NAMES[module][name].partition(":")
-        warnings.warn(f"{module}.{name} is now {home}.{now}.", DeprecationWarning, stacklevel=2)
+        warn_of(f"{module}.{name}", f"{home}.{now}", stacklevel=2)
         return getattr(import_module(home), now)
 
     return find
+
+
+def renamed_attributes(cls: type) -> type:
+    """Class decorator: attributes that had another name in earlier versions are read under it too."""
+    for old, new in ATTRIBUTES[place_of(cls)].items():
+        setattr(cls, old, _renamed_attribute(f"{place_of(cls)}.{old}", f"{place_of(cls)}.{new}", new))
+    return cls
+
+
+def _renamed_attribute(was: str, now: str, new: str) -> property:
+    def read(self: Any) -> Any:
+        warn_of(was, now)
+        return getattr(self, new)
+
+    return property(read, doc=f"Now `{new}`.")
+
+
+def renamed_arguments(function: Callable) -> Callable:
+    """Function decorator: keyword arguments that had another name in earlier versions are taken under it too.
+
+    Raises:
+        TypeError: (when called) an argument under both names.
+    """
+    place, names = place_of(function), ARGUMENTS[place_of(function)]
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        for old in names.keys() & kwargs.keys():
+            if names[old] in kwargs:
+                raise TypeError(
+                    f"{function.__name__}() got {names[old]}= and {old}=, its name in earlier versions: give {names[old]}= alone."
+                )
+            warn_of(f"{place}({old}=)", f"{place}({names[old]}=)", stacklevel=3)
+            kwargs[names[old]] = kwargs.pop(old)
+        return function(*args, **kwargs)
+
+    return call
+
+
+def place_of(thing: Any) -> str:
+    """Module and name of a class or function, as the tables above have them."""
+    return f"{thing.__module__}:{thing.__qualname__}"
+
+
+def warn_of(was: str, now: str, stacklevel: int = 3) -> None:
+    """The one wording: `was is now now.`"""
+    warnings.warn(f"{was.replace(':', '.')} is now {now.replace(':', '.')}.", DeprecationWarning, stacklevel=stacklevel + 1)
+
+
+def renamed_columns(kind: type) -> dict[str, str]:
+    """Columns of a result's tables that had another name in earlier versions, by that name."""
+    return COLUMNS.get(place_of(kind), {})
+
+
+def current_fields(place: str, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a class as a file has them, by their names now."""
+    names = ATTRIBUTES.get(place, {})
+    return {(names[name] if name in names and names[name] not in stored else name): value for name, value in stored.items()}
 
 
 class MovedModules(MetaPathFinder, InspectLoader):
@@ -80,7 +163,7 @@ class MovedModules(MetaPathFinder, InspectLoader):
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         if spec.name in MOVED:
-            warnings.warn(f"{spec.name} is now {MOVED[spec.name]}.", DeprecationWarning, stacklevel=2)
+            warn_of(spec.name, MOVED[spec.name], stacklevel=2)
         module = import_module(current_path(spec.name))
         spec.loader_state = module.__spec__
         return module
