@@ -8,11 +8,7 @@
     views/          results -> pictures and pages; knows no model
 
 Imports point down this list, and from all of it but the views to `hooked_qwen2vl`; methods and runs do not know each
-other. `lint-imports` holds it (setup.cfg), and a new module must be given its place there. `moved.py` has earlier paths.
+other. `lint-imports` holds it (setup.cfg), and a new module must be given its place there. `hooked_qwen2vl.moved` has earlier names.
 """
 
-import sys
-
-from hooked_qwen2vl.moved import MovedModules
-
-sys.meta_path.append(MovedModules())
+import hooked_qwen2vl  # noqa: F401, which finds modules by the paths they had before

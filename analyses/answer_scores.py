@@ -34,7 +34,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from analyses.common.attention import attention_patterns
-from analyses.common.vocabulary import readout
+from analyses.common.vocabulary import predictions_of
 from analyses.contextual_lens import contextual_score, span_positions, yes_no_subject
 from analyses.logit_lens import residual_stack
 from analyses.trajectory import flips, same_word, stability
@@ -99,7 +99,7 @@ class Evidence:
         `rank` of the token itself, 0 the top."""
         vectors = self.stack[:, [p - 1 for p in self.answer]]
         targets = self.answer_ids.repeat(len(vectors))[:, None]
-        read = readout(self.model, vectors.flatten(0, 1), targets, top_k=1)
+        read = predictions_of(self.model, vectors.flatten(0, 1), targets, top_k=1)
         flat = {"top1": read.ids[:, 0], "top1_prob": read.probs[:, 0], "entropy": read.entropy, "rank": read.target_ranks[:, 0]}
         return {name: values.unflatten(0, vectors.shape[:2]) for name, values in flat.items()}
 
@@ -107,7 +107,7 @@ class Evidence:
     def token_log_probs(self) -> Float[Tensor, "token"]:
         """The model's log-probability of each answer token, nats: the last layer."""
         vectors = self.stack[-1, [p - 1 for p in self.answer]]
-        return readout(self.model, vectors, self.answer_ids[:, None], top_k=1).target_log_probs[:, 0]
+        return predictions_of(self.model, vectors, self.answer_ids[:, None], top_k=1).target_log_probs[:, 0]
 
     @cached_property
     def _run(self) -> tuple[Tensor, Tensor]:
@@ -205,7 +205,7 @@ def internal_confidence(evidence: Evidence) -> float:
     positions, sign = evidence.subject
     vectors = evidence.stack[:, evidence.item.positions("image")].flatten(0, 1)
     targets = evidence.item.tokens[0, positions].cpu().expand(len(vectors), -1)
-    return sign * float(readout(evidence.model, vectors, targets, top_k=1).target_probs.amax(0).mean())
+    return sign * float(predictions_of(evidence.model, vectors, targets, top_k=1).target_probs.amax(0).mean())
 
 
 @_score

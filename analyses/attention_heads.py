@@ -144,10 +144,10 @@ def _image_scores(model: Any, inputs: Any) -> tuple[dict[str, Tensor], dict[str,
     image = torch.cat((first, second))
     after = torch.arange(int(image.max()) + 1, inputs.shape[1])
     places = _places(inputs, first, second)
-    within = torch.zeros(inputs.shape[1], inputs.shape[1])
-    within[image[:, None], image] = 1
-    patterns = {kind: pattern(places) * within for kind, pattern in KINDS.items()}
-    patterns["image attention"] = torch.zeros_like(within)
+    both_in_image = torch.zeros(inputs.shape[1], inputs.shape[1])
+    both_in_image[image[:, None], image] = 1
+    patterns = {kind: pattern(places) * both_in_image for kind, pattern in KINDS.items()}
+    patterns["image attention"] = torch.zeros_like(both_in_image)
     patterns["image attention"][after[:, None], image] = 1
 
     def sink(attention: Float[Tensor, "head pos key_pos"]) -> dict[str, Float[Tensor, "head"]]:

@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 from analyses.common.result import Result
 from analyses.common.sums import Sums, add_up
 from analyses.data.examples import Example, examples, in_batches
-from hooked_qwen2vl.image_embeddings import Prefixes
+from hooked_qwen2vl.image_embeddings import ImageEmbeddingsCache
 from hooked_qwen2vl.moved import moved_names
 
 __getattr__ = moved_names(__name__)
@@ -364,13 +364,13 @@ def firing_terms(
     """
     present = {module for module, _ in hook_sites(model, "hook_pre", modules).values()}
     tower = [module for module in ("vision", "projector") if module in present]
-    prefixes = Prefixes(model, watch=partial(_tower_firings, model, tower))
+    embeddings = ImageEmbeddingsCache(model, watch=partial(_tower_firings, model, tower))
 
     @torch.no_grad()
     def terms_of(batch: Sequence[Example]) -> Iterator[dict[str, Any]]:
         if nameless := [example.id for example in batch if not example.domain]:
             raise ValueError(f"example {nameless[0]} has no domain: name one in its line, or put it in a folder of that name.")
-        inputs, seen = prefixes.watched(model.to_inputs([e.question for e in batch], images=[list(e.images) for e in batch]))
+        inputs, seen = embeddings.watched(model.to_inputs([e.question for e in batch], images=[list(e.images) for e in batch]))
         terms = list(_decoder_terms(model, inputs, [e.domain for e in batch], generate)) if "decoder" in present else []
         for visual, counts in zip(inputs.visuals, seen):
             sizes = {"vision": visual.n_patches, "projector": visual.n_tokens}

@@ -2,7 +2,7 @@
 
 Embedding lens
 1. Take the residual stream at the positions asked for, at every layer.
-2. Compare with every row of W_E by cosine; keep the k nearest words.
+2. Compare with every row of W_E by cosine; keep the k nearest tokens.
 
 Contextual neighbours (LatentLens, arXiv 2602.00462)
 1. Run sentences through the model as plain text; keep the residual stream of every token, at several layers. A token
@@ -113,7 +113,7 @@ def embedding_lens(
         inputs, positions, row: as `analyses.logit_lens.logit_lens`.
         layers: which to read, 0..L; None takes all.
     Raises:
-        ValueError: no such part, position or layer, or more top_k than words.
+        ValueError: no such part, position or layer, or more top_k than tokens.
     """
     vectors, layers, chosen = _vectors(model, inputs, positions, row, layers)
     similarity, indices = _nearest(vectors, _unit(model.W_E.detach().cpu()), top_k)

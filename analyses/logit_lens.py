@@ -3,11 +3,11 @@
 1. Run the model without logits, keeping only the residual stream at the layers and positions asked for:
    layer l of 0..L is the stream before block l (0: the embeddings), layer L after the last block.
 2. Read every layer through the model's own final norm, with statistics recomputed for that layer, and W_U.
-3. Keep the top k tokens, the entropy (nats) and the targets; logits of all layers × positions × words never exist.
+3. Keep the top k tokens, the entropy (nats) and the targets; logits of all layers × positions × d_vocab never exist.
 4. Compare the top token of layer L with the model's own.
 
 Layer L *is* the model's own prediction, read in float32. A half-precision model multiplies in its own precision, where
-the best words often tie or change places: `differs` says at which positions. Norming layer L twice, as notebooks on
+the best tokens often tie or change places: `differs` says at which positions. Norming layer L twice, as notebooks on
 HF's hidden states do, is the classic mistake: here the stream is always the un-normed one.
 """
 
@@ -25,7 +25,7 @@ from transformer_lens.tools.analysis._model_state import to_token_ids
 
 from analyses.common.prompts import as_prompt
 from analyses.common.result import Result
-from analyses.common.vocabulary import Readout, readout
+from analyses.common.vocabulary import Predictions, predictions_of
 from hooked_qwen2vl import HookedQwen2VL
 from hooked_qwen2vl.geometry import Place
 from hooked_qwen2vl.layers import readable
@@ -151,18 +151,18 @@ def logit_lens(
 ) -> LogitLens:
     """Reads the residual stream of any TransformerLens model through its own final norm and unembedding.
 
-    Only what is asked for is kept, read and paid for: `positions` × `layers` vectors, and chunk_size × words logits.
+    Only what is asked for is kept, read and paid for: `positions` × `layers` vectors, and chunk_size × d_vocab logits.
 
     Args:
         inputs: one prompt: `Inputs`, a string or token ids.
         positions: a place (see `Inputs.resolve`): "last", "image", a box, positions, a slice, a mask.
         targets: tokens (or single-token strings) whose probability and rank to follow.
         row: which prompt of a batch.
-        chunk_size: how many vectors are read at once; their logits take 4 bytes × words each.
+        chunk_size: how many vectors are read at once; their logits take 4 bytes × d_vocab each.
         layers: which to read, 0 (the embedding) … L (after the last block), negative from the end; None reads all.
         translator: a tuned lens (`analyses.tuned_lens`): what each layer becomes before it is read.
     Raises:
-        ValueError: no such row, part, position or layer, more top_k than words, or a tuned lens of another model.
+        ValueError: no such row, part, position or layer, more top_k than tokens, or a tuned lens of another model.
     """
     prompt = as_prompt(model, inputs)
     chosen = prompt.resolve(positions, row).tolist()
@@ -180,7 +180,7 @@ def logit_lens(
     wanted = [] if targets is None else to_token_ids(model, targets)
     shared = torch.tensor(wanted, dtype=torch.long).expand(len(chosen), -1)
     # The last layer is read first: what it puts first is followed through the others.
-    last = readout(model, streams[model.cfg.n_layers], shared, top_k, chunk_size)
+    last = predictions_of(model, streams[model.cfg.n_layers], shared, top_k, chunk_size)
     followed = torch.cat((last.ids[:, :1], shared), dim=1)
     last = replace(
         last,
@@ -188,7 +188,7 @@ def logit_lens(
         target_ranks=torch.cat((torch.zeros_like(followed[:, :1]), last.target_ranks), dim=1),
     )
     read = {
-        layer: last if layer == model.cfg.n_layers else readout(model, streams.pop(layer), followed, top_k, chunk_size)
+        layer: last if layer == model.cfg.n_layers else predictions_of(model, streams.pop(layer), followed, top_k, chunk_size)
         for layer in dict.fromkeys(read_layers)
     }
     lens = _result(model, inputs, [read[layer] for layer in read_layers], read_layers, tokens, chosen, wanted, positions, row)
@@ -198,7 +198,7 @@ def logit_lens(
 def _result(
     model: Any,
     inputs: Any,
-    read: list[Readout],
+    read: list[Predictions],
     layers: list[int],
     tokens: Int[Tensor, "pos"],
     chosen: list[int],

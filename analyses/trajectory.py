@@ -41,7 +41,7 @@ from torch import Tensor
 
 from analyses.common.prompts import TextPrompt, as_prompt
 from analyses.common.result import Result
-from analyses.common.vocabulary import final_norm, logits_of, readout
+from analyses.common.vocabulary import final_norm, logits_of, predictions_of
 from analyses.logit_lens import residual_at
 from hooked_qwen2vl import Inputs
 from hooked_qwen2vl.geometry import Place
@@ -726,4 +726,4 @@ def _token_log_probs(model: Any, stack: Float[Tensor, "layer token d_model"], sp
     if not spelt:
         return torch.full((len(stack), 1), torch.nan)
     targets = torch.tensor(spelt).repeat(len(stack))[:, None]
-    return readout(model, stack.flatten(0, 1), targets, top_k=1).target_log_probs.reshape(len(stack), -1)
+    return predictions_of(model, stack.flatten(0, 1), targets, top_k=1).target_log_probs.reshape(len(stack), -1)

@@ -8,10 +8,14 @@ original pixels.
 Names are imported when first used, so that the command's --help need not wait for torch.
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .moved import MovedModules
 from .version import __version__
+
+sys.meta_path.append(MovedModules())
 
 if TYPE_CHECKING:
     from .cache import HookedCache, cache_image

@@ -148,7 +148,7 @@ class Attention(nn.Module):
             k, v = past.append(k, v)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if listened(self.hook_attn_scores, self.hook_pattern):
-            z = self._attend_in_the_open(q, k, v, visible)
+            z = self._attend_explicitly(q, k, v, visible)
         else:
             z = visible.attend(q, k, v)
         return self._output(self.hook_z(z.transpose(1, 2)))
@@ -162,7 +162,7 @@ class Attention(nn.Module):
         projected = torch.einsum("bphm,hdm->bphd", x, weight)
         return projected if linear.bias is None else projected + linear.bias.unflatten(0, (n_heads, self.d_head))
 
-    def _attend_in_the_open(
+    def _attend_explicitly(
         self,
         q: Float[Tensor, "batch head pos d_head"],
         k: Float[Tensor, "batch kv_head key_pos d_head"],

@@ -115,7 +115,7 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Ids of the tokens that frame the vision prefix, and of those that frame a chat.
+    """Ids of the tokens that frame an image, and of those that frame a chat.
 
     Attributes:
         line_breaks: tokens that begin with a line break; () where the tokenizer is not known.

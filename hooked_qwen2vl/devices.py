@@ -15,6 +15,10 @@ import torch
 from torch import nn
 from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
 
+from .moved import moved_names
+
+__getattr__ = moved_names(__name__)
+
 WHOLE = ["Block", "VisionProjector"]
 _INSIDE = re.compile(r"((vision_encoder\.)?blocks\.\d+|vision_projector)\..+")
 AWAY = ("cpu", "disk")
@@ -63,13 +67,13 @@ def _empty_folder(device_map: dict, folder: str | Path | None) -> str | None:
     return str(folder)
 
 
-def spread_over(model: nn.Module) -> int:
+def n_devices(model: nn.Module) -> int:
     """Devices that the model runs on; where weights only wait (CPU and disk beside a GPU) does not count."""
     devices = set(getattr(model, "hf_device_map", {}).values())
     return len(devices.difference(AWAY)) or 1
 
 
-def beside(entry: TransformerLensKeyValueCacheEntry, block: nn.Module) -> TransformerLensKeyValueCacheEntry:
+def to_its_device(entry: TransformerLensKeyValueCacheEntry, block: nn.Module) -> TransformerLensKeyValueCacheEntry:
     """The block's keys and values on the device it runs on; they are moved once, while they are empty."""
     device = getattr(getattr(block, "_hf_hook", None), "execution_device", None)
     if device is not None and entry.past_keys.device != torch.device(device):
@@ -77,7 +81,7 @@ def beside(entry: TransformerLensKeyValueCacheEntry, block: nn.Module) -> Transf
     return entry
 
 
-def refuse_far_weights(hf_model: nn.Module, name: str) -> None:
+def check_storage_can_be_shared(hf_model: nn.Module, name: str) -> None:
     """A reference model whose storage cannot be shared, because it is spread over devices.
 
     Raises:

@@ -26,7 +26,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from .cache import HookedCache, heads_first, is_vision
 from .inputs import Inputs
 
-ROOM = 128  # positions that keys and values have room for when it is made anew
+SPARE = 128  # positions that the buffer of keys and values has beyond those it holds, when it is made anew
 Hooks = Sequence[tuple[str | Callable[[str], bool], Callable]]
 
 
@@ -393,7 +393,7 @@ class KeysAndValues(TransformerLensKeyValueCacheEntry):
     In memory they lie head by head, as attention reads them. Earlier results of `append` stay valid.
     """
 
-    room: Float[Tensor, "2 batch head room d_head"] | None = None
+    buffer: Float[Tensor, "2 batch head capacity d_head"] | None = None
 
     def append(
         self, new_keys: Float[Tensor, "batch new head d_head"], new_values: Float[Tensor, "batch new head d_head"]
@@ -402,17 +402,17 @@ class KeysAndValues(TransformerLensKeyValueCacheEntry):
             return super().append(new_keys, new_values)
         start = self.past_keys.shape[1]
         end = start + new_keys.shape[1]
-        if self.room is None or self.room.shape[3] < end:
+        if self.buffer is None or self.buffer.shape[3] < end:
             batch, _, heads, d_head = new_keys.shape
-            self.room = new_keys.new_empty((2, batch, heads, end + ROOM, d_head))
+            self.buffer = new_keys.new_empty((2, batch, heads, end + SPARE, d_head))
             self._write(0, start, self.past_keys, self.past_values)
         self._write(start, end, new_keys, new_values)
-        self.past_keys, self.past_values = self.room[:, :, :, :end].transpose(2, 3)
+        self.past_keys, self.past_values = self.buffer[:, :, :, :end].transpose(2, 3)
         return self.past_keys, self.past_values
 
     def _write(self, start: int, end: int, *keys_and_values: Float[Tensor, "batch pos head d_head"]) -> None:
-        for room, given in zip(self.room, keys_and_values):
-            room[:, :, start:end] = given.transpose(1, 2)
+        for buffer, given in zip(self.buffer, keys_and_values):
+            buffer[:, :, start:end] = given.transpose(1, 2)
 
 
 class Collector:

@@ -24,7 +24,10 @@ from torch import Tensor
 from .image_hash import image_hash
 from .inputs import Inputs
 from .layers import listened
+from .moved import moved_names
 from .overflow import finite_check, first_not_finite
+
+__getattr__ = moved_names(__name__)
 
 CAPACITY = 1 << 30
 SAMPLES = 64  # numbers of each tensor of the tower that are compared
@@ -194,9 +197,6 @@ class ImageEmbeddingsCache:
         while len(self._held) > 1 and sum(map(_nbytes, self._held.values())) > self.capacity:
             self._held.popitem(last=False)
         return held
-
-
-Prefixes = ImageEmbeddingsCache
 
 
 def _nbytes(held: tuple[Tensor, Sequence[Tensor]]) -> int:

@@ -1,4 +1,4 @@
-"""One hash for images, wherever two must be told apart: stored prefixes, resumed runs, clusters of questions about one image."""
+"""One hash for images, wherever two must be told apart: stored image embeddings, resumed runs, clusters of questions about one image."""
 
 from __future__ import annotations
 

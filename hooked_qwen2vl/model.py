@@ -37,7 +37,7 @@ from .cache import HookedCache, heads_first, is_vision
 from .cache_size import CacheSize, cache_size, require_room
 from .checkpoint import open_checkpoint
 from .config import HookedQwen2VLConfig, convert_config
-from .devices import beside, dispatch, refuse_far_weights, spread_over
+from .devices import check_storage_can_be_shared, dispatch, n_devices, to_its_device
 from .export import export_text_model
 from .generate import Generation, said_so_far
 from .habits import Habits, refuse_old_arguments, refuse_several
@@ -165,7 +165,7 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
             hf_model, adapter = adapted_model(hf_model)
         name = getattr(hf_model.config, "name_or_path", "") or type(hf_model).__name__
         refuse_quantised(hf_model.config.to_dict(), name)
-        refuse_far_weights(hf_model, name)
+        check_storage_can_be_shared(hf_model, name)
         if processor is not None and not isinstance(processor, Processor):
             processor = Processor.from_hf(processor)
         generation = hf_model.generation_config.to_dict() if hf_model.generation_config is not None else {}
@@ -442,8 +442,8 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         with finite_check() as check:
             check.note(residual, "hook_embed" if layers.start == 0 else f"the stream before blocks.{layers.start}")
             for layer in layers:
-                entry = None if past is None else beside(past.entries[layer], self.blocks[layer])
-                residual = self.blocks[layer](residual, rotation, visible, entry)
+                past_of_layer = None if past is None else to_its_device(past.entries[layer], self.blocks[layer])
+                residual = self.blocks[layer](residual, rotation, visible, past_of_layer)
                 if layer in added:
                     residual = residual + self.blocks[layer].hook_deepstack(added[layer].to(residual.device))
                 check.note(residual, f"blocks.{layer}")
@@ -589,7 +589,7 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         if isinstance(input, Inputs):
             require_room(self.cache_size(input, names_filter, pos_slice=pos_slice), device or self.cfg.device)
         # What is spread over several devices is brought together, so that the cache can stack it.
-        device = self.cfg.device if device is None and spread_over(self) > 1 else device
+        device = self.cfg.device if device is None and n_devices(self) > 1 else device
         result, cache = super().run_with_cache(
             input,
             names_filter=names_filter,

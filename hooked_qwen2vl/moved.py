@@ -40,9 +40,22 @@ MOVED = {
     "analyses.run_sums": "analyses.runs.sums",
     "analyses.studies": "analyses.experiments.flips",
     "analyses.views.studies": "analyses.views.experiments",
+    "hooked_qwen2vl.scenes.sheet": "hooked_qwen2vl.scenes.contact_sheets",
 }
 NAMES = {  # module -> name of earlier versions -> module and name now
+    "analyses.common.statistics": {"within": "analyses.common.statistics:within_groups"},
+    "analyses.common.vocabulary": {
+        "Readout": "analyses.common.vocabulary:Predictions",
+        "readout": "analyses.common.vocabulary:predictions_of",
+    },
     "analyses.logit_lens": {"read_entries": "analyses.logit_lens:residual_at"},
+    "analyses.runs": {"settled": "analyses.runs.engine:refreshed"},
+    "analyses.runs.engine": {"settled": "analyses.runs.engine:refreshed"},
+    "hooked_qwen2vl.devices": {
+        "beside": "hooked_qwen2vl.devices:to_its_device",
+        "spread_over": "hooked_qwen2vl.devices:n_devices",
+    },
+    "hooked_qwen2vl.image_embeddings": {"Prefixes": "hooked_qwen2vl.image_embeddings:ImageEmbeddingsCache"},
     "analyses.domain_neurons": {
         "firing_work": "analyses.experiments.neurons:FiringExperiment",
         "read_firings": "analyses.experiments.neurons:read_firings",
@@ -67,10 +80,12 @@ NAMES = {  # module -> name of earlier versions -> module and name now
 
 ATTRIBUTES = {  # class -> name of earlier versions -> name now
     "analyses.flip_patching:FlipAttribution": {"entry": "flip_layer", "layer": "block"},
+    "analyses.runs.plan:Memory": {"prefixes": "embeddings"},
     "analyses.flip_patching:FlipTest": {"entry_difference": "lens_difference"},
 }
 ARGUMENTS = {  # function -> name of earlier versions -> name now
     "analyses.flip_patching:attribute_flip": {"entry": "layer"},
+    "analyses.runs.engine:run": {"prefixes": "embeddings"},
 }
 COLUMNS = {  # result -> column of earlier versions -> column now, of its tables in files
     "analyses.experiments.flips:FlipStudy": {

@@ -16,7 +16,7 @@ from analyses.experiments import flips, hallucination, max_activating, neurons  
 from analyses.runs.engine import run
 from hooked_qwen2vl import HookedQwen2VL
 from hooked_qwen2vl.cli import main
-from hooked_qwen2vl.image_embeddings import Prefixes
+from hooked_qwen2vl.image_embeddings import ImageEmbeddingsCache
 
 MODEL = HookedQwen2VL.from_hf(tiny_hf(), tiny_processor())
 SHAPES = [(56, 56), (84, 56), (140, 84)]
@@ -31,12 +31,12 @@ def questions(n: int) -> list[Example]:
 
 def answer_with(model: HookedQwen2VL, pause: float = 0.0):
     """Two rows a question: the top token's log-probability at two positions, and a random number."""
-    prefixes = Prefixes(model)
+    embeddings = ImageEmbeddingsCache(model)
 
     @torch.no_grad()
     def work(batch: list[Example]):
         time.sleep(random.random() * pause)
-        inputs = prefixes(model.to_inputs([e.question for e in batch], images=[list(e.images) for e in batch]))
+        inputs = embeddings(model.to_inputs([e.question for e in batch], images=[list(e.images) for e in batch]))
         best = model(inputs)[:, -2:].log_softmax(-1).max(-1)
         for row, example in enumerate(batch):
             for place in range(2):

@@ -56,7 +56,7 @@ print("MB", (anonymous() - before) // 1024)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two shards, old key prefixes, norms and biases random. Matrices are cut from one pool of random numbers."""
+    """Two shards, old key embeddings, norms and biases random. Matrices are cut from one pool of random numbers."""
     folder = tmp_path_factory.mktemp("qwen2-vl-2b")
     (folder / "config.json").write_text(json.dumps(CONFIG))
     with torch.device("meta"):

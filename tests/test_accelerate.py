@@ -23,8 +23,8 @@ from analyses.logit_lens import logit_lens
 from analyses.runs.engine import describe_model, read_results, this_share
 from hooked_qwen2vl import HookedQwen2VL
 from hooked_qwen2vl.cli import main
-from hooked_qwen2vl.devices import beside, spread_over
-from hooked_qwen2vl.image_embeddings import Prefixes
+from hooked_qwen2vl.devices import n_devices, to_its_device
+from hooked_qwen2vl.image_embeddings import ImageEmbeddingsCache
 
 WHOLE = ["Block", "VisionProjector"]
 MODULES = [
@@ -114,7 +114,7 @@ def test_prefixes_stops_loss_and_gradients_are_the_plain_models(pair):
         encoded = spread.encode(inputs)
         assert torch.equal(encoded.image_embeds, plain.encode(inputs).image_embeds)
         assert encoded.encoded_by == spread.tower_stamp()  # and so it is not computed again
-        assert torch.equal(Prefixes(spread)(inputs).image_embeds, Prefixes(plain)(inputs).image_embeds)
+        assert torch.equal(ImageEmbeddingsCache(spread)(inputs).image_embeds, ImageEmbeddingsCache(plain)(inputs).image_embeds)
         assert plain(inputs, return_type="loss") == spread(encoded, return_type="loss")
         stopped = spread(inputs, stop_at_layer=1)
         assert torch.equal(spread(stopped, inputs=inputs, start_at_layer=1), plain(stopped, inputs=inputs, start_at_layer=1))
@@ -211,15 +211,15 @@ def test_several_devices_bring_their_parts_together():
     """What the two helpers for several accelerators do; no second one is here, so `meta` stands for it."""
     entry = TransformerLensKeyValueCacheEntry(torch.empty(1, 0, 2, 4), torch.empty(1, 0, 2, 4))
     block = torch.nn.Identity()
-    assert beside(entry, block).past_keys.device.type == "cpu"
+    assert to_its_device(entry, block).past_keys.device.type == "cpu"
     block._hf_hook = type("Hook", (), {"execution_device": "meta"})()
-    assert beside(entry, block).past_values.device.type == "meta"
+    assert to_its_device(entry, block).past_values.device.type == "meta"
     model = torch.nn.Identity()
-    assert spread_over(model) == 1
+    assert n_devices(model) == 1
     model.hf_device_map = {"a": 0, "b": "cpu", "c": "disk"}
-    assert spread_over(model) == 1
+    assert n_devices(model) == 1
     model.hf_device_map["d"] = 1
-    assert spread_over(model) == 2
+    assert n_devices(model) == 2
 
 
 def test_float16_that_overflows_is_an_error_that_names_the_layer(processor):

@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from analyses.data.examples import Example
 from analyses.runs.activation_store import ActivationStore, store_activations
-from hooked_qwen2vl.image_embeddings import Prefixes
+from hooked_qwen2vl.image_embeddings import ImageEmbeddingsCache
 
 NAMES = ["hook_embed", "blocks.1.hook_resid_post", "blocks.2.attn.hook_z", "blocks.0.mlp.hook_post"]
 SMALL = {"batch_size": 3, "batches_per_part": 2, "window": 32, "progress": False}
@@ -43,10 +43,10 @@ def batches_as_run(store):
 
 def test_what_comes_back_is_what_run_with_cache_gives(store, model, data):
     """Row for row, to the bit, in the batches that the store says it ran; labels and masks from Inputs itself."""
-    prefixes, seen = Prefixes(model), 0
+    embeddings, seen = ImageEmbeddingsCache(model), 0
     for items in batches_as_run(store):
         batch = [data[item] for item in items]
-        inputs = prefixes(model.to_inputs([e.question for e in batch], images=[list(e.images) for e in batch]))
+        inputs = embeddings(model.to_inputs([e.question for e in batch], images=[list(e.images) for e in batch]))
         with torch.no_grad():
             _, cache = model.run_with_cache(inputs, names_filter=NAMES)
         for row, (item, example) in enumerate(zip(items, batch)):

@@ -34,10 +34,10 @@ def test_greedy_equals_the_reference(seed, cached, processor):
         assert torch.equal(ours, reference_tokens(hf, inputs)), kind
 
 
-@pytest.mark.parametrize("room", [0, 3, 128])
-def test_keys_and_values_are_transformer_lens_s(room, model, monkeypatch):
-    """However often room is made anew, and frozen or not: what its entry gives, and what was given before stays."""
-    monkeypatch.setattr("hooked_qwen2vl.generate.ROOM", room)
+@pytest.mark.parametrize("spare", [0, 3, 128])
+def test_keys_and_values_are_transformer_lens_s(spare, model, monkeypatch):
+    """However often the buffer is made anew, and frozen or not: what the cache gives, and what was given before stays."""
+    monkeypatch.setattr("hooked_qwen2vl.generate.SPARE", spare)
     ours, theirs = (kind.init_cache_entry(model.cfg, "cpu", 2) for kind in (KeysAndValues, TransformerLensKeyValueCacheEntry))
     given = []
     for n in (5, 1, 1, 1, 4, 1):
@@ -52,7 +52,7 @@ def test_keys_and_values_are_transformer_lens_s(room, model, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["image", "batch"])
 def test_greedy_when_room_runs_out(kind, model, hf, batches, monkeypatch):
-    monkeypatch.setattr("hooked_qwen2vl.generate.ROOM", 3)
+    monkeypatch.setattr("hooked_qwen2vl.generate.SPARE", 3)
     ours = model.generate(batches[kind], return_type="tokens", stop_at_eos=False, **GREEDY)
     assert torch.equal(ours, reference_tokens(hf, batches[kind], eos_token_id=-1))
 

@@ -13,7 +13,7 @@ from conftest import picture
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from analyses.answer_scores import SCORES, all_scores
-from analyses.common.statistics import detection, weighted_figures, within
+from analyses.common.statistics import detection, weighted_figures, within_groups
 from analyses.contextual_lens import default_layers
 from analyses.data.benchmarks import EXACT, NEEDS_A_JUDGE, OBJECTS, YES_NO, Question
 from analyses.experiments.hallucination import (
@@ -128,7 +128,7 @@ def test_within_compares_only_inside_groups():
     groups = ["easy"] * 60 + ["hard"] * 60
     correct = np.r_[rng.random(60) < 0.9, rng.random(60) < 0.2]
     score = np.r_[rng.random(60) + 1, rng.random(60)]  # tells the groups apart, and nothing inside them
-    inside = within(correct, score, groups, n_boot=100)
+    inside = within_groups(correct, score, groups, n_boot=100)
     wins = [
         (score[i] > score[j]) + 0.5 * (score[i] == score[j])
         for i in range(120) for j in range(120)
@@ -136,14 +136,14 @@ def test_within_compares_only_inside_groups():
     ]  # fmt: skip
     assert inside["auroc"] == pytest.approx(np.mean(wins))
     assert inside["auroc_low"] < 0.5 < inside["auroc_high"] < detection(correct, score, 10)["auroc"]
-    assert np.isnan(within([True, True], [1, 2], ["a", "b"])["auroc"])
+    assert np.isnan(within_groups([True, True], [1, 2], ["a", "b"])["auroc"])
 
 
 def test_intervals_within_groups_are_percentiles_of_resamples():
     """All groups resampled together; a draw's groups weigh as many right-hallucinated pairs as they have in it."""
     correct, score = tied_scores()
     b = np.isin(np.arange(60), np.r_[np.nonzero(~correct)[0][:12], np.nonzero(correct)[0][:6]])  # mostly hallucinated
-    figures = within(correct, score, np.where(b, "b", "a"), n_boot=200, seed=3)
+    figures = within_groups(correct, score, np.where(b, "b", "a"), n_boot=200, seed=3)
     aurocs, pairs = np.zeros((2, 200)), np.zeros((2, 200))
     for draw, counts in enumerate(np.random.default_rng(3).multinomial(60, np.full(60, 1 / 60), size=200)):
         for number, here in enumerate((b, ~b)):
@@ -159,14 +159,14 @@ def test_intervals_within_groups_are_percentiles_of_resamples():
 def test_two_groups_are_twice_the_data():
     """The interval shrinks by √2, unless the two groups share their clusters."""
     correct, score = tied_scores()
-    one = within(correct, score, ["a"] * 60, n_boot=500)
-    two = within(np.tile(correct, 2), np.tile(score, 2), ["a"] * 60 + ["b"] * 60, n_boot=500)
-    same = within(np.tile(correct, 2), np.tile(score, 2), ["a"] * 60 + ["b"] * 60, n_boot=500, clusters=[*range(60)] * 2)
+    one = within_groups(correct, score, ["a"] * 60, n_boot=500)
+    two = within_groups(np.tile(correct, 2), np.tile(score, 2), ["a"] * 60 + ["b"] * 60, n_boot=500)
+    same = within_groups(np.tile(correct, 2), np.tile(score, 2), ["a"] * 60 + ["b"] * 60, n_boot=500, clusters=[*range(60)] * 2)
     widths = [figures["auroc_high"] - figures["auroc_low"] for figures in (one, two, same)]
     assert widths[2] == pytest.approx(widths[0]) and same["clusters"] == 60
     assert two["auroc"] == pytest.approx(one["auroc"]) and widths[1] / widths[0] == pytest.approx(0.5**0.5, abs=0.1)
     assert (two["items"], two["hallucinated"]) == (120, 2 * int((~correct).sum()))
-    few = within([True] * 20 + [False] * 4, [*range(20), 3, 4, 5, 6], ["a"] * 12 + ["b"] * 12, n_boot=50)
+    few = within_groups([True] * 20 + [False] * 4, [*range(20), 3, 4, 5, 6], ["a"] * 12 + ["b"] * 12, n_boot=50)
     assert few["auroc"] == pytest.approx(np.mean([s > f for s in range(12, 20) for f in (3, 4, 5, 6)]))
     assert np.isnan(few["auroc_low"]) and np.isnan(few["auroc_high"])  # four hallucinated answers: a value, no interval
 

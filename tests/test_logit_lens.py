@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import tiny_tokenizer
 
-from analyses.common.vocabulary import characters, readout
+from analyses.common.vocabulary import characters, predictions_of
 from analyses.logit_lens import logit_lens
 
 ORDER = 1e-5  # logits this close may change places, as the last bits of a product depend on its shape; measured: 1.2e-6
@@ -125,14 +125,14 @@ def test_tokens_on_a_page_are_text():
     assert as_text("<b>") == "&lt;b&gt;" and "</script>" not in as_json({"t": "</script>"})
 
 
-@pytest.fixture(params=[32768, 128], ids=["one slab", "several slabs"])
-def slabs(request, monkeypatch):
-    """The vocabulary of the tiny models in one piece, and in pieces of which top words and targets are apart."""
-    monkeypatch.setattr("analyses.common.vocabulary.SLAB", request.param)
-    monkeypatch.setattr("analyses.common.vocabulary.WIDENED", request.param // 2)
+@pytest.fixture(params=[32768, 128], ids=["one slice", "several slice"])
+def slices(request, monkeypatch):
+    """The vocabulary of the tiny models in one piece, and in pieces of which top tokens and targets are apart."""
+    monkeypatch.setattr("analyses.common.vocabulary.SLICE", request.param)
+    monkeypatch.setattr("analyses.common.vocabulary.FLOAT32_TOKENS", request.param // 2)
 
 
-@pytest.mark.usefixtures("slabs")
+@pytest.mark.usefixtures("slices")
 def test_the_same_call_on_another_transformer_lens_model(tmp_path):
     """A GPT-2 made here, as a TransformerBridge."""
     from transformer_lens.model_bridge import TransformerBridge
@@ -172,7 +172,7 @@ def test_layers_asked_for_are_those_of_the_whole_lens(model, batches):
         logit_lens(model, inputs, "image", layers=[L + 1])
 
 
-@pytest.mark.usefixtures("slabs")
+@pytest.mark.usefixtures("slices")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("rows, top_k", [(1, 1), (5, 7), (9, 64), (7, 130)])
 def test_the_readout_is_the_sorted_softmax(dtype, rows, top_k):
@@ -184,10 +184,10 @@ def test_the_readout_is_the_sorted_softmax(dtype, rows, top_k):
 
     tied = HookedQwen2VL.from_hf(tiny_hf(dtype=dtype))
     with torch.no_grad():
-        tied.unembed.weight[200:260] = tied.unembed.weight[20:80]  # sixty words with a twin
+        tied.unembed.weight[200:260] = tied.unembed.weight[20:80]  # sixty tokens with a twin
     vectors = torch.randn(rows, tied.cfg.d_model).to(dtype) * 5
     targets = torch.randint(80, 200, (rows, 3))  # none with a twin
-    ours = readout(tied, vectors, targets, top_k, chunk_size=4)
+    ours = predictions_of(tied, vectors, targets, top_k, chunk_size=4)
     with torch.no_grad():
         normalized = tied.ln_final(vectors[None])[0]
         logits = normalized.float() @ tied.W_U.float()
@@ -205,16 +205,16 @@ def test_the_readout_is_the_sorted_softmax(dtype, rows, top_k):
     assert ((least <= ours.target_ranks) & (ours.target_ranks <= most)).all() and (least == most).float().mean() > 0.8
 
 
-@pytest.mark.usefixtures("slabs")
+@pytest.mark.usefixtures("slices")
 @pytest.mark.parametrize("top_k", [1, 2, 3, 70, 200])
 def test_ties_go_to_the_lowest_id(model, top_k):
-    """A vector that every word reads alike: more blocks tie than there is room for."""
-    ours = readout(model, torch.zeros(2, model.cfg.d_model), torch.tensor([[9], [250]]), top_k)
+    """A vector that every token reads alike: more blocks tie than there is room for."""
+    ours = predictions_of(model, torch.zeros(2, model.cfg.d_model), torch.tensor([[9], [250]]), top_k)
     assert torch.equal(ours.ids, torch.arange(top_k).expand(2, -1))
     assert not ours.target_ranks.any()
 
 
-@pytest.mark.usefixtures("slabs")
+@pytest.mark.usefixtures("slices")
 def test_far_apart_and_tied_across_blocks():
     """The best word comes last, hundreds of nats above, and brings its block before that of the first of two twins."""
     from tiny import tiny_hf
@@ -226,7 +226,7 @@ def test_far_apart_and_tied_across_blocks():
         model.ln_final.w.fill_(1.0)
         model.unembed.weight.zero_()
         model.unembed.weight[[10, 240, 250], 0] = torch.tensor([100.0, 100.0, 500.0])
-    read = readout(model, torch.eye(model.cfg.d_model)[:1], torch.tensor([[240, 250, 3]]), 3)
+    read = predictions_of(model, torch.eye(model.cfg.d_model)[:1], torch.tensor([[240, 250, 3]]), 3)
     assert read.ids.tolist() == [[250, 10, 240]] and read.target_ranks.tolist() == [[1, 0, 3]]
     assert read.probs[0, 0] == 1 and read.entropy == 0
 
@@ -234,9 +234,9 @@ def test_far_apart_and_tied_across_blocks():
 @pytest.mark.parametrize("target", [-1, 10_000])
 def test_targets_that_are_no_tokens(model, target):
     with pytest.raises(ValueError, match=f"targets must be token ids in 0..{model.cfg.d_vocab - 1}"):
-        readout(model, torch.zeros(1, model.cfg.d_model), torch.tensor([[5, target]]))
+        predictions_of(model, torch.zeros(1, model.cfg.d_model), torch.tensor([[5, target]]))
 
 
 def test_more_words_than_there_are(model, batches):
-    with pytest.raises(ValueError, match="number of words"):
+    with pytest.raises(ValueError, match="number of tokens"):
         logit_lens(model, batches["image"], top_k=10_000)

@@ -50,7 +50,7 @@ NO_RESULTS = {
     "Pair": "part of Pairs",
     "Part": "of a run, before it is written",
     "Question": "an Example of a benchmark",
-    "Readout": "tensors of one readout; LogitLens is their result",
+    "Predictions": "tensors of one reading; LogitLens is their result",
     "Run": "of compare: part of Comparison; of runs: a plan, and how far it is",
     "Schema": "what a row of a data file may hold",
     "Selection": "one module's part of DomainNeurons",

@@ -26,7 +26,7 @@ from analyses.experiments.neurons import EffectExperiment
 from analyses.runs.engine import describe_model, read_composition, read_failures, read_results, run, seeded, this_share
 from analyses.runs.plan import make_plan, memory_for, size_by_model, size_by_pixels
 from hooked_qwen2vl import HookedQwen2VL
-from hooked_qwen2vl.image_embeddings import Prefixes
+from hooked_qwen2vl.image_embeddings import ImageEmbeddingsCache
 
 SMALL = {"batch_size": 3, "batches_per_part": 2, "window": 16, "progress": False}
 
@@ -328,13 +328,13 @@ def test_a_dry_run_says_and_does_nothing(tmp_path, model):
 def test_a_prefix_is_computed_once_an_image(model, monkeypatch):
     images = [[picture(84, 56, 1)], [picture(56, 56, 2)], [picture(84, 56, 1)]]
     inputs = model.to_inputs(["what?", "go on", "red?"], images=images)
-    prefixes = Prefixes(model)
-    first, again = prefixes(inputs), prefixes(inputs[[1, 0]])
-    assert prefixes.computed == 2
+    embeddings = ImageEmbeddingsCache(model)
+    first, again = embeddings(inputs), embeddings(inputs[[1, 0]])
+    assert embeddings.computed == 2
     expected = model.encode(inputs)
     assert torch.allclose(first.image_embeds, expected.image_embeds, atol=1e-5) and first.encoded_by == expected.encoded_by
     assert not torch.allclose(first.image_embeds, expected.image_embeds.flip(0), atol=1e-2)
-    alone = Prefixes(model)(inputs[1])  # what was met before changes no bit
+    alone = ImageEmbeddingsCache(model)(inputs[1])  # what was met before changes no bit
     assert torch.equal(again[0].image_embeds, alone.image_embeds)
     with torch.no_grad():
         assert torch.allclose(model(first), model(inputs), atol=1e-4)
@@ -342,20 +342,20 @@ def test_a_prefix_is_computed_once_an_image(model, monkeypatch):
     run_tower = type(model).run_tower
     monkeypatch.setattr(type(model), "run_tower", lambda self, i: calls.append(1) or run_tower(self, i))
     with torch.no_grad():
-        model(prefixes(inputs))
+        model(embeddings(inputs))
     assert not calls  # the model takes it as its own
 
 
 def test_the_store_of_prefixes_forgets_and_notices_edits(processor):
     model = HookedQwen2VL.from_hf(tiny_hf(), processor)
     one, two = (model.to_inputs("what?", images=[picture(84, 56, seed)]) for seed in (1, 2))
-    prefixes = Prefixes(model, capacity=1)
+    embeddings = ImageEmbeddingsCache(model, capacity=1)
     for inputs in (one, one, two, one):
-        prefixes(inputs)
-    assert prefixes.computed == 3
+        embeddings(inputs)
+    assert embeddings.computed == 3
     with torch.no_grad():
         model.vision_encoder.blocks[0].attn.W_O.mul_(2.0)
-        assert torch.equal(prefixes(one).image_embeds, model.encode(one).image_embeds)
+        assert torch.equal(embeddings(one).image_embeds, model.encode(one).image_embeds)
 
 
 def test_what_is_watched_is_kept_with_its_image_and_counts_as_memory(model):
@@ -366,7 +366,7 @@ def test_what_is_watched_is_kept_with_its_image_and_counts_as_memory(model):
     one, two = (model.to_inputs("what?", images=[picture(84, 56, seed)]) for seed in (1, 2))
     both = model.to_inputs(["what?", "what?"], images=[[picture(84, 56, 2)], [picture(84, 56, 1)]])
     prefix = model.encode(one).image_embeds.nbytes
-    roomy, narrow = (Prefixes(model, capacity, watch) for capacity in (2 * prefix + 8000, 2 * prefix + 7999))
+    roomy, narrow = (ImageEmbeddingsCache(model, capacity, watch) for capacity in (2 * prefix + 8000, 2 * prefix + 7999))
     for store, computed in ((roomy, 2), (narrow, 4)):
         for inputs in (one, two, both):
             encoded, seen = store.watched(inputs)
@@ -403,7 +403,7 @@ def test_the_estimate_of_memory_is_near_what_is_allocated(model, gradients):
         if event.name() == "[memory]":
             held += event.nbytes()
             peak = max(peak, held)
-    assert peak > 1e6 and memory.prefixes == 0
+    assert peak > 1e6 and memory.embeddings == 0
     assert 0.5 < (memory.total - memory.weights) / peak < 2.5
     assert memory.weights == sum(weight.nbytes for weight in model.parameters())
 

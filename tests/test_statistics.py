@@ -15,7 +15,7 @@ from PIL import Image
 from scipy.stats import norm, sem
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from analyses.common.statistics import cluster_codes, detection, mean_interval, share_interval, standard_error, wilson, within
+from analyses.common.statistics import cluster_codes, detection, mean_interval, share_interval, standard_error, wilson, within_groups
 from analyses.data.examples import Example, image_key
 from analyses.experiments.hallucination import WITHIN, claims_of
 from analyses.experiments.locality import LocalityStudy
@@ -167,7 +167,7 @@ def test_intervals_within_groups_resample_captions_of_all_groups():
             aurocs.append(roc_auc_score(right[here], score[here]))
             pairs.append(right[here].sum() * (~right[here]).sum())
         values.append(np.average(aurocs, weights=pairs))
-    ours = within(right, score, groups, 100, seed=5, clusters=CAPTION)
+    ours = within_groups(right, score, groups, 100, seed=5, clusters=CAPTION)
     assert (ours["auroc_low"], ours["auroc_high"]) == pytest.approx(tuple(np.percentile(values, (2.5, 97.5))))
 
 
@@ -194,7 +194,7 @@ def test_few_clusters_of_a_class_have_no_interval():
     assert np.isfinite(detection(right, score, 50)["auroc_low"])
     few = detection(right, score, 50, clusters=captions)
     assert np.isfinite(few["auroc"]) and np.isnan(few["auroc_low"]) and np.isnan(few["ap_correct_high"])
-    assert np.isnan(within(right, score, ["a"] * 60, 50, clusters=captions)["auroc_low"])
+    assert np.isnan(within_groups(right, score, ["a"] * 60, 50, clusters=captions)["auroc_low"])
 
 
 def test_unscored_items_leave_their_cluster_as_it_is():

@@ -14,7 +14,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import CohereConfig, CohereForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from analyses.answer_scores import SCORES
-from analyses.common.vocabulary import logits_of, readout
+from analyses.common.vocabulary import logits_of, predictions_of
 from analyses.logit_lens import logit_lens, residual_stack
 from analyses.trajectory import (
     OUTCOMES,
@@ -248,7 +248,7 @@ def test_scores_and_trajectory_are_one_reading():
     expected = z.log_softmax(-1).gather(-1, inputs.tokens[0, places + 1][:, None])[:, 0]
     assert SCORES["mean_log_prob"](model, inputs) == pytest.approx(float(expected.mean()), rel=1e-5)
     assert SCORES["probability"](model, inputs) == pytest.approx(float(expected.sum().exp()), rel=1e-4)
-    read = readout(model, cache["resid_post", -1][0, places], inputs.tokens[0, places + 1][:, None])
+    read = predictions_of(model, cache["resid_post", -1][0, places], inputs.tokens[0, places + 1][:, None])
     assert torch.allclose(read.target_log_probs[:, 0].double(), expected, atol=1e-5)
     assert torch.allclose(logits_of(model, cache["resid_post", -1][0, places]).double(), z, atol=1e-5)
 
@@ -267,7 +267,7 @@ def test_the_shift_of_distributions_that_are_far_apart():
     with torch.no_grad():
         model.unembed.weight.zero_(), model.ln_final.w.fill_(1.0)
         model.unembed.weight[5, 0] = 50.0
-    far = readout(model, torch.eye(model.cfg.d_model)[:1], torch.tensor([[5, 6]]))
+    far = predictions_of(model, torch.eye(model.cfg.d_model)[:1], torch.tensor([[5, 6]]))
     assert float(far.target_log_probs[0, 1]) == pytest.approx(-50 * math.sqrt(model.cfg.d_model), rel=1e-4)
     assert float(far.target_probs[0, 1]) == 0.0
 

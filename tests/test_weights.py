@@ -29,7 +29,7 @@ def new_layout(folder, hf):
 
 
 def old_layout(folder, hf, shards: int):
-    """As published: flat configuration, `visual.` and `model.` prefixes, possibly sharded."""
+    """As published: flat configuration, `visual.` and `model.` embeddings, possibly sharded."""
     hf.save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
     tensors = {

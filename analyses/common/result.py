@@ -3,7 +3,7 @@
     tensors   as they are
     tables    the bytes of a Parquet file
     images    the bytes of a PNG file; pixels as they are where PNG has no such mode
-    prompts   everything but their vision prefix, which is computed again
+    prompts   everything but their image embeddings, which are computed again
 
 Nothing in a file is code, and none is imported because a file names it: classes are found, by module and name, among those
 there are.

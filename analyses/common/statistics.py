@@ -12,7 +12,7 @@
 4. Where one of the two classes is missing there is nothing to tell apart: every figure is NaN beside the counts. A
    resample without one of them is left out and counted. With right, or hallucinated, answers in fewer than five clusters
    there is a value but no interval: resampling so few again and again would give a far too narrow one.
-5. Pooled over categories, a score can win by telling easy categories from hard ones. `within` compares right and
+5. Pooled over categories, a score can win by telling easy categories from hard ones. `within_groups` compares right and
    hallucinated answers of one category only: the mean of the categories' AUROCs, weighted by their numbers of pairs.
 """
 
@@ -26,6 +26,10 @@ import pandas as pd
 from jaxtyping import Bool, Float, Int
 from scipy.stats import binomtest
 from sklearn.metrics import average_precision_score, roc_auc_score
+
+from hooked_qwen2vl.moved import moved_names
+
+__getattr__ = moved_names(__name__)
 
 FIGURES = ("auroc", "ap_correct", "ap_hallucinated")
 MIN_CLUSTERS = 5  # clusters with answers of a class, below which there is no interval
@@ -54,7 +58,7 @@ def cluster_codes(clusters: Sequence[Any] | None, n: int) -> Int[np.ndarray, "it
 def cluster_draws(
     n_clusters: int, n_boot: int, rng: np.random.Generator, n: int | None = None
 ) -> Iterator[Int[np.ndarray, "draw cluster"]]:
-    """How often each resample holds each cluster, a slab of resamples at a time.
+    """How often each resample holds each cluster, some resamples at a time.
 
     Args:
         n: numbers that the caller will hold for each resample; None is the number of clusters.
@@ -182,7 +186,7 @@ def detection(
     return _detection(correct, score, None, clusters, n_boot, seed, level)
 
 
-def within(
+def within_groups(
     correct: Bool[np.ndarray, "item"],
     score: Float[np.ndarray, "item"],
     groups: Sequence[str],

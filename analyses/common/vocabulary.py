@@ -1,17 +1,17 @@
 """How the residual stream is read through the vocabulary: the one path of every lens, trajectory, margin and score.
 
-`readout` keeps of every whole-vocabulary distribution what is asked for: top tokens, entropy, and where given tokens stand.
+`predictions_of` keeps of every whole-vocabulary distribution what is asked for: top tokens, entropy, and where given tokens stand.
 `logits_of` keeps all of it, for the few vectors of a trajectory. Both:
 
 1. Norm a chunk of vectors with the model's own final norm, in its own dtype, and multiply by W_U in float32
-   (half-precision weights are widened a block of words at a time; a product in half precision would tie words that
-   are not tied) into slabs of words, which every chunk uses again. Other TransformerLens models add b_U and what their
+   (half-precision weights are widened a block of tokens at a time; a product in half precision would tie tokens that
+   are not tied) into slices of the vocabulary, which every chunk uses again. Other TransformerLens models add b_U and what their
    adapter does to logits (a soft cap, a scale).
-2. Of every slab z, a few rows at a time so that they stay in the processor's cache: the largest logit of every
-   block of 64 words; m = max z, S = Σ exp(z−m), E = Σ exp(z−m)(z−m); how many logits are above a target's.
+2. Of every slice z, a few rows at a time so that they stay in the processor's cache: the largest logit of every
+   block of 64 tokens; m = max z, S = Σ exp(z−m), E = Σ exp(z−m)(z−m); how many logits are above a target's.
    The top k are in the k blocks with the largest maxima, ties to the lowest id.
-3. The slabs joined: m = max mᵢ, S = Σ exp(mᵢ−m) Sᵢ, E = Σ exp(mᵢ−m) (Eᵢ + (mᵢ−m) Sᵢ), ranks summed.
-   log p = z − m − log S, and entropy = log S − E / S, nats. A token's rank is the number of words with a larger logit.
+3. The slices joined: m = max mᵢ, S = Σ exp(mᵢ−m) Sᵢ, E = Σ exp(mᵢ−m) (Eᵢ + (mᵢ−m) Sᵢ), ranks summed.
+   log p = z − m − log S, and entropy = log S − E / S, nats. A token's rank is the number of tokens with a larger logit.
 
 A model that cannot be read so (an encoder, a head between norm and unembedding) is refused by TransformerLens's `logit_readout`.
 """
@@ -31,16 +31,19 @@ from tqdm.auto import tqdm
 from transformer_lens.tools.analysis import logit_readout
 
 from hooked_qwen2vl import HookedQwen2VL
+from hooked_qwen2vl.moved import moved_names
 from hooked_qwen2vl.overflow import finite
 
-BLOCK = 64  # words whose largest logit is kept
-SLAB = 32768  # words whose logits lie together, filled up to whole blocks; 16 MB for 128 rows
-FEW = 4  # rows read at once on a CPU: with two copies of themselves they stay in its cache
-WIDENED = 4096  # half-precision words made float32 at a time, a part of a slab
+__getattr__ = moved_names(__name__)
+
+BLOCK = 64  # tokens whose largest logit is kept
+SLICE = 32768  # tokens whose logits lie together, filled up to whole blocks; 16 MB for 128 rows
+ROWS_AT_ONCE = 4  # rows read at once on a CPU: with two copies of themselves they stay in its cache
+FLOAT32_TOKENS = 4096  # half-precision columns of W_U made float32 at a time, a part of a slice
 
 
 @dataclass(frozen=True)
-class Readout:
+class Predictions:
     """What is kept of every row's distribution.
 
     Attributes:
@@ -60,13 +63,13 @@ class Readout:
 
 
 @torch.no_grad()
-def readout(
+def predictions_of(
     model: Any,
     vectors: Float[Tensor, "row d_model"],
     targets: Int[Tensor, "row target"],
     top_k: int = 5,
     chunk_size: int = 128,
-) -> Readout:
+) -> Predictions:
     """Reads vectors of the residual stream through the model's own final norm and unembedding; results on the CPU.
 
     Args:
@@ -74,25 +77,25 @@ def readout(
         targets: tokens to follow, any number for each row (none: [row 0]).
         chunk_size: rows whose logits exist at once, in float32.
     Raises:
-        ValueError: more top_k than words, or a target that is no token.
+        ValueError: more top_k than tokens, or a target that is no token.
     """
-    n_words = model.W_U.shape[1]
-    if not 1 <= top_k <= n_words:
-        raise ValueError(f"top_k must be in 1..{n_words}, the number of words, got {top_k}.")
-    if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < n_words:
-        raise ValueError(f"targets must be token ids in 0..{n_words - 1}, got {int(targets.min())}..{int(targets.max())}.")
+    d_vocab = model.W_U.shape[1]
+    if not 1 <= top_k <= d_vocab:
+        raise ValueError(f"top_k must be in 1..{d_vocab}, the number of tokens, got {top_k}.")
+    if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < d_vocab:
+        raise ValueError(f"targets must be token ids in 0..{d_vocab - 1}, got {int(targets.min())}..{int(targets.max())}.")
     logits = _Logits(model, min(chunk_size, len(vectors)))
     parts = []
     for start in tqdm(range(0, len(vectors), chunk_size), desc="lens", unit="chunk", delay=2, leave=False):
         rows = slice(start, start + chunk_size)
         logits.compute(vectors[rows])
-        parts.append(_summary(logits.slabs(len(vectors[rows])), targets[rows].to(model.W_U.device), top_k))
-    return Readout(*(torch.cat(column).cpu() for column in zip(*parts)))
+        parts.append(_summary(logits.slices(len(vectors[rows])), targets[rows].to(model.W_U.device), top_k))
+    return Predictions(*(torch.cat(column).cpu() for column in zip(*parts)))
 
 
 @torch.no_grad()
 def logits_of(model: Any, vectors: Float[Tensor, "*axes d_model"], chunk_size: int = 128) -> Float[Tensor, "*axes d_vocab"]:
-    """All logits of vectors of the residual stream, float32 on the CPU: 4 bytes × words for each vector.
+    """All logits of vectors of the residual stream, float32 on the CPU: 4 bytes × d_vocab for each vector.
 
     Args:
         vectors: un-normed.
@@ -102,7 +105,7 @@ def logits_of(model: Any, vectors: Float[Tensor, "*axes d_model"], chunk_size: i
     parts = []
     for chunk in rows.split(chunk_size):
         logits.compute(chunk)
-        parts.append(torch.cat([slab.z[:, : slab.n_words] for slab in logits.slabs(len(chunk))], dim=-1).cpu())
+        parts.append(torch.cat([one.z[:, : one.n_tokens] for one in logits.slices(len(chunk))], dim=-1).cpu())
     return torch.cat(parts).unflatten(0, vectors.shape[:-1])
 
 
@@ -126,50 +129,50 @@ def characters(model: Any, ids: Sequence[int]) -> tuple[str, list[tuple[int, int
 
 
 @dataclass(frozen=True)
-class _Slab:
-    """Logits of a stretch of words for the rows of a chunk.
+class _Slice:
+    """Logits of some tokens of the vocabulary for the rows of a chunk.
 
     Attributes:
-        z: [row word], filled up to whole blocks with −inf.
-        start, n_words: which words they are.
+        z: [row token], filled up to whole blocks with −inf.
+        start, n_tokens: which tokens they are.
     """
 
-    z: Float[Tensor, "row word"]
+    z: Float[Tensor, "row token"]
     start: int
-    n_words: int
+    n_tokens: int
 
 
 class _Logits:
-    """Logits of a chunk of vectors, slab by slab, in buffers that every chunk overwrites."""
+    """Logits of a chunk of vectors, slice by slice, in buffers that every chunk overwrites."""
 
     def __init__(self, model: Any, n_rows: int):
         self.model = model
-        self.n_words, self.device = model.W_U.shape[1], model.W_U.device
+        self.d_vocab, self.device = model.W_U.shape[1], model.W_U.device
         self.bias = model.b_U if bool(model.b_U.any()) else None
         self.transform = getattr(getattr(model, "adapter", None), "apply_output_logits_transform", None)
         if not isinstance(model, HookedQwen2VL):
             logit_readout(model, model.W_U.new_zeros(1, model.W_U.shape[0]), targets=[0])  # refuses what cannot be read so
         self.buffers = []
-        for start in range(0, self.n_words, SLAB):
-            n = min(SLAB, self.n_words - start)
+        for start in range(0, self.d_vocab, SLICE):
+            n = min(SLICE, self.d_vocab - start)
             self.buffers.append(torch.empty((n_rows, -(-n // BLOCK) * BLOCK), device=self.device))
             self.buffers[-1][:, n:] = float("-inf")
 
-    def slabs(self, n_rows: int) -> list[_Slab]:
+    def slices(self, n_rows: int) -> list[_Slice]:
         """The logits of the first rows, as computed last."""
-        starts = range(0, self.n_words, SLAB)
-        return [_Slab(z[:n_rows], start, min(SLAB, self.n_words - start)) for z, start in zip(self.buffers, starts)]
+        starts = range(0, self.d_vocab, SLICE)
+        return [_Slice(z[:n_rows], start, min(SLICE, self.d_vocab - start)) for z, start in zip(self.buffers, starts)]
 
     def compute(self, vectors: Float[Tensor, "row d_model"]) -> None:
         """Fills the buffers, in float32 also from half-precision weights: exact products, and on many CPUs several times faster."""
         W_U, normalized = self.model.W_U, final_norm(self.model, vectors)
         narrow = W_U.dtype not in (torch.float32, torch.float64)
         normalized = normalized.float() if narrow else normalized
-        step = WIDENED if narrow else SLAB
-        for start in range(0, self.n_words, step):
+        step = FLOAT32_TOKENS if narrow else SLICE
+        for start in range(0, self.d_vocab, step):
             weight = W_U[:, start : start + step]
-            weight = self._widened(weight) if narrow else weight
-            out = self.buffers[start // SLAB][: len(vectors), start % SLAB :][:, : weight.shape[1]]
+            weight = self._as_float32(weight) if narrow else weight
+            out = self.buffers[start // SLICE][: len(vectors), start % SLICE :][:, : weight.shape[1]]
             if weight.dtype == out.dtype:
                 torch.mm(normalized, weight, out=out)
             else:
@@ -179,19 +182,19 @@ class _Logits:
             if self.transform is not None:
                 out.copy_(self.transform(out))
 
-    def _widened(self, weight: Float[Tensor, "d_model word"]) -> Float[Tensor, "d_model word"]:
-        return self._room[: weight.shape[1]].copy_(weight.T).T
+    def _as_float32(self, weight: Float[Tensor, "d_model token"]) -> Float[Tensor, "d_model token"]:
+        return self._float32_buffer[: weight.shape[1]].copy_(weight.T).T
 
     @cached_property
-    def _room(self) -> Float[Tensor, "word d_model"]:
-        return torch.empty((WIDENED, self.model.W_U.shape[0]), device=self.device)
+    def _float32_buffer(self) -> Float[Tensor, "token d_model"]:
+        return torch.empty((FLOAT32_TOKENS, self.model.W_U.shape[0]), device=self.device)
 
 
-def _summary(slabs: list[_Slab], targets: Int[Tensor, "row target"], top_k: int) -> tuple[Tensor, ...]:
-    """The fields of a `Readout`, from every slab's own."""
-    at_targets = _at(slabs, targets)
-    sums, values, ids = zip(*(_read(slab, at_targets, top_k) for slab in slabs))
-    tops, totals, weighted, larger = (torch.stack(column) for column in zip(*sums))  # [slab row], larger [slab row target]
+def _summary(slices: list[_Slice], targets: Int[Tensor, "row target"], top_k: int) -> tuple[Tensor, ...]:
+    """The fields of a `Predictions`, from every slice's own."""
+    at_targets = _at(slices, targets)
+    sums, values, ids = zip(*(_read(one, at_targets, top_k) for one in slices))
+    tops, totals, weighted, larger = (torch.stack(column) for column in zip(*sums))  # [slice row], larger [slice row target]
     top = tops.amax(0)
     shift = tops - top
     scale = shift.exp()
@@ -203,31 +206,31 @@ def _summary(slabs: list[_Slab], targets: Int[Tensor, "row target"], top_k: int)
     return ids.gather(-1, best), log_probs.exp(), entropy, target_log_probs.exp(), larger.sum(0).long(), target_log_probs
 
 
-def _at(slabs: list[_Slab], ids: Int[Tensor, "row n"]) -> Float[Tensor, "row n"]:
-    """The logits of some words of each row."""
+def _at(slices: list[_Slice], ids: Int[Tensor, "row n"]) -> Float[Tensor, "row n"]:
+    """The logits of some tokens of each row."""
     found = torch.empty(ids.shape, device=ids.device)
-    for slab in slabs:
-        inside = (ids >= slab.start) & (ids < slab.start + slab.n_words)
-        found = torch.where(inside, slab.z.gather(-1, (ids - slab.start).clamp(0, slab.n_words - 1)), found)
+    for one in slices:
+        inside = (ids >= one.start) & (ids < one.start + one.n_tokens)
+        found = torch.where(inside, one.z.gather(-1, (ids - one.start).clamp(0, one.n_tokens - 1)), found)
     return found
 
 
-def _read(slab: _Slab, at_targets: Float[Tensor, "row target"], top_k: int) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-    """Of one slab: (m, S, E, how many logits are above each target's), and its top k with their ids."""
-    few = FEW if slab.z.device.type == "cpu" else len(slab.z)
-    rooms = torch.empty((2, min(few, len(slab.z)), slab.n_words), device=slab.z.device)
-    parts = [_few_rows(z, slab.n_words, t, rooms) for z, t in zip(slab.z.split(few), at_targets.split(few))]
+def _read(one: _Slice, at_targets: Float[Tensor, "row target"], top_k: int) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+    """Of one slice: (m, S, E, how many logits are above each target's), and its top k with their ids."""
+    few = ROWS_AT_ONCE if one.z.device.type == "cpu" else len(one.z)
+    buffers = torch.empty((2, min(few, len(one.z)), one.n_tokens), device=one.z.device)
+    parts = [_summarise_rows(z, one.n_tokens, t, buffers) for z, t in zip(one.z.split(few), at_targets.split(few))]
     maxima, *sums = (torch.cat(column) for column in zip(*parts))
-    ids = _top_ids(slab.z, maxima, min(top_k, slab.n_words))
-    return (maxima.amax(-1), *sums), slab.z.gather(-1, ids), ids + slab.start
+    ids = _top_ids(one.z, maxima, min(top_k, one.n_tokens))
+    return (maxima.amax(-1), *sums), one.z.gather(-1, ids), ids + one.start
 
 
-def _few_rows(
-    z: Float[Tensor, "row word"], n_words: int, at_targets: Float[Tensor, "row target"], rooms: Float[Tensor, "2 row word"]
+def _summarise_rows(
+    z: Float[Tensor, "row token"], n_tokens: int, at_targets: Float[Tensor, "row target"], buffers: Float[Tensor, "2 row token"]
 ) -> tuple[Tensor, ...]:
     """Every block's largest logit, S, E, and how many logits are above each target's."""
     maxima = z.view(len(z), -1, BLOCK).amax(-1)
-    z, (shifted, weights) = z[:, :n_words], rooms[:, : len(z)]
+    z, (shifted, weights) = z[:, :n_tokens], buffers[:, : len(z)]
     torch.sub(z, maxima.amax(-1, keepdim=True), out=shifted)
     total = torch.exp(shifted, out=weights).sum(-1)
     weighted = weights.mul_(shifted).sum(-1)
@@ -237,9 +240,9 @@ def _few_rows(
     return maxima, total, weighted, larger
 
 
-def _top_ids(z: Float[Tensor, "row word"], maxima: Float[Tensor, "row block"], top_k: int) -> Int[Tensor, "row k"]:
-    """The k largest of each row. A word of the top k whose block were not among the k first would have k better
-    words before it, one in each of those."""
+def _top_ids(z: Float[Tensor, "row token"], maxima: Float[Tensor, "row block"], top_k: int) -> Int[Tensor, "row k"]:
+    """The k largest of each row. A token of the top k whose block were not among the k first would have k better
+    tokens before it, one in each of those."""
     blocks = largest(maxima, min(top_k, maxima.shape[1])).sort(-1).values
     ids = (blocks[..., None] * BLOCK + torch.arange(BLOCK, device=z.device)).flatten(1)
     return ids.gather(-1, largest(z.gather(-1, ids), top_k))

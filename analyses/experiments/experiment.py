@@ -142,7 +142,7 @@ class Experiment:
         return run(
             self.name, lambda: self.asked(again()), self, out, self.settings, model=self.model,
             size=size_by_model(self.model, by_domain=self.by_domain), batch_size=batch_size, seed=self.seed, shard=shard,
-            dry_run=dry_run, progress=progress, batches_per_part=self.batches_per_part, prefixes=CAPACITY,
+            dry_run=dry_run, progress=progress, batches_per_part=self.batches_per_part, embeddings=CAPACITY,
             gradients=self.gradients, write=write_sums if self.summed else None,
         )  # fmt: skip
 

@@ -20,7 +20,7 @@ from analyses.data.examples import Example, image_key
 from analyses.experiments.experiment import Data, Done, Experiment
 from analyses.flip_patching import FlipTest, ablate_flip, attribute_flip
 from analyses.trajectory import NoFirstToken, answer_trajectory, doubt_beside_control, outcomes_by_category
-from hooked_qwen2vl.image_embeddings import Prefixes
+from hooked_qwen2vl.image_embeddings import ImageEmbeddingsCache
 from hooked_qwen2vl.moved import moved_names, renamed_columns
 
 __getattr__ = moved_names(__name__)
@@ -128,7 +128,7 @@ class FlipExperiment(Experiment):
 
     def __init__(self, model: Any, n_components: int = 2, n_random: int = 10, seed: int = 0):
         super().__init__(model, {"components": n_components, "random": n_random}, seed)
-        self.encode = Prefixes(model)
+        self.encode = ImageEmbeddingsCache(model)
 
     def __call__(self, batch: Sequence[Example]) -> Iterator[dict[str, Any]]:
         options = self.settings["components"], self.settings["random"], self.seed
@@ -182,7 +182,7 @@ def flip_row(
     """One question's figures, and those of its eligible flips as lists in columns that begin with "flip_".
 
     Args:
-        encode: `model.encode`, or a store of prefixes that does the same.
+        encode: `model.encode`, or an `ImageEmbeddingsCache`, which does the same.
     Returns:
         None without an answer or candidates, or where the answer has no first token of its own among them.
     Raises:

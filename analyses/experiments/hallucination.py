@@ -32,14 +32,14 @@ from tqdm.auto import tqdm
 
 from analyses.answer_scores import SCORES, Evidence
 from analyses.common.result import Result
-from analyses.common.statistics import detection, within
+from analyses.common.statistics import detection, within_groups
 from analyses.contextual_lens import LayerSweep, default_layers, sweep_layers, word_spans
 from analyses.data.benchmarks import OBJECTS, Question, judge, mentions, parse_yes_no
 from analyses.data.examples import image_key, in_batches
 from analyses.data.json_lines import read_rows
 from analyses.data.schema import JUDGEMENT
 from analyses.experiments.experiment import Done, Experiment
-from hooked_qwen2vl.image_embeddings import Prefixes
+from hooked_qwen2vl.image_embeddings import ImageEmbeddingsCache
 from hooked_qwen2vl.image_hash import image_hash
 from hooked_qwen2vl.moved import moved_names
 from hooked_qwen2vl.processor import open_image
@@ -148,7 +148,7 @@ class Hallucinations(Result):
                 figures = detection(part["correct"], part[method], self.n_boot, self.seed, self.level, self._clusters(part))
                 rows.append({"method": method, "category": name, **figures})
             strata = self.judged["category"] + " " + self.judged["said"]
-            figures = within(
+            figures = within_groups(
                 self.judged["correct"], self.judged[method], strata, self.n_boot, self.seed, self.level, self._clusters(self.judged)
             )
             rows.append({"method": method, "category": WITHIN, **figures})
@@ -248,7 +248,7 @@ class HallucinationExperiment(Experiment):
         self.layers = default_layers(model, image_layer, text_layer)
         settings = {"methods": list(check_methods(methods)), "vocabulary": words, "max_new_tokens": max_new_tokens}
         super().__init__(model, settings | dict(zip(("image_layer", "text_layer"), self.layers)))
-        self.vocabulary, self.encode = vocabulary, Prefixes(model)
+        self.vocabulary, self.encode = vocabulary, ImageEmbeddingsCache(model)
 
     def asked(self, data: Iterable[Question]) -> Iterator[Asked]:
         return with_controls(data)
@@ -356,7 +356,7 @@ def generate_answers(
     """The model's greedy answers to one batch of questions; captions that came with the data are not generated.
 
     Args:
-        encode: a store of prefixes; None is `model.encode`.
+        encode: an `ImageEmbeddingsCache`; None is `model.encode`.
     """
     asked = [item for item in items if not (item.given and item.judge == OBJECTS)]
     said: Iterator[Answer] = iter(())
@@ -403,7 +403,7 @@ def score_claim(
         methods: of `answer_scores.SCORES`.
         other: the pictures that the control sees; without them it has no score.
         image_layer, text_layer: of the contextual lens.
-        encode: a store of prefixes; None is `model.encode`.
+        encode: an `ImageEmbeddingsCache`; None is `model.encode`.
     """
     nothing: dict[str, Any] = dict.fromkeys(methods)
     if not claim.text.strip():
@@ -429,7 +429,7 @@ def _readable(images: Sequence[Any]) -> list[Any]:
 
 @dataclass(frozen=True)
 class _Encoded(Evidence):
-    """Evidence that takes its prefix from a store."""
+    """Evidence that takes its image embeddings from a cache."""
 
     encode: Callable[[Any], Any] | None = None
 

@@ -36,7 +36,7 @@ from analyses.data.examples import Example, examples, image_key, in_batches
 from analyses.domain_neurons import SITES, DomainNeurons, Firings, disable_neurons, firing_terms, hook_sites, token_sources
 from analyses.experiments.experiment import Data, Done, Experiment
 from analyses.logit_lens import residual_stack
-from hooked_qwen2vl.image_embeddings import Prefixes
+from hooked_qwen2vl.image_embeddings import ImageEmbeddingsCache
 from hooked_qwen2vl.moved import moved_names
 from hooked_qwen2vl.prompt_text import text_ids
 
@@ -117,7 +117,7 @@ class Batch:
     """Test questions of one domain, encoded.
 
     Attributes:
-        inputs: left-padded, with their vision prefix.
+        inputs: left-padded, with their image embeddings.
         ids, answers, images: of each row; questions with one `images` entry ask about one image.
         domain: of all rows.
     """
@@ -506,7 +506,7 @@ class AblationExperiment(Experiment):
 
     def __init__(self, model: Any, wanted: Sequence[Condition], crossed: Sequence[str] = (FIRING,)):
         super().__init__(model, {"conditions": _digest(wanted), "crossed": list(crossed)})
-        self.wanted, self.crossed, self.encode = wanted, crossed, Prefixes(model)
+        self.wanted, self.crossed, self.encode = wanted, crossed, ImageEmbeddingsCache(model)
 
     @torch.no_grad()
     def __call__(self, batch: Sequence[Example]) -> list[dict[str, Any]]:

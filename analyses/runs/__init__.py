@@ -1,5 +1,7 @@
 """Runs over data sets that can be killed at any moment, shared between processes, and resumed."""
 
+from hooked_qwen2vl.moved import moved_names
+
 from .engine import (
     Failure,
     Part,
@@ -10,14 +12,16 @@ from .engine import (
     read_failures,
     read_part,
     read_results,
+    refreshed,
     run,
     seeded,
-    settled,
     this_share,
     wait_for_all,
     work_on,
     write_rows,
 )
+
+__getattr__ = moved_names(__name__)
 
 __all__ = [
     "Failure",
@@ -31,7 +35,7 @@ __all__ = [
     "read_results",
     "run",
     "seeded",
-    "settled",
+    "refreshed",
     "this_share",
     "wait_for_all",
     "work_on",

@@ -29,10 +29,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from analyses.runs.engine import Data, Part, Run, prepare, settled, work_on
+from analyses.runs.engine import Data, Part, Run, prepare, refreshed, work_on
 from analyses.runs.files import about_checksum, belonging, finished_parts, opening, part_path, read_manifest, read_plan, tensor_checksum
 from analyses.runs.plan import size_by_model
-from hooked_qwen2vl.image_embeddings import CAPACITY, Prefixes
+from hooked_qwen2vl.image_embeddings import CAPACITY, ImageEmbeddingsCache
 from hooked_qwen2vl.segments import is_segment_name
 
 SUFFIX = ".safetensors"
@@ -79,22 +79,22 @@ def store_activations(
         "names": names, "keep": keep, "dtype": str(stored).removeprefix("torch."), "answers": answers,
         "batch_size": batch_size, "batches_per_part": batches_per_part, "window": window,
     }  # fmt: skip
-    state = prepare("activations", examples, out, settings, model, size_by_model(model), shard=shard, suffix=SUFFIX, prefixes=CAPACITY)
+    state = prepare("activations", examples, out, settings, model, size_by_model(model), shard=shard, suffix=SUFFIX, embeddings=CAPACITY)
     if dry_run:
         return state
-    prefixes = Prefixes(model)
+    embeddings = ImageEmbeddingsCache(model)
 
     @torch.no_grad()
     def work(batch: list) -> Iterator[dict[str, Any]]:
         texts = [example.answer or None for example in batch] if answers else None
         inputs = model.to_inputs([e.question for e in batch], images=[list(e.images) for e in batch], answers=texts)
-        inputs = prefixes(inputs)
+        inputs = embeddings(inputs)
         _, cache = model.run_with_cache(inputs, names_filter=names, return_type=None)
         for row, example in enumerate(batch):
             yield {"id": example.id, "tensors": _rows_of(cache, inputs, row, names, keep, stored)}
 
     work_on(state, examples, work, _write_tensors, progress)
-    return settled(state)
+    return refreshed(state)
 
 
 class ActivationStore:
@@ -286,7 +286,7 @@ def _check_names(model: Any, names: Sequence[str]) -> None:
     wrong = [name for name in names if name.startswith("vision_") or name.endswith(NOT_ROWS)]
     if wrong:
         raise ValueError(
-            f"{', '.join(wrong)}: expected activations of the text side with one row a position; the prefix of an image "
+            f"{', '.join(wrong)}: expected activations of the text side with one row a position; the embeddings of an image "
             f"is in 'hook_embed' at its positions."
         )
 

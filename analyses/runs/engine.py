@@ -49,8 +49,8 @@ from analyses.runs.files import (
     read_plan,
     read_sealed,
     refuse_another,
-    settle,
     unfinished_path,
+    write_manifest_and_plan,
     write_sealed,
     written_parts,
 )  # fmt: skip
@@ -69,6 +69,9 @@ from analyses.runs.plan import (
     windows,
 )
 from hooked_qwen2vl.files import remove_unfinished, whole_file
+from hooked_qwen2vl.moved import moved_names, renamed_arguments
+
+__getattr__ = moved_names(__name__)
 
 if TYPE_CHECKING:
     from analyses.data.examples import Example
@@ -169,6 +172,7 @@ class Run:
         return "\n".join(lines)
 
 
+@renamed_arguments
 def run(
     name: str,
     examples: Data,
@@ -185,7 +189,7 @@ def run(
     progress: bool = True,
     batches_per_part: int = 4,
     window: int = 1024,
-    prefixes: int = 0,
+    embeddings: int = 0,
     gradients: bool = False,
     write: Writer | None = None,
 ) -> Run:
@@ -206,7 +210,7 @@ def run(
         dry_run: write nothing and work on nothing.
         batches_per_part: batches that are written together, and lost together when the process is killed.
         window: questions among which those of the same size are brought together.
-        prefixes: bytes that `work` keeps of image prefixes (`Prefixes.capacity`), for the estimate of memory.
+        embeddings: bytes that `work` keeps of image embeddings (`ImageEmbeddingsCache.capacity`), for the estimate of memory.
         gradients: whether `work` takes gradients, for the same.
         write: how a part's rows are written, after those of `Part.earlier`; None keeps them as they are (`write_rows`).
     Returns:
@@ -218,11 +222,11 @@ def run(
         KeyboardInterrupt: interrupted; what was done is written, and the message says how much.
     """
     settings = {**(settings or {}), "batch_size": batch_size, "batches_per_part": batches_per_part, "window": window}
-    state = prepare(name, examples, out, settings, model, size, seed, shard, prefixes=prefixes, gradients=gradients)
+    state = prepare(name, examples, out, settings, model, size, seed, shard, embeddings=embeddings, gradients=gradients)
     if dry_run:
         return state
     work_on(state, examples, work, write or write_rows, progress)
-    return settled(state)
+    return refreshed(state)
 
 
 def read_results(out: str | Path, partial: bool = False) -> pd.DataFrame:
@@ -286,14 +290,14 @@ def prepare(
     seed: int = 0,
     shard: tuple[int, int] | None = None,
     suffix: str = ".parquet",
-    prefixes: int = 0,
+    embeddings: int = 0,
     gradients: bool = False,
 ) -> Run:
     """Plans a run, and refuses a folder that another run lives in; writes nothing.
 
     Args:
         settings: with batch_size, batches_per_part and window.
-        suffix: of the parts' files. prefixes, gradients: as `run` takes them.
+        suffix: of the parts' files. embeddings, gradients: as `run` takes them.
     """
     share = this_share() if shard is None else shard
     _check_share(share, str(share))
@@ -319,7 +323,7 @@ def prepare(
     rows = plan.groupby(["size", "batch"]).size().groupby("size").max()
     memory = None
     if sizes and _sees(model):
-        memory = memory_for(model, [(s, int(rows[str(s)])) for s in sizes], min(prefixes, embedding_bytes(model, sizes)), gradients)
+        memory = memory_for(model, [(s, int(rows[str(s)])) for s in sizes], min(embeddings, embedding_bytes(model, sizes)), gradients)
     return Run(out, manifest, plan, share, written_parts(out, suffix), memory, suffix)
 
 
@@ -333,7 +337,7 @@ def work_on(state: Run, examples: Data, work: Callable, write: Writer, progress:
 
     state.out.mkdir(parents=True, exist_ok=True)
     remove_unfinished(state.out)
-    settle(state.out, state.manifest, state.plan)
+    write_manifest_and_plan(state.out, state.manifest, state.plan)
     k, n = state.share
     ours = state.plan[state.plan["part"] % n == k]
     todo = set(state.todo)
@@ -395,11 +399,11 @@ def _interrupted(state: Run, number: int, part: Part, write: Writer) -> str:
 
 def wait_for_all(state: Run, every: float = 0.5) -> None:
     """Returns when every part is written, by this process and those launched with it."""
-    while not settled(state).complete:
+    while not refreshed(state).complete:
         time.sleep(every)
 
 
-def settled(state: Run) -> Run:
+def refreshed(state: Run) -> Run:
     """The run as its folder has it now."""
     return replace(state, done=written_parts(state.out, state.suffix))
 

@@ -123,7 +123,7 @@ def written_parts(out: Path, suffix: str) -> frozenset[int]:
     return frozenset(int(match[1]) for match in found if match)
 
 
-def settle(out: Path, manifest: Mapping[str, Any], plan: pd.DataFrame) -> None:
+def write_manifest_and_plan(out: Path, manifest: Mapping[str, Any], plan: pd.DataFrame) -> None:
     """Manifest and plan, each written once; whoever comes second compares."""
     kept = {**manifest, "started": datetime.now(UTC).isoformat(timespec="seconds")}
     if not (out / MANIFEST).exists():

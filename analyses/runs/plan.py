@@ -25,6 +25,7 @@ from analyses.data.examples import problem_of
 from hooked_qwen2vl.cache_size import in_words
 from hooked_qwen2vl.files import open_regular
 from hooked_qwen2vl.image_hash import image_hash
+from hooked_qwen2vl.moved import renamed_attributes
 from hooked_qwen2vl.prompt_text import text_ids
 
 if TYPE_CHECKING:
@@ -200,6 +201,7 @@ def plan_digest(plan: pd.DataFrame) -> str:
 # ---- memory -----------------------------------------------------------------------------------
 
 
+@renamed_attributes
 @dataclass(frozen=True)
 class Memory:
     """Bytes a run needs, by what needs them; an estimate of the model's own forward.
@@ -211,7 +213,7 @@ class Memory:
         decoder: activations of the largest batch in one block, all positions.
         logits: of every position of the largest batch (with `logits_at`, a small part of it).
         tower: activations of the largest image in one block of the tower; images run one at a time.
-        prefixes: what the store of image embeddings may hold.
+        embeddings: what the store of image embeddings may hold.
         gradients: whether the activations of every block, and of the tower's images together, are kept for gradients.
     """
 
@@ -219,19 +221,19 @@ class Memory:
     decoder: int
     logits: int
     tower: int
-    prefixes: int
+    embeddings: int
     gradients: bool = False
 
     @property
     def total(self) -> int:
         """Tower and decoder do not run at the same time, but gradients need what both have left."""
         decoder = self.decoder + self.logits
-        return self.weights + (decoder + self.tower if self.gradients else max(decoder, self.tower)) + self.prefixes
+        return self.weights + (decoder + self.tower if self.gradients else max(decoder, self.tower)) + self.embeddings
 
     def __str__(self) -> str:
         says = {"weights": "weights", "decoder": "decoder, largest batch", "logits": "its logits", "tower": "tower, largest image"}
         parts = ", ".join(f"{words} {in_words(getattr(self, name))}" for name, words in says.items())
-        return f"{in_words(self.total)} ({parts}, image embeddings kept for later questions at most {in_words(self.prefixes)})"
+        return f"{in_words(self.total)} ({parts}, image embeddings kept for later questions at most {in_words(self.embeddings)})"
 
 
 def embedding_bytes(model: Any, sizes: Mapping[Size, int]) -> int:
@@ -245,11 +247,11 @@ def embedding_bytes(model: Any, sizes: Mapping[Size, int]) -> int:
     return sum(n * each * sum(h * w for h, w in size.grids) for size, n in sizes.items())
 
 
-def memory_for(model: Any, sizes: Iterable[tuple[Size, int]], prefixes: int = 0, gradients: bool = False) -> Memory:
+def memory_for(model: Any, sizes: Iterable[tuple[Size, int]], embeddings: int = 0, gradients: bool = False) -> Memory:
     """The memory of the model's forward over batches of these (size, rows).
 
     Args:
-        prefixes: capacity in bytes of the store of image prefixes.
+        embeddings: capacity in bytes of the store of image embeddings.
         gradients: whether activations of all blocks are kept, for a backward.
     """
     text, vision = model.cfg.text, model.cfg.vision
@@ -267,4 +269,4 @@ def memory_for(model: Any, sizes: Iterable[tuple[Size, int]], prefixes: int = 0,
         tower = max([tower, rows * sum(patches) * each] if gradients else [tower, *(n * each for n in patches)])
     if gradients:
         decoder, tower = decoder * text.n_layers, tower * vision.n_layers
-    return Memory(sum(weights.values()), decoder, logits, tower, prefixes, gradients)
+    return Memory(sum(weights.values()), decoder, logits, tower, embeddings, gradients)

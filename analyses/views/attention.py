@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from analyses.views.figure import Figure, colour_bar, largest, on_image, spread_over
+from analyses.views.figure import Figure, colour_bar, evenly_spaced, largest, on_image
 
 
 def attention_on_image(
@@ -76,7 +76,7 @@ def maps_on_image(
         _check_grid(tensor.shape[-1], grid)
         values = tensor.detach().float().numpy()
         low, high, colours = _scale(values)
-        layers = spread_over(len(values), n_panels)  # a short map has fewer
+        layers = evenly_spaced(len(values), n_panels)  # a short map has fewer
         for axes in row[len(layers) :]:
             axes.set_axis_off()
         for axes, layer in zip(row, layers):

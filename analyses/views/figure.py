@@ -80,8 +80,8 @@ def label_ticks(axis: Any, labels: Sequence[Any], inches: float, size: float = 7
     labels = list(map(str, labels))
     widest = max(map(columns, labels), default=1) * _DIGIT * size + 0.05
     rotation = 0 if widest * len(labels) <= inches else rotation
-    room = widest if axis.axis_name == "x" and not rotation else _LINE * size
-    step = max(1, ceil(room * len(labels) / inches))
+    needed = widest if axis.axis_name == "x" and not rotation else _LINE * size
+    step = max(1, ceil(needed * len(labels) / inches))
     slanted = {"rotation": rotation} | ({"ha": "right", "rotation_mode": "anchor"} if 0 < rotation < 90 else {})
     axis.set_ticks(range(0, len(labels), step), labels[::step], fontsize=size, **slanted)
 
@@ -186,7 +186,7 @@ def picture(axes: Any, image: Any, title: str = "", size: float = 9) -> None:
     no_ticks(axes)
 
 
-def spread_over(n: int, most: int) -> list[int]:
+def evenly_spaced(n: int, most: int) -> list[int]:
     """At most so many of 0..n−1, evenly spaced, the first and the last among them."""
     return sorted({round((n - 1) * place / max(1, most - 1)) for place in range(most)})
 

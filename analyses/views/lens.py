@@ -8,7 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from analyses.views.figure import Figure, colour_bar, label_ticks, length, on_image, picture, refuse_other_picture, spread_over, write_cells
+from analyses.views.figure import (
+    Figure,
+    colour_bar,
+    evenly_spaced,
+    label_ticks,
+    length,
+    on_image,
+    picture,
+    refuse_other_picture,
+    write_cells,
+)
 from analyses.views.readings import RIM, readings_on_image
 from analyses.views.text import visible
 
@@ -92,7 +102,7 @@ def image_overlay(lens: Any, image: Any, path: str | Path | None = None, every_t
     n = len(lens.layer_labels)
     if not small and not every_token:
         return readings_on_image(lens, image, sorted({n // 2, n - 1}), path)
-    layers = spread_over(n, 4) if small else [n - 1]
+    layers = evenly_spaced(n, 4) if small else [n - 1]
     side, across = max(3.6, 0.4 * cols), len(layers) + small
     tall = side * image.height / image.width
     if image.width > 2 * image.height:  # one below the other

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from analyses.views.figure import Figure, colour_bar, largest, on_image, picture, spread_over
+from analyses.views.figure import Figure, colour_bar, evenly_spaced, largest, on_image, picture
 from analyses.views.maps import signed_map
 
 
@@ -31,7 +31,7 @@ def recovery_on_image(
     """
     data = np.asarray(recovery, dtype=float)
     limit = largest(data)
-    chosen = spread_over(len(layers), n_panels)
+    chosen = evenly_spaced(len(layers), n_panels)
     side, count = 2.6, len(chosen) + len(images)
     figure = Figure(figsize=(side * count + 0.8, side * images[0].height / images[0].width + 0.6), layout="constrained")
     panels = figure.subplots(1, count, squeeze=False)[0]

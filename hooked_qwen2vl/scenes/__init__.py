@@ -9,9 +9,9 @@
 
 from pathlib import Path
 
+from .contact_sheets import contact_sheet
 from .folder import CHECKPOINT
 from .scene import Scene, Thing
-from .sheet import contact_sheet
 from .world import Item, counterfactual_pairs, load_split, sample, to_frame
 
 SAMPLES = Path(__file__).parent / "samples"

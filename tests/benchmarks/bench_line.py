@@ -2,7 +2,7 @@
 
     python bench_line.py [--quick]
 
-Random models of 8 blocks of 512 under a tower of 6 blocks of 320; 16,384 words, float32.
+Random models of 8 blocks of 512 under a tower of 6 blocks of 320; 16,384 tokens in the vocabulary, float32.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ ROUNDS = 3 if QUICK else 5
 BATCH = 16  # cells a forward, `patch_sweep`'s default
 KINDS = ("with the image", "encoded")
 PICTURE = Path(os.environ.get("BENCH_OUT", ".")) / "patching.png"
-#        layers, d_model, heads, kv_heads, d_mlp, words; tower's layers, width, heads
+#        layers, d_model, heads, kv_heads, d_mlp, d_vocab; tower's layers, width, heads
 LIGHT = (12, 768, 12, 2, 2048, 8000, 16, 640, 10)
 MEDIUM = (12, 768, 12, 2, 4096, 8000, 16, 640, 10)
 GROWTH = (8, 512, 8, 2, 2048, 8000, 8, 512, 8)
@@ -68,7 +68,7 @@ class Setting:
         cfg = self.model.cfg
         return (
             f"{cfg.n_layers} × {cfg.d_model} (MLP {cfg.text.d_mlp}), tower {cfg.vision.n_layers} × {cfg.vision.d_vision}, "
-            f"{self.clean.shape[1]} tokens ({self.image_tokens} image), {cfg.d_vocab} words"
+            f"{self.clean.shape[1]} tokens ({self.image_tokens} image), {cfg.d_vocab} tokens in the vocabulary"
         )
 
     def allowed(self) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Random models of three sizes, and prompts for them. The reference and ours share one set of weights.
 
 small: 8 blocks of 512 under a tower of 4 blocks of 320; medium: 12 of 768 under 16 of 640; both float32.
-2b: the published numbers, bfloat16, 151,936 words.
+2b: the published numbers, bfloat16, 151,936 tokens in the vocabulary.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from hooked_qwen2vl import HookedQwen2VL, Inputs
 from hooked_qwen2vl.config import convert_config
 
-SIZES = {  # layers, d_model, heads, kv_heads, d_mlp, words; tower's layers, width, heads
+SIZES = {  # layers, d_model, heads, kv_heads, d_mlp, d_vocab; tower's layers, width, heads
     "small": (8, 512, 8, 2, 2048, 16384, 4, 320, 5),
     "medium": (12, 768, 12, 2, 4096, 32768, 16, 640, 10),
 }
-PART = 2**21 - 1  # numbers repeated at once: odd, so that no two words have the same row
+PART = 2**21 - 1  # numbers repeated at once: odd, so that no two tokens have the same row
 DTYPES = {"small": torch.float32, "medium": torch.float32, "2b": torch.bfloat16}
 
 
@@ -29,11 +29,11 @@ def config(name: str) -> Qwen2VLConfig:
     """The configuration of a size."""
     if name == "2b":
         return Qwen2VLConfig.from_dict(CONFIG)
-    layers, d_model, heads, kv_heads, d_mlp, words, vision_layers, d_vision, vision_heads = SIZES[name]
+    layers, d_model, heads, kv_heads, d_mlp, d_vocab, vision_layers, d_vision, vision_heads = SIZES[name]
     made = tiny_config().to_dict()
     half = d_model // heads // 2
     made["text_config"] |= {
-        "vocab_size": words, "hidden_size": d_model, "intermediate_size": d_mlp, "num_hidden_layers": layers,
+        "vocab_size": d_vocab, "hidden_size": d_model, "intermediate_size": d_mlp, "num_hidden_layers": layers,
         "num_attention_heads": heads, "num_key_value_heads": kv_heads, "max_position_embeddings": 8192,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6,
                             "mrope_section": [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]},
