@@ -30,6 +30,7 @@ from analyses.common.rectangles import Cells, best_rectangle
 from analyses.common.result import Result
 from analyses.common.vocabulary import characters
 from analyses.logit_lens import residual_stack
+from hooked_qwen2vl.moved import renamed_arguments
 
 # Word characters of the scripts that put spaces between words, and combining accents; without Thai to Myanmar, Khmer, the
 # scripts of Chinese, Japanese and Korean, and their extensions.
@@ -204,10 +205,10 @@ def contextual_score(
     Args:
         inputs: prompts with images and a teacher-forced answer: `model.to_inputs(question, images=[im], answers="red")`.
         image_layer, text_layer: layers, 0..L; None takes round(0.5 L) and round(0.75 L).
-        span: "answer" or another part, positions, or a slice; or name -> span for several (see `word_spans`).
+        span: "answer" or another segment, positions, or a slice; or name -> span for several (see `word_spans`).
         stack: the row's residual stream, if it is at hand: saves the run.
     Raises:
-        ValueError: no such row, part, position or layer, or the row has no image.
+        ValueError: no such row, segment, position or layer, or the row has no image.
     """
     layers = default_layers(model, image_layer, text_layer)
     spans = dict(span) if isinstance(span, Mapping) else {span if isinstance(span, str) else "span": span}
@@ -338,8 +339,9 @@ def ground(
     )
 
 
-def word_spans(model: Any, inputs: Any, words: Sequence[str], row: int = 0, part: str = "answer") -> dict[str, list[int]]:
-    """Where each word stands in a part of the prompt: "star", "star (2)", … -> its positions.
+@renamed_arguments
+def word_spans(model: Any, inputs: Any, words: Sequence[str], row: int = 0, segment: str = "answer") -> dict[str, list[int]]:
+    """Where each word stands in a segment of the prompt: "star", "star (2)", … -> its positions.
 
     For a caption, pass its nouns: which words are nouns is for the caller (or a tagger) to say.
 
@@ -351,13 +353,13 @@ def word_spans(model: Any, inputs: Any, words: Sequence[str], row: int = 0, part
     """
     if not all(word.strip() for word in words):
         raise ValueError(f"expected words to find, got an empty one among {list(words)}.")
-    places = inputs.positions(part, row).tolist()
+    places = inputs.positions(segment, row).tolist()
     text, spans = characters(model, inputs.tokens[row, places].tolist())
     found: dict[str, list[int]] = {}
     for word in dict.fromkeys(words):
         matches = list(re.finditer(_whole_word(word), text, re.IGNORECASE))
         if not matches:
-            raise ValueError(f"the {part} {text!r} has no word {word!r}.")
+            raise ValueError(f"the {segment} {text!r} has no word {word!r}.")
         for number, match in enumerate(matches, 1):
             covered = [p for p, (start, end) in zip(places, spans) if start < match.end() and end > match.start()]
             found[word if number == 1 else f"{word} ({number})"] = covered
@@ -404,7 +406,7 @@ def span_positions(model: Any, inputs: Any, span: Span, row: int) -> list[int]:
     """Positions of a span; of an answer, without its end tokens.
 
     Raises:
-        ValueError: no such part, no such position, or nothing is left.
+        ValueError: no such segment, no such position, or nothing is left.
     """
     found = inputs.resolve(span, row).tolist()
     if isinstance(span, str) and span == "answer":
@@ -423,7 +425,7 @@ def cosines(targets: Float[Tensor, "target d"], vectors: Float[Tensor, "n d"]) -
 
 def n_images(inputs: Any, row: int) -> int:
     """How many images the row has."""
-    return sum(name.startswith("image[") for name in inputs.part_names(row))
+    return sum(name.startswith("image[") for name in inputs.segment_names(row))
 
 
 def _text(model: Any, inputs: Any, row: int, positions: Sequence[int]) -> str:

@@ -600,8 +600,8 @@ def token_sources(inputs: Any, ends: Sequence[int] = ()) -> Int[Tensor, "batch p
     if types is None:  # bare token ids
         return torch.full(inputs.shape, SOURCES.index("text"))
     sources = torch.where(types.cpu() > 0, SOURCES.index("image"), SOURCES.index("text"))
-    if any("answer" in row for row in inputs.names):
-        answer = torch.tensor([[name == "answer" for name in row] for row in inputs.names])
+    if any("answer" in row for row in inputs.segments):
+        answer = torch.tensor([[name == "answer" for name in row] for row in inputs.segments])
         sources[answer] = SOURCES.index("generated")
         sources[answer & torch.isin(inputs.tokens.cpu(), torch.tensor(list(ends), dtype=torch.long))] = -1
     sources[~inputs.attention_mask.bool().cpu()] = -1

@@ -113,7 +113,7 @@ def embedding_lens(
         inputs, positions, row: as `analyses.logit_lens.logit_lens`.
         layers: which to read, 0..L; None takes all.
     Raises:
-        ValueError: no such part, position or layer, or more top_k than tokens.
+        ValueError: no such segment, position or layer, or more top_k than tokens.
     """
     vectors, layers, chosen = _vectors(model, inputs, positions, row, layers)
     similarity, indices = _nearest(vectors, _unit(model.W_E.detach().cpu()), top_k)

@@ -30,15 +30,17 @@ from analyses.common.vocabulary import logits_of
 from analyses.logit_lens import LogitLens, logit_lens, residual_stack
 from analyses.patching import recovery
 from analyses.views.figure import refuse_other_picture
+from hooked_qwen2vl.moved import renamed_attributes
 
 
+@renamed_attributes
 @dataclass(frozen=True)
 class Explorer(Result):
     """One prompt, opened. Its positions are the prompt's without padding; layers run from 0 to L, blocks to L−1.
 
     Attributes:
         lens: at every position; its targets are the tokens followed everywhere.
-        parts: the part of the prompt that each position belongs to.
+        segments: the segment of the prompt that each position belongs to.
         images: in original pixels. starts, grids: where their tokens begin, and (rows, cols) of them.
         last: which position predicts the answer's first token.
         answer: places of the answer's own tokens; empty without an answer.
@@ -52,7 +54,7 @@ class Explorer(Result):
     """
 
     lens: LogitLens
-    parts: tuple[str, ...]
+    segments: tuple[str, ...]
     images: tuple[Image.Image, ...]
     starts: tuple[int, ...]
     grids: tuple[tuple[int, int], ...]
@@ -87,7 +89,7 @@ class Explorer(Result):
             "recovery": _to_entries(self.recovery, n_layers, n_positions),
         }
         table = pd.DataFrame({name: values.flatten().numpy() for name, values in columns.items()})
-        table.insert(2, "part", list(self.parts) * n_layers)
+        table.insert(2, "segment", list(self.segments) * n_layers)
         table.insert(3, "prompt_token", list(self.lens.prompt_tokens) * n_layers)
         table.insert(4, "token", [tokens[0] for layer in self.lens.top_tokens for tokens in layer])
         return table
@@ -151,10 +153,10 @@ def explore(
     if keep < 1:
         raise ValueError(f"keep must be at least 1, got {keep}.")
     inputs = inputs.row(row)
-    names = inputs.names[0]
+    names = inputs.segments[0]
     places = [place for place, name in enumerate(names) if name != "padding"]
-    parts = tuple(names[place] for place in places)
-    starts, grids = _images(model, inputs, parts, images)
+    segments = tuple(names[place] for place in places)
+    starts, grids = _images(model, inputs, segments, images)
     last = int(inputs.positions("last"))
     ends = set(model.cfg.special.eos)
     own = [p for p in places if names[p] == "answer" and int(inputs.tokens[0, p]) not in ends]
@@ -169,7 +171,7 @@ def explore(
         recovered = recovered[:, places].float().cpu()
     return Explorer(
         lens=lens,
-        parts=parts,
+        segments=segments,
         images=tuple(images),
         starts=starts,
         grids=grids,
@@ -214,16 +216,16 @@ def recovery_by_position(
     return filled
 
 
-def _images(model: Any, inputs: Any, parts: Sequence[str], images: Sequence[Any]) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
+def _images(model: Any, inputs: Any, segments: Sequence[str], images: Sequence[Any]) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
     """Where each image's tokens begin, and its grid."""
-    n = sum(1 for part in dict.fromkeys(parts) if part.startswith("image["))
+    n = sum(1 for name in dict.fromkeys(segments) if name.startswith("image["))
     if n == 0:
         raise ValueError("the prompt has no image to explore: build it with model.to_inputs(question, images=[…]).")
     if len(images) != n:
         raise ValueError(f"the prompt has {n} images, got {len(images)} to draw: pass the same ones, in order.")
     for k, image in enumerate(images):
         _refuse_another(model, inputs, k, image)
-    starts = tuple(parts.index(f"image[{k}]") for k in range(n))
+    starts = tuple(segments.index(f"image[{k}]") for k in range(n))
     return starts, tuple(inputs.grid(0, k) for k in range(n))
 
 

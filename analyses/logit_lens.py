@@ -162,7 +162,7 @@ def logit_lens(
         layers: which to read, 0 (the embedding) … L (after the last block), negative from the end; None reads all.
         translator: a tuned lens (`analyses.tuned_lens`): what each layer becomes before it is read.
     Raises:
-        ValueError: no such row, part, position or layer, more top_k than tokens, or a tuned lens of another model.
+        ValueError: no such row, segment, position or layer, more top_k than tokens, or a tuned lens of another model.
     """
     prompt = as_prompt(model, inputs)
     chosen = prompt.resolve(positions, row).tolist()

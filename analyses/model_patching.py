@@ -104,7 +104,7 @@ def patch_between_models(
         names.append(get_act_name("resid_post", target.cfg.n_layers - 1))
     for span in spans:
         if all(_places(prompt, span) is None for prompt in prompts):
-            raise ValueError(f"no prompt has a part called {span!r}; the first has {', '.join(prompts[0].part_names())}.")
+            raise ValueError(f"no prompt has a segment called {span!r}; the first has {', '.join(prompts[0].segment_names())}.")
     explained, same_top, difference, agrees, skipped = [], [], [], [], 0
     for prompt in tqdm(prompts, desc="models", unit="prompt", disable=not progress, delay=2):
         ours, cache = source.run_with_cache(source.encode(prompt), names_filter=names, logits_at=-1)

@@ -714,7 +714,7 @@ def _teacher_forced(inputs: Any, tokens: Int[Tensor, "pos"], spelt: list[int], a
         attention_mask=cut.attention_mask[:, here],
         token_types=cut.token_types[:, here],
         position_ids=cut.position_ids[..., here],
-        names=(cut.names[0][here],),
+        segments=(cut.segments[0][here],),
     )
     for token in spelt[:-1]:
         cut = cut.extend(cut.tokens.new_tensor([token]), torch.tensor([True], device=cut.device))

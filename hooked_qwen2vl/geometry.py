@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.utilities import Slice, SliceInput
 
+from .moved import renamed_attributes
 from .positions import IMAGE, VIDEO, tower_order
 from .segments import KINDS, PADDING
 
@@ -131,8 +132,9 @@ def refuse_unaligned(first: Any, second: Any, what: str) -> None:
         raise ValueError(f"{what} do not correspond position by position: {why}.")
 
 
+@renamed_attributes
 class Geometry:
-    """Mixed into `Inputs`: reads its `tokens`, `attention_mask`, `names` and `visuals`."""
+    """Mixed into `Inputs`: reads its `tokens`, `attention_mask`, `segments` and `visuals`."""
 
     @property
     def prompt_shape(self) -> PromptShape:
@@ -141,8 +143,8 @@ class Geometry:
 
     def has_segment(self, name: str, row: int = 0) -> bool:
         """Whether the row has a segment of this name; every row has a `last`."""
-        names = self.part_names(row)
-        return name == "last" or name in names or (name in _ONE and any(_ONE[name].fullmatch(part) for part in names))
+        names = self.segment_names(row)
+        return name == "last" or name in names or (name in _ONE and any(_ONE[name].fullmatch(own) for own in names))
 
     def resolve(self, where: Place, row: int = 0, image: int = 0) -> Int[Tensor, "n"]:
         """Positions of a place in one row: the one meaning that all analyses share.
@@ -218,12 +220,12 @@ class Geometry:
     @property
     def labels(self) -> Int[Tensor, "batch pos"] | None:
         """The answer's tokens, -100 elsewhere; None when no row has an answer."""
-        answer = torch.tensor([[name == "answer" for name in row] for row in self.names], device=self.device)
+        answer = torch.tensor([[name == "answer" for name in row] for row in self.segments], device=self.device)
         return self.tokens.masked_fill(~answer, -100) if answer.any() else None
 
-    def part_names(self, row: int = 0) -> list[str]:
+    def segment_names(self, row: int = 0) -> list[str]:
         """The names that partition this row (padding left out), in order of appearance."""
-        return list(dict.fromkeys(name for name in self.names[self._row(row)] if name != PADDING))
+        return list(dict.fromkeys(name for name in self.segments[self._row(row)] if name != PADDING))
 
     def grid(self, row: int = 0, image: int = 0, video: int | None = None) -> tuple[int, int]:
         """(rows, cols) of an image, or of a video's frame, in image tokens.
@@ -262,21 +264,21 @@ class Geometry:
         n_patches = sum(v.n_patches for v in self.visuals)
         n_tokens = sum(v.n_tokens for v in self.visuals)
         if len(packed) == n_tokens:
-            part = packed[self._slice(number, tokens=True)].unflatten(0, visual.token_grid)
+            cut = packed[self._slice(number, tokens=True)].unflatten(0, visual.token_grid)
         elif len(packed) == n_patches:
             t, h, w = visual.grid
-            part = packed[self._slice(number, tokens=False)].unflatten(0, (t, h * w))
+            cut = packed[self._slice(number, tokens=False)].unflatten(0, (t, h * w))
             window = None if self.pixels is not None and packed.shape == self.pixels.shape else visual.window
-            part = part[:, tower_order(h, w, visual.merge, window).to(packed.device)].unflatten(1, (h, w))
+            cut = cut[:, tower_order(h, w, visual.merge, window).to(packed.device)].unflatten(1, (h, w))
         else:
             raise ValueError(f"expected an activation over {n_patches} patches or {n_tokens} image tokens, got {len(packed)} rows.")
-        return part if video is not None else part[0]
+        return cut if video is not None else cut[0]
 
     def _positions_of_segment(self, name: str, row: int) -> Int[Tensor, "n"]:
-        names = self.names[row]
+        names = self.segments[row]
         if name == "last":
-            answer = [i for i, part in enumerate(names) if part == "answer"]
-            last = answer[0] - 1 if answer else max(i for i, part in enumerate(names) if part != PADDING)
+            answer = [i for i, own in enumerate(names) if own == "answer"]
+            last = answer[0] - 1 if answer else max(i for i, own in enumerate(names) if own != PADDING)
             if last < 0 or names[last] == PADDING:
                 raise ValueError(f"nothing predicts the answer of row {row}: it begins with its first token.")
             return torch.tensor([last])
@@ -285,9 +287,9 @@ class Geometry:
             if number >= t:
                 raise ValueError(f"video[{frame[1]}] has frames 0..{t - 1} (two video frames each), not {number}.")
             return self._positions_of_segment(f"video[{frame[1]}]", row).reshape(t, -1)[number]
-        found = [i for i, part in enumerate(names) if part == name or (name in _ONE and _ONE[name].fullmatch(part))]
+        found = [i for i, own in enumerate(names) if own == name or (name in _ONE and _ONE[name].fullmatch(own))]
         if not found:
-            raise ValueError(f"row {row} has no part called {name!r}; it has {', '.join(self.part_names(row))}.")
+            raise ValueError(f"row {row} has no segment called {name!r}; it has {', '.join(self.segment_names(row))}.")
         return torch.tensor(found)
 
     def _positions_of_box(self, box: tuple, row: int, image: int) -> Int[Tensor, "n"]:

@@ -23,10 +23,12 @@ from torch import Tensor
 
 from .config import HookedQwen2VLConfig
 from .geometry import Geometry, Visual
+from .moved import renamed_arguments, renamed_attributes
 from .positions import IMAGE, TEXT, VIDEO, mrope_positions
-from .segments import KINDS, PADDING, names_from_ids, number_visuals
+from .segments import KINDS, PADDING, number_visuals, segments_from_ids
 
 
+@renamed_attributes
 @dataclass(frozen=True, eq=False, repr=False)
 class Inputs(Geometry):
     """A batch of prompts with their images, left-padded.
@@ -37,7 +39,7 @@ class Inputs(Geometry):
         token_types: [batch pos] 0 text, 1 image, 2 video.
         position_ids: [3 batch pos] M-RoPE positions (t, row, col).
         rope_delta: [batch] what decoding adds to a row's token count to get the next position.
-        names: for each row, the name of the part each position belongs to (see `positions`).
+        segments: for each row, the name of the segment each position belongs to (see `resolve`).
         visuals: images and videos in order of appearance, row by row.
         pixels: [patch d_patch] normalised patches of all visuals, packed in that order, each in the
             tower's order; None when there are none.
@@ -52,7 +54,7 @@ class Inputs(Geometry):
     token_types: Int[Tensor, "batch pos"]
     position_ids: Int[Tensor, "3 batch pos"]
     rope_delta: Int[Tensor, "batch"]
-    names: tuple[tuple[str, ...], ...]
+    segments: tuple[tuple[str, ...], ...]
     visuals: tuple[Visual, ...] = ()
     pixels: Float[Tensor, "patch d_patch"] | None = None
     image_embeds: Float[Tensor, "image_token d_model"] | None = None
@@ -63,6 +65,7 @@ class Inputs(Geometry):
     # ---- construction -------------------------------------------------------------------------
 
     @classmethod
+    @renamed_arguments
     def build(
         cls,
         tokens: Int[Tensor, "batch pos"],
@@ -70,13 +73,13 @@ class Inputs(Geometry):
         attention_mask: Int[Tensor, "batch pos"] | None = None,
         visuals: Sequence[Visual] = (),
         pixels: Float[Tensor, "patch d_patch"] | None = None,
-        names: Sequence[Sequence[str]] | None = None,
+        segments: Sequence[Sequence[str]] | None = None,
     ) -> Inputs:
         """Checks tokens against images and derives types and positions.
 
         Args:
             visuals, pixels: in order of appearance, row by row.
-            names: the part of each position; without them the ids tell (see `segments.names_from_ids`).
+            segments: the name of each position's; without them the ids tell (see `segments.segments_from_ids`).
         Raises:
             ValueError: no tokens, ids outside the vocabulary, more positions than the context, a mask of
                 another shape or with padding in the middle, or placeholders, images and pixels that do
@@ -109,7 +112,7 @@ class Inputs(Geometry):
             token_types=types,
             position_ids=position_ids,
             rope_delta=delta,
-            names=_name_rows(tokens, mask, types, visuals, names, cfg),
+            segments=_segment_rows(tokens, mask, types, visuals, segments, cfg),
             visuals=tuple(visuals),
             pixels=pixels,
         )
@@ -144,7 +147,7 @@ class Inputs(Geometry):
     ) -> Inputs:
         """The mapping that HF's processor of the model returns (`return_tensors="pt"`); Qwen2.5-VL's `second_per_grid_ts` included.
 
-        The parts of a prompt are read off its ids (see `segments.names_from_ids`).
+        The segments of a prompt are read off its ids (see `segments.segments_from_ids`).
 
         Args:
             image_sizes: (width, height) of each image before it was resized, in order: the processor does not
@@ -197,13 +200,13 @@ class Inputs(Geometry):
         width = max(row.shape[1] for row in rows)
         tokens = torch.cat([_pad_left(row.tokens, width, pad_id) for row in rows])
         mask = torch.cat([_pad_left(row.attention_mask, width, 0) for row in rows])
-        names = [(PADDING,) * (width - row.shape[1]) + n for row in rows for n in row.names]
+        segments = [(PADDING,) * (width - row.shape[1]) + n for row in rows for n in row.segments]
         visuals, first = [], 0
         for row in rows:
             visuals += [replace(visual, row=visual.row + first) for visual in row.visuals]
             first += len(row)
         pixels = [row.pixels for row in rows if row.pixels is not None]
-        return cls.build(tokens, cfg, mask, visuals, torch.cat(pixels) if pixels else None, names)
+        return cls.build(tokens, cfg, mask, visuals, torch.cat(pixels) if pixels else None, segments)
 
     def with_image_embeddings(
         self,
@@ -235,21 +238,21 @@ class Inputs(Geometry):
         return tuple(zlib.crc32(part) for part in np.split(raw, ends[:-1]))
 
     def extend(self, tokens: Int[Tensor, "batch"], running: Bool[Tensor, "batch"]) -> Inputs:
-        """One generated token more for each row: text, whatever its id, and part of `answer`.
+        """One generated token more for each row: text, whatever its id, and of the `answer`.
 
         Args:
             running: False where a row has ended: its token is padding.
         """
         mask = running.long()[:, None]
         next_position = self.attention_mask.sum(-1) + self.rope_delta
-        names = [row + ("answer" if alive else PADDING,) for row, alive in zip(self.names, running.tolist())]
+        segments = [row + ("answer" if alive else PADDING,) for row, alive in zip(self.segments, running.tolist())]
         return replace(
             self,
             tokens=torch.cat((self.tokens, tokens[:, None]), dim=1),
             attention_mask=torch.cat((self.attention_mask, mask), dim=1),
             token_types=torch.cat((self.token_types, torch.zeros_like(mask)), dim=1),
             position_ids=torch.cat((self.position_ids, next_position.expand(3, -1)[..., None]), dim=2),
-            names=tuple(names),
+            segments=tuple(segments),
         )
 
     def left_padded(self) -> Inputs:
@@ -264,14 +267,14 @@ class Inputs(Geometry):
         """Each row with its positions in another order; M-RoPE positions stay the tokens' own."""
         if torch.equal(order, torch.arange(self.shape[1], device=self.device).expand_as(order)):
             return self
-        names = tuple(tuple(row[place] for place in places) for row, places in zip(self.names, order.tolist()))
+        segments = tuple(tuple(row[place] for place in places) for row, places in zip(self.segments, order.tolist()))
         return replace(
             self,
             tokens=self.tokens.gather(-1, order),
             attention_mask=self.attention_mask.gather(-1, order),
             token_types=self.token_types.gather(-1, order),
             position_ids=self.position_ids.gather(-1, order.expand(3, -1, -1)),
-            names=names,
+            segments=segments,
         )
 
     # ---- like a token tensor ------------------------------------------------------------------
@@ -350,7 +353,7 @@ class Inputs(Geometry):
             token_types=self.token_types[chosen],
             position_ids=self.position_ids[:, chosen],
             rope_delta=self.rope_delta[chosen],
-            names=tuple(self.names[row] for row in chosen),
+            segments=tuple(self.segments[row] for row in chosen),
             visuals=tuple(visuals),
             pixels=gather(self.pixels, patches),
             image_embeds=gather(self.image_embeds, embeds),
@@ -435,7 +438,7 @@ class Inputs(Geometry):
             and torch.equal(self.tokens, other.tokens.to(self.device))
             and torch.equal(self.attention_mask, other.attention_mask.to(self.device))
             and self.visuals == other.visuals
-            and self.names == other.names
+            and self.segments == other.segments
         )
         if not same or self.pixels is None or other.pixels is None:
             return same and self.pixels is other.pixels
@@ -568,23 +571,23 @@ def _check_pixels(pixels: Tensor | None, visuals: Sequence[Visual], cfg: HookedQ
         )
 
 
-def _name_rows(
+def _segment_rows(
     tokens: Int[Tensor, "batch pos"],
     mask: Int[Tensor, "batch pos"],
     types: Int[Tensor, "batch pos"],
     visuals: Sequence[Visual],
-    names: Sequence[Sequence[str]] | None,
+    segments: Sequence[Sequence[str]] | None,
     cfg: HookedQwen2VLConfig,
 ) -> tuple[tuple[str, ...], ...]:
-    """The name of every position; where none are given, they are read off the ids."""
+    """The segment of every position; where none are given, they are read off the ids."""
     named = []
     for row, seen in enumerate(mask.bool()):
         kinds = types[row][seen].tolist()
-        if names is None:
+        if segments is None:
             frames = [v.grid[0] for v in visuals if v.row == row and v.kind == VIDEO and cfg.vision.timestamps]
-            known = names_from_ids(tokens[row][seen].tolist(), kinds, cfg, frames)
+            known = segments_from_ids(tokens[row][seen].tolist(), kinds, cfg, frames)
         else:
-            known = [name for name, real in zip(names[row], seen.tolist()) if real]
+            known = [name for name, real in zip(segments[row], seen.tolist()) if real]
         here = [(visual.kind, visual.n_tokens) for visual in visuals if visual.row == row]
         following = iter(number_visuals(known, kinds, here))
         named.append(tuple(next(following) if real else PADDING for real in seen.tolist()))

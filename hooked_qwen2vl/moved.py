@@ -51,6 +51,11 @@ NAMES = {  # module -> name of earlier versions -> module and name now
     "analyses.logit_lens": {"read_entries": "analyses.logit_lens:residual_at"},
     "analyses.runs": {"settled": "analyses.runs.engine:refreshed"},
     "analyses.runs.engine": {"settled": "analyses.runs.engine:refreshed"},
+    "hooked_qwen2vl.prompt_text": {
+        "Part": "hooked_qwen2vl.prompt_text:Segment",
+        "tokenize_parts": "hooked_qwen2vl.prompt_text:tokenize_segments",
+    },
+    "hooked_qwen2vl.segments": {"names_from_ids": "hooked_qwen2vl.segments:segments_from_ids"},
     "hooked_qwen2vl.devices": {
         "beside": "hooked_qwen2vl.devices:to_its_device",
         "spread_over": "hooked_qwen2vl.devices:n_devices",
@@ -79,11 +84,17 @@ NAMES = {  # module -> name of earlier versions -> module and name now
 }
 
 ATTRIBUTES = {  # class -> name of earlier versions -> name now
+    "hooked_qwen2vl.geometry:Geometry": {"part_names": "segment_names"},
+    "hooked_qwen2vl.inputs:Inputs": {"names": "segments"},
+    "analyses.explorer:Explorer": {"parts": "segments"},
     "analyses.flip_patching:FlipAttribution": {"entry": "flip_layer", "layer": "block"},
     "analyses.runs.plan:Memory": {"prefixes": "embeddings"},
     "analyses.flip_patching:FlipTest": {"entry_difference": "lens_difference"},
 }
 ARGUMENTS = {  # function -> name of earlier versions -> name now
+    "hooked_qwen2vl.inputs:Inputs.build": {"names": "segments"},
+    "analyses.contextual_lens:word_spans": {"part": "segment"},
+    "analyses.views.circuits:strip": {"names": "segments"},
     "analyses.flip_patching:attribute_flip": {"entry": "layer"},
     "analyses.runs.engine:run": {"prefixes": "embeddings"},
 }

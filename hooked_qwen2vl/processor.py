@@ -3,7 +3,7 @@
     messages ─► chat template ─► text with one placeholder an image ─► one placeholder an image token ─► token ids
     images ─► resized to multiples of an image token's side (28 pixels; 32 in Qwen3-VL) ─► normalised patches
 
-Text is rendered with a marker in place of every content part, so that each token is known by the part
+Text is rendered with a marker in place of every content part, so that each token is known by the segment
 of the conversation it came from. An answer is tokenised by itself, as a model's own would be: its first
 token never merges with the prompt's last. Needs no torchvision: videos are lists of frames, and a video's
 patches are put together from its frames' patches. In Qwen3-VL every frame (two frames of the video) stands behind its time:
@@ -46,7 +46,7 @@ from .processor_files import (
     read_tokenizer,
     video_settings,
 )
-from .prompt_text import Part, tokenize_parts
+from .prompt_text import Segment, tokenize_segments
 
 TEMPLATE_SECONDS = 10.0
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
@@ -124,13 +124,13 @@ class Processor:
         conversations = list(self._conversations(prompt, images, videos, answers, messages, template, system, special_tokens))
         shown = [media for _, medias in conversations for kind, media in medias if kind == VIDEO]
         rates = iter(_frame_rates(_stated_rates(shown, fps, cfg.vision.needs_fps), len(shown), cfg.vision.needs_fps))
-        rows = [self._row(cfg, parts, medias, bounds, rates) for parts, medias in conversations]
+        rows = [self._row(cfg, segments, medias, bounds, rates) for segments, medias in conversations]
         return rows[0] if len(rows) == 1 else Inputs.stack(rows, cfg, self._pad_id())
 
     def _conversations(
         self, prompt, images, videos, answers, messages, template, system, special_tokens
-    ) -> Iterator[tuple[list[Part], list[tuple[int, Any]]]]:
-        """Each row's parts and its images and videos in order of appearance."""
+    ) -> Iterator[tuple[list[Segment], list[tuple[int, Any]]]]:
+        """Each row's segments and its images and videos in order of appearance."""
         if (prompt is None) == (messages is None):
             raise ValueError("expected either a prompt (a string or several) or messages=, not both and not neither.")
         if messages is not None:
@@ -159,7 +159,7 @@ class Processor:
 
     def _render(
         self, messages: list[dict], answer: str | None, template: bool | str, special_tokens: bool
-    ) -> tuple[list[Part], list[tuple[int, Any]]]:
+    ) -> tuple[list[Segment], list[tuple[int, Any]]]:
         """Chat messages through the template, each content part marked and named."""
         source = self._template(template)
         marked, contents, medias, final = _mark(messages, typed=not special_tokens)
@@ -177,20 +177,20 @@ class Processor:
         except Exception as error:  # a template is a program: it can fail in any way
             why = " ".join(str(error).split())[:300].rstrip(".")
             raise ValueError(f"the checkpoint's chat template cannot be applied ({type(error).__name__}: {why}).") from error
-        parts = []
+        segments = []
         for index, piece in enumerate(_MARKED.split(rendered)):
             if index % 2:
-                parts.append(contents[int(piece)])
+                segments.append(contents[int(piece)])
             else:
-                parts += _template_parts(piece, first=not parts)
+                segments += _template_parts(piece, first=not segments)
         missing = len(contents) - sum(index % 2 for index, _ in enumerate(_MARKED.split(rendered)))
         if missing:
             raise ValueError(f"the chat template dropped {missing} of the {len(contents)} texts of the conversation.")
         if answer is not None:
             if final:
                 raise ValueError("the messages end with the assistant's turn and answers= is given: use one of them.")
-            parts.append(Part(answer, "answer", not special_tokens))
-        return parts, medias
+            segments.append(Segment(answer, "answer", not special_tokens))
+        return segments, medias
 
     def _template(self, name: bool | str) -> str:
         """The source of a chat template: the only one, the one called "default", or the one that is named."""
@@ -208,17 +208,17 @@ class Processor:
     def _row(
         self,
         cfg: HookedQwen2VLConfig,
-        parts: list[Part],
+        segments: list[Segment],
         medias: list[tuple[int, Any]],
         bounds: dict[str, int],
         rates: Iterator[float | None],
     ) -> Inputs:
-        """One prompt: placeholders expanded, tokenised as a whole, every token named by its part.
+        """One prompt: placeholders expanded, tokenised as a whole, every token named by its segment.
 
         Args:
             rates: frames a second of this prompt's videos, and then of the next prompts'.
         """
-        placed = "".join(part.text for part in parts if not part.typed)
+        placed = "".join(segment.text for segment in segments if not segment.typed)
         placeholders = re.findall(f"{re.escape(IMAGE_PAD)}|{re.escape(VIDEO_PAD)}", placed)
         for kind, pad, word in ((IMAGE, IMAGE_PAD, "image"), (VIDEO, VIDEO_PAD, "video")):
             given, asked = sum(k == kind for k, _ in medias), placeholders.count(pad)
@@ -234,15 +234,15 @@ class Processor:
             for (kind, _), (_, grid, size), rate in zip(medias, processed, fps)
         ]
         times = [_timestamps(len(m), pair, rate) if whole and rate else None for (_, m), rate in zip(medias, fps)]
-        ids, names = self._tokenize(list(_expanded(parts, visuals, times)))
+        ids, names = self._tokenize(list(_expanded(segments, visuals, times)))
         pixels = torch.cat([patches for patches, _, _ in processed]) if processed else None
         return Inputs.build(torch.tensor([ids], dtype=torch.long).reshape(1, -1), cfg, None, visuals, pixels, [names])
 
-    def _tokenize(self, parts: list[Part]) -> tuple[list[int], list[str]]:
-        """The prompt as a whole (tokens may not depend on where its parts meet), then the answer; each token is
-        named by the part it starts in."""
-        first = next((index for index, part in enumerate(parts) if part.name == "answer"), len(parts))
-        prompt, answer = (tokenize_parts(self.tokenizer, stretch) for stretch in (parts[:first], parts[first:]))
+    def _tokenize(self, segments: list[Segment]) -> tuple[list[int], list[str]]:
+        """The prompt as a whole (tokens may not depend on where its segments meet), then the answer; each token is
+        named by the segment it starts in."""
+        first = next((index for index, segment in enumerate(segments) if segment.name == "answer"), len(segments))
+        prompt, answer = (tokenize_segments(self.tokenizer, stretch) for stretch in (segments[:first], segments[first:]))
         return prompt[0] + answer[0], prompt[1] + answer[1]
 
     def _check_fit(self, cfg: HookedQwen2VLConfig) -> None:
@@ -384,27 +384,27 @@ def _timestamps(n_frames: int, pair: int, fps: float) -> list[str]:
     return [f"<{(seconds[t] + seconds[t + pair - 1]) / 2:.1f} seconds>" for t in range(0, len(seconds), pair)]
 
 
-def _expanded(parts: list[Part], visuals: Sequence[Visual], times: Sequence[list[str] | None]) -> Iterator[Part]:
-    """The parts with a placeholder for every image token; a video's frames behind their timestamps, where it has them."""
+def _expanded(segments: list[Segment], visuals: Sequence[Visual], times: Sequence[list[str] | None]) -> Iterator[Segment]:
+    """The segments with a placeholder for every image token; a video's frames behind their timestamps, where it has them."""
     following, n_videos = iter(zip(visuals, times)), 0
-    for part in parts:
-        if part.typed:
-            yield part
+    for segment in segments:
+        if segment.typed:
+            yield segment
             continue
-        for piece in _PLACEHOLDER.split(part.text):
+        for piece in _PLACEHOLDER.split(segment.text):
             pad = next((pad for pad in (IMAGE_PAD, VIDEO_PAD) if pad in piece), None)
             if pad is None:
                 if piece:
-                    yield Part(piece, part.name)
+                    yield Segment(piece, segment.name)
                 continue
             visual, stamps = next(following)
             if stamps is None:
-                yield Part(piece.replace(pad, pad * visual.n_tokens), part.name)
+                yield Segment(piece.replace(pad, pad * visual.n_tokens), segment.name)
             else:
                 frame = f"<|vision_start|>{pad * (visual.n_tokens // len(stamps))}<|vision_end|>"
                 for t, stamp in enumerate(stamps):
-                    yield Part(stamp, f"video[{n_videos}].time[{t}]")
-                    yield Part(frame, part.name)
+                    yield Segment(stamp, f"video[{n_videos}].time[{t}]")
+                    yield Segment(frame, segment.name)
             n_videos += visual.kind == VIDEO
 
 
@@ -446,15 +446,15 @@ def _as_messages(text: str, images: list, videos: list, system: str | None, spec
 
 def _without_template(
     text: str, images: list, videos: list, answer: str | None, special_tokens: bool
-) -> tuple[list[Part], list[tuple[int, Any]]]:
+) -> tuple[list[Segment], list[tuple[int, Any]]]:
     """Images, then the text, as base models are prompted."""
     medias = [(IMAGE, image) for image in images] + [(VIDEO, video) for video in videos]
-    parts = []
+    segments = []
     if not special_tokens or (IMAGE_PAD not in text and VIDEO_PAD not in text):
         pads = [IMAGE_PAD if kind == IMAGE else VIDEO_PAD for kind, _ in medias]
-        parts = [Part(f"<|vision_start|>{pad}<|vision_end|>", "template") for pad in pads]
-    parts.append(Part(text, "question", not special_tokens))
-    return parts + ([] if answer is None else [Part(answer, "answer", not special_tokens)]), medias
+        segments = [Segment(f"<|vision_start|>{pad}<|vision_end|>", "template") for pad in pads]
+    segments.append(Segment(text, "question", not special_tokens))
+    return segments + ([] if answer is None else [Segment(answer, "answer", not special_tokens)]), medias
 
 
 def _chats(messages: Any) -> list[list[dict]]:
@@ -468,7 +468,7 @@ def _chats(messages: Any) -> list[list[dict]]:
     return chats
 
 
-def _mark(messages: list[dict], typed: bool = True) -> tuple[list[dict], list[Part], list[tuple[int, Any]], bool]:
+def _mark(messages: list[dict], typed: bool = True) -> tuple[list[dict], list[Segment], list[tuple[int, Any]], bool]:
     """Messages with every text replaced by a marker; the texts, named; images and videos in order; whether the
     conversation ends with the assistant's words."""
     final = messages[-1].get("role") == "assistant" if messages else False
@@ -500,7 +500,7 @@ def _mark(messages: list[dict], typed: bool = True) -> tuple[list[dict], list[Pa
                 if not isinstance(item.get("text"), str):
                     raise ValueError(f"message {index} has a text part without text: {short(item)}.")
                 out.append({"type": "text", "text": _MARK.format(len(contents))})
-                contents.append(Part(item["text"], name, typed))
+                contents.append(Segment(item["text"], name, typed))
             elif kind in ("image", "video"):
                 media = item.get(kind)
                 if media is None:
@@ -515,18 +515,18 @@ def _mark(messages: list[dict], typed: bool = True) -> tuple[list[dict], list[Pa
         if role != "user" and all(item["type"] == "text" for item in out):
             out = "".join(item["text"] for item in out)
         marked.append({"role": role, "content": out})
-    if not medias and not any(part.text.strip() for part in contents):
+    if not medias and not any(segment.text.strip() for segment in contents):
         raise ValueError("the conversation has no text and no image: ask something.")
     return marked, contents, medias, final
 
 
-def _template_parts(text: str, first: bool) -> list[Part]:
+def _template_parts(text: str, first: bool) -> list[Segment]:
     """A stretch of the template's own; the default system prompt in it is named."""
     default = re.match(r"(<\|im_start\|>system\n)(.+?)(<\|im_end\|>)", text, re.DOTALL) if first else None
     if not default:
-        return [Part(text, "template")] if text else []
+        return [Segment(text, "template")] if text else []
     rest = text[default.end(2) :]
-    return [Part(default[1], "template"), Part(default[2], "system"), Part(rest, "template")]
+    return [Segment(default[1], "template"), Segment(default[2], "system"), Segment(rest, "template")]
 
 
 def _in_order(placeholders: list[str], medias: list[tuple[int, Any]]) -> list[tuple[int, Any]]:

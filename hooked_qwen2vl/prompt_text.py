@@ -1,9 +1,9 @@
 """Text that was written becomes tokens that mean it: in what a user says, `<|im_end|>` is eight characters of text.
 
-A prompt is made of parts. Special tokens count only in parts that the library placed (the template, the frames of
+A prompt is made of segments. Special tokens count only in segments that the library placed (the template, the frames of
 images); in a user's text each is spelt by plain tokens, so that nothing typed can end a turn or stand for an image.
 Special tokens are hard borders for the tokenizer: what lies between two of them is tokenised as a whole, however many
-parts it comes from.
+segments it comes from.
 """
 
 from __future__ import annotations
@@ -15,16 +15,20 @@ from typing import Any
 
 import numpy as np
 
+from .moved import moved_names
+
+__getattr__ = moved_names(__name__)
+
 VISION_TOKENS = {"<|vision_start|>": "vision_start", "<|vision_end|>": "vision_end"}
 
 
 @dataclass(frozen=True)
-class Part:
+class Segment:
     """A stretch of the rendered prompt.
 
     Attributes:
         text: as it was written.
-        name: which part of the conversation it is (see `Inputs.positions`).
+        name: its name (see `Inputs.positions`).
         typed: whether special tokens in it are text.
     """
 
@@ -38,8 +42,8 @@ def text_ids(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] if text else []
 
 
-def tokenize_parts(tokenizer: Any, parts: Sequence[Part]) -> tuple[list[int], list[str]]:
-    """The ids of the parts joined to one text, and for each the name of the part it starts in.
+def tokenize_segments(tokenizer: Any, segments: Sequence[Segment]) -> tuple[list[int], list[str]]:
+    """The ids of the segments joined to one text, and for each the name of the segment it starts in.
 
     `vision_start` and `vision_end`, where the library placed them, are named after themselves.
     """
@@ -47,7 +51,7 @@ def tokenize_parts(tokenizer: Any, parts: Sequence[Part]) -> tuple[list[int], li
     borders = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True)))) if special else None
     ids: list[int] = []
     names: list[str] = []
-    stretch: list[Part] = []
+    stretch: list[Segment] = []
 
     def flush() -> None:
         more = _stretch(tokenizer, stretch)
@@ -55,15 +59,15 @@ def tokenize_parts(tokenizer: Any, parts: Sequence[Part]) -> tuple[list[int], li
         names.extend(name for _, name in more)
         stretch.clear()
 
-    for part in parts:
+    for segment in segments:
         start = 0
-        for found in borders.finditer(part.text) if borders and not part.typed else ():
-            stretch.append(Part(part.text[start : found.start()], part.name))
+        for found in borders.finditer(segment.text) if borders and not segment.typed else ():
+            stretch.append(Segment(segment.text[start : found.start()], segment.name))
             flush()
             ids.append(special[found[0]])
-            names.append(VISION_TOKENS.get(found[0], part.name))
+            names.append(VISION_TOKENS.get(found[0], segment.name))
             start = found.end()
-        stretch.append(Part(part.text[start:], part.name))
+        stretch.append(Segment(segment.text[start:], segment.name))
     flush()
     return ids, names
 
@@ -73,14 +77,14 @@ def special_tokens(tokenizer: Any) -> dict[str, int]:
     return {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
-def _stretch(tokenizer: Any, parts: Sequence[Part]) -> list[tuple[int, str]]:
-    """(id, name of the part it starts in) of text without special tokens."""
-    text = "".join(part.text for part in parts)
+def _stretch(tokenizer: Any, segments: Sequence[Segment]) -> list[tuple[int, str]]:
+    """(id, name of the segment it starts in) of text without special tokens."""
+    text = "".join(segment.text for segment in segments)
     if not text:
         return []
     encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False, split_special_tokens=True)
-    ends = np.cumsum([len(part.text) for part in parts])
+    ends = np.cumsum([len(segment.text) for segment in segments])
     return [
-        (token, parts[int(np.searchsorted(ends, start, side="right"))].name)
+        (token, segments[int(np.searchsorted(ends, start, side="right"))].name)
         for token, (start, _) in zip(encoded["input_ids"], encoded["offset_mapping"])
     ]

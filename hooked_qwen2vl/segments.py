@@ -5,7 +5,7 @@ A chat is recognised by its shape, which Qwen2-VL's template gives every convers
     <start> role \\n content <end> \\n <start> role \\n content <end> \\n … <start> role \\n [content]
 
 where <start> is the row's first token and <end> one of the checkpoint's end tokens. Anything else is a raw
-prompt, all of it `question`. A prompt built by `model.to_inputs` needs no guessing: its parts are known.
+prompt, all of it `question`. A prompt built by `model.to_inputs` needs no guessing: its segments are known.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ import re
 from collections.abc import Sequence
 
 from .config import HookedQwen2VLConfig
+from .moved import moved_names
 from .positions import IMAGE, TEXT, VIDEO
+
+__getattr__ = moved_names(__name__)
 
 PADDING = "padding"
 KINDS = {IMAGE: "image", VIDEO: "video"}
@@ -30,8 +33,8 @@ def is_segment_name(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
-def names_from_ids(tokens: Sequence[int], types: Sequence[int], cfg: HookedQwen2VLConfig, frames: Sequence[int] = ()) -> list[str]:
-    """The part each position of one unpadded row belongs to.
+def segments_from_ids(tokens: Sequence[int], types: Sequence[int], cfg: HookedQwen2VLConfig, frames: Sequence[int] = ()) -> list[str]:
+    """The segment each position of one unpadded row belongs to.
 
     Where content begins with line breaks, one token may hold them and the template's own: it is the template's.
 

@@ -95,7 +95,7 @@ def inputs_for(model, image, **settings):
     tokens = small.tokens.clone()
     for ours, theirs in (("image", "image"), ("vision_start", "vision_start"), ("vision_end", "vision_end")):
         tokens[small.tokens == getattr(cfg.special, ours)] = getattr(model.cfg.special, theirs)
-    return Inputs.build(tokens, model.cfg, None, small.visuals, small.pixels, small.names)
+    return Inputs.build(tokens, model.cfg, None, small.visuals, small.pixels, small.segments)
 
 
 def test_loading_needs_little_memory_of_its_own(folder):

@@ -172,7 +172,7 @@ def test_every_noun_of_a_caption(model, streams, answered):
 def test_yes_and_no(model):
     image = picture(84, 56)
     yes, no = (model.to_inputs("is the red thing red?", images=[image], answers=a) for a in ("yes", "No"))
-    places = list(word_spans(model, yes, ["red"], part="question").values())
+    places = list(word_spans(model, yes, ["red"], segment="question").values())
     noun = contextual_score(model, yes, span=places[-1]).score
     assert yes_no_score(model, yes, "red") == noun
     assert abs(yes_no_score(model, no, "red") + noun) < CLOSE
@@ -233,9 +233,9 @@ def test_what_is_no_word_of_its_own():
 
 
 def test_what_is_not_there(model, answered, batches):
-    with pytest.raises(ValueError, match="no part called 'image'"):
+    with pytest.raises(ValueError, match="no segment called 'image'"):
         contextual_score(model, model.to_inputs("red?", answers="red"))
-    with pytest.raises(ValueError, match="no part called 'answer'"):
+    with pytest.raises(ValueError, match="no segment called 'answer'"):
         contextual_score(model, batches["image"])
     with pytest.raises(ValueError, match="0..3"):
         contextual_score(model, answered, image_layer=4)

@@ -146,7 +146,7 @@ def hand_counted(model, inputs, cache, module, layer, domains):
     """(domain, source, which neurons fire) of every token, one at a time."""
     if module == "decoder":
         pre = cache[f"blocks.{layer}.mlp.hook_pre"]
-        for row, names in enumerate(inputs.names):
+        for row, names in enumerate(inputs.segments):
             for position, name in enumerate(names):
                 if name != "padding":
                     source = "image" if name.startswith(("image[", "video[")) else "generated" if name == "answer" else "text"

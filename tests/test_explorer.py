@@ -58,7 +58,7 @@ def test_every_number_against_the_models_own_activations(model, inputs, result):
     with torch.no_grad():
         logits, cache = model.run_with_cache(inputs)
     n, last = inputs.shape[1], int(inputs.positions("last"))
-    assert result.last == last and len(result.parts) == n
+    assert result.last == last and len(result.segments) == n
     streams = [*(cache["resid_pre", l][0] for l in range(model.cfg.n_layers)), cache["resid_post", -1][0]]
     answer = inputs.positions("answer")[:-1]  # without the end token
     assert list(result.answer) == answer.tolist()
@@ -100,7 +100,7 @@ def test_a_padded_row_is_the_row_alone(model):
     batch = model.to_inputs(questions, images=images, answers=answers)
     alone = explore(model, model.to_inputs(questions[0], images=images[0], answers="red"), images[0])
     padded = explore(model, batch, images[0], row=0)
-    assert padded.parts == alone.parts and padded.last == alone.last and padded.lens.positions != alone.lens.positions
+    assert padded.segments == alone.segments and padded.last == alone.last and padded.lens.positions != alone.lens.positions
     for field in ("attention", "contextual", "kept_probs", "rest_prob"):
         assert torch.allclose(getattr(padded, field), getattr(alone, field), atol=1e-5), field
     assert torch.allclose(padded.lens.top_probs, alone.lens.top_probs, atol=1e-5)
@@ -160,7 +160,7 @@ def test_recovery_lies_where_it_was_patched(model):
 
 def test_table_and_pictures(result, tmp_path):
     table = result.to_dataframe()
-    assert len(table) == result.lens.entropy.numel() and table["attention"].isna().sum() == len(result.parts)
+    assert len(table) == result.lens.entropy.numel() and table["attention"].isna().sum() == len(result.segments)
     assert table["recovery"].isna().all() and not table["contextual"].isna().any()
     figure = result.plot(tmp_path / "maps.pdf")
     columns = min(5, len(result.lens.layer_labels))  # evenly spaced layers, every one where they are few
@@ -173,7 +173,7 @@ def test_table_and_pictures(result, tmp_path):
 
 
 def test_the_page_holds_what_it_was_given(result, tmp_path):
-    recovered = dataclasses.replace(result, recovery=torch.randn(len(result.attention), len(result.parts)))
+    recovered = dataclasses.replace(result, recovery=torch.randn(len(result.attention), len(result.segments)))
     recovered.page(tmp_path / "page.html")
     header, arrays = read_page(tmp_path / "page.html")
     ids = np.cumsum(header["ids"])

@@ -43,7 +43,7 @@ def test_ids_are_those_of_the_whole_template(model, processor, question):
 def test_parts_partition_a_row(model, batches):
     for inputs in batches.values():
         for row in range(len(inputs)):
-            names = inputs.part_names(row)
+            names = inputs.segment_names(row)
             found = torch.cat([inputs.positions(name, row) for name in names])
             assert sorted(found.tolist()) == inputs.attention_mask[row].nonzero().flatten().tolist()
 
@@ -158,7 +158,7 @@ def same_rows(ours: Inputs, inputs: Inputs, rows: list[int]) -> None:
     assert ours.token_types.tolist() == inputs.token_types[rows].tolist()
     assert ours.position_ids.tolist() == inputs.position_ids[:, rows].tolist()
     assert ours.rope_delta.tolist() == inputs.rope_delta[rows].tolist()
-    assert list(ours.names) == [inputs.names[row] for row in rows]
+    assert list(ours.segments) == [inputs.segments[row] for row in rows]
     assert [[v.grid for v in ours.visuals if v.row == i] for i in range(len(rows))] == [
         [v.grid for v in inputs.visuals if v.row == row] for row in rows
     ]
@@ -268,7 +268,7 @@ def test_the_texts_own_padding_side_does_not_matter(model, batches):
     for row in range(4):
         mine = logits[row][ours.attention_mask[row].bool()]
         assert torch.allclose(mine, expected[row][inputs.attention_mask[row].bool()], atol=1e-4)
-        assert int(ours.positions("last", row)) == int(ours.attention_mask[row].sum()) - 1 or "answer" in ours.names[row]
+        assert int(ours.positions("last", row)) == int(ours.attention_mask[row].sum()) - 1 or "answer" in ours.segments[row]
 
 
 # ---- TransformerLens's tools take it ----------------------------------------------------------
@@ -354,8 +354,8 @@ def test_names_that_are_not_there(batches):
     assert inputs.positions("question", -1).tolist() == inputs.positions("question", 0).tolist()
     for ask, message in (
         (lambda: inputs.positions("image[2]"), "it has template, system, vision_start, image"),
-        (lambda: inputs.positions("video"), "no part called 'video'"),
-        (lambda: inputs.positions("answer"), "no part called 'answer'"),
+        (lambda: inputs.positions("video"), "no segment called 'video'"),
+        (lambda: inputs.positions("answer"), "no segment called 'answer'"),
         (lambda: inputs.span("vision_start"), "not contiguous"),
         (lambda: inputs.positions("image", row=1), "no row 1: the batch has 1"),
         (lambda: inputs.grid(image=2), "row 0 has 2 images, there is no image 2"),
@@ -518,5 +518,5 @@ def test_a_question_that_begins_with_a_line_break(question, known):
     model = HookedQwen2VL.from_hf(tiny_hf(tokenizer=own), tiny_processor(tokenizer=own))
     inputs = model.to_inputs(question)
     cfg = model.cfg if known else HookedQwen2VL.from_hf(tiny_hf(tokenizer=own)).cfg
-    assert Inputs.from_tokens(inputs.tokens, cfg).names == inputs.names
-    assert {"system", "question", "template"} == set(inputs.part_names())
+    assert Inputs.from_tokens(inputs.tokens, cfg).segments == inputs.segments
+    assert {"system", "question", "template"} == set(inputs.segment_names())

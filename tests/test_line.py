@@ -94,7 +94,7 @@ def test_the_processors_batch_gives_the_same_prompts(pair):
         again = Inputs.from_processor(reference_batch(inputs), model.cfg)
         assert torch.equal(again.position_ids, inputs.position_ids), kind
         if kind != "no template" and "and" not in kind:
-            assert [set(row) for row in again.names] == [set(row) for row in inputs.names], kind
+            assert [set(row) for row in again.segments] == [set(row) for row in inputs.segments], kind
 
 
 @pytest.mark.parametrize("change", CHANGES)

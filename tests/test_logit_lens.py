@@ -99,7 +99,7 @@ def test_the_characters_of_tokens():
 
 
 def test_positions_that_are_not_there(model, batches):
-    with pytest.raises(ValueError, match="no part called"):
+    with pytest.raises(ValueError, match="no segment called"):
         logit_lens(model, batches["text"], "image")
     with pytest.raises(ValueError, match="no position 10000"):
         logit_lens(model, batches["text"], 10_000)

@@ -160,7 +160,7 @@ def test_other_keys_are_refused_by_name(part, message, model):
 def test_images_without_a_question(model):
     """As transformers renders them: the image alone in the user's turn."""
     ours = model.to_inputs(messages=user(image(WIDE)))
-    assert ours.part_names() == ["template", "system", "vision_start", "image[0]", "vision_end"]
+    assert ours.segment_names() == ["template", "system", "vision_start", "image[0]", "vision_end"]
     text = model.tokenizer.apply_chat_template(user(image("x")), tokenize=False, add_generation_prompt=True)
     text = text.replace("<|image_pad|>", "<|image_pad|>" * 15)
     assert ours.tokens[0].tolist() == model.tokenizer(text)["input_ids"]
@@ -210,7 +210,7 @@ def saved(inputs: Inputs) -> Inputs:
 def test_copies_are_equal_and_encoded_as_they_were(state, way, model):
     inputs = states(model)[state]
     other = way(inputs)
-    assert other == inputs and other.part_names() == inputs.part_names()
+    assert other == inputs and other.segment_names() == inputs.segment_names()
     assert model.is_encoded(other) == model.is_encoded(inputs) == (state not in ("fresh", "text", "video"))
     with torch.no_grad():
         assert (model(other) - model(inputs)).abs().max() < 1e-5

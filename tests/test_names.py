@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from importlib import import_module
+from operator import attrgetter
 from types import SimpleNamespace
 
 import pandas as pd
@@ -182,7 +183,7 @@ def each(table: dict) -> list[tuple[str, str, str]]:
 
 def thing(place: str):
     module, _, name = place.partition(":")
-    return getattr(import_module(module), name)
+    return attrgetter(name)(import_module(module))
 
 
 @pytest.mark.parametrize("module, old, new", each(NAMES))

@@ -52,8 +52,8 @@ def world(model):
 
 def good(inputs) -> dict[str, tuple[object, list[int]]]:
     """name -> (place, the positions it means)."""
-    n, first = inputs.shape[1], inputs.names[0].index("image[0]")
-    answer = inputs.names[0].index("answer")
+    n, first = inputs.shape[1], inputs.segments[0].index("image[0]")
+    answer = inputs.segments[0].index("answer")
     mask = torch.zeros(n, dtype=torch.bool)
     mask[[2, first]] = True
     return {
@@ -84,8 +84,8 @@ def bad(inputs) -> dict[str, tuple[object, str]]:
     """name -> (place, what the error says)."""
     n = inputs.shape[1]
     return {
-        "misspelt": ("imgae", "no part called 'imgae'"),
-        "image that is not there": ("image[1]", "no part called"),
+        "misspelt": ("imgae", "no segment called 'imgae'"),
+        "image that is not there": ("image[1]", "no segment called"),
         "past the end": (n, f"no position {n}"),
         "before the start": (-n - 1, f"no position {-n - 1}"),
         "list past the end": ([0, 999], "no position 999"),
@@ -209,9 +209,9 @@ def test_functions_of_several_positions(world, function):
     assert len(distinct) > 1 or function is sweep, "the function does not look where it is told"
     for name, (place, message) in bad(world.inputs).items():
         if function is between_models and name == "image that is not there":
-            message = "no prompt has a part called"
+            message = "no prompt has a segment called"
         if function is between_models and name == "misspelt":
-            message = "no part called"
+            message = "no segment called"
         with pytest.raises(ValueError, match=message):
             function(world, place)
             pytest.fail(name)
@@ -235,7 +235,7 @@ def test_functions_of_one_position(world, function):
 def test_rows_of_a_sweep(world):
     """A list holds a place for each row; one name or box is one row; a slice, tensor or mask gives a row to each position."""
     metric = lambda logits: logits[:, -1, RED]  # noqa: E731
-    first = world.inputs.names[0].index("image[0]")
+    first = world.inputs.segments[0].index("image[0]")
 
     def rows(positions):
         result = patch_sweep(world.model, world.inputs, world.other, metric, layers=[0], positions=positions, progress=False)
@@ -372,8 +372,8 @@ def test_padding_is_no_place(model):
 
 def test_words_in_a_part(world):
     assert word_spans(world.model, world.inputs, ["red"])
-    with pytest.raises(ValueError, match="no part called 'imgae'"):
-        word_spans(world.model, world.inputs, ["red"], part="imgae")
+    with pytest.raises(ValueError, match="no segment called 'imgae'"):
+        word_spans(world.model, world.inputs, ["red"], segment="imgae")
 
 
 def test_a_text_has_no_segments(model):

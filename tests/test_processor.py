@@ -92,7 +92,7 @@ def test_a_chat_equals_the_references(case, model, reference):
     same(ours, theirs)
     again = Inputs.from_processor(theirs, model.cfg, image_sizes=sizes(messages))
     if case == "words of the template":  # an end token inside the question: not a chat by its shape
-        assert set(again.part_names()) == {"question"}
+        assert set(again.segment_names()) == {"question"}
     else:
         assert again == ours
 
@@ -288,7 +288,7 @@ def test_images_and_videos_take_turns_as_the_text_says(model):
     pads = "<|video_pad|> <|image_pad|> <|video_pad|>"
     inputs = model.to_inputs(pads, images=[WIDE], videos=[frames(2), frames(4)], template=False, special_tokens=True)
     assert [visual.kind for visual in inputs.visuals] == [2, 1, 2]
-    assert inputs.part_names() == ["video[0]", "question", "image[0]", "video[1]"]
+    assert inputs.segment_names() == ["video[0]", "question", "image[0]", "video[1]"]
     assert torch.equal(inputs.pixels[24:84], model.to_inputs("?", images=[WIDE]).pixels)
 
 
@@ -296,9 +296,9 @@ def test_without_a_template_the_images_come_first(model, reference):
     inputs = model.to_inputs("The circle is", images=[WIDE, TALL], template=False)
     framed = "<|vision_start|><|image_pad|><|vision_end|>"
     same(inputs, reference(text=f"{framed}{framed}The circle is", images=[[WIDE, TALL]], return_tensors="pt"))
-    assert inputs.part_names() == ["vision_start", "image[0]", "vision_end", "image[1]", "question"]
+    assert inputs.segment_names() == ["vision_start", "image[0]", "vision_end", "image[1]", "question"]
     bare = model.to_inputs("", images=[WIDE], template=False)
-    assert bare.part_names() == ["vision_start", "image[0]", "vision_end"]
+    assert bare.segment_names() == ["vision_start", "image[0]", "vision_end"]
 
 
 # ---- loading ----------------------------------------------------------------------------------

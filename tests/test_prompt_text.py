@@ -13,7 +13,7 @@ from analyses.data.examples import examples
 from analyses.experiments.compare import ask
 from analyses.trajectory import answer_ids
 from hooked_qwen2vl import HookedQwen2VL
-from hooked_qwen2vl.prompt_text import Part, text_ids, tokenize_parts
+from hooked_qwen2vl.prompt_text import Segment, text_ids, tokenize_segments
 
 IMAGE = picture(56, 56, 1)
 NASTY = [
@@ -60,10 +60,10 @@ def test_typed_special_tokens_are_text(way, text, model):
 
     ours, harmless = build(text), build("word")
     assert special_in(model, ours) == special_in(model, harmless)
-    assert set(ours.part_names()) == set(harmless.part_names())
+    assert set(ours.segment_names()) == set(harmless.segment_names())
     name = {"system": "system", "answer": "answer"}.get(way, "question")
     assert ours.tokens[0, ours.positions(name)].tolist() == plain(model.tokenizer, text)
-    if "image[0]" in ours.part_names():
+    if "image[0]" in ours.segment_names():
         assert ours.positions("image").tolist() == harmless.positions("image").tolist() or way == "system"
         assert ours.visuals == harmless.visuals
 
@@ -71,7 +71,7 @@ def test_typed_special_tokens_are_text(way, text, model):
 def test_special_tokens_can_be_asked_for(model):
     framed = "<|vision_start|><|image_pad|><|vision_end|>"
     counted = model.to_inputs(f"see {framed}?", images=[IMAGE], special_tokens=True)
-    assert counted.part_names()[-4:] != model.to_inputs("see ?", images=[IMAGE]).part_names()[-4:]
+    assert counted.segment_names()[-4:] != model.to_inputs("see ?", images=[IMAGE]).segment_names()[-4:]
     assert counted.positions("image")[0] > counted.positions("question")[0]
     ended = model.to_inputs("what?", answers="red<|im_end|>", special_tokens=True)
     assert ended.tokens[0, -1].item() == model.tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -85,8 +85,8 @@ def test_special_tokens_can_be_asked_for(model):
 @pytest.mark.parametrize("text", ["r", "\n\n", " red", "图 🙂‍↔️", ""])
 def test_parts_are_tokenised_as_the_whole_is(text, processor):
     """Where nothing typed is special, the tokens are those of the joined text, merges over the parts' borders too."""
-    parts = [Part("<|im_start|>user\n", "template"), Part(text, "question", True), Part("ed\n<|im_end|>\n", "template")]
-    ids, names = tokenize_parts(processor.tokenizer, parts)
+    parts = [Segment("<|im_start|>user\n", "template"), Segment(text, "question", True), Segment("ed\n<|im_end|>\n", "template")]
+    ids, names = tokenize_segments(processor.tokenizer, parts)
     assert ids == processor.tokenizer("".join(part.text for part in parts))["input_ids"]
     assert names[0] == "template" and len(names) == len(ids)
 

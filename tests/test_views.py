@@ -162,7 +162,7 @@ def explorer(tmp_path_factory):
     import dataclasses
 
     result = large(rows=6, cols=8, layers=7, heads=2, d_vocab=400)
-    recovered = dataclasses.replace(result, recovery=torch.randn(len(result.attention), len(result.parts)))
+    recovered = dataclasses.replace(result, recovery=torch.randn(len(result.attention), len(result.segments)))
     path = tmp_path_factory.mktemp("explorer") / "page.html"
     recovered.page(path)
     return recovered, path

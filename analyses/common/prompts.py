@@ -52,7 +52,7 @@ class TextPrompt:
         if not -len(self) <= row < len(self):
             raise ValueError(f"there is no row {row}: the batch has {len(self)}.")
         if isinstance(where, (str, tuple)) and where != "last":
-            raise ValueError(f"{where!r} is a part of an Inputs with a processor; a text has 'last', positions, slices and masks.")
+            raise ValueError(f"{where!r} is a segment of an Inputs with a processor; a text has 'last', positions, slices and masks.")
         if isinstance(where, str):
             return self.attention_mask[row].bool().cpu().nonzero().flatten()[-1:]
         if isinstance(where, Tensor) and where.ndim == 2 and where.shape == self.shape:

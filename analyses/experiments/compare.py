@@ -37,7 +37,7 @@ from analyses.data.examples import Example
 from analyses.logit_lens import logit_lens, residual_stack
 from analyses.trajectory import NoFirstToken, Trajectories, answer_ids, answer_trajectory
 from hooked_qwen2vl import HookedQwen2VL
-from hooked_qwen2vl.prompt_text import Part, special_tokens, tokenize_parts
+from hooked_qwen2vl.prompt_text import Segment, special_tokens, tokenize_segments
 
 CONDITIONS = ("image", "words", "neither")
 MEASURES = ("answer_prob", "entropy_share", "final_prob", "recovery_scene", "recovery_last")
@@ -213,7 +213,7 @@ def _chat_ids(tokenizer: Any, text: str) -> list[int]:
     if not any(token in text for token in special_tokens(tokenizer)):
         return tokenizer(render(text), add_special_tokens=False)["input_ids"]
     before, _, after = render(_PLACE).partition(_PLACE)
-    return tokenize_parts(tokenizer, [Part(before, "template"), Part(text, "question", typed=True), Part(after, "template")])[0]
+    return tokenize_segments(tokenizer, [Segment(before, "template"), Segment(text, "question", typed=True), Segment(after, "template")])[0]
 
 
 def ask(model: Any, text: str, images: Sequence[Any] = ()) -> Any:

@@ -209,7 +209,7 @@ def _span(model: Any, inputs: Any, item: Any) -> list[int]:
     if item.category != "existence":
         return span_positions(model, inputs, "answer", 0)
     noun = item.question.rstrip("?").split()[-1]
-    return list(word_spans(model, inputs, [noun], part="question").values())[-1]
+    return list(word_spans(model, inputs, [noun], segment="question").values())[-1]
 
 
 def main(arguments: list[str] | None = None) -> None:

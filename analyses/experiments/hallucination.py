@@ -453,8 +453,8 @@ def claim_inputs(model: Any, claim: Claim, images: Sequence[Any] | None = None) 
     start, end = claim.mention
     inputs = model.to_inputs(claim.item.question, images=images, answers=claim.text[:end])
     word = list(word_spans(model, inputs, [claim.text[start:end]]).values())[-1]
-    names = tuple("history" if n == "answer" and at not in word else n for at, n in enumerate(inputs.names[0]))
-    return replace(inputs, names=(names,))
+    segments = tuple("history" if n == "answer" and at not in word else n for at, n in enumerate(inputs.segments[0]))
+    return replace(inputs, segments=(segments,))
 
 
 def choose_layers(model: Any, items: Sequence[Question], max_new_tokens: int = 32, progress: bool = True) -> LayerSweep:

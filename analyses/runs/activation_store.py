@@ -62,8 +62,8 @@ def store_activations(
     Args:
         examples: as `runs.run` takes them.
         names: hooks of the text side (`blocks.5.hook_resid_post`), not scores or patterns.
-        keep: "all" positions, or those of a part of the prompt: "image", "text", "question", "last", … (names that
-            `Inputs.positions` knows); a prompt without that part gives no row.
+        keep: "all" positions, or those of a segment of the prompt: "image", "text", "question", "last", … (names that
+            `Inputs.positions` knows); a prompt without that segment gives no row.
         dtype: on disk; None keeps the model's own, and then nothing is rounded.
         answers: whether the questions' answers are part of the prompt (teacher-forced).
         The others are `runs.run`'s.
@@ -73,7 +73,7 @@ def store_activations(
     names = [names] if isinstance(names, str) else list(names)
     _check_names(model, names)
     if keep not in ("all", "text") and not is_segment_name(keep):
-        raise ValueError(f"keep must be 'all' or a part of the prompt ('image', 'text', 'question', 'last', …), got {keep!r}.")
+        raise ValueError(f"keep must be 'all' or a segment of the prompt ('image', 'text', 'question', 'last', …), got {keep!r}.")
     stored = model.cfg.dtype if dtype is None else _as_dtype(dtype)
     settings = {
         "names": names, "keep": keep, "dtype": str(stored).removeprefix("torch."), "answers": answers,

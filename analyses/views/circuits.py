@@ -5,7 +5,7 @@ and called for every figure. Tokens are text: what would be markup is escaped, f
 A prompt's image tokens are too many for it (`attention_patterns` does not finish at 600): `strip` pools them, whole or
 by name, before anything is drawn.
 
-    shown = strip(tokens, inputs.names[0], groups={"circle": inputs.positions(box)})
+    shown = strip(tokens, inputs.segments[0], groups={"circle": inputs.positions(box)})
     page = Page("Attention")
     page.attention_heads(cache["pattern", 3][0], shown)
     page                     # in a notebook, with or without network; page.write("page.html") for a file
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from analyses.views.text import cut, readable
 from hooked_qwen2vl.files import whole_file
+from hooked_qwen2vl.moved import renamed_arguments
 
 MOST_TOKENS = 128  # of an attention figure: 300 take circuitsvis a minute and 600 never finish
 MOST_NUMBERS = 2_000_000  # of one figure: more is some 20 MB of page
@@ -91,9 +92,10 @@ class Strip:
             raise ValueError(f"expected values of the whole prompt, of {needed} positions at least, got {n}.")
 
 
+@renamed_arguments
 def strip(
     tokens: Sequence[str],
-    names: Sequence[str],
+    segments: Sequence[str],
     groups: Mapping[str, Sequence[int]] | None = None,
     only: Sequence[str] | None = None,
     pool: bool = True,
@@ -101,35 +103,35 @@ def strip(
     """What to show of a prompt.
 
     Args:
-        tokens: the text of every position; names: the part each belongs to (`inputs.names[row]`). Padding is left out.
+        tokens: the text of every position; segments: the one each belongs to (`inputs.segments[row]`). Padding is left out.
         groups: label -> positions of an image that are pooled by themselves, such as an object's; what remains of the
             image is pooled as its rest.
-        only: parts to show, by name; None for all.
+        only: segments to show, by name; None for all.
         pool: False lets every image token stand for itself.
     Raises:
-        ValueError: tokens and names that do not match, groups that overlap or leave the image, or nothing to show.
+        ValueError: tokens and segments that do not match, groups that overlap or leave the image, or nothing to show.
     """
-    if len(tokens) != len(names):
-        raise ValueError(f"expected a name for each of {len(tokens)} tokens, got {len(names)}.")
-    of = _group_of(groups or {}, names)
+    if len(tokens) != len(segments):
+        raise ValueError(f"expected a segment for each of {len(tokens)} tokens, got {len(segments)}.")
+    of = _group_of(groups or {}, segments)
     shown: dict[Any, list[int]] = {}
-    for place, name in enumerate(names):
+    for place, name in enumerate(segments):
         if name == "padding" or (only is not None and name not in only):
             continue
         pooled = pool and name.startswith(_POOLED)
-        key = ("group", of[place]) if place in of else ("part", name) if pooled else ("token", place)
+        key = ("group", of[place]) if place in of else ("segment", name) if pooled else ("token", place)
         shown.setdefault(key, []).append(place)
     if not shown:
-        raise ValueError(f"nothing to show: the parts are {', '.join(dict.fromkeys(names))}.")
-    labels = [_label(kind, what, places, tokens, names, of) for (kind, what), places in shown.items()]
+        raise ValueError(f"nothing to show: the segments are {', '.join(dict.fromkeys(segments))}.")
+    labels = [_label(kind, what, places, tokens, segments, of) for (kind, what), places in shown.items()]
     return Strip(tuple(labels), tuple(map(tuple, shown.values())))
 
 
-def _group_of(groups: Mapping[str, Sequence[int]], names: Sequence[str]) -> dict[int, str]:
+def _group_of(groups: Mapping[str, Sequence[int]], segments: Sequence[str]) -> dict[int, str]:
     of: dict[int, str] = {}
     for label, places in groups.items():
         for place in map(int, places):
-            if not 0 <= place < len(names) or not names[place].startswith(_POOLED):
+            if not 0 <= place < len(segments) or not segments[place].startswith(_POOLED):
                 raise ValueError(f"the group {label!r} has position {place}, which is no image token.")
             if place in of:
                 raise ValueError(f"position {place} is in the groups {of[place]!r} and {label!r}.")
@@ -137,10 +139,10 @@ def _group_of(groups: Mapping[str, Sequence[int]], names: Sequence[str]) -> dict
     return of
 
 
-def _label(kind: str, what: Any, places: list[int], tokens: Sequence[str], names: Sequence[str], of: Mapping[int, str]) -> str:
+def _label(kind: str, what: Any, places: list[int], tokens: Sequence[str], segments: Sequence[str], of: Mapping[int, str]) -> str:
     if kind == "token":
         return tokens[what]
-    if kind == "part" and any(names[place] == what for place in of):
+    if kind == "segment" and any(segments[place] == what for place in of):
         what = f"rest of {what}"
     return f"[{what} ×{len(places)}]"
 

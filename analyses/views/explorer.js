@@ -170,7 +170,7 @@ function whereIs(place) {
 
 function nameOf(place) {
   const at = whereIs(place);
-  if (!at) return `“${placeText(place)}” (${data.parts[place]})`;
+  if (!at) return `“${placeText(place)}” (${data.segments[place]})`;
   const which = data.images.length > 1 ? ` of image ${at.image}` : "";
   return `image token, row ${at.row + 1}, column ${at.col + 1}${which}`;
 }
@@ -576,8 +576,8 @@ function makeStrip() {
       if (place === data.images[image].start) addImage(strip, image);
       continue;
     }
-    const token = strip.appendChild(element("button", `token text ${data.parts[place].replace(/[^a-z_]/g, "")}`, placeText(place)));
-    Object.assign(token, { tabIndex: -1, title: `position ${data.positions[place]}, ${data.parts[place]}` });
+    const token = strip.appendChild(element("button", `token text ${data.segments[place].replace(/[^a-z_]/g, "")}`, placeText(place)));
+    Object.assign(token, { tabIndex: -1, title: `position ${data.positions[place]}, ${data.segments[place]}` });
     token.setAttribute("role", "option");
     token.dataset.place = place;
     makeStrip.tokens.set(place, token);

@@ -75,7 +75,7 @@ def _payload(result: Any) -> str:
         "k": lens.top_ids.shape[-1],
         "positions": list(lens.positions),
         "prompt": list(lens.prompt_tokens),
-        "parts": list(result.parts),
+        "segments": list(result.segments),
         "last": result.last,
         "answerPlaces": list(result.answer),
         "ids": np.diff(ids, prepend=0).tolist(),  # rising: differences are short

@@ -111,7 +111,7 @@ def prompt(model: HookedQwen2VL, image_tokens: int, batch: int = 1, template: bo
     tokens = small.tokens.clone()
     for name in ("image", "vision_start", "vision_end"):
         tokens[small.tokens == getattr(cfg.special, name)] = getattr(model.cfg.special, name)
-    made = Inputs.build(tokens, model.cfg, None, small.visuals, small.pixels, small.names)
+    made = Inputs.build(tokens, model.cfg, None, small.visuals, small.pixels, small.segments)
     return (made if batch == 1 else made.repeat(batch)).to(timing.DEVICE)
 
 

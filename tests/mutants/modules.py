@@ -28,5 +28,5 @@ TESTS = {
     "analyses/trajectory.py": "test_trajectory",
     "analyses/tuned_lens.py": "test_readouts",
     "hooked_qwen2vl/positions.py": "test_positions",
-    "hooked_qwen2vl/rope.py": "test_positions test_parts",
+    "hooked_qwen2vl/rope.py": "test_positions test_segments",
 }

@@ -44,11 +44,11 @@ class Seeing(HookedQwen2VL):
         types[rows, first] = IMAGE
         side = self.cfg.vision.spatial_merge_size
         pixels = torch.randn(side * side, self.cfg.vision.d_patch, generator=torch.Generator().manual_seed(0))
-        names = tuple(
-            tuple("image[0]" if place == at else name for place, name in enumerate(row)) for row, at in zip(inputs.names, first.tolist())
+        segments = tuple(
+            tuple("image[0]" if place == at else name for place, name in enumerate(row)) for row, at in zip(inputs.segments, first.tolist())
         )
         visuals = tuple(Visual(row, IMAGE, (1, side, side), (28.0, 28.0), side) for row in rows.tolist())
-        return replace(inputs, token_types=types, visuals=visuals, pixels=pixels.repeat(len(inputs), 1), names=names)
+        return replace(inputs, token_types=types, visuals=visuals, pixels=pixels.repeat(len(inputs), 1), segments=segments)
 
 
 def seeing(size, dtype=None, seed: int = 0, tokenizer: bool = False) -> Seeing:

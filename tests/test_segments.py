@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from hooked_qwen2vl.positions import IMAGE, TEXT, VIDEO
-from hooked_qwen2vl.segments import names_from_ids, number_visuals
+from hooked_qwen2vl.segments import number_visuals, segments_from_ids
 
 START, END, BREAK, TEXT_END = 90, 91, 92, 93
 SYSTEM, USER, ASSISTANT = [1], [2, 3], [4, 5, 6]  # roles of one token and of several
@@ -23,7 +23,7 @@ def parts(tokens: list[int]) -> dict[str, list[int]]:
     """Name -> its tokens."""
     types = [IMAGE if token == PAD else TEXT for token in tokens]
     found: dict[str, list[int]] = {}
-    for token, name in zip(tokens, names_from_ids(tokens, types, CFG), strict=True):
+    for token, name in zip(tokens, segments_from_ids(tokens, types, CFG), strict=True):
         found.setdefault(name, []).append(token)
     return found
 
