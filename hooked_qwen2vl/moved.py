@@ -49,8 +49,18 @@ NAMES = {  # module -> name of earlier versions -> module and name now
         "readout": "analyses.common.vocabulary:predictions_of",
     },
     "analyses.logit_lens": {"read_entries": "analyses.logit_lens:residual_at"},
-    "analyses.runs": {"settled": "analyses.runs.engine:refreshed"},
-    "analyses.runs.engine": {"settled": "analyses.runs.engine:refreshed"},
+    "analyses.runs": {
+        "Part": "analyses.runs.engine:Shard",
+        "read_part": "analyses.runs.engine:read_shard",
+        "settled": "analyses.runs.engine:refreshed",
+        "this_share": "analyses.runs.engine:this_rank",
+    },
+    "analyses.runs.engine": {
+        "Part": "analyses.runs.engine:Shard",
+        "read_part": "analyses.runs.engine:read_shard",
+        "settled": "analyses.runs.engine:refreshed",
+        "this_share": "analyses.runs.engine:this_rank",
+    },
     "hooked_qwen2vl.prompt_text": {
         "Part": "hooked_qwen2vl.prompt_text:Segment",
         "tokenize_parts": "hooked_qwen2vl.prompt_text:tokenize_segments",
@@ -88,6 +98,7 @@ ATTRIBUTES = {  # class -> name of earlier versions -> name now
     "hooked_qwen2vl.inputs:Inputs": {"names": "segments"},
     "analyses.explorer:Explorer": {"parts": "segments"},
     "analyses.flip_patching:FlipAttribution": {"entry": "flip_layer", "layer": "block"},
+    "analyses.runs.engine:Run": {"share": "rank"},
     "analyses.runs.plan:Memory": {"prefixes": "embeddings"},
     "analyses.flip_patching:FlipTest": {"entry_difference": "lens_difference"},
 }
@@ -96,7 +107,16 @@ ARGUMENTS = {  # function -> name of earlier versions -> name now
     "analyses.contextual_lens:word_spans": {"part": "segment"},
     "analyses.views.circuits:strip": {"names": "segments"},
     "analyses.flip_patching:attribute_flip": {"entry": "layer"},
-    "analyses.runs.engine:run": {"prefixes": "embeddings"},
+    "analyses.runs.engine:run": {"prefixes": "embeddings", "shard": "rank", "batches_per_part": "batches_per_shard"},
+    "analyses.runs.engine:prepare": {"prefixes": "embeddings", "shard": "rank"},
+    "analyses.runs.activation_store:store_activations": {"shard": "rank", "batches_per_part": "batches_per_shard"},
+    "analyses.experiments.experiment:Experiment.run": {"shard": "rank"},
+    "analyses.experiments.experiment:Experiment.start": {"shard": "rank"},
+    "analyses.experiments.flips:flip_study": {"shard": "rank"},
+    "analyses.experiments.hallucination:detect_hallucinations": {"shard": "rank"},
+    "analyses.experiments.neurons:count_firings": {"shard": "rank"},
+    "analyses.experiments.neurons:ablation_effects": {"shard": "rank"},
+    "analyses.experiments.neurons:ablate": {"shard": "rank"},
 }
 COLUMNS = {  # result -> column of earlier versions -> column now, of its tables in files
     "analyses.experiments.flips:FlipStudy": {

@@ -58,5 +58,5 @@ def command(*arguments: str) -> None:
 def full_run(out: str, n: int, pause: float = 0.0, **settings) -> None:
     """Batches small and parts many, so that a kill finds something half-done."""
     work = answer_with(MODEL, pause)
-    small = {"batch_size": 2, "batches_per_part": 1, "window": 32, "progress": False}
+    small = {"batch_size": 2, "batches_per_shard": 1, "window": 32, "progress": False}
     run("answers", questions(n), work, out, model=MODEL, **small, **settings)

@@ -20,7 +20,7 @@ from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValue
 from transformer_lens.tools.analysis import logit_lens as transformer_lens_logit_lens
 
 from analyses.logit_lens import logit_lens
-from analyses.runs.engine import describe_model, read_results, this_share
+from analyses.runs.engine import describe_model, read_results, this_rank
 from hooked_qwen2vl import HookedQwen2VL
 from hooked_qwen2vl.cli import main
 from hooked_qwen2vl.devices import n_devices, to_its_device
@@ -280,7 +280,7 @@ def test_lenses_in_float16_are_watched_too(name, processor):
 
 def _share_of_the_run(out: str) -> None:
     PartialState._reset_state()  # of the test's own process, which this one was forked from
-    share = this_share()
+    share = this_rank()
     assert share[1] == 2
     full_run(out, 24)
     Path(out, f"share-{share[0]}").touch()

@@ -15,7 +15,7 @@ from analyses.runs.activation_store import ActivationStore, store_activations
 from hooked_qwen2vl.image_embeddings import ImageEmbeddingsCache
 
 NAMES = ["hook_embed", "blocks.1.hook_resid_post", "blocks.2.attn.hook_z", "blocks.0.mlp.hook_post"]
-SMALL = {"batch_size": 3, "batches_per_part": 2, "window": 32, "progress": False}
+SMALL = {"batch_size": 3, "batches_per_shard": 2, "window": 32, "progress": False}
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def test_the_order_follows_from_the_seed(store):
 def test_a_large_pool_mixes_and_memory_holds_the_pool_and_a_part(store, monkeypatch):
     mixed = next(store.batches(64, "hook_embed", pool=10_000))
     assert mixed["item"].unique().numel() > 12
-    largest = max(len(store._read(part, [])["item"]) for part in store._parts)
+    largest = max(len(store._read(part, [])["item"]) for part in store._shards)
     lengths = []
     permutation = torch.from_numpy
     monkeypatch.setattr(torch, "from_numpy", lambda order: lengths.append(len(order)) or permutation(order))
@@ -156,7 +156,7 @@ def test_interrupted_it_goes_on_and_shares_add_up(model, data, store, tmp_path):
     store_activations(model, data, NAMES, tmp_path / "a", **{**SMALL, "window": 8})
     assert len(ActivationStore(tmp_path / "a")) == len(store)
     for k in (1, 0):
-        store_activations(model, data, NAMES, tmp_path / "b", shard=(k, 2), **SMALL)
+        store_activations(model, data, NAMES, tmp_path / "b", rank=(k, 2), **SMALL)
     both = ActivationStore(tmp_path / "b")
     for example in data:
         ours, theirs = store.question(example.id), both.question(example.id)
@@ -171,7 +171,7 @@ def test_a_part_that_was_cut_short_says_how_all_of_it_ran(model, data, tmp_path)
         raise KeyboardInterrupt
 
     turns = [lambda: iter(data), stopping]
-    settings = {**SMALL, "window": 8, "batches_per_part": 100}
+    settings = {**SMALL, "window": 8, "batches_per_shard": 100}
     with pytest.raises(KeyboardInterrupt):
         store_activations(model, lambda: turns.pop(0)(), NAMES, tmp_path, **settings)
     assert 0 < len(ActivationStore(tmp_path, partial=True))
@@ -183,7 +183,7 @@ def test_a_part_that_was_cut_short_says_how_all_of_it_ran(model, data, tmp_path)
 
 
 def test_a_changed_part_is_noticed(model, data, tmp_path):
-    store_activations(model, data[:6], "hook_embed", tmp_path, **{**SMALL, "batches_per_part": 100})
+    store_activations(model, data[:6], "hook_embed", tmp_path, **{**SMALL, "batches_per_shard": 100})
     (file,) = tmp_path.glob("part-*")
     whole = file.read_bytes()
     for at in (len(whole) - 3, whole.index(b'"composition"') + 20):
@@ -200,7 +200,7 @@ def test_bad_images_are_recorded_and_named(model, tmp_path):
     picture(56, 56).save(tmp_path / "good.png")
     (tmp_path / "bad.png").write_text("no")
     data = [Example(n, "what?", "", (tmp_path / f"{n}.png",)) for n in ("bad", "good")]
-    store_activations(model, data, "hook_embed", tmp_path / "out", batches_per_part=1, progress=False)
+    store_activations(model, data, "hook_embed", tmp_path / "out", batches_per_shard=1, progress=False)
     store = ActivationStore(tmp_path / "out")
     assert store.failures["id"].tolist() == ["bad"] and len(store.question("good")["item"]) == len(store)
     assert sum(len(batch["item"]) for batch in store.batches(7)) == len(store)

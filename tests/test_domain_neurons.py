@@ -230,7 +230,7 @@ def same(one: Firings, other: Firings) -> bool:
 def counting_run(model, data, out, generate=2, **more):
     """A run in small parts, of batches of one domain."""
     size = size_by_model(model, by_domain=True)
-    small = {"batch_size": 2, "batches_per_part": 2, "progress": False}
+    small = {"batch_size": 2, "batches_per_shard": 2, "progress": False}
     return run("firings", data, FiringExperiment(model, generate), out, {"generate": generate}, model=model, size=size,
                write=write_sums, **small, **more)  # fmt: skip
 
@@ -256,7 +256,7 @@ def test_shares_and_interruptions_change_no_count(model, tmp_path):
     for k in (1, 0):
         with pytest.raises(ValueError, match="not finished|holds no run"):
             read_firings(tmp_path / "two")
-        counting_run(model, data, tmp_path / "two", shard=(k, 2))
+        counting_run(model, data, tmp_path / "two", rank=(k, 2))
     assert same(read_firings(tmp_path / "one"), read_firings(tmp_path / "two"))
 
     def breaking():
@@ -292,12 +292,12 @@ def test_sums_of_floats_do_not_depend_on_who_wrote_them(model, tmp_path):
     data = questions(8)
 
     def effects(out, **more):
-        return run("effects", data, experiment.EffectExperiment(model), out, model=model, batch_size=2, batches_per_part=1,
+        return run("effects", data, experiment.EffectExperiment(model), out, model=model, batch_size=2, batches_per_shard=1,
                    progress=False, write=write_sums, **more)  # fmt: skip
 
     effects(tmp_path / "one")
     for k in (1, 0):
-        effects(tmp_path / "two", shard=(k, 2))
+        effects(tmp_path / "two", rank=(k, 2))
     one, two = (experiment.read_effects(tmp_path / name, ["a", "b"]) for name in ("one", "two"))
     whole = experiment.ablation_effects(model, data, ["a", "b"], batch_size=8)
     for module in MODULES:
@@ -768,9 +768,9 @@ def test_the_command_in_shares_with_a_bad_image(tmp_path, capsys, model, monkeyp
     assert main([*command, "--out", str(tmp_path / "one")]) == 0
     assert "2 questions failed, the first (dogs-1)" in capsys.readouterr().out  # in firings, and in effects
     shared = [*command, "--out", str(tmp_path / "two")]
-    for shard in ("1/2", "0/2", "1/2"):
+    for rank in ("1/2", "0/2", "1/2"):
         assert not (tmp_path / "two" / "neurons_accuracy.csv").exists()
-        assert main([*shared, "--shard", shard]) == 0
+        assert main([*shared, "--rank", rank]) == 0
     for name in ("neurons", "neurons_outcomes", "neurons_accuracy", "neurons_failures", "neurons_streams"):
         one, two = (pd.read_csv(tmp_path / run / f"{name}.csv") for run in ("one", "two"))
         pd.testing.assert_frame_equal(one, two, check_exact=True)

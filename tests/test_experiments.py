@@ -222,17 +222,17 @@ def test_a_folder_gives_what_memory_gives(model, tmp_path, do, read, figures):
     """In shares, the second of which finds all there; read again without the model; nothing is done twice."""
     out = tmp_path / "out"
     expected = figures(do(model))
-    assert do(model, out=out, shard=(1, 2)) is None  # the other share is missing
+    assert do(model, out=out, rank=(1, 2)) is None  # the other share is missing
     with pytest.raises(ValueError, match="not finished"):
         read(out)
-    assert_same(expected, figures(do(model, out=out, shard=(0, 2))))
+    assert_same(expected, figures(do(model, out=out, rank=(0, 2))))
     written = {file: file.stat().st_mtime_ns for file in out.glob("part-*")}
     assert len(written) > 1
     assert_same(expected, figures(do(model, out=out)))
     assert_same(expected, figures(read(out)))
     assert written == {file: file.stat().st_mtime_ns for file in out.glob("part-*")}
     with pytest.raises(ValueError, match="pass out="):
-        do(model, shard=(0, 2))
+        do(model, rank=(0, 2))
 
 
 def test_a_question_that_fails_is_said(model, tmp_path):

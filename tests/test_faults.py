@@ -60,7 +60,7 @@ EARLY = [
     (["lens", "--device", "cuda:99"], "--device cuda:99"), (["lens", "--device", "nonsense"], "--device nonsense"),
     (["lens", "--image", "/tmp", "--question", "what?"], "a folder"), (["lens", "--image", "/dev/zero", "--question", "what?"], "a device"),
     (["lens", "--image", "x" * 5000 + ".png", "--question", "what?"], "too long"), (["patch", "--data", "/nowhere.csv"], "/nowhere.csv"),
-    (["compare", "--data", "/nowhere"], "/nowhere"), (["flips", "--data", "/dev/zero"], "/dev/zero"), (["flips", "--shard", "3/2"], "share k/n"),
+    (["compare", "--data", "/nowhere"], "/nowhere"), (["flips", "--data", "/dev/zero"], "/dev/zero"), (["flips", "--rank", "3/2"], "rank k/n"),
 ]  # fmt: skip
 
 

@@ -100,9 +100,9 @@ def test_shares_of_a_folder_with_a_bad_image(expected, tmp_path, capsys):
     assert main([*command, "--limit", "4", "--out", str(tmp_path / "some")]) == 0  # gone through twice, said once
     assert capsys.readouterr().out.count("a limit leaves questions out: 4 of 6 are kept") == 1
 
-    assert main([*command, "--shard", "1/2"]) == 0
+    assert main([*command, "--rank", "1/2"]) == 0
     assert "1 of 2 parts" in capsys.readouterr().out and not (tmp_path / "out" / "flips.csv").exists()
-    assert main([*command, "--shard", "0/2"]) == 0
+    assert main([*command, "--rank", "0/2"]) == 0
     said = capsys.readouterr().out
     assert "1 questions without candidates left out" in said and "1 questions failed" in said
     failures = pd.read_csv(tmp_path / "out" / "failures.csv")
@@ -124,7 +124,7 @@ def test_parts_without_any_flip_are_read(tmp_path):
     def work(batch):
         return [{"id": e.id, "flip_layer": [] if e.id < "3" else [1, 2], "flip_gained": [] if e.id < "3" else ["a", "b"]} for e in batch]
 
-    run("lists", [Example(str(i), "what?", "") for i in range(6)], work, tmp_path, batch_size=1, batches_per_part=3, progress=False)
+    run("lists", [Example(str(i), "what?", "") for i in range(6)], work, tmp_path, batch_size=1, batches_per_shard=3, progress=False)
     table = read_results(tmp_path)
     assert [list(layers) for layers in table["flip_layer"]] == [[]] * 3 + [[1, 2]] * 3
     assert list(table["flip_gained"][5]) == ["a", "b"]
@@ -135,7 +135,7 @@ def test_nothing_to_follow_is_said(tmp_path, capsys):
     (tmp_path / "questions.jsonl").write_text('{"image": "a.png", "question": "what?", "answer": "red"}')
     assert main([*FLIPS, "--data", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert "needs candidates" in capsys.readouterr().err
-    for wrong, named in ((["--shard", "2/2"], "share k/n"), (["--batch-size", "0"], "--batch-size"),
+    for wrong, named in ((["--rank", "2/2"], "rank k/n"), (["--batch-size", "0"], "--batch-size"),
                          (["--question", "what?", "--answer", "red", "--dry-run"], "--dry-run belong")):  # fmt: skip
         assert main([*FLIPS, *wrong, "--out", str(tmp_path / "out")]) == 2
         assert named in capsys.readouterr().err

@@ -154,7 +154,7 @@ def test_saved_results_and_caches(model, tmp_path):
 
 COMMANDS = ("lens", "explore", "flips", "patch", "knockout", "ground", "hallucination", "neurons", "compare", "check", "scenes")
 OPTIONS = (
-    "--model --image --question --answer --top-k --out --data --limit --components --random --batch-size --shard --dry-run --candidates --corrupted --other "
+    "--model --image --question --answer --top-k --out --data --limit --components --random --batch-size --rank --dry-run --candidates --corrupted --other "
     "--activation --direction --n --window --image-layer --text-layer --max-new-tokens --images --objects --synonyms --judgements --skip-bad --methods --sweep "
     "--n-boot --test --test-limit --generate --share --quantile --sources --seeds --only-select --with --tuned --items --seed --dtype --device --adapter --nonsense"
 ).split()

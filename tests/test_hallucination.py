@@ -292,7 +292,7 @@ SETTINGS = (FAST, None, LIMIT)  # methods, vocabulary, tokens
 
 
 def scored(model, items, out, **more):
-    small = {"batch_size": 2, "batches_per_part": 1, "progress": False}
+    small = {"batch_size": 2, "batches_per_shard": 1, "progress": False}
     experiment = HallucinationExperiment(model, *SETTINGS)
     return run("hallucination", lambda: with_controls(items), experiment, out, experiment.settings, model=model, **small, **more)
 
@@ -300,7 +300,7 @@ def scored(model, items, out, **more):
 def test_a_run_gives_what_memory_gives(model, items, tmp_path):
     scored(model, items, tmp_path / "one")
     for k in (1, 0):
-        scored(model, items, tmp_path / "two", shard=(k, 2))
+        scored(model, items, tmp_path / "two", rank=(k, 2))
     whole = detect_hallucinations(model, items, "mine", FAST, max_new_tokens=LIMIT, progress=False, batch_size=2)
     one, two = (read_hallucinations(tmp_path / name, "mine") for name in ("one", "two"))
     pd.testing.assert_frame_equal(one.claims, whole.claims, check_exact=True)
@@ -362,7 +362,7 @@ def test_other_settings_pictures_and_captions_are_refused(model, items, tmp_path
         experiment = HallucinationExperiment(model, *settings)
         with pytest.raises(ValueError, match=named):
             run("hallucination", lambda: with_controls(items), experiment, tmp_path, experiment.settings, model=model,
-                batch_size=2, batches_per_part=1, progress=False)  # fmt: skip
+                batch_size=2, batches_per_shard=1, progress=False)  # fmt: skip
 
 
 def test_an_image_is_encoded_once(model, items, monkeypatch):

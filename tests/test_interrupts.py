@@ -25,7 +25,7 @@ from analyses.runs.files import unfinished_path
 from analyses.runs.sums import read_sums, write_sums
 from hooked_qwen2vl import HookedQwen2VL
 
-SMALL = {"batch_size": 3, "batches_per_part": 4, "window": 64, "progress": False}
+SMALL = {"batch_size": 3, "batches_per_shard": 4, "window": 64, "progress": False}
 N = 40
 ONE_BY_ONE = {"q5", "q11", "q17"}  # the batch of the question that fails
 
@@ -146,7 +146,7 @@ def test_a_part_that_belongs_elsewhere_is_named(copy, tmp_path):
     kept = other.read_bytes()
     other.write_bytes(one.read_bytes())
     for look in (read, lambda out: run("mixed", questions(N), mixed, out, **SMALL)):
-        with pytest.raises(ValueError, match=r"part-00001.parquet holds questions \[.*of part 0; the plan has.*Delete it"):
+        with pytest.raises(ValueError, match=r"part-00001.parquet holds questions \[.*of shard 0; the plan has.*Delete it"):
             look(copy)
     other.unlink()
     run("mixed", questions(N), mixed, copy, **SMALL)  # as the message says
@@ -239,7 +239,7 @@ def test_a_full_disk_keeps_what_is_written(tmp_path, whole, monkeypatch):
 
 def test_a_store_knows_its_parts(model, tmp_path):
     names = ["blocks.0.hook_resid_post"]
-    store_activations(model, questions(24), names, tmp_path, batch_size=3, batches_per_part=2, progress=False)
+    store_activations(model, questions(24), names, tmp_path, batch_size=3, batches_per_shard=2, progress=False)
     files = sorted(tmp_path.glob("part-*.safetensors"))
     content = files[1].read_bytes()
     files[1].write_bytes(files[0].read_bytes())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import inspect
 import pickle
@@ -211,6 +212,16 @@ def test_an_old_argument_is_taken_and_both_are_refused(place, old, new):
         function(**{old: 7})  # of the others, not of this one
     with pytest.raises(TypeError, match=f"{new}= and {old}="):
         function(**{old: 7, new: 7})
+
+
+def test_an_old_option_is_taken_and_hidden(capsys):
+    from analyses.cli.shared import add_run
+
+    parser = argparse.ArgumentParser()
+    add_run(parser, 8)
+    with pytest.warns(DeprecationWarning, match="--shard is now --rank"):
+        assert parser.parse_args(["--shard", "1/2"]).rank == parser.parse_args(["--rank", "1/2"]).rank == "1/2"
+    assert "--shard" not in parser.format_help()
 
 
 def test_tables_in_files_have_their_columns_of_now(tmp_path):

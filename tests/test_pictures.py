@@ -48,7 +48,7 @@ NO_RESULTS = {
     "Kind": "what a cell of a data file may hold",
     "Memory": "an estimate, part of a run's plan",
     "Pair": "part of Pairs",
-    "Part": "of a run, before it is written",
+    "Shard": "of a run, before it is written",
     "Question": "an Example of a benchmark",
     "Predictions": "tensors of one reading; LogitLens is their result",
     "Run": "of compare: part of Comparison; of runs: a plan, and how far it is",

@@ -175,7 +175,7 @@ def test_hostile_images_are_recorded_while_planning_and_working(tmp_path):
     data = [Example(f"q{n}", "what?", "", (tmp_path / name,)) for n, name in enumerate(images)]
     data += [Example("five", "what?", "", (5,)), Example("none", "what?", "", (None,)), Example("text", "what?", "", "a.png")]
     data += [Example("\ud800", "what?", ""), Example("half", "\ud800", ""), Example("number", 3, ""), Example("last", "what?", "")]
-    state = run("lengths", data, lambda batch: [{"id": e.id} for e in batch], tmp_path / "out", progress=False, batches_per_part=2)
+    state = run("lengths", data, lambda batch: [{"id": e.id} for e in batch], tmp_path / "out", progress=False, batches_per_shard=2)
     assert state.complete
     assert read_results(tmp_path / "out")["id"].tolist() == ["q0", "q10", "last"]
     failures = read_failures(tmp_path / "out").set_index("id")["error"]

@@ -23,12 +23,12 @@ from tiny import tiny_hf
 
 from analyses.data.examples import Example
 from analyses.experiments.neurons import EffectExperiment
-from analyses.runs.engine import describe_model, read_composition, read_failures, read_results, run, seeded, this_share
+from analyses.runs.engine import describe_model, read_composition, read_failures, read_results, run, seeded, this_rank
 from analyses.runs.plan import make_plan, memory_for, size_by_model, size_by_pixels
 from hooked_qwen2vl import HookedQwen2VL
 from hooked_qwen2vl.image_embeddings import ImageEmbeddingsCache
 
-SMALL = {"batch_size": 3, "batches_per_part": 2, "window": 16, "progress": False}
+SMALL = {"batch_size": 3, "batches_per_shard": 2, "window": 16, "progress": False}
 
 
 def lengths(batch):
@@ -53,7 +53,7 @@ def test_batches_have_one_size_and_lose_nobody(model):
     assert sorted(plan["item"]) == list(range(50))
     assert plan.groupby("batch")["size"].nunique().max() == 1 and plan.groupby("batch").size().max() == 4
     assert plan.groupby("batch")["part"].nunique().max() == 1 and plan.groupby("part")["batch"].nunique().max() == 3
-    assert (plan["item"] // 20).groupby(plan["part"]).nunique().max() == 1  # parts end with their window
+    assert (plan["item"] // 20).groupby(plan["part"]).nunique().max() == 1  # shards end with their window
     for item, example in enumerate(data):  # the sizes are those of the real inputs
         inputs = model.to_inputs(example.question, images=list(example.images))
         assert size(example).grids == tuple(visual.grid[1:] for visual in inputs.visuals)
@@ -173,7 +173,7 @@ def test_shares_give_the_same_table_as_one(tmp_path):
     for k in (2, 0, 1):
         with pytest.raises(ValueError, match="not finished|holds no run"):
             read_results(tmp_path / "three")
-        full_run(str(tmp_path / "three"), 30, shard=(k, 3))
+        full_run(str(tmp_path / "three"), 30, rank=(k, 3))
     one, three = read_results(tmp_path / "one"), read_results(tmp_path / "three")
     pd.testing.assert_frame_equal(one, three, check_exact=True)
     assert one["noise"].nunique() > 30  # random numbers differ between questions
@@ -235,7 +235,7 @@ def test_an_error_of_the_work_itself_stops_the_run(tmp_path):
     def exhausted(batch):
         raise RuntimeError("out of memory")
 
-    with pytest.raises(ValueError, match="every question of the first part.*no such layer"):
+    with pytest.raises(ValueError, match="every question of the first shard.*no such layer"):
         run("broken", questions(12), broken, tmp_path / "a", **SMALL)
     assert not list((tmp_path / "a").glob("part-*"))
     with pytest.raises(RuntimeError, match="out of memory"):  # never recorded as a bad question
@@ -314,11 +314,11 @@ def test_a_dry_run_says_and_does_nothing(tmp_path, model):
     def never(batch):
         raise AssertionError
 
-    state = run("lengths", questions(30), never, tmp_path / "out", model=model, dry_run=True, shard=(1, 2), **SMALL)
+    state = run("lengths", questions(30), never, tmp_path / "out", model=model, dry_run=True, rank=(1, 2), **SMALL)
     assert not (tmp_path / "out").exists()
     text = state.describe()
     assert "30 questions" in text and "share 1/2" in text and "6×10 patches" in text and "memory" in text
-    run("lengths", questions(30), lengths, tmp_path / "out", model=model, **SMALL, shard=(0, 2))
+    run("lengths", questions(30), lengths, tmp_path / "out", model=model, **SMALL, rank=(0, 2))
     state = run("lengths", questions(30), never, tmp_path / "out", model=model, dry_run=True, **SMALL)
     done = len(read_results(tmp_path / "out", partial=True))
     assert f"written already: {done} questions" in state.describe()
@@ -410,10 +410,10 @@ def test_the_estimate_of_memory_is_near_what_is_allocated(model, gradients):
 
 def test_shares_are_spelt_k_of_n(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert this_share() == (0, 1) and this_share("1/4") == (1, 4)
+    assert this_rank() == (0, 1) and this_rank("1/4") == (1, 4)
     for wrong in ("4/4", "1", "-1/2", "a/b", "0/0"):
         with pytest.raises(ValueError, match="share k/n"):
-            this_share(wrong)
+            this_rank(wrong)
 
 
 def test_the_manifest_says_what_was_run(tmp_path, model):

@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     at_least_one(options, "limit", "components", "random", "batch_size")
-    if options.question is not None and (options.shard or options.dry_run):
-        raise ValueError("--shard and --dry-run belong to a data set (--data), not to one prompt (--question).")
+    if options.question is not None and (options.rank or options.dry_run):
+        raise ValueError("--rank and --dry-run belong to a data set (--data), not to one prompt (--question).")
     if options.question is None and (options.image or options.answer):
         raise ValueError("one prompt needs --question, --answer and --image; without them a data set is followed (--data).")
     (_data_set if options.question is None else _one)(options)
@@ -67,13 +67,13 @@ def _one(options: argparse.Namespace) -> None:
 def _data_set(options: argparse.Namespace) -> None:
     from analyses.data.examples import examples
     from analyses.experiments.flips import FlipExperiment
-    from analyses.runs.engine import this_share
+    from analyses.runs.engine import this_rank
 
     check_data(options.data)
-    share = this_share(options.shard)  # before the model: it gives each process its GPU
+    rank = this_rank(options.rank)  # before the model: it gives each process its GPU
     experiment = FlipExperiment(load_model(options), options.components, options.random)
     rows = options.out / NAME
-    state = experiment.start(lambda: examples(options.data, options.limit, keep_bad=True), rows, **run_options(options, share))
+    state = experiment.start(lambda: examples(options.data, options.limit, keep_bad=True), rows, **run_options(options, rank))
     if options.dry_run:
         print(state.describe())
     elif finished(options, state) and reports(options, state):

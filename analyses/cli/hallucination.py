@@ -44,10 +44,10 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("--sweep runs the model to choose what --dry-run would describe: pass one of them.")
     from analyses.data.benchmarks import read_synonyms
     from analyses.experiments.hallucination import check_methods, read_judgements
-    from analyses.runs.engine import this_share
+    from analyses.runs.engine import this_rank
 
     check_methods(options.methods)
-    share = this_share(options.shard)  # before the model: it gives each process its GPU
+    rank = this_rank(options.rank)  # before the model: it gives each process its GPU
     items, name = _load(options)
     vocabulary = read_synonyms(options.synonyms) if options.synonyms else None
     judgements = read_judgements(options.judgements) if options.judgements else None
@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> None:
     for problem in items.problems:
         print(f"left out: {problem}")
     if all(item.images for item in items):
-        state = _run(options, items, folder / ROWS, vocabulary, share)
+        state = _run(options, items, folder / ROWS, vocabulary, rank)
         if options.dry_run:
             print(state.describe())
             return
@@ -74,14 +74,14 @@ def run(options: argparse.Namespace) -> None:
     print("\n" + out.wrote())
 
 
-def _run(options: argparse.Namespace, items: Any, rows: Path, vocabulary: Any, share: tuple[int, int]) -> Any:
+def _run(options: argparse.Namespace, items: Any, rows: Path, vocabulary: Any, rank: tuple[int, int]) -> Any:
     """Answers and scores what is not there yet."""
     from analyses.experiments.hallucination import HallucinationExperiment
 
     model = load_model(options)
     layers = _layers(options, model)
     experiment = HallucinationExperiment(model, options.methods, vocabulary, options.max_new_tokens, *layers)
-    return experiment.start(items, rows, **run_options(options, share))
+    return experiment.start(items, rows, **run_options(options, rank))
 
 
 def _load(options: argparse.Namespace) -> tuple[Any, str]:

@@ -40,13 +40,13 @@ def run(options: argparse.Namespace) -> None:
     if wrong := [source for source in options.sources.split(",") if source not in SOURCES]:
         raise ValueError(f"--sources must be some of {','.join(SOURCES)}, got {wrong[0]!r}.")
     from analyses.experiments.neurons import AblationExperiment, EffectExperiment, FiringExperiment
-    from analyses.runs.engine import this_share
+    from analyses.runs.engine import this_rank
 
     check_data(options.data, options.test)
-    share = this_share(options.shard)  # before the model: it gives each process its GPU
+    rank = this_rank(options.rank)  # before the model: it gives each process its GPU
     model = load_model(options)
     chosen, judged = _data(options)
-    folder, how = options.out / NAME, run_options(options, share)
+    folder, how = options.out / NAME, run_options(options, rank)
     states = [FiringExperiment(model, options.generate).start(chosen, folder / "firings", **how)]
     if not options.only_select:
         states.append(EffectExperiment(model).start(chosen, folder / "effects", **how))

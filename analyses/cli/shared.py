@@ -10,11 +10,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hooked_qwen2vl
+from hooked_qwen2vl.moved import warn_of
 
 if TYPE_CHECKING:
     from hooked_qwen2vl.model import HookedQwen2VL
 
 SAMPLES = Path(hooked_qwen2vl.__file__).parent / "scenes" / "samples"
+
+
+class Renamed(argparse.Action):
+    """An option under the name of earlier versions: `new` is its name now."""
+
+    def __init__(self, *args: Any, new: str, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.new = new
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        warn_of(str(option_string), self.new)
+        setattr(namespace, self.dest, values)
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -33,23 +48,26 @@ def add_out(parser: argparse.ArgumentParser) -> None:
 
 
 def add_run(parser: argparse.ArgumentParser, batch_size: int) -> None:
-    """--batch-size, --shard, --dry-run, of what is a run over a data set."""
+    """--batch-size, --rank, --dry-run, of what is a run over a data set."""
     parser.add_argument("--batch-size", type=int, default=batch_size, help=f"a data set: questions in a batch (default {batch_size})")
-    parser.add_argument("--shard", metavar="k/n", help="a data set: do the k-th of n shares, from 0 (see docs/data_sets.md)")
+    parser.add_argument("--shard", dest="rank", action=Renamed, new="--rank", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--rank", metavar="k/n", help="a data set: be the k-th of n processes that share the run, from 0 (see docs/data_sets.md)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="a data set: say what would be done, and do nothing")
 
 
-def run_options(options: argparse.Namespace, share: tuple[int, int]) -> dict[str, Any]:
+def run_options(options: argparse.Namespace, rank: tuple[int, int]) -> dict[str, Any]:
     """What these options are to `Experiment.start`.
 
     Args:
-        share: of `this_share(options.shard)`, asked before the model is loaded.
+        rank: of `this_rank(options.rank)`, asked before the model is loaded.
     """
-    return {"batch_size": options.batch_size, "shard": share, "dry_run": options.dry_run}
+    return {"batch_size": options.batch_size, "rank": rank, "dry_run": options.dry_run}
 
 
 def finished(options: argparse.Namespace, state: Any) -> bool:
-    """Whether a run is complete: processes launched together wait until it is, a share of --shard says what is missing."""
+    """Whether a run is complete: processes launched together wait until it is, a process with --rank says what is missing."""
     if _launched(options, state):
         from analyses.runs.engine import wait_for_all
 
@@ -57,17 +75,17 @@ def finished(options: argparse.Namespace, state: Any) -> bool:
         return True
     if not state.complete:
         total = state.plan["part"].nunique()
-        print(f"{len(state.done)} of {total} parts are in {state.out}: once all are there, the same command goes on.")
+        print(f"{len(state.done)} of {total} shards are in {state.out}: once all are there, the same command goes on.")
     return state.complete
 
 
 def reports(options: argparse.Namespace, state: Any) -> bool:
     """Whether this process makes the tables of a finished run: the first of those launched together."""
-    return not _launched(options, state) or state.share[0] == 0
+    return not _launched(options, state) or state.rank[0] == 0
 
 
 def _launched(options: argparse.Namespace, state: Any) -> bool:
-    return state.share[1] > 1 and options.shard is None
+    return state.rank[1] > 1 and options.rank is None
 
 
 def _folder(text: str) -> Path:

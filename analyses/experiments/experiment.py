@@ -26,6 +26,7 @@ from analyses.runs.files import read_manifest, read_plan
 from analyses.runs.plan import size_by_model
 from analyses.runs.sums import read_sums, write_sums
 from hooked_qwen2vl.image_embeddings import CAPACITY
+from hooked_qwen2vl.moved import renamed_arguments
 
 Data = Iterable[Example] | Callable[[], Iterable[Example]]
 
@@ -58,7 +59,7 @@ class Experiment:
         summed: whether its rows are terms of a sum (`analyses.common.sums`), not kept one by one.
         by_domain: whether a run's batches are of one domain each.
         gradients: whether it takes gradients, for the estimate of memory.
-        batches_per_part: batches that a run writes together.
+        batches_per_shard: batches that a run writes together.
         model: whose answers, neurons, … it is about.
         settings: what decides the rows, as JSON can hold it. seed: of a run.
     """
@@ -67,7 +68,7 @@ class Experiment:
     summed: ClassVar[bool] = False
     by_domain: ClassVar[bool] = False
     gradients: ClassVar[bool] = False
-    batches_per_part: ClassVar[int] = 4
+    batches_per_shard: ClassVar[int] = 4
 
     def __init__(self, model: Any, settings: Mapping[str, Any], seed: int = 0):
         self.model, self.settings, self.seed = model, dict(settings), seed
@@ -85,6 +86,7 @@ class Experiment:
         """The questions as they are worked on."""
         return data
 
+    @renamed_arguments
     def run(
         self,
         data: Data,
@@ -92,7 +94,7 @@ class Experiment:
         out: str | Path | None = None,
         *,
         batch_size: int = 8,
-        shard: tuple[int, int] | None = None,
+        rank: tuple[int, int] | None = None,
         progress: bool = True,
         **about: Any,
     ) -> Any:
@@ -101,20 +103,20 @@ class Experiment:
         Args:
             data: questions, or a function that gives a fresh iterator over them (a run goes through them twice; an
                 iterator is kept in memory).
-            shard: (k, n) for the k-th of n processes that share the folder, from 0; None asks the launcher (see
-                `runs.this_share`), and processes launched together wait for each other.
+            rank: (k, n) for the k-th of n processes that share the folder, from 0; None asks the launcher (see
+                `runs.this_rank`), and processes launched together wait for each other.
             about: what `result` takes.
         Returns:
-            None while parts that belong to other shares are missing.
+            None while shards that belong to other ranks are missing.
         Raises:
-            ValueError: a shard without a folder, or as `runs.run`.
+            ValueError: a rank without a folder, or as `runs.run`.
         """
         if out is None:
-            if shard is not None:
-                raise ValueError(f"shard={shard} is a share of a run in a folder: pass out= too.")
+            if rank is not None:
+                raise ValueError(f"rank={rank} is of a run in a folder: pass out= too.")
             return self.result(self._in_memory(data, batch_size, progress), **about)
-        state = self.start(data, out, batch_size=batch_size, shard=shard, progress=progress)
-        if shard is None and not state.complete:
+        state = self.start(data, out, batch_size=batch_size, rank=rank, progress=progress)
+        if rank is None and not state.complete:
             wait_for_all(state)
         elif not state.complete:
             return None
@@ -127,13 +129,14 @@ class Experiment:
             )
         return self.read(out, **about)
 
+    @renamed_arguments
     def start(
         self,
         data: Data,
         out: str | Path,
         *,
         batch_size: int = 8,
-        shard: tuple[int, int] | None = None,
+        rank: tuple[int, int] | None = None,
         dry_run: bool = False,
         progress: bool = True,
     ) -> Run:
@@ -141,8 +144,8 @@ class Experiment:
         again = data if callable(data) else partial(iter, data if isinstance(data, Sequence) else list(data))
         return run(
             self.name, lambda: self.asked(again()), self, out, self.settings, model=self.model,
-            size=size_by_model(self.model, by_domain=self.by_domain), batch_size=batch_size, seed=self.seed, shard=shard,
-            dry_run=dry_run, progress=progress, batches_per_part=self.batches_per_part, embeddings=CAPACITY,
+            size=size_by_model(self.model, by_domain=self.by_domain), batch_size=batch_size, seed=self.seed, rank=rank,
+            dry_run=dry_run, progress=progress, batches_per_shard=self.batches_per_shard, embeddings=CAPACITY,
             gradients=self.gradients, write=write_sums if self.summed else None,
         )  # fmt: skip
 

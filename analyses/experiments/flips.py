@@ -21,7 +21,7 @@ from analyses.experiments.experiment import Data, Done, Experiment
 from analyses.flip_patching import FlipTest, ablate_flip, attribute_flip
 from analyses.trajectory import NoFirstToken, answer_trajectory, doubt_beside_control, outcomes_by_category
 from hooked_qwen2vl.image_embeddings import ImageEmbeddingsCache
-from hooked_qwen2vl.moved import moved_names, renamed_columns
+from hooked_qwen2vl.moved import moved_names, renamed_arguments, renamed_columns
 
 __getattr__ = moved_names(__name__)
 
@@ -140,6 +140,7 @@ class FlipExperiment(Experiment):
         return FlipStudy.from_rows(done.rows, len(done.ids) - done.failed - len(done.rows))
 
 
+@renamed_arguments
 def flip_study(
     model: Any,
     examples: Data,
@@ -150,20 +151,20 @@ def flip_study(
     *,
     out: str | Path | None = None,
     batch_size: int = 8,
-    shard: tuple[int, int] | None = None,
+    rank: tuple[int, int] | None = None,
 ) -> FlipStudy | None:
     """Follows every answer that has candidates; attributes and tests every eligible flip.
 
     Args:
         n_components, n_random: components to ablate for a flip, and random draws of as many beside them.
-        out, batch_size, shard: a run in a folder, and its share (see `Experiment.run`); questions share no forward.
+        out, batch_size, rank: a run in a folder, and which of its processes this is (see `Experiment.run`); questions share no forward.
     Returns:
-        None while parts of `out` that belong to other shares are missing.
+        None while shards of `out` that belong to other ranks are missing.
     Raises:
         ValueError: no question could be followed.
     """
     experiment = FlipExperiment(model, n_components, n_random, seed)
-    return experiment.run(examples, out, batch_size=batch_size, shard=shard, progress=progress)
+    return experiment.run(examples, out, batch_size=batch_size, rank=rank, progress=progress)
 
 
 def read_flip_study(out: str | Path) -> FlipStudy:

@@ -41,7 +41,7 @@ from analyses.data.schema import JUDGEMENT
 from analyses.experiments.experiment import Done, Experiment
 from hooked_qwen2vl.image_embeddings import ImageEmbeddingsCache
 from hooked_qwen2vl.image_hash import image_hash
-from hooked_qwen2vl.moved import moved_names
+from hooked_qwen2vl.moved import moved_names, renamed_arguments
 from hooked_qwen2vl.processor import open_image
 from hooked_qwen2vl.prompt_text import text_ids
 
@@ -270,6 +270,7 @@ class HallucinationExperiment(Experiment):
         return Hallucinations(claims, methods, data, done.model_name, n_boot, seed, weights=done.weights(), layers=layers)
 
 
+@renamed_arguments
 def detect_hallucinations(
     model: Any,
     items: Sequence[Question],
@@ -286,7 +287,7 @@ def detect_hallucinations(
     batch_size: int = 8,
     *,
     out: str | Path | None = None,
-    shard: tuple[int, int] | None = None,
+    rank: tuple[int, int] | None = None,
 ) -> Hallucinations | None:
     """Answers, judges, scores.
 
@@ -295,16 +296,16 @@ def detect_hallucinations(
         methods, vocabulary, max_new_tokens, image_layer, text_layer: see `HallucinationExperiment`.
         judgements: id -> whether right, of a judge outside; they come before the benchmark's own.
         n_boot, seed: of the intervals.
-        out, shard: a run in a folder, and its share (see `Experiment.run`).
+        out, rank: a run in a folder, and which of its processes this is (see `Experiment.run`).
     Returns:
-        None while parts of `out` that belong to other shares are missing.
+        None while shards of `out` that belong to other ranks are missing.
     Raises:
         ValueError: no items, an item without an image that can be read, judgements of unknown ids, or as
             `HallucinationExperiment`.
     """
     experiment = HallucinationExperiment(model, methods, vocabulary, max_new_tokens, image_layer, text_layer)
     about = {"data": data, "judgements": judgements, "n_boot": n_boot, "seed": seed}
-    return experiment.run(items, out, batch_size=batch_size, shard=shard, progress=progress, **about)
+    return experiment.run(items, out, batch_size=batch_size, rank=rank, progress=progress, **about)
 
 
 def read_hallucinations(

@@ -37,7 +37,7 @@ from analyses.domain_neurons import SITES, DomainNeurons, Firings, disable_neuro
 from analyses.experiments.experiment import Data, Done, Experiment
 from analyses.logit_lens import residual_stack
 from hooked_qwen2vl.image_embeddings import ImageEmbeddingsCache
-from hooked_qwen2vl.moved import moved_names
+from hooked_qwen2vl.moved import moved_names, renamed_arguments
 from hooked_qwen2vl.prompt_text import text_ids
 
 __getattr__ = moved_names(__name__)
@@ -72,6 +72,7 @@ class FiringExperiment(Experiment):
         return Firings.from_sums(done.rows, done.model_name)
 
 
+@renamed_arguments
 def count_firings(
     model: Any,
     data: str | Path | Iterable[Example] = "scenes:train",
@@ -82,18 +83,18 @@ def count_firings(
     progress: bool = True,
     *,
     out: str | Path | None = None,
-    shard: tuple[int, int] | None = None,
+    rank: tuple[int, int] | None = None,
 ) -> Firings | None:
     """The counts of `analyses.domain_neurons.count_firings`, which has the arguments; with `out`, of a run in a folder.
 
     Args:
-        out, shard: see `Experiment.run`.
+        out, rank: see `Experiment.run`.
     Returns:
-        None while parts of `out` that belong to other shares are missing.
+        None while shards of `out` that belong to other ranks are missing.
     """
     named = isinstance(data, (str, Path))
     stream = (lambda: examples(data, limit, "train")) if named else list(examples(data, limit))
-    return FiringExperiment(model, generate, modules).run(stream, out, batch_size=batch_size, shard=shard, progress=progress)
+    return FiringExperiment(model, generate, modules).run(stream, out, batch_size=batch_size, rank=rank, progress=progress)
 
 
 def read_firings(out: str | Path) -> Firings:
@@ -322,6 +323,7 @@ class EffectExperiment(Experiment):
         return _effects(done.rows, domains)
 
 
+@renamed_arguments
 def ablation_effects(
     model: Any,
     data: Data,
@@ -330,7 +332,7 @@ def ablation_effects(
     batch_size: int = 16,
     *,
     out: str | Path | None = None,
-    shard: tuple[int, int] | None = None,
+    rank: tuple[int, int] | None = None,
 ) -> dict[str, Float[Tensor, "domain layer neuron"]] | None:
     """First-order loss of log p(answer), in nats, when a neuron is set to 0: the mean over a domain's items of Σ_tokens a·∂log p/∂a.
 
@@ -339,14 +341,14 @@ def ablation_effects(
 
     Args:
         domains: names, in the order of the result's domain axis.
-        out, shard: a run in a folder, and its share (see `Experiment.run`).
+        out, rank: a run in a folder, and which of its processes this is (see `Experiment.run`).
     Returns:
-        None while parts of `out` that belong to other shares are missing.
+        None while shards of `out` that belong to other ranks are missing.
     Raises:
         ValueError: an item of another domain, without an answer, or a domain without items.
     """
     experiment = EffectExperiment(model, modules)
-    return experiment.run(data, out, batch_size=batch_size, shard=shard, progress=False, domains=domains)
+    return experiment.run(data, out, batch_size=batch_size, rank=rank, progress=False, domains=domains)
 
 
 def read_effects(out: str | Path, domains: Sequence[str]) -> dict[str, Float[Tensor, "domain layer neuron"]]:
@@ -502,7 +504,7 @@ class AblationExperiment(Experiment):
 
     name = "neurons: ablations"
     by_domain = True
-    batches_per_part = 1  # a question is answered under every condition
+    batches_per_shard = 1  # a question is answered under every condition
 
     def __init__(self, model: Any, wanted: Sequence[Condition], crossed: Sequence[str] = (FIRING,)):
         super().__init__(model, {"conditions": _digest(wanted), "crossed": list(crossed)})
@@ -523,6 +525,7 @@ class AblationExperiment(Experiment):
         return Ablations(done.rows[list(_OUTCOMES)], done.model_name)
 
 
+@renamed_arguments
 @torch.no_grad()
 def ablate(
     model: Any,
@@ -533,23 +536,23 @@ def ablate(
     *,
     out: str | Path | None = None,
     batch_size: int = 16,
-    shard: tuple[int, int] | None = None,
+    rank: tuple[int, int] | None = None,
 ) -> Ablations | None:
     """Answers every question untouched, and the questions of each condition's domain with its neurons off.
 
     Args:
         data: questions; or the batches that `prepare` has made of them, in memory.
         crossed: selections judged on the other domains too, where all modules are off together.
-        out, batch_size, shard: a run in a folder, and its share (see `Experiment.run`).
+        out, batch_size, rank: a run in a folder, and which of its processes this is (see `Experiment.run`).
     Returns:
-        None while parts of `out` that belong to other shares are missing.
+        None while shards of `out` that belong to other ranks are missing.
     Raises:
         ValueError: prepared batches with `out`, or as `prepare`.
     """
     if not isinstance(data, Sequence) or not all(isinstance(batch, Batch) for batch in data):
         experiment = AblationExperiment(model, wanted, crossed)
-        return experiment.run(data, out, batch_size=batch_size, shard=shard, progress=progress)
-    if out is not None or shard is not None:
+        return experiment.run(data, out, batch_size=batch_size, rank=rank, progress=progress)
+    if out is not None or rank is not None:
         raise ValueError("a run in a folder opens and encodes the questions itself: pass examples, not what prepare made of them.")
     bar = tqdm(data, desc="ablating", unit="batch", disable=not progress, delay=2)
     rows = [row for batch in bar for row in _under_all(model, batch, wanted, crossed)]

@@ -1,6 +1,6 @@
 """Activations of a whole data set on disk, one row a position, for sparse autoencoders and probes.
 
-Writing is a run (see `runs`): it can be killed at any moment, shared between processes, and it goes on. Each part is
+Writing is a run (see `runs`): it can be killed at any moment, shared between processes, and it goes on. Each shard is
 one safetensors file:
 
     <hook name>     [row, …]   the activation, padding left out; the batches' composition is in the plan
@@ -10,9 +10,9 @@ one safetensors file:
     is_image        [row]      whether it is an image's or a video's token, not text
     mrope           [row 3]    M-RoPE position (t, row, col)
 
-Reading back, shuffled: parts are taken in random order into a pool; the pool is shuffled, half of it is given out,
+Reading back, shuffled: shards are taken in random order into a pool; the pool is shuffled, half of it is given out,
 and more is read. Each row comes exactly once a pass, the order follows from the seed, and memory holds the pool and
-one part.
+one shard.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from analyses.runs.engine import Data, Part, Run, prepare, refreshed, work_on
-from analyses.runs.files import about_checksum, belonging, finished_parts, opening, part_path, read_manifest, read_plan, tensor_checksum
+from analyses.runs.engine import Data, Run, Shard, prepare, refreshed, work_on
+from analyses.runs.files import about_checksum, belonging, finished_shards, opening, read_manifest, read_plan, shard_path, tensor_checksum
 from analyses.runs.plan import size_by_model
 from hooked_qwen2vl.image_embeddings import CAPACITY, ImageEmbeddingsCache
+from hooked_qwen2vl.moved import renamed_arguments
 from hooked_qwen2vl.segments import is_segment_name
 
 SUFFIX = ".safetensors"
@@ -41,6 +42,7 @@ NOT_ROWS = ("hook_attn_scores", "hook_pattern")
 Which = Literal["all", "image", "text"]
 
 
+@renamed_arguments
 def store_activations(
     model: Any,
     examples: Data,
@@ -51,10 +53,10 @@ def store_activations(
     answers: bool = False,
     *,
     batch_size: int = 8,
-    shard: tuple[int, int] | None = None,
+    rank: tuple[int, int] | None = None,
     dry_run: bool = False,
     progress: bool = True,
-    batches_per_part: int = 16,
+    batches_per_shard: int = 16,
     window: int = 1024,
 ) -> Run:
     """Runs the model over the data and keeps the named activations of every position.
@@ -77,9 +79,9 @@ def store_activations(
     stored = model.cfg.dtype if dtype is None else _as_dtype(dtype)
     settings = {
         "names": names, "keep": keep, "dtype": str(stored).removeprefix("torch."), "answers": answers,
-        "batch_size": batch_size, "batches_per_part": batches_per_part, "window": window,
+        "batch_size": batch_size, "batches_per_shard": batches_per_shard, "window": window,
     }  # fmt: skip
-    state = prepare("activations", examples, out, settings, model, size_by_model(model), shard=shard, suffix=SUFFIX, embeddings=CAPACITY)
+    state = prepare("activations", examples, out, settings, model, size_by_model(model), rank=rank, suffix=SUFFIX, embeddings=CAPACITY)
     if dry_run:
         return state
     embeddings = ImageEmbeddingsCache(model)
@@ -118,15 +120,15 @@ class ActivationStore:
         self.manifest = read_manifest(self.folder)
         if self.manifest["name"] != "activations":
             raise ValueError(f"{folder} holds a run of {self.manifest['name']!r}, not an activation store.")
-        self._parts = finished_parts(self.folder, SUFFIX, partial)
+        self._shards = finished_shards(self.folder, SUFFIX, partial)
         self.names: list[str] = self.manifest["settings"]["names"]
         self.items = read_plan(self.folder).sort_values("item", ignore_index=True)
         self.n_rows, self.failures = self._count()
 
     def _count(self) -> tuple[int, pd.DataFrame]:
         n_rows, failures = 0, []
-        for part in self._parts:
-            tensors, about = _read_tensors(part_path(self.folder, part, SUFFIX), ["item"])
+        for shard in self._shards:
+            tensors, about = _read_tensors(shard_path(self.folder, shard, SUFFIX), ["item"])
             n_rows += len(tensors["item"])
             failures += json.loads(about["failures"])
         return n_rows, pd.DataFrame(failures, columns=["item", "id", "batch", "error"])
@@ -144,14 +146,14 @@ class ActivationStore:
             ValueError: no such question, or one that failed.
         """
         found = self.items[self.items["id"] == id]
-        if found.empty or int(found["part"].iloc[0]) not in self._parts:
+        if found.empty or int(found["part"].iloc[0]) not in self._shards:
             raise ValueError(f"the store has no question {id!r}.")
         why = self.failures["error"][self.failures["id"] == id]
         if len(why):
             raise ValueError(f"the question {id!r} gave no activation: {why.iloc[0]}")
-        part = self._read(int(found["part"].iloc[0]), self.names)
-        rows = part["item"] == int(found["item"].iloc[0])
-        return {name: values[rows] for name, values in part.items()}
+        shard = self._read(int(found["part"].iloc[0]), self.names)
+        rows = shard["item"] == int(found["item"].iloc[0])
+        return {name: values[rows] for name, values in shard.items()}
 
     def batches(
         self,
@@ -166,9 +168,9 @@ class ActivationStore:
 
         Args:
             names: activations to read; None reads all.
-            seed: of the order; another one for each epoch. None keeps the order of the parts.
+            seed: of the order; another one for each epoch. None keeps the order of the shards.
             which: rows of image tokens only, of text tokens only, or all.
-            pool: rows that are shuffled among each other: memory holds them and one part.
+            pool: rows that are shuffled among each other: memory holds them and one shard.
             drop_last: leave out a last batch that is not full.
         Raises:
             ValueError: (at once) an unknown name, or a size below 1.
@@ -186,7 +188,7 @@ class ActivationStore:
         self, batch_size: int, names: Sequence[str], seed: int | None, which: Which, pool: int, drop_last: bool
     ) -> Iterator[dict[str, Tensor]]:
         draw = None if seed is None else np.random.default_rng(seed)
-        left = list(self._parts) if draw is None else draw.permutation(self._parts).tolist()
+        left = list(self._shards) if draw is None else draw.permutation(self._shards).tolist()
         held: dict[str, Tensor] = {}
         while True:
             while left and _length(held) < max(pool, batch_size):
@@ -205,16 +207,16 @@ class ActivationStore:
                     yield batch
             held = {name: values[out:] for name, values in held.items()}
 
-    def _chosen(self, part: int, names: Sequence[str], which: Which) -> dict[str, Tensor]:
-        values = self._read(part, names)
+    def _chosen(self, shard: int, names: Sequence[str], which: Which) -> dict[str, Tensor]:
+        values = self._read(shard, names)
         if which == "all" or not values:
             return values
         rows = values["is_image"] == (which == "image")
         return {name: value[rows] for name, value in values.items()}
 
-    def _read(self, part: int, names: Sequence[str]) -> dict[str, Tensor]:
-        """A part's rows; nothing where none of its questions gave any."""
-        file = part_path(self.folder, part, SUFFIX)
+    def _read(self, shard: int, names: Sequence[str]) -> dict[str, Tensor]:
+        """A shard's rows; nothing where none of its questions gave any."""
+        file = shard_path(self.folder, shard, SUFFIX)
         some = len(_read_tensors(file, ["item"])[0]["item"])
         return _read_tensors(file, (*names, *LABELS))[0] if some else {}
 
@@ -244,18 +246,18 @@ def _rows_of(cache: Mapping[str, Tensor], inputs: Any, row: int, names: Sequence
     return {name: value.cpu() for name, value in {**labels, **values}.items()}
 
 
-def _write_tensors(state: Run, number: int, part: Part, file: Path) -> None:
-    """A part as safetensors, question after question in the order of the data."""
-    rows = [{**row["tensors"], "item": torch.full((len(row["tensors"]["token"]),), item)} for item, _, _, row in part.results]
-    failures, composition = [vars(failure) for failure in part.failures], part.composition
-    if part.earlier is not None:
-        before, about = _read_tensors(part.earlier)
+def _write_tensors(state: Run, number: int, shard: Shard, file: Path) -> None:
+    """A shard as safetensors, question after question in the order of the data."""
+    rows = [{**row["tensors"], "item": torch.full((len(row["tensors"]["token"]),), item)} for item, _, _, row in shard.results]
+    failures, composition = [vars(failure) for failure in shard.failures], shard.composition
+    if shard.earlier is not None:
+        before, about = _read_tensors(shard.earlier)
         rows = [before, *rows] if len(before["item"]) else rows
         failures, composition = json.loads(about["failures"]) + failures, json.loads(about["composition"]) + composition
     tensors = {name: torch.cat([row[name] for row in rows]) for name in rows[0]} if rows else {"item": torch.zeros(0, dtype=torch.long)}
     order = tensors["item"].argsort(stable=True)
     tensors = {name: value[order].contiguous() for name, value in tensors.items()}
-    header = {"failures": json.dumps(failures), "composition": json.dumps(composition), **belonging(state.manifest, number, part.items)}
+    header = {"failures": json.dumps(failures), "composition": json.dumps(composition), **belonging(state.manifest, number, shard.items)}
     header["checksums"] = json.dumps({name: tensor_checksum(value) for name, value in tensors.items()})
     save_file(tensors, file, header | {"checksum": about_checksum(header)})
 

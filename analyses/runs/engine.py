@@ -1,15 +1,15 @@
 """Runs over thousands of questions that can be killed at any moment and started again.
 
-1. Plan: which questions form which batch and which part (see `runs.plan`); the plan follows from data and settings.
-2. Each part that is not there yet is worked on, batch by batch, and written as one Parquet file: under a temporary
+1. Plan: which questions form which batch and which shard (see `runs.plan`); the plan follows from data and settings.
+2. Each shard that is not there yet is worked on, batch by batch, and written as one Parquet file: under a temporary
    name first, moved to its own when it is whole. What has its name is done; what has not is done again.
 3. A question that cannot be answered (an unreadable image, a prompt too long) is kept with its reason.
-4. Processes and machines share the parts; merging is reading the folder.
-5. Ctrl-C (KeyboardInterrupt) writes the whole batches of the part in hand; the next start goes on after them.
+4. Processes and machines share the shards; merging is reading the folder.
+5. Ctrl-C (KeyboardInterrupt) writes the whole batches of the shard in hand; the next start goes on after them.
 
     OUT/run.json              name, model, settings, versions, seed, the data's digest; never changed once written
     OUT/plan.parquet          the composition of the batches: item, id, part, batch, size, …
-    OUT/part-00012.parquet    a part's rows; what failed has its reason in `error`; in the file's metadata,
+    OUT/part-00012.parquet    a shard's rows; what failed has its reason in `error`; in the file's metadata,
                               `composition`: the batches as they really ran, and what it belongs to, with a checksum
 """
 
@@ -40,19 +40,19 @@ from analyses.runs.files import (
     MANIFEST,
     PLAN,
     belonging,
-    check_parts,
+    check_shards,
     check_unfinished,
-    finished_parts,
+    finished_shards,
     opening,
-    part_path,
     read_manifest,
     read_plan,
     read_sealed,
     refuse_another,
+    shard_path,
     unfinished_path,
     write_manifest_and_plan,
     write_sealed,
-    written_parts,
+    written_shards,
 )  # fmt: skip
 from analyses.runs.plan import (
     Memory,
@@ -69,7 +69,7 @@ from analyses.runs.plan import (
     windows,
 )
 from hooked_qwen2vl.files import remove_unfinished, whole_file
-from hooked_qwen2vl.moved import moved_names, renamed_arguments
+from hooked_qwen2vl.moved import moved_names, renamed_arguments, renamed_attributes
 
 __getattr__ = moved_names(__name__)
 
@@ -96,8 +96,8 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class Part:
-    """What one part has given, before it is written.
+class Shard:
+    """What one shard has given, before it is written.
 
     Attributes:
         results: (item, id, batch, what `work` gave for it), in the order of the batches.
@@ -105,7 +105,7 @@ class Part:
         composition: the items of each batch as they really ran: without those whose image could not be read,
             and one by one where the batch as a whole could not be worked on.
         items: every question that belongs to the file, also of `earlier`.
-        earlier: the file of this part's first batches, done before it was interrupted; None where there is none. A
+        earlier: the file of this shard's first batches, done before it was interrupted; None where there is none. A
             writer puts its content before the rest.
     """
 
@@ -116,9 +116,10 @@ class Part:
     earlier: Path | None = None
 
 
-Writer = Callable[["Run", int, Part, Path], None]
+Writer = Callable[["Run", int, Shard, Path], None]
 
 
+@renamed_attributes
 @dataclass(frozen=True)
 class Run:
     """What is planned, and how far it is.
@@ -127,40 +128,40 @@ class Run:
         out: the folder.
         manifest: as in `run.json`.
         plan: one row a question (see `runs.plan.make_plan`).
-        share: (k, n): this process does every n-th part, from the k-th.
-        done: parts that are written, by whichever process.
+        rank: (k, n): this process does every n-th shard, from the k-th.
+        done: shards that are written, by whichever process.
         memory: what the model's forward needs; None where no model was given.
-        suffix: of the parts' files.
+        suffix: of the shards' files.
     """
 
     out: Path
     manifest: dict[str, Any]
     plan: pd.DataFrame
-    share: tuple[int, int]
+    rank: tuple[int, int]
     done: frozenset[int]
     memory: Memory | None = None
     suffix: str = ".parquet"
 
     @property
     def complete(self) -> bool:
-        """Whether every part of the whole run is written, other processes' too."""
+        """Whether every shard of the whole run is written, other processes' too."""
         return set(self.plan["part"]) <= self.done
 
     @property
     def todo(self) -> list[int]:
-        """Parts of this share that are not written yet, in order."""
-        k, n = self.share
-        return [part for part in sorted(set(self.plan["part"])) if part % n == k and part not in self.done]
+        """Shards of this process that are not written yet, in order."""
+        k, n = self.rank
+        return [shard for shard in sorted(set(self.plan["part"])) if shard % n == k and shard not in self.done]
 
     def describe(self) -> str:
         """What would be done: for --dry-run."""
-        plan, (k, n) = self.plan, self.share
+        plan, (k, n) = self.plan, self.rank
         ours = plan[plan["part"].isin(self.todo)]
-        n_batches, n_parts = plan["batch"].nunique(), plan["part"].nunique()
+        n_batches, n_shards = plan["batch"].nunique(), plan["part"].nunique()
         lines = [
-            f"{self.manifest['name']}: {len(plan)} questions in {n_batches} batches, {n_parts} parts, into {self.out}",
+            f"{self.manifest['name']}: {len(plan)} questions in {n_batches} batches, {n_shards} shards, into {self.out}",
             f"written already: {len(plan[plan['part'].isin(self.done)])} questions",
-            f"to do here{f' (share {k}/{n})' if n > 1 else ''}: {len(ours)} questions in {ours['batch'].nunique()} batches",
+            f"to do here{f' (rank {k}/{n})' if n > 1 else ''}: {len(ours)} questions in {ours['batch'].nunique()} batches",
         ]
         sizes = sorted((group for _, group in plan.groupby("size", sort=False)), key=len, reverse=True)
         for group in sizes[:SHOWN]:
@@ -184,10 +185,10 @@ def run(
     size: Sizer | None = None,
     batch_size: int = 8,
     seed: int = 0,
-    shard: tuple[int, int] | None = None,
+    rank: tuple[int, int] | None = None,
     dry_run: bool = False,
     progress: bool = True,
-    batches_per_part: int = 4,
+    batches_per_shard: int = 4,
     window: int = 1024,
     embeddings: int = 0,
     gradients: bool = False,
@@ -206,23 +207,23 @@ def run(
         model: its name, dtype and the hash of its weights then belong to the manifest, sizes are its own, and the
             memory is estimated.
         size: what batches have in common; None takes `size_by_model` or `size_by_pixels`.
-        shard: (k, n) for the k-th of n processes, from 0; None asks accelerate (see `this_share`).
+        rank: (k, n) for the k-th of n processes, from 0; None asks accelerate (see `this_rank`).
         dry_run: write nothing and work on nothing.
-        batches_per_part: batches that are written together, and lost together when the process is killed.
+        batches_per_shard: batches that are written together, and lost together when the process is killed.
         window: questions among which those of the same size are brought together.
         embeddings: bytes that `work` keeps of image embeddings (`ImageEmbeddingsCache.capacity`), for the estimate of memory.
         gradients: whether `work` takes gradients, for the same.
-        write: how a part's rows are written, after those of `Part.earlier`; None keeps them as they are (`write_rows`).
+        write: how a shard's rows are written, after those of `Shard.earlier`; None keeps them as they are (`write_rows`).
     Returns:
         the run as it stands: `Run.complete` says whether other processes have finished too.
     Raises:
         ValueError: another run lives in the folder (the difference is named), the data cannot be gone through
             twice or changed meanwhile, an id comes twice, a row is not as described, the work failed on every
-            question of the first part, or a file in the folder is damaged or belongs elsewhere (it is named).
+            question of the first shard, or a file in the folder is damaged or belongs elsewhere (it is named).
         KeyboardInterrupt: interrupted; what was done is written, and the message says how much.
     """
-    settings = {**(settings or {}), "batch_size": batch_size, "batches_per_part": batches_per_part, "window": window}
-    state = prepare(name, examples, out, settings, model, size, seed, shard, embeddings=embeddings, gradients=gradients)
+    settings = {**(settings or {}), "batch_size": batch_size, "batches_per_shard": batches_per_shard, "window": window}
+    state = prepare(name, examples, out, settings, model, size, seed, rank, embeddings=embeddings, gradients=gradients)
     if dry_run:
         return state
     work_on(state, examples, work, write or write_rows, progress)
@@ -246,13 +247,13 @@ def read_failures(out: str | Path, partial: bool = False) -> pd.DataFrame:
 
 
 def read_composition(out: str | Path, partial: bool = False) -> pd.DataFrame:
-    """The batches as they really ran, one row a forward: part, items."""
-    rows = [(part, items) for part, _, kept in _written(Path(out), partial) for items in kept]
+    """The batches as they really ran, one row a forward: part (the shard's number), items."""
+    rows = [(shard, items) for shard, _, kept in _written(Path(out), partial) for items in kept]
     return pd.DataFrame(rows, columns=["part", "items"])
 
 
-def this_share(text: str | None = None) -> tuple[int, int]:
-    """Which share of the parts this process does: "k/n" with k from 0, or what `accelerate launch` says, or all.
+def this_rank(text: str | None = None) -> tuple[int, int]:
+    """Which of the run's processes this is, and so which shards it does: "k/n" with k from 0, or what `accelerate launch` says, or all.
 
     Raises:
         ValueError: not such a text, or accelerate was set up before for another number of processes.
@@ -268,18 +269,19 @@ def this_share(text: str | None = None) -> tuple[int, int]:
         if state.num_processes != launched:
             raise ValueError(
                 f"{launched} processes were launched, but accelerate counts {state.num_processes}: it was set up before. "
-                f"Call this_share() before anything else of accelerate's (device_map, say), or pass shard=(k, n)."
+                f"Call this_rank() before anything else of accelerate's (device_map, say), or pass rank=(k, n)."
             )
         return state.process_index, state.num_processes
     found = re.fullmatch(r"(\d+)/(\d+)", text)
-    share = (int(found[1]), int(found[2])) if found else (0, 0)
-    _check_share(share, text)
-    return share
+    rank = (int(found[1]), int(found[2])) if found else (0, 0)
+    _check_rank(rank, text)
+    return rank
 
 
 # ---- the engine, shared with the activation store -----------------------------------------------
 
 
+@renamed_arguments
 def prepare(
     name: str,
     examples: Data,
@@ -288,7 +290,7 @@ def prepare(
     model: Any = None,
     size: Sizer | None = None,
     seed: int = 0,
-    shard: tuple[int, int] | None = None,
+    rank: tuple[int, int] | None = None,
     suffix: str = ".parquet",
     embeddings: int = 0,
     gradients: bool = False,
@@ -296,14 +298,14 @@ def prepare(
     """Plans a run, and refuses a folder that another run lives in; writes nothing.
 
     Args:
-        settings: with batch_size, batches_per_part and window.
-        suffix: of the parts' files. embeddings, gradients: as `run` takes them.
+        settings: with batch_size, batches_per_shard and window.
+        suffix: of the shards' files. embeddings, gradients: as `run` takes them.
     """
-    share = this_share() if shard is None else shard
-    _check_share(share, str(share))
+    rank = this_rank() if rank is None else rank
+    _check_rank(rank, str(rank))
     sizes: dict[Size, int] = {}
     size = size or (size_by_model(model) if _sees(model) else size_by_pixels)
-    shape = [settings[key] for key in ("batch_size", "batches_per_part", "window")]
+    shape = [settings[key] for key in ("batch_size", "batches_per_shard", "window")]
     plan = make_plan(_fresh(examples), _remembering(size, sizes), *shape)
     manifest = {
         "format": FORMAT,
@@ -319,78 +321,78 @@ def prepare(
     refuse_another(out, manifest)
     if (out / MANIFEST).exists() and (out / PLAN).exists():
         read_plan(out)
-    check_parts(out, suffix, manifest, plan, written_parts(out, suffix) & set(plan["part"]))
+    check_shards(out, suffix, manifest, plan, written_shards(out, suffix) & set(plan["part"]))
     rows = plan.groupby(["size", "batch"]).size().groupby("size").max()
     memory = None
     if sizes and _sees(model):
         memory = memory_for(model, [(s, int(rows[str(s)])) for s in sizes], min(embeddings, embedding_bytes(model, sizes)), gradients)
-    return Run(out, manifest, plan, share, written_parts(out, suffix), memory, suffix)
+    return Run(out, manifest, plan, rank, written_shards(out, suffix), memory, suffix)
 
 
 def work_on(state: Run, examples: Data, work: Callable, write: Writer, progress: bool = True) -> None:
-    """Does the parts of this share that are not written yet.
+    """Does the shards of this process that are not written yet.
 
     Args:
-        write: puts a part into the (temporary) file it is given.
+        write: puts a shard into the (temporary) file it is given.
     """
     from tqdm.auto import tqdm
 
     state.out.mkdir(parents=True, exist_ok=True)
     remove_unfinished(state.out)
     write_manifest_and_plan(state.out, state.manifest, state.plan)
-    k, n = state.share
+    k, n = state.rank
     ours = state.plan[state.plan["part"] % n == k]
     todo = set(state.todo)
     bar = tqdm(
         total=len(ours), initial=len(ours) - int(ours["part"].isin(todo).sum()), unit="question",
         desc=state.manifest["name"], disable=not progress, dynamic_ncols=True,
     )  # fmt: skip
-    by_part = dict(tuple(ours[ours["part"].isin(todo)].groupby("part")))
+    by_shard = dict(tuple(ours[ours["part"].isin(todo)].groupby("part")))
     waiting = sorted(todo)
     with bar:
         for questions in windows(_fresh(examples), state.manifest["settings"]["window"]):
             if not waiting:
                 break
             here = dict(questions)
-            while waiting and int(by_part[waiting[0]]["item"].iloc[0]) in here:
-                part = waiting.pop(0)
-                result = _begun(state, part, by_part[part])
+            while waiting and int(by_shard[waiting[0]]["item"].iloc[0]) in here:
+                shard = waiting.pop(0)
+                result = _begun(state, shard, by_shard[shard])
                 try:
-                    _do_part(result, by_part[part], here, work, state.manifest["seed"], bar.update)
-                    _refuse_all_failed(state, part, result)
-                    with whole_file(part_path(state.out, part, state.suffix)) as file:
-                        write(state, part, result, file)
+                    _do_shard(result, by_shard[shard], here, work, state.manifest["seed"], bar.update)
+                    _refuse_all_failed(state, shard, result)
+                    with whole_file(shard_path(state.out, shard, state.suffix)) as file:
+                        write(state, shard, result, file)
                 except KeyboardInterrupt:
-                    raise KeyboardInterrupt(_interrupted(state, part, result, write)) from None
-                unfinished_path(state.out, part, state.suffix).unlink(missing_ok=True)
+                    raise KeyboardInterrupt(_interrupted(state, shard, result, write)) from None
+                unfinished_path(state.out, shard, state.suffix).unlink(missing_ok=True)
         if waiting:
             raise ValueError("the data ended before the plan did: they changed while the run was under way.")
 
 
-def _refuse_all_failed(state: Run, number: int, part: Part) -> None:
-    if number == state.share[0] and not part.results and len(part.failures) > 1 and part.composition and part.earlier is None:
+def _refuse_all_failed(state: Run, number: int, shard: Shard) -> None:
+    if number == state.rank[0] and not shard.results and len(shard.failures) > 1 and shard.composition and shard.earlier is None:
         raise ValueError(
-            f"{state.manifest['name']} failed on every question of the first part ({len(part.failures)}), "
-            f"so nothing was written; the first reason: {part.failures[0].error}"
+            f"{state.manifest['name']} failed on every question of the first shard ({len(shard.failures)}), "
+            f"so nothing was written; the first reason: {shard.failures[0].error}"
         )
 
 
-def _begun(state: Run, number: int, planned: pd.DataFrame) -> Part:
-    """The part as an interrupted process has left it, or an empty one."""
+def _begun(state: Run, number: int, planned: pd.DataFrame) -> Shard:
+    """The shard as an interrupted process has left it, or an empty one."""
     file = unfinished_path(state.out, number, state.suffix)
     if not file.exists():
-        return Part([], [], [])
+        return Shard([], [], [])
     items = check_unfinished(file, state.manifest, number, planned)
-    return Part([], [], [], items, file)
+    return Shard([], [], [], items, file)
 
 
-def _interrupted(state: Run, number: int, part: Part, write: Writer) -> str:
-    """Writes what is done of a part; what to say about it."""
-    if len(part.items) and (part.results or part.failures or part.composition):
+def _interrupted(state: Run, number: int, shard: Shard, write: Writer) -> str:
+    """Writes what is done of a shard; what to say about it."""
+    if len(shard.items) and (shard.results or shard.failures or shard.composition):
         with whole_file(unfinished_path(state.out, number, state.suffix)) as file:
-            write(state, number, part, file)
-    written = state.plan["part"].isin(written_parts(state.out, state.suffix))
-    done = int(written.sum()) + (0 if number in set(state.plan["part"][written]) else len(part.items))
+            write(state, number, shard, file)
+    written = state.plan["part"].isin(written_shards(state.out, state.suffix))
+    done = int(written.sum()) + (0 if number in set(state.plan["part"][written]) else len(shard.items))
     return (
         f"interrupted: {done} of {len(state.plan)} questions are done and kept in {state.out}; start the same command again, and "
         f"it goes on from there."
@@ -398,20 +400,20 @@ def _interrupted(state: Run, number: int, part: Part, write: Writer) -> str:
 
 
 def wait_for_all(state: Run, every: float = 0.5) -> None:
-    """Returns when every part is written, by this process and those launched with it."""
+    """Returns when every shard is written, by this process and those launched with it."""
     while not refreshed(state).complete:
         time.sleep(every)
 
 
 def refreshed(state: Run) -> Run:
     """The run as its folder has it now."""
-    return replace(state, done=written_parts(state.out, state.suffix))
+    return replace(state, done=written_shards(state.out, state.suffix))
 
 
-def write_rows(state: Run, number: int, part: Part, file: Path) -> None:
-    """A part as Parquet."""
-    results = [(item, id, batch, None, row) for item, id, batch, row in part.results]
-    rows = results + [(f.item, f.id, f.batch, f.error, {"id": f.id}) for f in part.failures]
+def write_rows(state: Run, number: int, shard: Shard, file: Path) -> None:
+    """A shard as Parquet."""
+    results = [(item, id, batch, None, row) for item, id, batch, row in shard.results]
+    rows = results + [(f.item, f.id, f.batch, f.error, {"id": f.id}) for f in shard.failures]
     rows.sort(key=lambda row: row[0])  # stable: a question's rows stay in their order
     fixed = {
         "item": pa.array([row[0] for row in rows], pa.int64()),
@@ -420,13 +422,13 @@ def write_rows(state: Run, number: int, part: Part, file: Path) -> None:
         "error": pa.array([row[3] for row in rows], pa.string()),
     }
     given = {name: _column(name, [row[4].get(name) for row in rows]) for row in rows for name in row[4] if name != "id"}
-    table, composition = pa.table(fixed | given), part.composition
-    if part.earlier is not None:
-        earlier, before = read_rows(part.earlier)
+    table, composition = pa.table(fixed | given), shard.composition
+    if shard.earlier is not None:
+        earlier, before = read_rows(shard.earlier)
         table = pa.concat_tables([earlier, table], promote_options="permissive") if len(table) else earlier
         table = table.take(pa.array(np.argsort(table["item"].to_numpy(), kind="stable")))
         composition = before + composition
-    write_sealed(table, file, {"composition": json.dumps(composition), **belonging(state.manifest, number, part.items)})
+    write_sealed(table, file, {"composition": json.dumps(composition), **belonging(state.manifest, number, shard.items)})
 
 
 def read_rows(file: Path) -> tuple[pa.Table, list[list[int]]]:
@@ -447,19 +449,19 @@ def _column(name: str, values: list) -> pa.Array:
         raise TypeError(f"column {name!r} cannot be written: {error}; give numbers, strings, or lists of them.") from error
 
 
-# ---- working on a part ------------------------------------------------------------------------
+# ---- working on a shard ------------------------------------------------------------------------
 
 
-def _do_part(
-    part: Part, planned: pd.DataFrame, examples: Mapping[int, Example], work: Callable, seed: int, tick: Callable[[int], Any]
+def _do_shard(
+    shard: Shard, planned: pd.DataFrame, examples: Mapping[int, Example], work: Callable, seed: int, tick: Callable[[int], Any]
 ) -> None:
-    """Does the batches that the part does not have yet; each comes into it when it is whole."""
-    before = set(part.items)
+    """Does the batches that the shard does not have yet; each comes into it when it is whole."""
+    before = set(shard.items)
     tick(len(before))
     for number, rows in planned.groupby("batch"):
         if int(rows["item"].iloc[0]) in before:
             continue
-        one, batch = Part([], [], []), {}
+        one, batch = Shard([], [], []), {}
         for row in rows.itertuples():
             example = examples.get(row.item)
             if example is None or label(example.id) != row.id or digest(example) != row.digest:
@@ -471,12 +473,12 @@ def _do_part(
         if batch:
             _do_batch(one, int(number), batch, work, seed)
         for name in ("results", "failures", "composition"):
-            getattr(part, name).extend(getattr(one, name))
-        part.items.extend(rows["item"].tolist())
+            getattr(shard, name).extend(getattr(one, name))
+        shard.items.extend(rows["item"].tolist())
         tick(len(rows))
 
 
-def _do_batch(part: Part, number: int, batch: Mapping[int, Example], work: Callable, seed: int) -> None:
+def _do_batch(shard: Shard, number: int, batch: Mapping[int, Example], work: Callable, seed: int) -> None:
     """One batch; when it cannot be worked on as a whole, its questions one by one, so that each has its own reason."""
     items = list(batch)
     try:
@@ -485,17 +487,17 @@ def _do_batch(part: Part, number: int, batch: Mapping[int, Example], work: Calla
     except ValueError as error:
         if len(batch) > 1:
             for item in items:
-                _do_batch(part, number, {item: batch[item]}, work, seed)
+                _do_batch(shard, number, {item: batch[item]}, work, seed)
         else:
-            part.failures.append(Failure(items[0], batch[items[0]].id, number, label(str(error))))
-            part.composition.append(items)
+            shard.failures.append(Failure(items[0], batch[items[0]].id, number, label(str(error))))
+            shard.composition.append(items)
         return
-    part.composition.append(items)
+    shard.composition.append(items)
     places = {example.id: item for item, example in batch.items()}
     for row in rows:
         if not isinstance(row, Mapping) or row.get("id") not in places or any(name in row for name in RESERVED):
             raise TypeError(f"work must give rows (dicts) with the 'id' of a question of its batch and without {RESERVED}, got {row!r}.")
-        part.results.append((places[row["id"]], row["id"], number, row))
+        shard.results.append((places[row["id"]], row["id"], number, row))
 
 
 def opened(example: Example) -> Example:
@@ -531,9 +533,9 @@ def seeded(seed: int, *items: int) -> Iterator[None]:
             np.random.set_state(states[1])
 
 
-def read_part(out: Path, part: int, failed: bool = False) -> pa.Table:
-    """A part's rows, or its questions without a result."""
-    return _some(read_rows(part_path(out, part, ".parquet"))[0], failed)
+def read_shard(out: Path, shard: int, failed: bool = False) -> pa.Table:
+    """A shard's rows, or its questions without a result."""
+    return _some(read_rows(shard_path(out, shard, ".parquet"))[0], failed)
 
 
 def _some(table: pa.Table, failed: bool) -> pa.Table:
@@ -542,16 +544,16 @@ def _some(table: pa.Table, failed: bool) -> pa.Table:
 
 
 def _written(out: Path, partial: bool) -> Iterator[tuple[int, pa.Table, list[list[int]]]]:
-    """(part, table, composition) of what is there; with `partial` also of parts that were interrupted."""
-    for part in finished_parts(out, ".parquet", partial):
-        yield part, *read_rows(part_path(out, part, ".parquet"))
+    """(shard, table, composition) of what is there; with `partial` also of shards that were interrupted."""
+    for shard in finished_shards(out, ".parquet", partial):
+        yield shard, *read_rows(shard_path(out, shard, ".parquet"))
     if partial:
         manifest, plan = read_manifest(out), read_plan(out)
-        for part, planned in plan.groupby("part"):
-            file = unfinished_path(out, part, ".parquet")
-            if file.exists() and not part_path(out, part, ".parquet").exists():
-                check_unfinished(file, manifest, part, planned)
-                yield part, *read_rows(file)
+        for shard, planned in plan.groupby("part"):
+            file = unfinished_path(out, shard, ".parquet")
+            if file.exists() and not shard_path(out, shard, ".parquet").exists():
+                check_unfinished(file, manifest, shard, planned)
+                yield shard, *read_rows(file)
 
 
 def _read(out: Path, partial: bool, failed: bool) -> pd.DataFrame:
@@ -590,9 +592,9 @@ def _remembering(size: Sizer, sizes: dict[Size, int]) -> Sizer:
     return remember
 
 
-def _check_share(share: tuple[int, int], text: str) -> None:
-    if not 0 <= share[0] < share[1]:
-        raise ValueError(f"expected a share k/n with k in 0..n-1, such as 0/4, got {text}.")
+def _check_rank(rank: tuple[int, int], text: str) -> None:
+    if not 0 <= rank[0] < rank[1]:
+        raise ValueError(f"expected a rank k/n with k in 0..n-1, such as 0/4, got {text}.")
 
 
 def _as_json(manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,10 +2,10 @@
 
     OUT/run.json              the manifest, written once
     OUT/plan.parquet          the composition of the batches
-    OUT/part-00012.parquet    a part; it has this name only when it is whole and on the disk
-    OUT/unfinished-00013.parquet    batches of a part that was interrupted (Ctrl-C); gone when the part is whole
+    OUT/part-00012.parquet    a shard; it has this name only when it is whole and on the disk
+    OUT/unfinished-00013.parquet    batches of a shard that was interrupted (Ctrl-C); gone when the shard is whole
 
-A part says which run and which questions it belongs to. Parquet files are sealed: a checksum of all their bytes stands in their
+A shard says which run and which questions it belongs to. Parquet files are sealed: a checksum of all their bytes stands in their
 metadata, and is compared before they are parsed, because a damaged one can crash the parser.
 """
 
@@ -30,17 +30,17 @@ from analyses.runs.plan import plan_digest
 from hooked_qwen2vl.files import open_regular, whole_file
 
 MANIFEST, PLAN = "run.json", "plan.parquet"
-FORMAT = 2  # of the folder; parts say where they belong since 2
+FORMAT = 2  # of the folder; shards say where they belong since 2
 SEAL, _DIGITS = b"hooked-qwen2vl seal ", 32
 AGAIN = "Delete it and start the same command again: it is made anew."
 
 
-def part_path(out: Path, part: int, suffix: str) -> Path:
-    return out / f"part-{part:05d}{suffix}"
+def shard_path(out: Path, shard: int, suffix: str) -> Path:
+    return out / f"part-{shard:05d}{suffix}"
 
 
-def unfinished_path(out: Path, part: int, suffix: str) -> Path:
-    return out / f"unfinished-{part:05d}{suffix}"
+def unfinished_path(out: Path, shard: int, suffix: str) -> Path:
+    return out / f"unfinished-{shard:05d}{suffix}"
 
 
 def read_manifest(out: str | Path) -> dict[str, Any]:
@@ -51,12 +51,12 @@ def read_manifest(out: str | Path) -> dict[str, Any]:
     """
     file = Path(out) / MANIFEST
     if not file.exists() or not (Path(out) / PLAN).exists():
-        raise ValueError(f"{out} holds no run: expected {MANIFEST}, plan.parquet and parts.")
+        raise ValueError(f"{out} holds no run: expected {MANIFEST}, plan.parquet and shards.")
     return _manifest(file)
 
 
 def _manifest(file: Path) -> dict[str, Any]:
-    with opening(file, "Choose another folder: nothing says what its parts belong to."):
+    with opening(file, "Choose another folder: nothing says what its shards belong to."):
         with open_regular(file) as opened:
             found = json.loads(opened.read().decode("utf-8"))
         if not isinstance(found, dict) or not isinstance(found.get("data"), dict) or not isinstance(found.get("settings"), dict):
@@ -99,7 +99,7 @@ def read_plan(out: str | Path) -> pd.DataFrame:
 def refuse_another(out: Path, manifest: Mapping[str, Any]) -> None:
     if not (out / MANIFEST).exists():
         if any(out.glob("part-*")):
-            raise ValueError(f"{out} holds parts of a run but no {MANIFEST}: choose another folder.")
+            raise ValueError(f"{out} holds shards of a run but no {MANIFEST}: choose another folder.")
         return
     kept = _manifest(out / MANIFEST)
     kept.pop("started", None)
@@ -118,7 +118,7 @@ def _differences(kept: Any, now: Any, where: str = "") -> Iterator[str]:
         yield f"{where}: {json.dumps(kept, ensure_ascii=False)} there, {json.dumps(now, ensure_ascii=False)} now"
 
 
-def written_parts(out: Path, suffix: str) -> frozenset[int]:
+def written_shards(out: Path, suffix: str) -> frozenset[int]:
     found = (re.fullmatch(rf"part-(\d+){re.escape(suffix)}", file.name) for file in out.glob(f"part-*{suffix}"))
     return frozenset(int(match[1]) for match in found if match)
 
@@ -137,25 +137,25 @@ def write_manifest_and_plan(out: Path, manifest: Mapping[str, Any], plan: pd.Dat
             write_sealed(pa.Table.from_pandas(plan, preserve_index=False), file)
 
 
-def finished_parts(out: Path, suffix: str, partial: bool) -> list[int]:
-    """The parts that are written, each looked at: whether it is this run's.
+def finished_shards(out: Path, suffix: str, partial: bool) -> list[int]:
+    """The shards that are written, each looked at: whether it is this run's.
 
     Raises:
-        ValueError: no run there, one that is not finished (unless `partial`), or a part that does not belong.
+        ValueError: no run there, one that is not finished (unless `partial`), or a shard that does not belong.
     """
     manifest, plan = read_manifest(out), read_plan(out)
     planned = set(plan["part"])
-    written = written_parts(out, suffix) & planned
+    written = written_shards(out, suffix) & planned
     if not partial and planned - written:
         raise ValueError(
-            f"the run in {out} is not finished: {len(written)} of {len(planned)} parts are there. Start it again with "
+            f"the run in {out} is not finished: {len(written)} of {len(planned)} shards are there. Start it again with "
             f"the same command, or read what there is with partial=True."
         )
-    check_parts(out, suffix, manifest, plan, written)
+    check_shards(out, suffix, manifest, plan, written)
     return sorted(written)
 
 
-# ---- where a part belongs, and whether it is whole ------------------------------------------------
+# ---- where a shard belongs, and whether it is whole ------------------------------------------------
 
 
 def run_digest(manifest: Mapping[str, Any]) -> str:
@@ -164,12 +164,12 @@ def run_digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(kept, sort_keys=True).encode(), digest_size=12).hexdigest()
 
 
-def belonging(manifest: Mapping[str, Any], part: int, items: Iterable[int]) -> dict[str, str]:
-    """What a part's file says of itself: the run, the part's number, and its questions."""
-    return {"run": run_digest(manifest), "part": str(part), "items": json.dumps(sorted(items))}
+def belonging(manifest: Mapping[str, Any], shard: int, items: Iterable[int]) -> dict[str, str]:
+    """What a shard's file says of itself: the run, the shard's number, and its questions."""
+    return {"run": run_digest(manifest), "part": str(shard), "items": json.dumps(sorted(items))}
 
 
-def check_parts(out: Path, suffix: str, manifest: Mapping[str, Any], plan: pd.DataFrame, parts: Iterable[int]) -> None:
+def check_shards(out: Path, suffix: str, manifest: Mapping[str, Any], plan: pd.DataFrame, shards: Iterable[int]) -> None:
     """Whether each of these files is whole and holds what the plan has there.
 
     Raises:
@@ -178,35 +178,35 @@ def check_parts(out: Path, suffix: str, manifest: Mapping[str, Any], plan: pd.Da
     if "format" not in manifest:  # of an earlier version, which did not say
         return
     run, items = run_digest(manifest), plan.groupby("part")["item"].apply(sorted)
-    for part in sorted(parts):
-        file = part_path(out, part, suffix)
+    for shard in sorted(shards):
+        file = shard_path(out, shard, suffix)
         about = read_about(file)
         found = json.loads(about["items"])
         if about["run"] != run:
             raise ValueError(f"{file} belongs to another run than {MANIFEST} describes. {AGAIN}")
-        if int(about["part"]) != part or found != items[part]:
+        if int(about["part"]) != shard or found != items[shard]:
             raise ValueError(
-                f"{file} holds questions {found[:3]} … of part {about['part']}; the plan has {items[part][:3]} … of part {part} there. {AGAIN}"
+                f"{file} holds questions {found[:3]} … of shard {about['part']}; the plan has {items[shard][:3]} … of shard {shard} there. {AGAIN}"
             )
 
 
-def check_unfinished(file: Path, manifest: Mapping[str, Any], part: int, planned: pd.DataFrame) -> list[int]:
-    """The questions of an interrupted part's file: whole batches of what is planned there.
+def check_unfinished(file: Path, manifest: Mapping[str, Any], shard: int, planned: pd.DataFrame) -> list[int]:
+    """The questions of an interrupted shard's file: whole batches of what is planned there.
 
     Raises:
-        ValueError: a file of another run or part, or one that cannot be read.
+        ValueError: a file of another run or shard, or one that cannot be read.
     """
     about = read_about(file)
     items = json.loads(about["items"])
     batches = planned["batch"].isin(planned["batch"][planned["item"].isin(items)])
-    expected = belonging(manifest, part, planned["item"][batches].tolist())
+    expected = belonging(manifest, shard, planned["item"][batches].tolist())
     if any(about[name] != value for name, value in expected.items()):
         raise ValueError(f"{file} does not belong to this run. Delete it and start the same command again: its batches are done anew.")
     return items
 
 
 def read_about(file: Path) -> dict[str, str]:
-    """What a part's file says of itself.
+    """What a shard's file says of itself.
 
     Raises:
         ValueError: a file that cannot be read, or says nothing.

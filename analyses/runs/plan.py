@@ -2,7 +2,7 @@
 
 1. The data are read in windows of some thousand questions; nothing but a line a question is kept.
 2. In a window, questions of the same size (image grids, length bucket) form batches, in the order in which they came.
-3. A few batches form a part: what is written, or done again, as a whole.
+3. A few batches form a shard: what is written, or done again, as a whole.
 
 The plan depends on the data and on the settings alone, never on which process works or where it was stopped, so
 a batch always has the same members, and its floating-point numbers are the same whoever computes it.
@@ -117,29 +117,29 @@ def _seen_size(image: Image.Image) -> tuple[int, int]:
     return (height, width) if swapped else (width, height)
 
 
-def make_plan(stream: Iterable[Example], size: Sizer, batch_size: int, batches_per_part: int, window: int) -> pd.DataFrame:
+def make_plan(stream: Iterable[Example], size: Sizer, batch_size: int, batches_per_shard: int, window: int) -> pd.DataFrame:
     """One row a question, in the order in which they will be run.
 
     Returns:
-        columns item (its place in the data), id, part, batch, size, digest (of all that the question is), domain,
+        columns item (its place in the data), id, part (the shard's number), batch, size, digest (of all that the question is), domain,
         category, answer.
     Raises:
         ValueError: no data, an id that comes twice, or a count below 1.
     """
-    for name, value in (("batch_size", batch_size), ("batches_per_part", batches_per_part), ("window", window)):
+    for name, value in (("batch_size", batch_size), ("batches_per_shard", batches_per_shard), ("window", window)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
-    rows, n_batches, n_parts = [], 0, 0
+    rows, n_batches, n_shards = [], 0, 0
     for questions in windows(stream, window):
         buckets: dict[str, list] = {}
         for item, example in questions:
             buckets.setdefault(_size_of(example, size), []).append((item, example))
         batches = [(key, batch) for key, bucket in buckets.items() for batch in _batched(bucket, batch_size)]
         for number, (key, batch) in enumerate(batches):
-            part = n_parts + number // batches_per_part
-            rows += [(i, part, n_batches + number, key, digest(e), *_labels(e)) for i, e in batch]
+            shard = n_shards + number // batches_per_shard
+            rows += [(i, shard, n_batches + number, key, digest(e), *_labels(e)) for i, e in batch]
         n_batches += len(batches)
-        n_parts += math.ceil(len(batches) / batches_per_part)  # a part never reaches into the next window
+        n_shards += math.ceil(len(batches) / batches_per_shard)  # a shard never reaches into the next window
     if not rows:
         raise ValueError("the data hold no question.")
     plan = pd.DataFrame(rows, columns=list(_FILLED))[list(COLUMNS)]
@@ -232,8 +232,8 @@ class Memory:
 
     def __str__(self) -> str:
         says = {"weights": "weights", "decoder": "decoder, largest batch", "logits": "its logits", "tower": "tower, largest image"}
-        parts = ", ".join(f"{words} {in_words(getattr(self, name))}" for name, words in says.items())
-        return f"{in_words(self.total)} ({parts}, image embeddings kept for later questions at most {in_words(self.embeddings)})"
+        needs = ", ".join(f"{words} {in_words(getattr(self, name))}" for name, words in says.items())
+        return f"{in_words(self.total)} ({needs}, image embeddings kept for later questions at most {in_words(self.embeddings)})"
 
 
 def embedding_bytes(model: Any, sizes: Mapping[Size, int]) -> int:

@@ -1,10 +1,10 @@
 """Runs whose result is a sum by domain, not a row a question: counts, and anything else that is added up.
 
 1. `work` gives terms (`analyses.common.sums`), each with the "id" of a question. They may be large: a few a batch.
-2. A part adds up its own terms, in the order of its batches, and writes the sums. Sums of an interrupted part come first: the
-   order, and so every bit, is that of a part done in one go.
-3. Reading adds up the parts, in their order. The parts follow from data and settings alone, so that the sums are the same
-   to the bit whoever wrote which part; of whole numbers they are exact anyway.
+2. A shard adds up its own terms, in the order of its batches, and writes the sums. Sums of an interrupted shard come first: the
+   order, and so every bit, is that of a shard done in one go.
+3. Reading adds up the shards, in their order. The shards follow from data and settings alone, so that the sums are the same
+   to the bit whoever wrote which shard; of whole numbers they are exact anyway.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from typing import Any
 import pyarrow.compute as pc
 
 from analyses.common.sums import KEYS, Sums, add_up
-from analyses.runs.engine import Failure, Part, Run, read_rows, write_rows
-from analyses.runs.files import finished_parts, part_path
+from analyses.runs.engine import Failure, Run, Shard, read_rows, write_rows
+from analyses.runs.files import finished_shards, shard_path
 
 
-def write_sums(state: Run, number: int, part: Part, file: Path) -> None:
-    """A part's sums; each stands at the question that its first term belongs to."""
-    before = [] if part.earlier is None else _kept(part.earlier)
-    results = [(row["item"], row["id"], row["batch"], row) for row in before] + part.results
+def write_sums(state: Run, number: int, shard: Shard, file: Path) -> None:
+    """A shard's sums; each stands at the question that its first term belongs to."""
+    before = [] if shard.earlier is None else _kept(shard.earlier)
+    results = [(row["item"], row["id"], row["batch"], row) for row in before] + shard.results
     places: dict[tuple, tuple] = {}
     for item, id, batch, term in results:
         places.setdefault(tuple(term[name] for name in KEYS), (item, id, batch))
     sums = add_up(term for *_, term in results)
     rows = [(*places[key], {"id": places[key][1], **dict(zip(KEYS, key)), "n": n, "values": values}) for key, (n, values) in sums.items()]
-    failures, composition = part.failures, part.composition
-    if part.earlier is not None:
-        table, kept = read_rows(part.earlier)
+    failures, composition = shard.failures, shard.composition
+    if shard.earlier is not None:
+        table, kept = read_rows(shard.earlier)
         failed = table.filter(pc.is_valid(table["error"])).select(["item", "id", "batch", "error"]).to_pylist()
         failures, composition = [Failure(**row) for row in failed] + failures, kept + composition
-    write_rows(state, number, replace(part, results=rows, failures=failures, composition=composition, earlier=None), file)
+    write_rows(state, number, replace(shard, results=rows, failures=failures, composition=composition, earlier=None), file)
 
 
 def _kept(file: Path) -> list[dict[str, Any]]:
@@ -54,6 +54,6 @@ def read_sums(out: str | Path) -> Sums:
 
 
 def _terms(out: Path) -> Iterator[Mapping[str, Any]]:
-    """One part in memory at a time."""
-    for part in finished_parts(out, ".parquet", partial=False):
-        yield from _kept(part_path(out, part, ".parquet"))
+    """One shard in memory at a time."""
+    for shard in finished_shards(out, ".parquet", partial=False):
+        yield from _kept(shard_path(out, shard, ".parquet"))
