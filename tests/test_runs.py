@@ -317,7 +317,7 @@ def test_a_dry_run_says_and_does_nothing(tmp_path, model):
     state = run("lengths", questions(30), never, tmp_path / "out", model=model, dry_run=True, rank=(1, 2), **SMALL)
     assert not (tmp_path / "out").exists()
     text = state.describe()
-    assert "30 questions" in text and "share 1/2" in text and "6×10 patches" in text and "memory" in text
+    assert "30 questions" in text and "rank 1/2" in text and "6×10 patches" in text and "memory" in text
     run("lengths", questions(30), lengths, tmp_path / "out", model=model, **SMALL, rank=(0, 2))
     state = run("lengths", questions(30), never, tmp_path / "out", model=model, dry_run=True, **SMALL)
     done = len(read_results(tmp_path / "out", partial=True))
@@ -412,7 +412,7 @@ def test_shares_are_spelt_k_of_n(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert this_rank() == (0, 1) and this_rank("1/4") == (1, 4)
     for wrong in ("4/4", "1", "-1/2", "a/b", "0/0"):
-        with pytest.raises(ValueError, match="share k/n"):
+        with pytest.raises(ValueError, match="rank k/n"):
             this_rank(wrong)
 
 
