@@ -27,17 +27,11 @@ from transformer_lens.utilities import Slice, SliceInput
 
 from .files import open_regular, whole_file
 from .geometry import PromptShape
-from .hook_names import canonical
+from .hook_names import canonical, is_vision
 from .layers import PROMPT, readable
 
-VISION_PREFIXES = ("vision_encoder.", "vision_projector.")
 FORMAT = "hooked_qwen2vl cache 1"
 _PROMPT = "prompt."  # before the names of what tells the prompts' shape
-
-
-def is_vision(name: str) -> bool:
-    """Whether a hook or cache key belongs to the tower or the projector."""
-    return name.startswith(VISION_PREFIXES)
 
 
 def heads_first(name: str) -> bool:

@@ -23,7 +23,8 @@ from transformer_lens.utilities import sample_logits
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from .cache import HookedCache, heads_first, is_vision
+from .cache import HookedCache, heads_first
+from .hook_names import is_vision
 from .inputs import Inputs
 
 SPARE = 128  # positions that the buffer of keys and values has beyond those it holds, when it is made anew

@@ -11,8 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge.get_params_util import get_bridge_params
 
-from .cache import is_vision
-from .hook_names import canonical, chosen
+from .hook_names import canonical, hooked, is_vision
 from .inputs import Inputs
 from .layers import HookPoint, on_its_own_prompts
 from .weights import OUR_ZEROS
@@ -163,7 +162,7 @@ class Habits:
         """TransformerLens's, with either name of its second argument."""
         if (hook is None) == (hook_fn is None):
             raise TypeError("add_hook takes the hook as hook= or hook_fn=, one of them.")
-        for own in chosen(name, self.hook_dict):
+        for own in hooked(name, self.hook_dict):
             super().add_hook(own, hook_fn if hook is None else hook, *args, **kwargs)
 
     def get_hook_point(self, hook_name: str) -> HookPoint | None:

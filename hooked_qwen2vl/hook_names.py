@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
 from collections.abc import Callable, Collection, Sequence
 
 _OF_A_BLOCK = {
@@ -52,6 +53,29 @@ def chosen(names_filter: str | Sequence[str] | Callable[[str], bool], known: Col
         wanted = require([names_filter] if isinstance(names_filter, str) else names_filter, known)
         return [name for name in known if name in wanted]
     return [name for name in known if names_filter(name)] or [name for name in known if any(names_filter(other) for other in others(name))]
+
+
+def hooked(names_filter: str | Sequence[str] | Callable[[str], bool], known: Collection[str]) -> list[str]:
+    """The hook points that a hook goes on: `chosen`, but a function that takes the decoder's and the vision tower's means the decoder's.
+
+    TransformerLens's users write `lambda name: name.endswith("pattern")` for the model that answers; its scores by layer and head
+    would be overwritten by the tower's. A warning says which were left out, and how to have them.
+    """
+    names = chosen(names_filter, known)
+    decoder = [name for name in names if not is_vision(name)]
+    if not callable(names_filter) or not decoder or len(decoder) == len(names):
+        return names
+    warnings.warn(
+        f"the filter also takes {len(names) - len(decoder)} hook points of the vision tower: the hook goes on the decoder's alone. "
+        f"For the tower, name them or filter by name.startswith('vision_').",
+        stacklevel=4,
+    )
+    return decoder
+
+
+def is_vision(name: str) -> bool:
+    """Whether a hook point's activations belong to the packed images, not to the decoder's rows."""
+    return name.startswith(("vision_encoder.", "vision_projector."))
 
 
 def require(names: Sequence[str], known: Collection[str]) -> set[str]:

@@ -33,7 +33,7 @@ from . import vision, vision_qwen3, vision_qwen25
 from .adapters import adapted_model, is_adapted, merge_adapter, merged_weights
 from .attention import Causal
 from .block import decoder_block
-from .cache import HookedCache, heads_first, is_vision
+from .cache import HookedCache, heads_first
 from .cache_size import CacheSize, cache_size, require_room
 from .checkpoint import open_checkpoint
 from .config import HookedQwen2VLConfig, convert_config
@@ -41,7 +41,7 @@ from .devices import check_storage_can_be_shared, dispatch, n_devices, to_its_de
 from .export import export_text_model
 from .generate import Generation, said_so_far
 from .habits import Habits, refuse_old_arguments, refuse_several
-from .hook_names import chosen, require
+from .hook_names import chosen, hooked, is_vision, require
 from .image_embeddings import ImageEmbeddings, deepstack_terms, merge
 from .inputs import Inputs
 from .layers import HookPoint, RMSNorm, listened, running_prompt
@@ -393,7 +393,7 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         Raises:
             ValueError: a name that no hook point has.
         """
-        pairs = ([(own, hook) for name, hook in hooks for own in chosen(name, self.hook_dict)] for hooks in (fwd_hooks, bwd_hooks))
+        pairs = ([(own, hook) for name, hook in hooks for own in hooked(name, self.hook_dict)] for hooks in (fwd_hooks, bwd_hooks))
         thread = threading.get_ident()
         self._hooking_threads.append(thread)
         try:

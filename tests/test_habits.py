@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 
 import pytest
 import torch
@@ -14,8 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_protocol import TransformerLensModelWithWeights
 
 from hooked_qwen2vl import HookedQwen2VL
-from hooked_qwen2vl.cache import is_vision
-from hooked_qwen2vl.hook_names import canonical
+from hooked_qwen2vl.hook_names import canonical, is_vision
 
 CLOSE = 1e-4
 TEXT = "the red thing is blue, what"
@@ -303,3 +303,32 @@ def test_prompts_and_evaluations(processor, capsys):
     assert evals.induction_loss(model, device="cpu", subseq_len=40).isfinite()
     dataset = evals.IOIDataset(model.tokenizer, num_samples=4, prepend_bos=False)  # its default reads the tokenizer's BOS itself
     assert 0 <= evals.ioi_eval(model, dataset)["Accuracy"] <= 1
+
+
+@pytest.mark.parametrize("way", ["run_with_hooks", "add_hook"])
+def test_a_filter_of_a_hook_means_the_decoder(model, batches, way):
+    """TransformerLens's Main_Demo writes scores by `hook.layer()`: the tower's patterns must not be written over the decoder's."""
+    seen = []
+
+    def see(value, hook):
+        seen.append(hook.name)
+
+    def run(names_filter):
+        seen.clear()
+        if way == "run_with_hooks":
+            model.run_with_hooks(batches["image"], fwd_hooks=[(names_filter, see)])
+        else:
+            model.add_hook(names_filter, see)
+            model(batches["image"])
+            model.reset_hooks()
+        return sorted(seen)
+
+    with pytest.warns(UserWarning, match="hook points of the vision tower"):
+        both = run(lambda name: name.endswith("hook_pattern"))
+    assert both == [f"blocks.{layer}.attn.hook_pattern" for layer in range(model.cfg.n_layers)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tower = run(lambda name: is_vision(name) and name.endswith("hook_pattern"))
+        named = run(lambda name: name == "blocks.0.attn.hook_pattern")
+    assert tower == [f"vision_encoder.blocks.{layer}.attn.hook_pattern" for layer in range(model.cfg.vision.n_layers)]
+    assert named == ["blocks.0.attn.hook_pattern"]

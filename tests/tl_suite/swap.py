@@ -22,7 +22,7 @@ from tiny import randomise, tiny_processor
 from transformer_lens.model_bridge import TransformerBridge, sources
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from hooked_qwen2vl import HookedQwen2VL
+from hooked_qwen2vl import HookedQwen2VL, Processor
 from hooked_qwen2vl.geometry import Visual
 from hooked_qwen2vl.positions import IMAGE
 
@@ -51,14 +51,14 @@ class Seeing(HookedQwen2VL):
         return replace(inputs, token_types=types, visuals=visuals, pixels=pixels.repeat(len(inputs), 1), segments=segments)
 
 
-def seeing(size, dtype=None, seed: int = 0, tokenizer: bool = False) -> Seeing:
-    """A random model of this size: d_model, n_layers, n_heads, d_head, d_mlp, d_vocab, n_ctx."""
+def seeing(size, dtype=None, seed: int = 0, processor: Processor | None = None, image: bool = True) -> HookedQwen2VL:
+    """A random model of this size: d_model, n_layers, n_heads, d_head, d_mlp, d_vocab (None: the tokenizer's), n_ctx."""
     head = size.d_head // 2
     torch.manual_seed(seed)
     kv_heads = getattr(size, "n_key_value_heads", None) or (size.n_heads // 2 if GROUPED and size.n_heads % 2 == 0 else size.n_heads)
     config = Qwen2VLConfig(
         text_config={
-            "vocab_size": size.d_vocab, "hidden_size": size.d_model, "intermediate_size": size.d_mlp or 4 * size.d_model,
+            "vocab_size": size.d_vocab or len(processor.tokenizer), "hidden_size": size.d_model, "intermediate_size": size.d_mlp or 4 * size.d_model,
             "num_hidden_layers": size.n_layers, "num_attention_heads": size.n_heads, "num_key_value_heads": kv_heads,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [head - 2 * (head // 3), head // 3, head // 3]},
             "max_position_embeddings": size.n_ctx, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": None,
@@ -66,15 +66,13 @@ def seeing(size, dtype=None, seed: int = 0, tokenizer: bool = False) -> Seeing:
         vision_config={"depth": 1, "embed_dim": 32, "hidden_size": size.d_model, "num_heads": 2, "mlp_ratio": 2},
         tie_word_embeddings=False,
     )  # fmt: skip
-    processor = None
-    if tokenizer:
-        processor = tiny_processor()
+    if processor is not None:
         config.image_token_id = processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
         config.video_token_id = processor.tokenizer.convert_tokens_to_ids("<|video_pad|>")
     hf = Qwen2VLForConditionalGeneration(config).eval()
     randomise(hf)
-    model = Seeing.from_hf(hf if dtype is None else hf.to(dtype), processor)
-    if not tokenizer:  # a token of any id is text: the pictures come beside
+    model = (Seeing if image else HookedQwen2VL).from_hf(hf if dtype is None else hf.to(dtype), processor)
+    if processor is None:  # a token of any id is text: the pictures come beside
         model.cfg.special = replace(model.cfg.special, image=-1, video=-1, vision_start=-1, vision_end=-1, pad=None)
     return model
 
@@ -84,7 +82,7 @@ def boot_native(cfg, *args, dtype=None, **kwargs) -> Seeing:
 
 
 def boot_transformers(name, *args, dtype=None, **kwargs) -> Seeing:
-    return seeing(GPT2, dtype, tokenizer=True)
+    return seeing(GPT2, dtype, processor=tiny_processor())
 
 
 def build_bridge_from_module(module, *args, **kwargs) -> Seeing:
