@@ -211,6 +211,10 @@ def test_prompts_that_do_not_correspond(model, pair):
         patch_sweep(model, pair[0], turned, difference)
     with pytest.raises(ValueError, match="one number for each"):
         patch_sweep(model, *pair, lambda logits: logits[0, -1], progress=False)
+    sizes = [(84, 56), (84, 56), (56, 56)]  # two rows agree on where the image is, the third does not
+    rows = [model.to_inputs(["is it?"] * 3, images=[[picture(*size, seed)] for size in sizes]) for seed in (1, 2)]
+    with pytest.raises(ValueError, match="other positions in other rows"):
+        patch_sweep(model, *rows, difference, positions=["image"], progress=False)
 
 
 @pytest.mark.parametrize("activation", ["resid_pre", "z", "pattern"])
@@ -303,6 +307,11 @@ def test_records_of_other_metrics_and_models_are_refused(model, pair, tmp_path, 
         other.blocks[2].ln2.w.mul_(1.01)
     with pytest.raises(ValueError, match="another sweep"):
         patch_sweep(other, *pair, difference, **options)
+    for at in (0, 1):  # the same words and grid, another picture
+        pictures = list(pair)
+        pictures[at] = model.to_inputs("is it red?", images=[picture(84, 56, 9)])
+        with pytest.raises(ValueError, match="another sweep"):
+            patch_sweep(model, *pictures, difference, **options)
     whole = file.read_bytes()
     for damage in (whole[: len(whole) // 2], b"", b"x" * 100):
         file.write_bytes(damage)
