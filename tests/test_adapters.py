@@ -13,7 +13,7 @@ import torch
 from conftest import picture
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import reference_logits, spread, tiny_hf
+from tiny import reference_logits, spread, tiny_hf, tiny_processor, tiny_processor3
 from transformers import Qwen2VLForConditionalGeneration
 
 from analyses.cli import main
@@ -106,6 +106,24 @@ def test_a_tuned_model_has_pefts_numbers(kind, base, tmp_path, processor):
     same_weights(ours, theirs.merge_and_unload())
     assert str(adapter) == ours.cfg.adapter and ours.cfg.model_name == f"{base} + {adapter}"
     assert from_memory.cfg.adapter == "default" and plain.cfg.adapter is None
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_adapters_of_the_line(family, tmp_path):
+    """On the decoder, the tower and (Qwen3-VL) DeepStack's mergers: peft's own logits."""
+    hf = tiny_hf(family=family)
+    hf.save_pretrained(tmp_path / "base")
+    tower = {"qwen2_5_vl": ["qkv", "gate_proj", "mlp.0"], "qwen3_vl": ["qkv", "linear_fc1", "linear_fc2"]}[family]
+    tuned = tune(get_peft_model(hf, LoraConfig(target_modules=["q_proj", "down_proj", *tower], r=2)))
+    tuned.save_pretrained(tmp_path / "adapter")
+    assert any("deepstack" in name and "lora" in name for name, _ in tuned.named_parameters()) == (family == "qwen3_vl")
+    ours = HookedQwen2VL.from_pretrained(tmp_path / "base", adapter=tmp_path / "adapter")
+    inputs = ask(ours, tiny_processor3() if family == "qwen3_vl" else tiny_processor())
+    expected = reference_logits(tuned.get_base_model(), inputs)
+    assert (logits(ours, inputs) - expected).abs().max() < TOLERANCE * spread(expected)
+    plain = HookedQwen2VL.from_pretrained(tmp_path / "base")
+    assert (logits(plain, inputs) - expected).abs().max() > 0.02 * spread(expected)
+    same_weights(HookedQwen2VL.from_hf(tuned), tuned.merge_and_unload())
 
 
 @pytest.mark.parametrize("place", ["by itself", "beside its base"])

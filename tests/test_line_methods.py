@@ -8,14 +8,20 @@ import pytest
 import torch
 from conftest import picture
 from test_patching import LOOPS, difference
-from tiny import real_rows, tiny_hf, tiny_processor, tiny_processor3
+from tiny import real_rows, reference_logits, tiny_hf, tiny_processor, tiny_processor3
 from transformer_lens.model_bridge import TransformerBridge
 
+from analyses.contextual_lens import contextual_score
+from analyses.data.examples import examples
 from analyses.domain_neurons import SITES, FiringCounter
 from analyses.edge_attribution import edge_attribution
+from analyses.experiments.compare import ask, compare_models
+from analyses.explorer import explore
 from analyses.flip_patching import attribute_flip
-from analyses.logit_lens import residual_stack
+from analyses.knockout import attention_knockout
+from analyses.logit_lens import logit_lens, residual_stack
 from analyses.patching import patch_sweep
+from analyses.trajectory import answer_ids, answer_trajectory
 from hooked_qwen2vl import HookedQwen2VL, Inputs
 from hooked_qwen2vl.image_embeddings import ImageEmbeddingsCache
 
@@ -291,3 +297,99 @@ def test_flips_are_attributed_where_blocks_make_them(qwen3):
             differences = lens[:, position, 5] - lens[:, position, 9]
             assert abs(flip.after - float(differences[layer])) < 1e-5 and abs(flip.before - float(differences[layer - 1])) < 1e-5
             assert abs(flip.total - (flip.after - flip.before)) < 1e-5
+
+
+# ---- readings and interventions: against the streams as transformers has them, or by hand ----------------------------------
+
+
+@pytest.fixture(scope="module")
+def answered(model):
+    return model.to_inputs("is it red?", images=[picture(96, 64, 1)], answers="red blue")
+
+
+@pytest.fixture(scope="module")
+def streams(model, answered):
+    """The reference's stream before every block and before the final norm [layer pos d_model], and each layer's logits."""
+    hf = tiny_hf(family=model.cfg.vision.tower)
+    found, text = [], hf.model.language_model
+    for module in (*text.layers, text.norm):
+        module.register_forward_pre_hook(
+            lambda module, args, kwargs: found.append((args[0] if args else kwargs["hidden_states"])[0]), with_kwargs=True
+        )
+    with torch.no_grad():
+        reference_logits(hf, answered)
+        stack = torch.stack(found)
+        return stack, hf.lm_head(text.norm(stack))
+
+
+def test_lens_and_trajectory_read_the_references_streams(model, answered, streams):
+    stack, logits = streams
+    assert (residual_stack(model, answered)[0][:, 0] - stack).abs().max() < 1e-4 * stack.std()
+    lens = logit_lens(model, answered, "image", top_k=3)
+    expected = logits[:, list(lens.positions)].log_softmax(-1)
+    assert torch.allclose(lens.top_probs, expected.exp().topk(3).values, atol=1e-4)
+    last = int(answered.positions("last"))
+    found = answer_trajectory(model, model.to_inputs("is it red?", images=[picture(96, 64, 1)]), "red")
+    probs = logits[:, last].softmax(-1)
+    assert torch.allclose(found.answer_prob, probs[:, list(found.answer_ids)].sum(-1), atol=1e-4)
+    assert found.top1.tolist() == probs.argmax(-1).tolist()
+
+
+def test_the_contextual_lens_compares_the_references_streams(model, answered, streams):
+    stack, _ = streams
+    depth = model.cfg.n_layers
+    for image_layer, text_layer in ((1, depth), (depth, 0)):
+        score = contextual_score(model, answered, image_layer=image_layer, text_layer=text_layer)
+        word = stack[text_layer, answered.positions("answer")].mean(0)
+        cosine = torch.nn.functional.cosine_similarity(word[None], stack[image_layer, answered.positions("image")])
+        assert torch.allclose(score.similarity[0].float(), cosine, atol=1e-4) and abs(score.score - cosine.max()) < 1e-4
+    assert score.boxes[0, :2].tolist() == [0, 0] and score.boxes[-1, 2:].tolist() == [96, 64]
+
+
+def test_knockout_is_the_pattern_without_the_image(model, pair):
+    inputs = pair[0]
+    with torch.no_grad():
+        base = model(inputs)[0, -1].softmax(-1)
+        answer, image = int(base.argmax()), inputs.positions("image")
+        result = attention_knockout(model, inputs, [answer], {"image→last": ("image", "last")}, window=1, progress=False)
+
+        def hide(pattern, hook):
+            kept = pattern.clone()
+            kept[:, :, -1, image] = 0
+            return kept / kept.sum(-1, keepdim=True)
+
+        for layer in range(model.cfg.n_layers):
+            new = model.run_with_hooks(inputs, fwd_hooks=[(f"blocks.{layer}.attn.hook_pattern", hide)])[0, -1].softmax(-1)
+            assert abs(result.effects[0, layer, 0] - 100 * (new[answer] - base[answer]) / base[answer]) < 1e-2
+
+
+def test_the_explorer_holds_the_lens_and_the_attention_of_the_run(model, answered):
+    page = explore(model, answered, [picture(96, 64, 1)], keep=50)
+    stack, _ = residual_stack(model, answered)
+    logits = model.unembed(model.ln_final(stack[:, :, page.last]))[:, 0]
+    assert torch.allclose(page.kept_probs, logits.softmax(-1)[:, page.kept_ids], atol=1e-5)
+    _, cache = model.run_with_cache(answered)
+    for layer in range(model.cfg.n_layers):
+        assert torch.allclose(page.attention[layer], cache["pattern", layer][0, :, page.last], atol=1e-5)
+    assert page.grids == (answered.grid(0, 0),)
+
+
+def test_a_saved_page_of_every_tower(model, answered, tmp_path):
+    explore(model, answered, [picture(96, 64, 1)], keep=50).page(tmp_path / "page.html")
+    assert (tmp_path / "page.html").stat().st_size > 10_000
+
+
+@torch.no_grad()
+def test_models_of_the_line_beside_each_other():
+    """By relative depth, the same questions: each model's own probabilities at its output, whichever its tower."""
+    models = {family: hooked(family) for family in ("qwen2_vl", *FAMILIES)}
+    questions = list(examples("scenes", 2))
+    table = compare_models(models, questions, ["image"]).to_dataframe()
+    assert list(table["model"]) == list(models)
+    for name, model in models.items():
+        said = []
+        for question in questions:
+            inputs = ask(model, question.question, question.images)
+            ids, _ = answer_ids(model, question.answer, question.candidates)
+            said.append(float(model(inputs)[0, -1].softmax(-1)[list(ids)].sum()))
+        assert table.set_index("model").loc[name, "answer_prob"] == pytest.approx(sum(said) / len(said), rel=1e-3)
