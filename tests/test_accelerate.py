@@ -14,7 +14,7 @@ from accelerate import PartialState, cpu_offload, debug_launcher, dispatch_model
 from conftest import picture, prompts
 from run_child import full_run
 from same_runs import one_thread, one_thread_environment, same_csv, same_rows
-from tiny import tiny_hf
+from tiny import tiny_hf, tiny_processor, tiny_processor3
 from transformer_lens import patching
 from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
 from transformer_lens.tools.analysis import logit_lens as transformer_lens_logit_lens
@@ -72,6 +72,24 @@ def test_logits_and_every_activation_are_the_plain_models(pair, kind):
     fired = [name for name in plain.hook_dict if name in theirs]
     assert "blocks.1.attn.hook_result" in fired and "blocks.1.attn.hook_q_input" in fired
     assert all(torch.equal(ours[name], theirs[name]) for name in fired)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+@torch.no_grad()
+def test_successors_on_disk_are_the_plain_models(family, tmp_path):
+    tiny_hf(family=family).save_pretrained(tmp_path)
+    plain = HookedQwen2VL.from_pretrained(tmp_path)
+    parts = [f"vision_encoder.{name}" for name, _ in plain.vision_encoder.named_children() if name != "blocks"]
+    parts += [f"vision_encoder.blocks.{layer}" for layer in range(plain.cfg.vision.n_layers)]
+    parts += ["vision_projector", "embed", *(f"blocks.{layer}" for layer in range(plain.cfg.n_layers)), "ln_final", "unembed"]
+    spread = HookedQwen2VL.from_pretrained(tmp_path, device_map=dict.fromkeys(parts, "disk"), offload_folder=tmp_path / "offload")
+    plain.processor = spread.processor = tiny_processor3() if family == "qwen3_vl" else tiny_processor()
+    inputs = plain.to_inputs("red?", images=[picture(96, 64)])
+    ours, theirs = (model.run_with_cache(inputs, vision=True) for model in (spread, plain))
+    assert torch.equal(ours[0], theirs[0]) and ours[1].vision.keys() == theirs[1].vision.keys()
+    assert all(torch.equal(ours[1].vision[name], theirs[1].vision[name]) for name in theirs[1].vision)
+    said = [model.generate(inputs, max_new_tokens=3, return_type="tokens", verbose=False) for model in (spread, plain)]
+    assert torch.equal(*said)
 
 
 @torch.no_grad()
