@@ -49,7 +49,7 @@ def large(rows: int = 30, cols: int = 40, layers: int = 29, heads: int = 12, k: 
     )
     return Explorer(
         lens=lens,
-        parts=("template",) * before + ("image[0]",) * (rows * cols) + ("question",) * (after - 3) + ("answer",) * 3,
+        segments=("template",) * before + ("image[0]",) * (rows * cols) + ("question",) * (after - 3) + ("answer",) * 3,
         images=(smooth,),
         starts=(before,),
         grids=((rows, cols),),

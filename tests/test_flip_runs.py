@@ -95,7 +95,7 @@ def test_shares_of_a_folder_with_a_bad_image(expected, tmp_path, capsys):
     command = [*FLIPS, "--data", str(tmp_path), "--out", str(tmp_path / "out")]
     assert main([*command, "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "flips: 6 questions in 6 batches, 2 parts" in said and "memory" in said and not (tmp_path / "out").exists()
+    assert "flips: 6 questions in 6 batches, 2 shards" in said and "memory" in said and not (tmp_path / "out").exists()
 
     assert main([*command, "--limit", "4", "--out", str(tmp_path / "some")]) == 0  # gone through twice, said once
     assert capsys.readouterr().out.count("a limit leaves questions out: 4 of 6 are kept") == 1
