@@ -1,4 +1,4 @@
-.PHONY: bench demo figures install lint mutants notebooks test test-slow tl-suite
+.PHONY: bench demo docs figures install lint mutants notebooks test test-slow tl-suite
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export HF_HUB_OFFLINE := 1
 
@@ -31,6 +31,10 @@ lint: install
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/lint-imports
+
+# The site, with an API reference of every public name; a dead link is an error: out/site.
+docs: install
+	.venv/bin/mkdocs build --quiet --strict
 
 # Would the module's own tests notice a fault? A seeded sample of them, in a copy of the tree: out/mutants.
 N ?= 30

@@ -39,7 +39,7 @@ class Neighbours(Result):
     Attributes:
         similarity: [layer pos k] cosines, falling, in [-1, 1].
         indices: [layer pos k] of the neighbours: token ids, or tokens of the bank.
-        tokens: their text, nested [layer][pos][k].
+        tokens: their text, nested by layer, position and k.
         contexts: where they come from, nested alike: "" for input embeddings, "layer 4: a red [circle]" for a bank.
         layers: of the vectors. positions: in the prompt.
         model_name: of the model.

@@ -14,7 +14,7 @@ over what block l−1 adds: each head's output, the attention's bias, and the ML
    random components of the same kinds from the blocks before the flip. The flip is *removed* if the lens at layer l
    no longer prefers a to b, and *reversed at the output* if the sign of the final logit difference changes.
 
-Source: METHODS (ours); direct attribution as in TransformerLens; ablation as in Wang et al. 2022 (IOI).
+Source: ours (docs/methods.md); direct attribution as in TransformerLens; ablation as in Wang et al. 2022 (IOI).
 """
 
 from __future__ import annotations
@@ -271,7 +271,8 @@ def _differences(model: Any, inputs: Any, flip: FlipAttribution, ablated: Sequen
     hooks = [*ablation_hooks(ablated, flip.position), keep]
     logits = model.run_with_hooks(inputs, fwd_hooks=hooks, logits_at=flip.position)
     at_layer = model.unembed(model.ln_final(stream["post"]))
-    return tuple(float(z[0, 0, flip.gained_id] - z[0, 0, flip.lost_id]) for z in (at_layer, logits))
+    at_layer, final = (float(z[0, 0, flip.gained_id] - z[0, 0, flip.lost_id]) for z in (at_layer, logits))
+    return at_layer, final
 
 
 def _patched(model: Any, inputs: Any, flip: FlipAttribution, counterfactual: Any) -> dict[Component, float]:

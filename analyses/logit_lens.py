@@ -53,7 +53,7 @@ class LogitLens(Result):
         layers: the layers read, 0 … L.
         layer_labels: "0_pre" … "final_post".
         prompt_tokens: the token at each position, as text.
-        top_tokens: text of top_ids, nested [layer][pos][k].
+        top_tokens: text of top_ids, nested by layer, position and k.
         target_tokens: text of target_ids.
         grid: (rows, cols) of image tokens when the positions are one whole image, else None.
         model_name: of the model.

@@ -2,7 +2,7 @@
 
 Every activation passes through a `HookPoint`, and what the hook returns is what runs.
 Weights keep the checkpoint's layout (`[out in]`, what the matmul wants); `W_in`, `W_out`, … are
-views of them in TransformerLens's shapes. Axes: see STYLE in `docs/`; `batch` is 1 in the tower.
+views of them in TransformerLens's shapes. Axes: see docs/architecture.md; `batch` is 1 in the tower.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ import pandas as pd
 import pytest
 from every_result import RESULTS
 
+import hooked_qwen2vl
 from hooked_qwen2vl import HookedQwen2VL, Inputs
 from hooked_qwen2vl.moved import ARGUMENTS, ATTRIBUTES, COLUMNS, KEPT, MOVED, NAMES
 
@@ -100,6 +101,14 @@ def test_every_command_is_there(command, capsys):
     with pytest.raises(SystemExit) as done:
         main([command, "--help"])
     assert done.value.code == 0 and f"hooked-qwen2vl {command}" in capsys.readouterr().out
+
+
+def test_the_command_says_its_version(capsys):
+    from analyses.cli import main
+
+    with pytest.raises(SystemExit) as done:
+        main(["--version"])
+    assert done.value.code == 0 and capsys.readouterr().out == f"hooked-qwen2vl {hooked_qwen2vl.__version__}\n"
 
 
 @pytest.mark.parametrize("path", RUN_AS_MODULES)

@@ -142,7 +142,7 @@ def test_noising_is_denoising_the_other_way_round(model, pair):
 
 
 def test_identities(model, pair):
-    """METHODS 3: all positions of a stream → 1; before the image 0; at layer 0 the image is all; at the end the last."""
+    """All positions of a stream → 1; before the image 0; at layer 0 the image is all; at the end the last."""
     clean, corrupted = pair
     with torch.no_grad():
         goal = difference(model(clean))

@@ -141,7 +141,7 @@ def test_patching_with_an_image_runs_and_keeps_the_image(small, pair, sweep):
 
 
 def test_identities_of_patching(small, pair):
-    """METHODS: before the image nothing, at layer 0 the image is everything, at the end only the last position."""
+    """Before the image nothing, at layer 0 the image is everything, at the end only the last position."""
     clean, corrupted = (small.encode(inputs) for inputs in pair)
     with torch.no_grad():
         _, cache = small.run_with_cache(clean)
@@ -264,7 +264,7 @@ def test_an_edited_pattern_is_what_runs(small, pair, half, hook):
 
 
 def test_identities_of_knockout(small, pair):
-    """METHODS 4: image to every later position, in all layers, hides the image from them; image to last does not."""
+    """Image to every later position, in all layers, hides the image from them; image to last does not."""
     image, n = pair[0].positions("image"), pair[0].shape[1]
     after = torch.arange(int(image[-1]) + 1, n)
 

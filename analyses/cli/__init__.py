@@ -29,6 +29,7 @@ from analyses.cli import (
     patch,
     scenes,
 )
+from hooked_qwen2vl.version import __version__
 
 COMMANDS = (lens, explore, flips, patch, knockout, ground, hallucination, neurons, compare, check, scenes)
 
@@ -63,7 +64,7 @@ def _paragraph(error: Exception) -> str | None:
     """What to say about an error that is not a fault of the program; None of one that is."""
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror.lower()}{_ADVICE.get(error.errno, '')}."
+        return f"{where}{error.strerror.lower()}{_ADVICE.get(error.errno or 0, '')}."
     if isinstance(error, (ValueError, OSError)):
         return str(error)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
@@ -144,6 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hooked-qwen2vl", description="Qwen2-VL, Qwen2.5-VL and Qwen3-VL, opened as TransformerLens opens GPT-2."
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="command")
     for command in COMMANDS:
         subparser = subparsers.add_parser(command.NAME, help=command.HELP, description=command.__doc__)

@@ -1,6 +1,6 @@
 """Where do answers flip between layers, and which components make the flips?
 
-Trajectories of every prompt of a data set; every eligible flip (METHODS 2) is attributed and tested by ablation beside
+Trajectories of every prompt of a data set; every eligible flip (docs/methods.md, 2) is attributed and tested by ablation beside
 random components.
 """
 

@@ -39,7 +39,7 @@ def token_map(
     """Layer × position, the last layer on top, coloured by value with the token in each cell; many positions: colours alone.
 
     Args:
-        values: [layer pos]. tokens: [layer][pos].
+        values: [layer pos]. tokens: by layer and position.
         scale: where the colours begin and end.
         words: title, label of the positions, of the layers, of the colours.
     """
