@@ -17,29 +17,38 @@ os.environ.setdefault("MPLBACKEND", "agg")
 
 import plotly.io
 import swap
+import tqdm
 from IPython.core.interactiveshell import InteractiveShell
 from tiny import tiny_processor, tiny_tokenizer
 from transformer_lens.model_bridge import TransformerBridge
 
-# Narrow, that a notebook takes seconds: as many layers and heads as GPT-2, which most notebooks name by number, in others few.
-FEW = ("Activation_Patching_in_TL_Demo", "Attribution_Patching_Demo")
+# Narrow, that a notebook takes seconds: as many layers and heads as GPT-2, whose numbers the cells name, or as few as they allow.
+LAYERS_AND_HEADS = {
+    "Activation_Patching_in_TL_Demo": (4, 4),
+    "Attribution_Patching_Demo": (4, 4),
+    "Patchscopes_Generation_Demo": (12, 4),
+}
 
 
 def size(notebook: Path, name: str) -> swap.SimpleNamespace:
-    n_layers, n_heads = (2, 4) if "2L" in name else (4, 4) if notebook.stem in FEW else (12, 12)
+    """Of the model of this name."""
+    n_layers, n_heads = (2, 4) if "2L" in name else LAYERS_AND_HEADS.get(notebook.stem, (12, 12))
     return swap.SimpleNamespace(
-        n_layers=n_layers, d_model=16 * n_heads, n_heads=n_heads, d_head=16, d_mlp=64 * n_heads, d_vocab=10240, n_ctx=1024
+        n_layers=n_layers, d_model=16 * n_heads, n_heads=n_heads, d_head=16, d_mlp=64 * n_heads, d_vocab=20480, n_ctx=1024
     )
 
 
-# Refused by name, and a cell that holds it counts as failed; without it the cells that follow would have no model.
-REFUSED = ("refactor_factored_attn_matrices=True", "refactor_factored_attn_matrices=False")
+# What cannot be had here, and what to put in its place so that the cells that follow have what they need; a cell that holds it
+# counts as failed, whatever it does then.
+INSTEAD = {
+    "refactor_factored_attn_matrices=True": "refactor_factored_attn_matrices=False",
+    "tokenizer.bos_token_id": "tokenizer.eos_token_id",
+}
 
 
 def cells_of(notebook: Path) -> list[str]:
     """The code cells, without the lines that are the shell's (`%pip install`)."""
     cells = ["".join(cell["source"]) for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
-    cells = [cell.replace(was, instead) for cell in cells for was, instead in [REFUSED]]
     return [re.sub(r"^(\s*)[%!].*$", r"\1pass", cell, flags=re.M) for cell in cells]
 
 
@@ -55,16 +64,20 @@ def run(notebook: Path, image: bool) -> dict[str, list[str]]:
         return swap.seeing(size(notebook, name), dtype, processor=processor, image=image)
 
     TransformerBridge.boot_transformers = TransformerBridge.boot_tl_legacy = staticmethod(boot)
+    sys.modules["tqdm.notebook"] = tqdm  # there is no browser to show a bar in
     shell = InteractiveShell.instance()
     shell.run_line_magic("load_ext", "autoreload")
     shell.showtraceback = lambda *args, **kwargs: None
     outcomes = {}
     for number, cell in enumerate(cells):
+        wanting = [was for was in INSTEAD if was in cell]
+        for was in wanting:
+            cell = cell.replace(was, INSTEAD[was])
         plotly.io.renderers.default = "json"
         done = shell.run_cell(cell)
         error = done.error_before_exec or done.error_in_exec
-        said = "" if error is None else " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        outcomes[f"demos/{notebook.name}::{number}"] = ["passed" if error is None else "failed", said]
+        said = "; ".join(wanting) if error is None else " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        outcomes[f"demos/{notebook.name}::{number}"] = ["failed" if said else "passed", said]
     return outcomes
 
 

@@ -1,8 +1,9 @@
-"""TransformerLens's own tests as a client: `make tl-suite`.
+"""TransformerLens's own tests and notebooks as a client: `make tl-suite`.
 
-The source distribution of the installed TransformerLens holds its tests; pip downloads it, nothing of it is kept here. The files of
-FILES run with a HookedQwen2VL in the place of the bridge (`swap.py`): once with as many key-value heads as heads, and once, those of
-GROUPED, with half as many. A test that does not pass needs a reason of REASONS; one that has none fails the run. FILES only grows.
+The source distribution of the installed TransformerLens holds them; pip downloads it, nothing of it is kept here. The files of FILES
+run with a HookedQwen2VL in the place of the bridge (`swap.py`): once with as many key-value heads as heads, and once, those of
+GROUPED, with half as many. The notebooks of DEMOS run cell by cell (`demo.py`): once with an image in every prompt, and once without.
+What does not pass needs a reason of REASONS; what has none fails the run. FILES and DEMOS only grow.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 import tarfile
 import tempfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +30,20 @@ FILES = (
     "tests/integration/test_model_protocol_bridge.py",
     *GROUPED,
 )
-# Why a test that runs here does not pass: at most ten reasons, and patterns of names.
+DEMOS = (
+    "Main_Demo.ipynb",
+    "Exploratory_Analysis_Demo.ipynb",
+    "Activation_Patching_in_TL_Demo.ipynb",
+    "Attribution_Patching_Demo.ipynb",
+    "Direct_Logit_Attribution_Demo.ipynb",
+    "Head_Detector_Demo.ipynb",
+    "SVD_Circuits_Demo.ipynb",
+    "SVD_Interpreter_Demo.ipynb",
+    "direct_path_patching_ioi.ipynb",
+    "Patchscopes_Generation_Demo.ipynb",
+    "ARENA_Content.ipynb",
+)
+# Why a test or cell that runs here does not pass: at most ten reasons, and patterns of names.
 REASONS: dict[str, tuple[str, ...]] = {
     "a build of torch without CUDA has no switch that the test sets and sets back; no model is in the test": (
         "*::test_compute_head_results_matches_wide_float32_gradients*",
@@ -39,11 +54,22 @@ REASONS: dict[str, tuple[str, ...]] = {
     "the test counts the names of a module in which Python has noted a warning; no model is in it": (
         "*::test_old_module_star_import_binds_the_moved_names_and_warns",
     ),
+    "the cell needs what lies on the hub, or what such a cell would have made": ("demos/Main_Demo.ipynb::5[689]",),
+    "the cell asks for refactor_factored_attn_matrices, which TransformerLens, too, refuses where positions are rotations": (
+        "demos/Exploratory_Analysis_Demo.ipynb::4",
+    ),
+    "the cell asks for a token that begins a text, which Qwen has not": ("demos/Activation_Patching_in_TL_Demo.ipynb::19",),
+    "the cell names a layer or head that the smaller model of this run does not have": (
+        "demos/Attribution_Patching_Demo.ipynb::24",
+        "demos/Attribution_Patching_Demo.ipynb::33",
+    ),
+    "the cell is written for Python 3.12, or needs what such a cell would have made": ("demos/direct_path_patching_ioi.ipynb::[45]",),
+    "the notebook imports pysvelte, which is not on PyPI": ("demos/SVD_Interpreter_Demo.ipynb::[2456]",),
 }
 
 
 def unpacked(into: Path) -> Path:
-    """The folder of the installed version's source distribution, its tests and nothing else of it.
+    """The folder of the installed version's source distribution, its tests and notebooks and nothing else of it.
 
     Raises:
         subprocess.CalledProcessError: pip cannot have it.
@@ -53,8 +79,8 @@ def unpacked(into: Path) -> Path:
     subprocess.run(pip, check=True)
     (archive,) = into.glob("transformer_lens-*.tar.gz")
     with tarfile.open(archive) as file:
-        tests = [member for member in file.getmembers() if member.name.split("/")[1:2] == ["tests"]]
-        file.extractall(into, members=tests, filter="data")
+        wanted = [member for member in file.getmembers() if member.name.split("/")[1] in ("tests", "demos")]
+        file.extractall(into, members=wanted, filter="data")
     return into / archive.name.removesuffix(".tar.gz")
 
 
@@ -73,31 +99,58 @@ def outcomes(folder: Path, heads: str, files: tuple[str, ...]) -> dict[str, list
     return json.loads(results.read_text())
 
 
+def demo_outcomes(folder: Path, demo: str, image: bool) -> dict[str, list[str]]:
+    """Cell -> [outcome, what was said]; a notebook that ends before its last cell is an error."""
+    results = folder / f"{demo}.{image}.json"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE), str(HERE.parent)])}
+    command = [sys.executable, str(HERE / "demo.py"), demo, str(results), *([] if image else ["--text"])]
+    done = subprocess.run(command, cwd=folder / "demos", env=environment, capture_output=True, text=True)
+    if not results.exists():
+        raise SystemExit(f"{demo} did not run to its end:\n{done.stderr[-2000:]}")
+    return json.loads(results.read_text())
+
+
 def reason_of(test: str) -> str | None:
     """The reason that is given for a test's failure."""
     return next((reason for reason, patterns in REASONS.items() if any(fnmatch(test, pattern) for pattern in patterns)), None)
 
 
+class Report:
+    """What passed, and why the rest did not."""
+
+    def __init__(self) -> None:
+        self.rows, self.unexplained, self.used = [], [], Counter()
+
+    def add(self, name: str, how: str, outcomes: dict[str, list[str]]) -> None:
+        failed = {test: said for test, said in outcomes.items() if said[0] != "passed"}
+        explained = {test: reason for test in failed if (reason := reason_of(test))}
+        self.used.update(explained.values())
+        self.unexplained += [f"{test} ({how}): {failed[test][0]}: {failed[test][1]}" for test in failed if test not in explained]
+        self.rows.append(f"| `{name}` | {how} | {len(outcomes) - len(failed)} | {len(explained)} |")
+        if not outcomes:
+            self.unexplained.append(f"{name}: nothing was found to run")
+
+    def end(self) -> None:
+        print("| TransformerLens's file | run with | passed | failed for a reason |\n|---|---|---|---|")
+        print("\n".join(self.rows))
+        print("\n".join(f"- {self.used[reason]}: {reason}" for reason in REASONS))
+        if self.unexplained:
+            raise SystemExit("without a reason:\n" + "\n".join(self.unexplained))
+
+
 def main() -> None:
-    rows, unexplained, used = [], [], Counter()
-    with tempfile.TemporaryDirectory() as scratch:
+    report = Report()
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(os.cpu_count()) as pool:
         folder = unpacked(Path(scratch))
+        runs = [(demo, image) for demo in DEMOS for image in (True, False)]
+        demos = [pool.submit(demo_outcomes, folder, *run) for run in runs]
         for heads, files in (("full", FILES), ("grouped", GROUPED)):
             done = outcomes(folder, heads, files)
             for file in files:
-                here = {test: said for test, said in done.items() if test.startswith(file)}
-                failed = {test: said for test, said in here.items() if said[0] != "passed"}
-                explained = {test: reason for test in failed if (reason := reason_of(test))}
-                used.update(explained.values())
-                unexplained += [f"{test}: {failed[test][0]}: {failed[test][1]}" for test in failed if test not in explained]
-                rows.append((file.removeprefix("tests/"), heads, len(here) - len(failed), len(explained)))
-                if not here:
-                    unexplained.append(f"{file}: no test was found")
-    print("| TransformerLens's file | key-value heads | passed | failed for a reason |\n|---|---|---|---|")
-    print("\n".join(f"| `{file}` | {heads} | {passed} | {failed} |" for file, heads, passed, failed in rows))
-    print("\n".join(f"- {used[reason]}: {reason}" for reason in REASONS))
-    if unexplained:
-        raise SystemExit("without a reason:\n" + "\n".join(unexplained))
+                report.add(file, f"{heads} heads", {test: said for test, said in done.items() if test.startswith(file)})
+        for (demo, image), done in zip(runs, demos):
+            report.add(f"demos/{demo}", "images" if image else "text", done.result())
+    report.end()
 
 
 if __name__ == "__main__":
