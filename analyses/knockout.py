@@ -24,6 +24,7 @@ from analyses.common.result import Result
 from analyses.common.statistics import standard_error
 from hooked_qwen2vl.geometry import Place
 from hooked_qwen2vl.layers import require_prompt
+from hooked_qwen2vl.running import attention_positions
 
 FLOWS = {"image→question": ("image", "question"), "image→last": ("image", "last"), "question→last": ("question", "last")}
 
@@ -160,21 +161,19 @@ def knockout_hooks(
         ValueError: (when run) a query is left without any key, or the prompts that are run do not begin as `inputs[row]` does:
             other padding, or images of another grid or place.
     """
-    keys, queries = inputs.resolve(source, row), inputs.resolve(target, row)
+    keys, queries = inputs.resolve(source, row).cpu(), inputs.resolve(target, row).cpu()
     prompt, shape = inputs.shape[1], inputs.prompt_shape.rows(row)
 
     def hook(scores: Tensor, hook: Any) -> Tensor:
         require_prompt(shape, hook, "these knockout hooks were")
-        n_queries, n_keys = scores.shape[-2:]
-        first = n_keys - n_queries  # in cached generation the queries are the last positions
-        rows = queries[(queries >= first) & (queries < n_keys)]
-        if generated:
-            rows = torch.cat((rows, torch.arange(max(first, prompt), n_keys)))
-        if not len(rows):
+        at, seen = attention_positions(*scores.shape[-2:])
+        blocked = torch.isin(at, queries) | ((at >= prompt) if generated else False)
+        rows, columns = blocked.nonzero()[:, 0], torch.isin(seen, keys).nonzero()[:, 0]
+        if not len(rows) or not len(columns):
             return scores
-        before = scores[:, :, rows - first].isfinite().any(-1)
-        scores[:, :, (rows - first)[:, None], keys] = float("-inf")
-        if bool((before & ~scores[:, :, rows - first].isfinite().any(-1)).any()):
+        before = scores[:, :, rows].isfinite().any(-1)
+        scores[:, :, rows[:, None], columns] = float("-inf")
+        if bool((before & ~scores[:, :, rows].isfinite().any(-1)).any()):
             raise ValueError(f"{hook.name}: blocking leaves a query no key to attend to; block less.")
         return scores
 

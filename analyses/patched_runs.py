@@ -7,8 +7,10 @@ side by side as the tower runs a batch, then the decoder from the first image to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from transformer_lens.utilities import get_act_name
 
 from hooked_qwen2vl.image_embeddings import merge
 from hooked_qwen2vl.positions import patches_of, window_order
+from hooked_qwen2vl.running import running_positions
 
 TOWER = "vision_encoder."
 
@@ -46,10 +49,10 @@ class DecoderRuns:
 
     def __init__(self, model: Any, source: Any, target: Any, activation: str, layers: Sequence[int]):
         self.model, self.target, self.activation = model, model.encode(target), activation
-        names = [f"blocks.{layer}.hook_resid_pre" for layer in layers]
-        names += _key_value_names(range(min(layers), model.cfg.n_layers))
         stop = model.cfg.n_layers
-        self.final, self.cache = model.run_with_cache(self.target, names_filter=names, stop_at_layer=stop)
+        names = key_value_names(range(min(layers), stop))
+        with entering(model, layers) as self.entered:
+            self.final, self.cache = model.run_with_cache(self.target, names_filter=names, stop_at_layer=stop)
         swept = [get_act_name(activation, layer) for layer in layers]
         self.source_final, self.source = model.run_with_cache(model.encode(source), names_filter=swept, stop_at_layer=stop)
 
@@ -68,7 +71,7 @@ class DecoderRuns:
     def patched(self, layer: int, cells: Sequence[Cell], at: int) -> Float[Tensor, "cell_batch 1 d_vocab"]:
         """Of the patched runs of one layer, cell by cell."""
         start = min(min(cell.positions) for cell in cells)
-        residual = self.cache[f"blocks.{layer}.hook_resid_pre"][:, start:].repeat(len(cells), 1, 1)
+        residual = self.entered[layer][:, start:].repeat(len(cells), 1, 1)
         name = get_act_name(self.activation, layer)
         with self.model.hooks(fwd_hooks=[(name, self._put(name, cells, start, at))]):
             return run_suffix(self.model, self.target, self.cache, residual, layer, start, at)
@@ -91,6 +94,34 @@ class DecoderRuns:
         return hook
 
 
+@contextmanager
+def entering(model: Any, layers: Sequence[int]) -> Iterator[dict[int, Float[Tensor, "batch pos d_model"]]]:
+    """layer -> the stream that a run within this context brings to the block, before any hook: those act when it is run again.
+
+    Raises:
+        ValueError: (from the run) tokens have left the stream.
+    """
+    entered: dict[int, Tensor] = {}
+
+    def note(block: Any, args: Any, layer: int) -> None:
+        running = running_positions.get()
+        if running is not None and running.left:
+            raise ValueError(
+                "tokens leave the stream in this run (drop_tokens), and a sweep goes on from streams that hold all of them: hide the "
+                "tokens' keys instead (analyses.interventions.hide), which gives the same numbers."
+            )
+        if layer in layers:
+            entered[layer] = args[0].detach().clone()
+
+    noted = {*layers, model.cfg.n_layers - 1}
+    handles = [model.blocks[layer].register_forward_pre_hook(partial(note, layer=layer)) for layer in noted]
+    try:
+        yield entered
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 class TowerRuns:
     """Patches in the vision tower: a position is an image token, that is its 2×2 patches.
 
@@ -106,8 +137,9 @@ class TowerRuns:
         self.tapped = [layer for layer in model.cfg.vision.deepstack_layers if layer < max(layers)]
         names = [f"{TOWER}blocks.{layer}.hook_resid_pre" for layer in layers] + ["hook_embed"]
         names += [_stream_after(layer) for layer in self.tapped]
-        names += _key_value_names(range(model.cfg.n_layers))
-        self.final, self.cache = model.run_with_cache(target, names_filter=names, stop_at_layer=model.cfg.n_layers)
+        names += key_value_names(range(model.cfg.n_layers))
+        with entering(model, ()):
+            self.final, self.cache = model.run_with_cache(target, names_filter=names, stop_at_layer=model.cfg.n_layers)
         swept = [self._name(layer) for layer in layers]
         self.source_final, self.source = model.run_with_cache(source, names_filter=swept, stop_at_layer=model.cfg.n_layers)
 
@@ -190,7 +222,7 @@ def run_suffix(
     Args:
         images: what the projector wrote in every cell; None: the prompts' own.
     """
-    past = _past(model, inputs, cache, layer, start, len(residual) // len(inputs))
+    past = keys_and_values_before(model, inputs, cache, layer, start, len(residual) // len(inputs))
     layers = range(layer, model.cfg.n_layers)
     residual = model.run_blocks(residual[:, : at + 1 - start], inputs, layers, past, start, images)
     return model.read_out(residual, logits_at=-1)
@@ -200,12 +232,12 @@ def _stream_after(layer: int) -> str:
     return f"{TOWER}blocks.{layer}.hook_resid_post"
 
 
-def _past(model: Any, inputs: Any, cache: Any, layer: int, start: int, n: int) -> TransformerLensKeyValueCache | None:
+def keys_and_values_before(model: Any, inputs: Any, cache: Any, layer: int, start: int, n: int) -> TransformerLensKeyValueCache | None:
     """Keys and values before `start`, for every block from `layer` on."""
     if start == 0:
         return None
     entries = [
-        TransformerLensKeyValueCacheEntry(*(_repeated(cache[name][:, :start], n) for name in _key_value_names([l])), frozen=True)
+        TransformerLensKeyValueCacheEntry(*(_repeated(cache[name][:, :start], n) for name in key_value_names([l])), frozen=True)
         if l >= layer
         else None
         for l in range(model.cfg.n_layers)
@@ -218,5 +250,5 @@ def _repeated(x: Float[Tensor, "batch *rest"], n: int) -> Float[Tensor, "cell_ba
     return x[None].expand(n, *x.shape).flatten(0, 1)
 
 
-def _key_value_names(layers: Sequence[int]) -> list[str]:
+def key_value_names(layers: Sequence[int]) -> list[str]:
     return [f"blocks.{layer}.attn.{hook}" for layer in layers for hook in ("hook_rot_k", "hook_v")]

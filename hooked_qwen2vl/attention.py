@@ -29,19 +29,24 @@ class Causal:
 
     Attributes:
         seen: [batch key_pos], True where the key is a token; None when every key is.
+        hidden: [batch key_pos], True where only the token itself sees its key; None when there are none.
     """
 
     n_queries: int
     n_keys: int
     device: torch.device
     seen: Bool[Tensor, "batch key_pos"] | None = None
+    hidden: Bool[Tensor, "batch key_pos"] | None = None
 
     @cached_property
     def allowed(self) -> Bool[Tensor, "batch 1 pos key_pos"]:
         """Which keys each query may see."""
         square = torch.ones(self.n_queries, self.n_keys, dtype=torch.bool, device=self.device)
-        causal = square.tril(self.n_keys - self.n_queries)[None, None]
-        return causal if self.seen is None else causal & self.seen[:, None, None, :]
+        allowed = square.tril(self.n_keys - self.n_queries)[None, None]
+        if self.hidden is not None:
+            itself = square.tril(self.n_keys - self.n_queries).triu(self.n_keys - self.n_queries)
+            allowed = allowed & (~self.hidden[:, None, None, :] | itself)
+        return allowed if self.seen is None else allowed & self.seen[:, None, None, :]
 
     def attend(
         self,
@@ -50,9 +55,10 @@ class Causal:
         v: Float[Tensor, "batch kv_head key_pos d_head"],
     ) -> Float[Tensor, "batch head pos d_head"]:
         grouped = q.shape[1] != k.shape[1]
-        if self.seen is None and self.n_queries == self.n_keys:
+        everything = self.seen is None and self.hidden is None
+        if everything and self.n_queries == self.n_keys:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-        if self.seen is None and self.n_queries == 1:
+        if everything and self.n_queries == 1:
             return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
         mask = self.allowed.to(q.device)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)

@@ -39,6 +39,11 @@ def heads_first(name: str) -> bool:
     return name.endswith(("hook_attn_scores", "hook_pattern", "hook_q_normed", "hook_k_normed")) or bool(_HEAD_NORM.search(name))
 
 
+def position_axes(name: str) -> tuple[int, int | None]:
+    """The axis of an activation's positions, and that of its keys' positions where it has one."""
+    return -2 if heads_first(name) else 1, -1 if name.endswith(("hook_attn_scores", "hook_pattern")) else None
+
+
 _HEAD_NORM = re.compile(r"\.[qk]_norm\.hook_\w+$")
 
 

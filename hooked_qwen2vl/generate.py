@@ -23,9 +23,10 @@ from transformer_lens.utilities import sample_logits
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from .cache import HookedCache, heads_first
+from .cache import HookedCache, heads_first, position_axes
 from .hook_names import is_vision
 from .inputs import Inputs
+from .running import running_positions
 
 SPARE = 128  # positions that the buffer of keys and values has beyond those it holds, when it is made anew
 Hooks = Sequence[tuple[str | Callable[[str], bool], Callable]]
@@ -426,6 +427,8 @@ class Collector:
 
     def _save(self, device: Any) -> Callable:
         def save(tensor: Tensor, hook: Any) -> None:
+            if not is_vision(hook.name) and (running := running_positions.get()) is not None:
+                tensor = running.at_all_positions(tensor, *position_axes(hook.name))
             self.chunks.setdefault(hook.name, []).append(tensor.detach().to(device))
 
         return save

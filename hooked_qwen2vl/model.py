@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformer_lens import HookedRootModule
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
@@ -33,7 +33,7 @@ from . import vision, vision_qwen3, vision_qwen25
 from .adapters import adapted_model, is_adapted, merge_adapter, merged_weights
 from .attention import Causal
 from .block import decoder_block
-from .cache import HookedCache, heads_first
+from .cache import HookedCache, position_axes
 from .cache_size import CacheSize, cache_size, require_room
 from .checkpoint import open_checkpoint
 from .config import HookedQwen2VLConfig, convert_config
@@ -49,6 +49,7 @@ from .overflow import finite_check
 from .processor import Processor
 from .processor_files import has_processor
 from .rope import text_rotation
+from .running import RunningPositions, running_at, running_positions
 from .tl_weights import Embed, TransformerLensWeights, Unembed
 from .tokens import Tokens, _check_side
 from .weight_processing import process_weights
@@ -418,6 +419,7 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         past: TransformerLensKeyValueCache | None = None,
         start: int = 0,
         images: Float[Tensor, "stream image_token d_model"] | None = None,
+        hidden: Bool[Tensor, "rows pos"] | None = None,
     ) -> Float[Tensor, "rows pos d_model"]:
         """The residual stream after these blocks of the decoder, with what DeepStack adds to it after the first.
 
@@ -428,26 +430,41 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
             past: keys and values of the positions before `start`.
             images: what the projector wrote for these prompts, or for every copy of them; None takes the prompts' own (encoded,
                 or from the tower), where DeepStack needs it.
+            hidden: positions, from the prompts' first to the stream's last, that nobody else in the row sees.
         Raises:
             ValueError: the stream is not finite; the first block after which it was not is named.
         """
-        text, stop = self.cfg.text, start + residual.shape[1]
-        copies = len(residual) // len(inputs)
-        position_ids = inputs.position_ids[..., start:stop].repeat(1, copies, 1)
-        rotation = text_rotation(position_ids, text.rotary_base, text.d_head, text.mrope_section, residual.dtype, text.mrope_interleaved)
-        seen = inputs.attention_mask[:, :stop].bool().repeat(copies, 1).to(residual.device)
-        visible = Causal(residual.shape[1], stop, residual.device, None if bool(seen.all()) else seen)
+        running = RunningPositions(start, start + residual.shape[1], self.cfg.n_layers, hidden)
         layers = range(self.cfg.n_layers) if layers is None else layers
-        added = self._deepstack(residual, inputs, layers, slice(start, stop), images)
-        with finite_check() as check:
+        added = self._deepstack(residual, inputs, layers, slice(start, running.stop), images)
+        rotation, visible = self._surroundings(residual, inputs, running)
+        with finite_check() as check, running_at(running):
             check.note(residual, "hook_embed" if layers.start == 0 else f"the stream before blocks.{layers.start}")
             for layer in layers:
                 past_of_layer = None if past is None else to_its_device(past.entries[layer], self.blocks[layer])
+                n_left = len(running.left)
                 residual = self.blocks[layer](residual, rotation, visible, past_of_layer)
                 if layer in added:
-                    residual = residual + self.blocks[layer].hook_deepstack(added[layer].to(residual.device))
+                    residual = residual + self.blocks[layer].hook_deepstack(running.kept(added[layer]).to(residual.device))
+                    running.add_to_left(added[layer], n_left)
+                if running.hidden is not hidden:  # a hook let positions leave the stream
+                    hidden = running.hidden
+                    rotation, visible = self._surroundings(residual, inputs, running)
                 check.note(residual, f"blocks.{layer}")
-        return residual
+        return running.restored(residual)
+
+    def _surroundings(self, residual: Float[Tensor, "rows pos d_model"], inputs: Inputs, running: RunningPositions) -> tuple[Any, Causal]:
+        """The rotation of the positions that the stream holds, and which keys each of them may see."""
+        text, copies = self.cfg.text, len(residual) // len(inputs)
+        position_ids = running.kept(inputs.position_ids[..., running.start : running.stop], -1).repeat(1, copies, 1)
+        rotation = text_rotation(position_ids, text.rotary_base, text.d_head, text.mrope_section, residual.dtype, text.mrope_interleaved)
+        seen = inputs.attention_mask[:, : running.stop].bool().repeat(copies, 1).to(residual.device)
+        hidden = running.hidden
+        if hidden is not None:
+            seen, hidden = (mask[:, running.keys] for mask in (seen, hidden.to(residual.device)))
+        seen, hidden = None if bool(seen.all()) else seen, hidden if hidden is not None and bool(hidden.any()) else None
+        visible = Causal(len(running.queries), len(running.keys), residual.device, seen, hidden)
+        return rotation, visible
 
     def _deepstack(
         self,
@@ -638,7 +655,9 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         def save(tensor: Tensor, hook: HookPoint, suffix: str) -> None:
             stored = tensor.detach()
             if not is_vision(hook.name):
-                stored = positions.apply(stored, dim=_position_axis(hook.name))
+                if (running := running_positions.get()) is not None:
+                    stored = running.at_all_positions(stored, *position_axes(hook.name))
+                stored = positions.apply(stored, dim=position_axes(hook.name)[0])
                 stored = stored[0] if remove_batch_dim and stored.shape[0] == 1 else stored
             stored = stored.to(device)
             # A view of a few positions would keep all the others in memory.
@@ -770,11 +789,6 @@ def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
             f"unknown dtype {dtype!r}: expected 'float32', 'bfloat16', 'float16', 'float64', or None for the checkpoint's own."
         )
     return found
-
-
-def _position_axis(name: str) -> int:
-    """Heads come before positions in patterns, and in normed queries and keys."""
-    return -2 if heads_first(name) else 1
 
 
 def _keep_axis(position: int | slice, length: int) -> slice:
