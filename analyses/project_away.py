@@ -15,9 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from analyses.interventions import Where
 from analyses.logit_lens import residual_stack
-from hooked_qwen2vl.geometry import PromptShape
-from hooked_qwen2vl.layers import require_prompt
 
 
 def project_away_hooks(
@@ -51,7 +50,10 @@ def project_away_hooks(
     where = (inputs.token_types > 0) & inputs.attention_mask.bool()
     if not bool(where.any()):
         raise ValueError("no row of the inputs has an image: there is nothing to edit.")
-    return [(_name(layer, n_layers), _edit(where, inputs.prompt_shape, t, alpha)) for layer, t in zip(layers, directions)]
+    return [
+        (_name(layer, n_layers), _edit(Where(where.cpu(), inputs.prompt_shape, what="these edits were"), t, alpha))
+        for layer, t in zip(layers, directions)
+    ]
 
 
 @torch.no_grad()
@@ -75,17 +77,11 @@ def project_away(
     return torch.where((p > 0)[..., None], (h - alpha * p[..., None] * t).to(vectors.dtype), vectors)
 
 
-def _edit(where: Tensor, shape: PromptShape, direction: Tensor, alpha: float) -> Callable:
-    prompt = where.shape[1]
-
+def _edit(where: Where, direction: Tensor, alpha: float) -> Callable:
     def hook(residual: Float[Tensor, "batch pos d_model"], hook: Any) -> Tensor:
-        require_prompt(shape, hook, "these edits were")
-        if residual.shape[1] < prompt:  # a decoding step: its keys and values of the prompt are edited already
-            return residual
+        places = where.mask(residual, hook)
         residual = residual.clone()
-        places = where.to(residual.device)
-        part = residual[:, :prompt]
-        part[places] = project_away(part[places], direction, alpha)
+        residual[places] = project_away(residual[places], direction, alpha)
         return residual
 
     return hook
