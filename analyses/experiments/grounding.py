@@ -121,7 +121,7 @@ def run_experiment(
         other = others[rng.integers(len(others))]
         heats, own, right = _heat_maps(model, item, other, image_layer, text_layer)
         heats |= {"(random)": torch.from_numpy(rng.random(item.grid)), "(centre)": centre_heat(*item.grid)}
-        mask = _mask(item)
+        mask = mask_of(item)
         known = {
             "item": number,
             "scene": item.scene.key,
@@ -166,7 +166,7 @@ def _usable(items: list[Any]) -> tuple[list[Any], dict[str, int]]:
     kept, skipped = [], {}
     for item in items:
         reason = "says that nothing is there" if item.answer in ("no", "0") else None
-        if reason is None and not 0 < _mask(item).mean() < 1:
+        if reason is None and not 0 < mask_of(item).mean() < 1:
             reason = "depends on no cell or on every cell"
         if reason is None:
             kept.append(item)
@@ -175,7 +175,7 @@ def _usable(items: list[Any]) -> tuple[list[Any], dict[str, int]]:
     return kept, skipped
 
 
-def _mask(item: Any) -> Bool[np.ndarray, "rows cols"]:
+def mask_of(item: Any) -> Bool[np.ndarray, "rows cols"]:
     """The cells of all that the answer depends on; a cell is an image token."""
     return np.logical_or.reduce([thing.mask(*item.grid) for thing in item.depends_on] or [np.zeros(item.grid, dtype=bool)])
 
