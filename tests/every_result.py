@@ -22,18 +22,25 @@ from analyses.data.benchmarks import Chair
 from analyses.domain_neurons import DomainNeurons, select_neurons
 from analyses.edge_attribution import EdgeAttribution
 from analyses.embedding_lens import Neighbours
+from analyses.experiments.ablation import AblationEffects, HeadSet
 from analyses.experiments.compare import Comparison, Run
+from analyses.experiments.features import UNITS, FeatureJudgement
 from analyses.experiments.flips import FlipStudy
 from analyses.experiments.grounding import METHODS, OWN_BOX, GroundingExperiment
 from analyses.experiments.hallucination import Hallucinations
 from analyses.experiments.locality import SPANS, LocalityStudy
 from analyses.experiments.max_activating import Fired, TopImages
 from analyses.experiments.neurons import CONTROLS, NONE, Ablations
+from analyses.experiments.saliency import FIGURES, SaliencyExperiment
 from analyses.explorer import Explorer
 from analyses.flip_patching import FlipAttribution
 from analyses.knockout import Knockout
 from analyses.logit_lens import LogitLens
 from analyses.model_patching import ModelPatching
+from analyses.probes import Probes
+from analyses.saliency import METHODS as SALIENCY
+from analyses.saliency import Curves, Saliency
+from analyses.sinks import Sinks
 from analyses.trajectory import Trajectories, Trajectory
 from hooked_qwen2vl import HookedQwen2VL
 
@@ -237,20 +244,83 @@ def flip_attribution() -> FlipAttribution:
     return FlipAttribution(27, "中文颜色", "$x$", 3, 4, -1.0, 2.0, torch.randn(HEADS), 0.1, -0.4, 0.2, 1219)
 
 
+def ablation_effects() -> AblationEffects:
+    rng = np.random.default_rng(0)
+    rows = [
+        {"id": f"i{i}", "image": f"i{i // 2}", "category": DOMAINS[i % 5], "part": f"L{part}H1", "log_prob": float(rng.normal()),
+         "right": bool(rng.random() < 0.5), "base_log_prob": 0.0, "base_right": True}
+        for part in range(30) for i in range(8)
+    ]  # fmt: skip
+    return AblationEffects(pd.DataFrame(rows), {"how": "mean"}, NAME)
+
+
+def head_set() -> HeadSet:
+    search = pd.DataFrame({"size": range(1, 13), "layer": range(12), "head": 27, "share": np.linspace(0, 0.8, 12)})
+    shares = {"share": np.linspace(0.8, -0.3, 21), "share_low": np.linspace(0.7, -0.4, 21), "share_high": np.linspace(0.9, -0.2, 21)}
+    held_out = pd.DataFrame({"set": ["found", *(f"random {n}" for n in range(20))], "heads": "L0H1", **shares})
+    return HeadSet(tuple((l, 27) for l in range(12)), search, held_out, 64, 96, {"share": 0.8, "how": "mean"}, NAME)
+
+
+def saliency_map() -> Saliency:
+    return Saliency(
+        torch.randn(13, ROWS * COLS).double(), -torch.rand(13), torch.arange(13), HARD, ((ROWS, COLS),), ((400, 300),), "knockout", None,
+        QUESTION, NAME,
+    )  # fmt: skip
+
+
+def saliency_experiment() -> SaliencyExperiment:
+    rows = [
+        {"id": f"i{i}", "image": f"i{i // 2}", "category": "colour", "method": method, **dict.fromkeys(FIGURES, float(np.random.rand()))}
+        for i in range(12) for method in SALIENCY
+    ]  # fmt: skip
+    return SaliencyExperiment(pd.DataFrame(rows), {}, {"steps": 10}, NAME)
+
+
+def feature_judgement() -> FeatureJudgement:
+    rows = [
+        {"truth": truth, "label": f"{token(i)} {i}", "unit": unit, "which": i, "auroc": 0.8, "auroc_low": 0.7, "auroc_high": 0.9,
+         "chosen_auroc": 0.85, "objects": 20, "images": 40}
+        for truth in ("color", "kind") for i in range(13) for unit in UNITS
+    ]  # fmt: skip
+    return FeatureJudgement(pd.DataFrame(rows), "blocks.4.hook_resid_pre", 1024, NAME)
+
+
+def sinks() -> Sinks:
+    n = 300
+    massive = pd.DataFrame({"layer": [2], "position": [0], "dimension": [7], "value": [1e4], "ratio": [2e3]})
+    is_sink = torch.arange(n) % 40 == 0
+    return Sinks(
+        torch.rand(LAYERS, n) + 1, torch.rand(LAYERS, n) + 0.1, massive, tokens(n), ("question",) * n, tuple(range(20, 260)), ((12, 20),),
+        is_sink, 5.0, 1, 1000.0, NAME,
+    )  # fmt: skip
+
+
+def probes() -> Probes:
+    sites = [f"blocks.{layer}.hook_resid_pre" for layer in range(LAYERS)]
+    values = {"accuracy": 0.7, "accuracy_low": 0.6, "accuracy_high": 0.8, "control": 0.3, "control_largest": 0.4, "selectivity": 0.4}
+    table = pd.DataFrame([{"site": site, **values, "majority": 0.35, "items": 40, "images": 20} for site in sites])
+    weights = {site: torch.randn(3, 8) for site in sites}
+    return Probes(table, weights, {site: torch.randn(3) for site in sites}, ("a", "b", "中"), {"C": 0.1}, NAME)
+
+
 RESULTS = {
     AttentionHeads: heads,
+    AblationEffects: ablation_effects,
     Ablations: ablations,
     Chair: chair,
     Comparison: comparison,
     ContextualScore: contextual_score,
+    Curves: lambda: Curves(torch.linspace(0, 1, 11), torch.rand(11), torch.rand(11), "keys", "attention × gradient", NAME),
     DomainNeurons: domain_neurons,
     EdgeAttribution: edges,
     Explorer: explorer,
+    FeatureJudgement: feature_judgement,
     FlipAttribution: flip_attribution,
     FlipStudy: flip_study,
     Grounding: grounding,
     GroundingExperiment: grounding_experiment,
     Hallucinations: hallucinations,
+    HeadSet: head_set,
     Knockout: lambda: Knockout(
         torch.randn(5, LAYERS, 6), torch.rand(6), ("image → last", "question → last", "中文", "$a$ → $b$", "x"), 5, 0, NAME
     ),
@@ -260,6 +330,10 @@ RESULTS = {
     ModelPatching: model_patching,
     Neighbours: neighbours,
     Pairs: pairs,
+    Probes: probes,
+    Saliency: saliency_map,
+    SaliencyExperiment: saliency_experiment,
+    Sinks: sinks,
     TopImages: top_images,
     Trajectories: lambda: Trajectories(tuple(trajectory(DOMAINS[i % 5]) for i in range(10))),
     Trajectory: trajectory,

@@ -38,6 +38,9 @@ PUBLIC = {
     "analyses.flip_patching": "attribute_flip component_effects",
     "analyses.grounding_experiment": "",
     "analyses.hallucination": "detect_hallucinations read_hallucinations",
+    "analyses.interventions": "ablate drop_tokens hide mask_image project_out redirect_attention scale_heads steer",
+    "analyses.dictionaries": "load_dictionary",
+    "analyses.saliency": "saliency token_effects",
     "analyses.knockout": "attention_knockout",
     "analyses.logit_lens": "logit_lens",
     "analyses.model_patching": "patch_between_models",
@@ -69,9 +72,9 @@ MEMBERS = {
         "from_processor from_tokens tokens attention_mask position_ids image_grids positions span shape ndim device to cpu repeat __len__ __getitem__ token_types boxes grid"
     ),
 }
-COMMANDS = "check compare explore flips ground hallucination knockout lens neurons patch scenes".split()
+COMMANDS = "ablate check compare explain explore flips ground hallucination knockout lens neurons patch scenes".split()
 RUN_AS_MODULES = [
-    "analyses.grounding_experiment", "analyses.experiments.grounding", "hooked_qwen2vl.cli", "hooked_qwen2vl.scenes.train",
+    "analyses.grounding_experiment", "analyses.experiments.grounding", "analyses.experiments.features", "hooked_qwen2vl.cli", "hooked_qwen2vl.scenes.train",
     "hooked_qwen2vl.scenes.card",
 ]  # fmt: skip
 

@@ -31,6 +31,9 @@ from analyses.views.text import columns, drawable, families, line, readable, vis
 # Public dataclasses that are no results, and why.
 NO_RESULTS = {
     "Sweep": "TransformerLens's result of a patching sweep, with its tables and plots",
+    "ProbeData": "features and labels; Probes is the result",
+    "Dictionary": "weights that are put into a run",
+    "Where": "places that an intervention acts on",
     "Done": "an experiment's rows, before a result is made of them",
     "Asked": "an encoded question, on the way to Hallucinations",
     "Answer": "what a model said, before it is judged",
@@ -266,9 +269,54 @@ def trajectory(figure, result):
     assert left.get_ylim() == (-0.02, 1.02) and "nats" in right.get_ylabel() and len(left.texts) == len(result.flips)
 
 
+def ablation_effects(figure, result):
+    left, right = figure.axes
+    table = result.to_dataframe(by_category=False).head(24)
+    assert labels(left.yaxis) == list(table["part"])
+    for axes, name in ((left, "change"), (right, "accuracy_change")):
+        assert np.allclose(axes.collections[1].get_offsets()[:, 0], table[name])
+
+
+def curves(figure, result):
+    for axes, name in zip(figure.axes, ("deletion", "insertion")):
+        assert np.allclose(axes.lines[0].get_ydata(), getattr(result, name)) and axes.get_title() == name
+
+
+def feature_judgement(figure, result):
+    (axes,) = figure.axes
+    assert len(labels(axes.yaxis)) == 26 and len(axes.collections) == 8
+    assert np.allclose(axes.collections[1].get_offsets()[:, 0], result.table[result.table["unit"] == "feature"]["auroc"])
+
+
+def head_set(figure, result):
+    left, right = figure.axes
+    assert np.allclose(left.lines[0].get_ydata(), result.search["share"])
+    assert np.allclose(right.collections[0].get_offsets()[:, 1], result.held_out["share"][1:]) and "12 heads" in labels(right.xaxis)[0]
+
+
+def probes(figure, result):
+    (axes,) = figure.axes
+    assert labels(axes.yaxis) == list(result.table["site"]) and "labels shuffled" in axes.get_legend_handles_labels()[1]
+
+
+def saliency_map(figure, result):
+    shown = maps(figure)
+    assert shows(shown[0], result.maps()[0], -float(result.whole.abs().max()), float(result.whole.abs().max())) and len(shown) == 9
+
+
+def saliency_experiment(figure, result):
+    assert len(figure.axes) == 8 and labels(figure.axes[0].yaxis) == list(result.to_dataframe()["method"])
+
+
+def sinks(figure, result):
+    norms, received = maps(figure)[:2]
+    assert np.allclose(norms.get_array(), result.norms) and np.allclose(received.get_array(), result.received)
+    assert len(labels(figure.axes[1].xaxis)) == int(result.is_sink.sum())
+
+
 DRAWN = dict(zip(sorted(RESULTS, key=lambda kind: kind.__name__), (
-    ablations, heads, chair, comparison, contextual_score, domain_neurons, edges, explorer, flip_attribution, flips, grounding,
-    grounding_experiment, roc, knockout, sweep, locality, logit_lens, model_patching, neighbours, pairs, top_images, trajectories,
+    ablation_effects, ablations, heads, chair, comparison, contextual_score, curves, domain_neurons, edges, explorer, feature_judgement, flip_attribution, flips, grounding,
+    grounding_experiment, roc, head_set, knockout, sweep, locality, logit_lens, model_patching, neighbours, pairs, probes, saliency_map, saliency_experiment, sinks, top_images, trajectories,
     trajectory,
 )))  # fmt: skip
 VIEWS = {

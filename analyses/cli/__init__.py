@@ -17,8 +17,10 @@ from functools import partial
 from typing import Any
 
 from analyses.cli import (
+    ablate,
     check,
     compare,
+    explain,
     explore,
     flips,
     ground,
@@ -31,7 +33,7 @@ from analyses.cli import (
 )
 from hooked_qwen2vl.version import __version__
 
-COMMANDS = (lens, explore, flips, patch, knockout, ground, hallucination, neurons, compare, check, scenes)
+COMMANDS = (lens, explore, explain, flips, patch, knockout, ablate, ground, hallucination, neurons, compare, check, scenes)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
