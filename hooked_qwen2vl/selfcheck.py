@@ -36,17 +36,19 @@ def synthetic_image() -> Image.Image:
 
 
 @torch.no_grad()
-def self_check(model: Any, hf: Any) -> pd.DataFrame:
+def self_check(model: Any, hf: Any, image: Image.Image | None = None, question: str = QUESTION) -> pd.DataFrame:
     """Compares a HookedQwen2VL with a reference model that has the same weights and dtype.
 
     Args:
         model: with its processor.
         hf: transformers' model of the same architecture.
+        image: None takes the synthetic picture. question: about it.
     Returns:
         one row a stage, in the order of the computation: stage, error (relative to its spread), tolerance, ok.
     """
-    inputs = model.to_inputs(QUESTION, images=[synthetic_image()])
-    batch = model.to_inputs([QUESTION, "Name a color."], images=[[synthetic_image()], []])
+    image = synthetic_image() if image is None else image
+    inputs = model.to_inputs(question, images=[image])
+    batch = model.to_inputs([question, "Name a color."], images=[[image], []])
     tolerance = TOLERANCES[model.cfg.dtype]
     rows = [("positions", _position_error(inputs, hf), 0.0)]
     theirs = reference_stages(hf, inputs)
@@ -58,8 +60,7 @@ def self_check(model: Any, hf: Any) -> pd.DataFrame:
     padded = relative_error(model(batch)[seen], reference_stages(hf, batch)["logits"][seen])
     rows.append(("logits of a left-padded batch", padded, tolerance))
     settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "stop_at_eos": False, "verbose": False}
-    hf.model.rope_deltas = None
-    expected = _reference_tokens(hf, batch)
+    expected = reference_tokens(hf, batch)
     for cached in (True, False):
         tokens = model.generate(batch, use_past_kv_cache=cached, return_type="tokens", **settings)
         wrong = (tokens[:, -NEW_TOKENS:] != expected[:, -NEW_TOKENS:]).float().mean().item()
@@ -69,11 +70,12 @@ def self_check(model: Any, hf: Any) -> pd.DataFrame:
     return table
 
 
-def _reference_tokens(hf: Any, batch: Inputs) -> Tensor:
-    """Greedy tokens of the reference; the checkpoint's own settings (penalties, forbidden n-grams) stand aside meanwhile."""
+def reference_tokens(hf: Any, batch: Inputs, n: int = NEW_TOKENS) -> Tensor:
+    """The prompts with n greedy tokens of the reference; the checkpoint's own settings (penalties, forbidden n-grams) stand aside meanwhile."""
+    hf.model.rope_deltas = None  # nothing left over from another call
     theirs, hf.generation_config = hf.generation_config, GenerationConfig(pad_token_id=0)
     try:
-        return hf.generate(**reference_batch(batch), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=-1)
+        return hf.generate(**reference_batch(batch), max_new_tokens=n, do_sample=False, eos_token_id=-1)
     finally:
         hf.generation_config = theirs
 
@@ -146,7 +148,8 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
     """Largest difference, relative to the standard deviation of the reference; infinite for another shape or NaN."""
     if ours.shape != theirs.shape:
         return float("inf")
-    error = ((ours.double() - theirs.double()).abs().max() / theirs.double().std()).item()
+    ours, theirs = ours.cpu().double(), theirs.cpu().double()  # a Mac's GPU has no float64
+    error = float((ours - theirs).abs().max() / theirs.std())
     return error if error == error else float("inf")
 
 

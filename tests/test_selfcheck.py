@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from tiny import tiny_hf
 
+import hooked_qwen2vl
 from hooked_qwen2vl import HookedQwen2VL
 from hooked_qwen2vl.cli import main
 from hooked_qwen2vl.selfcheck import self_check
+from hooked_qwen2vl.verification import photograph, report
 
 
 @pytest.fixture()
@@ -52,3 +58,42 @@ def test_the_command_on_the_embedded_model(capsys):
     assert main(["check"]) == 0
     said = capsys.readouterr().out
     assert "every stage agrees" in said and "torchvision is not installed here" in said and 'backend="pil"' in said
+
+
+@pytest.mark.slow
+def test_the_report_that_a_user_sends_back(tmp_path, capsys):
+    path = tmp_path / "report.json"
+    assert main(["check", "--report", str(path), "--dtype", "float32"]) == 0
+    found = json.loads(path.read_text())
+    assert "wrote" in capsys.readouterr().out and found["ok"]
+    assert found["versions"]["torch"] == torch.__version__ and found["versions"]["transformers"] and found["machine"]["threads"]
+    hashes = found["checkpoint"]["sha256"]
+    weights = Path(hooked_qwen2vl.__file__).parent / "scenes" / "checkpoint" / "model.safetensors"
+    assert hashes["model.safetensors"] == hashlib.sha256(weights.read_bytes()).hexdigest() and "config.json" in hashes
+    (run,) = found["runs"]
+    assert set(run["prompts"]) == {"drawing", "photograph"}
+    for prompt in run["prompts"].values():
+        assert len(prompt["stages"]) > 10 and all(stage["ok"] for stage in prompt["stages"])
+        assert prompt["greedy_tokens"]["ours"] == prompt["greedy_tokens"]["reference"] and len(prompt["greedy_tokens"]["ours"]) == 32
+        assert min(prompt["tokens_per_second"].values()) > 0
+    assert run["prompts"]["photograph"]["image_tokens"] > run["prompts"]["drawing"]["image_tokens"]
+
+
+def test_the_report_says_what_is_wrong_and_goes_on(pair, tmp_path):
+    """A wrong weight in one precision, no memory in the other."""
+    model, hf = pair
+    with torch.no_grad():
+        model.get_parameter("ln_final.w").mul_(1.1)
+
+    def models(dtype):
+        if dtype == "bfloat16":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return model, hf
+
+    (tmp_path / "config.json").write_text("{}")
+    found = report("name", tmp_path, models)
+    wrong, lacking = found["runs"]
+    assert not found["ok"] and not wrong["ok"] and not lacking["ok"] and "out of memory" in lacking["error"]
+    stages = wrong["prompts"]["photograph"]["stages"]
+    assert next(stage["stage"] for stage in stages if not stage["ok"]) == "logits"
+    assert list(found["checkpoint"]["sha256"]) == ["config.json"] and photograph().size == (448, 299)
