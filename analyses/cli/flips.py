@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     at_least_one(options, "limit", "components", "random", "batch_size")
-    if options.question is not None and (options.rank or options.dry_run):
-        raise ValueError("--rank and --dry-run belong to a data set (--data), not to one prompt (--question).")
+    if options.question is not None and (options.rank or options.dry_run or options.cluster):
+        raise ValueError("--rank, --cluster and --dry-run belong to a data set (--data), not to one prompt (--question).")
     if options.question is None and (options.image or options.answer):
         raise ValueError("one prompt needs --question, --answer and --image; without them a data set is followed (--data).")
     (_data_set if options.question is None else _one)(options)

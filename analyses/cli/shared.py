@@ -6,6 +6,7 @@ import argparse
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ import hooked_qwen2vl
 from hooked_qwen2vl.moved import warn_of
 
 if TYPE_CHECKING:
+    from analyses.runs.cluster import Cluster
     from hooked_qwen2vl.model import HookedQwen2VL
 
 SAMPLES = Path(hooked_qwen2vl.__file__).parent / "scenes" / "samples"
@@ -48,11 +50,19 @@ def add_out(parser: argparse.ArgumentParser) -> None:
 
 
 def add_run(parser: argparse.ArgumentParser, batch_size: int) -> None:
-    """--batch-size, --rank, --dry-run, of what is a run over a data set."""
+    """--batch-size, --rank, --cluster, --dry-run, of what is a run over a data set."""
     parser.add_argument("--batch-size", type=int, default=batch_size, help=f"a data set: questions in a batch (default {batch_size})")
     parser.add_argument("--shard", dest="rank", action=Renamed, new="--rank", help=argparse.SUPPRESS)
     parser.add_argument(
         "--rank", metavar="k/n", help="a data set: be the k-th of n processes that share the run, from 0 (see docs/data_sets.md)"
+    )
+    parser.add_argument(
+        "--cluster",
+        metavar="auto|ADDRESS",
+        help="a data set: have it worked on by the nodes of a Ray cluster, this machine's or the one at the address (see docs/scale.md)",
+    )
+    parser.add_argument(
+        "--cluster-cpus", type=int, default=1, metavar="N", help="processors of each worker, where the cluster has no GPU (default 1)"
     )
     parser.add_argument("--dry-run", action="store_true", help="a data set: say what would be done, and do nothing")
 
@@ -62,8 +72,29 @@ def run_options(options: argparse.Namespace, rank: tuple[int, int]) -> dict[str,
 
     Args:
         rank: of `this_rank(options.rank)`, asked before the model is loaded.
+    Raises:
+        ValueError: a rank on a cluster, which shares the run out itself.
     """
-    return {"batch_size": options.batch_size, "rank": rank, "dry_run": options.dry_run}
+    return {"batch_size": options.batch_size, "rank": rank, "dry_run": options.dry_run, "cluster": _cluster(options, rank)}
+
+
+def _cluster(options: argparse.Namespace, rank: tuple[int, int]) -> Cluster | None:
+    if options.cluster is None:
+        return None
+    if rank != (0, 1):
+        raise ValueError("--cluster hands the whole run out to its nodes: drop --rank, and start one process without a launcher.")
+    at_least_one(options, "cluster_cpus")
+    from analyses.runs.cluster import Cluster
+
+    return Cluster(options.cluster, partial(_on_a_node, argparse.Namespace(**{**vars(options), "run": None})), options.cluster_cpus)
+
+
+def _on_a_node(options: argparse.Namespace) -> HookedQwen2VL:
+    """The model on a worker: where --device says, else on the GPU that Ray has given it, else on the CPU."""
+    import torch
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else None)
+    return _loaded(options, device)
 
 
 def finished(options: argparse.Namespace, state: Any) -> bool:
@@ -129,11 +160,16 @@ def load_model(options: argparse.Namespace) -> HookedQwen2VL:
     Raises:
         ValueError: no such device, nothing there, or files that cannot be loaded, whatever is wrong with them.
     """
-    check_device(options.device)
+    on_cluster = getattr(options, "cluster", None) is not None  # the nodes work, this process plans
+    return _loaded(options, None if on_cluster else options.device)
+
+
+def _loaded(options: argparse.Namespace, device: str | None) -> HookedQwen2VL:
+    check_device(device)
     from hooked_qwen2vl.model import HookedQwen2VL
 
     with loading(options.model):
-        return HookedQwen2VL.from_pretrained(options.model, dtype=options.dtype, device=options.device, adapter=options.adapter)
+        return HookedQwen2VL.from_pretrained(options.model, dtype=options.dtype, device=device, adapter=options.adapter)
 
 
 @contextmanager

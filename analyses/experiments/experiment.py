@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from analyses.common.sums import Sums, add_up
 from analyses.data.examples import Example, in_batches
+from analyses.runs.cluster import Cluster
 from analyses.runs.engine import Run, describe_model, opened, read_failures, read_results, run, wait_for_all
 from analyses.runs.files import read_manifest, read_plan
 from analyses.runs.plan import size_by_model
@@ -60,7 +61,7 @@ class Experiment:
         by_domain: whether a run's batches are of one domain each.
         gradients: whether it takes gradients, for the estimate of memory.
         batches_per_shard: batches that a run writes together.
-        model: whose answers, neurons, … it is about.
+        model: whose answers, neurons, … it is about. of: makes the same experiment of another copy of the model, on a cluster's node.
         settings: what decides the rows, as JSON can hold it. seed: of a run.
     """
 
@@ -69,6 +70,11 @@ class Experiment:
     by_domain: ClassVar[bool] = False
     gradients: ClassVar[bool] = False
     batches_per_shard: ClassVar[int] = 4
+
+    def __new__(cls, model: Any, *args: Any, **kwargs: Any) -> Experiment:
+        made = super().__new__(cls)
+        made.of = partial(_of, cls, args, kwargs)
+        return made
 
     def __init__(self, model: Any, settings: Mapping[str, Any], seed: int = 0):
         self.model, self.settings, self.seed = model, dict(settings), seed
@@ -139,14 +145,15 @@ class Experiment:
         rank: tuple[int, int] | None = None,
         dry_run: bool = False,
         progress: bool = True,
+        cluster: Cluster | None = None,
     ) -> Run:
-        """Does what is not in the folder yet, or says what would be done (`dry_run`): the run as it stands then."""  # fmt: skip
+        """Does what is not in the folder yet, here or on a cluster, or says what would be done (`dry_run`): the run as it stands then."""
         again = data if callable(data) else partial(iter, data if isinstance(data, Sequence) else list(data))
         return run(
             self.name, lambda: self.asked(again()), self, out, self.settings, model=self.model,
             size=size_by_model(self.model, by_domain=self.by_domain), batch_size=batch_size, seed=self.seed, rank=rank,
             dry_run=dry_run, progress=progress, batches_per_shard=self.batches_per_shard, embeddings=CAPACITY,
-            gradients=self.gradients, write=write_sums if self.summed else None,
+            gradients=self.gradients, write=write_sums if self.summed else None, cluster=cluster,
         )  # fmt: skip
 
     @classmethod
@@ -174,6 +181,10 @@ class Experiment:
         gathered = add_up(rows) if self.summed else pd.DataFrame(rows)
         name = str(self.model.cfg.model_name)
         return Done(gathered, tuple(ids), 0, self.settings, name, lambda: describe_model(self.model)["weights"])
+
+
+def _of(kind: type[Experiment], args: tuple, kwargs: dict, model: Any) -> Experiment:
+    return kind(model, *args, **kwargs)
 
 
 def _opened(data: Iterable[Example], ids: list[str]) -> Iterator[Example]:

@@ -24,6 +24,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -193,6 +194,7 @@ def run(
     embeddings: int = 0,
     gradients: bool = False,
     write: Writer | None = None,
+    cluster: Any = None,
 ) -> Run:
     """Does `work` on every question that has no result in the folder yet.
 
@@ -214,6 +216,7 @@ def run(
         embeddings: bytes that `work` keeps of image embeddings (`ImageEmbeddingsCache.capacity`), for the estimate of memory.
         gradients: whether `work` takes gradients, for the same.
         write: how a shard's rows are written, after those of `Shard.earlier`; None keeps them as they are (`write_rows`).
+        cluster: a `runs.cluster.Cluster` whose nodes work on the shards; `work` is then an `Experiment`, and the rank the whole run's.
     Returns:
         the run as it stands: `Run.complete` says whether other processes have finished too.
     Raises:
@@ -226,7 +229,7 @@ def run(
     state = prepare(name, examples, out, settings, model, size, seed, rank, embeddings=embeddings, gradients=gradients)
     if dry_run:
         return state
-    work_on(state, examples, work, write or write_rows, progress)
+    work_on(state, examples, work, write or write_rows, progress, cluster)
     return refreshed(state)
 
 
@@ -312,7 +315,7 @@ def prepare(
         "name": name,
         "model": describe_model(model) if model is not None else None,
         "settings": settings,
-        "versions": {package: _version(package) for package in PACKAGES},
+        "versions": versions(),
         "seed": seed,
         "data": {"questions": len(plan), "batches": int(plan["batch"].nunique()), "digest": plan_digest(plan)},
     }
@@ -329,8 +332,8 @@ def prepare(
     return Run(out, manifest, plan, rank, written_shards(out, suffix), memory, suffix)
 
 
-def work_on(state: Run, examples: Data, work: Callable, write: Writer, progress: bool = True) -> None:
-    """Does the shards of this process that are not written yet.
+def work_on(state: Run, examples: Data, work: Callable, write: Writer, progress: bool = True, cluster: Any = None) -> None:
+    """Does the shards of this process that are not written yet, here or on a cluster.
 
     Args:
         write: puts a shard into the (temporary) file it is given.
@@ -341,32 +344,74 @@ def work_on(state: Run, examples: Data, work: Callable, write: Writer, progress:
     remove_unfinished(state.out)
     write_manifest_and_plan(state.out, state.manifest, state.plan)
     k, n = state.rank
-    ours = state.plan[state.plan["part"] % n == k]
-    todo = set(state.todo)
+    ours, todo = state.plan[state.plan["part"] % n == k], state.plan["part"].isin(state.todo)
     bar = tqdm(
-        total=len(ours), initial=len(ours) - int(ours["part"].isin(todo).sum()), unit="question",
+        total=len(ours), initial=len(ours) - int(todo.sum()), unit="question",
         desc=state.manifest["name"], disable=not progress, dynamic_ncols=True,
     )  # fmt: skip
-    by_shard = dict(tuple(ours[ours["part"].isin(todo)].groupby("part")))
-    waiting = sorted(todo)
+
+    def keep(number: int, shard: Shard) -> None:
+        _refuse_all_failed(state, number, shard)
+        with whole_file(shard_path(state.out, number, state.suffix)) as file:
+            write(state, number, shard, file)
+        unfinished_path(state.out, number, state.suffix).unlink(missing_ok=True)
+
+    shards = ((number, _begun(state, number, planned), planned, here) for number, planned, here in _waiting(state, examples))
     with bar:
-        for questions in windows(_fresh(examples), state.manifest["settings"]["window"]):
-            if not waiting:
-                break
-            here = dict(questions)
-            while waiting and int(by_shard[waiting[0]]["item"].iloc[0]) in here:
-                shard = waiting.pop(0)
-                result = _begun(state, shard, by_shard[shard])
-                try:
-                    _do_shard(result, by_shard[shard], here, work, state.manifest["seed"], bar.update)
-                    _refuse_all_failed(state, shard, result)
-                    with whole_file(shard_path(state.out, shard, state.suffix)) as file:
-                        write(state, shard, result, file)
-                except KeyboardInterrupt:
-                    raise KeyboardInterrupt(_interrupted(state, shard, result, write)) from None
-                unfinished_path(state.out, shard, state.suffix).unlink(missing_ok=True)
-        if waiting:
-            raise ValueError("the data ended before the plan did: they changed while the run was under way.")
+        if cluster is not None:
+            _on_cluster(state, shards, work, keep, bar.update, cluster)
+            return
+        for number, shard, planned, here in shards:
+            try:
+                do_shard(shard, planned, partial(_checked, examples=here), work, state.manifest["seed"], bar.update)
+                keep(number, shard)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(_interrupted(state, number, shard, write)) from None
+
+
+def _on_cluster(state: Run, shards: Iterator, work: Callable, keep: Callable, tick: Callable[[int], Any], cluster: Any) -> None:
+    """The driver's side of a run on a cluster: it opens the questions, and writes what comes back."""
+
+    def opening_all(planned: pd.DataFrame, here: Mapping[int, Example]) -> dict[int, Example | str]:
+        found: dict[int, Example | str] = {}
+        for row in planned.itertuples():
+            try:
+                found[row.item] = _checked(row, here)
+            except (ValueError, OSError) as error:
+                if isinstance(error, DataChanged):
+                    raise
+                found[row.item] = label(str(error))
+        return found
+
+    def done(number: int, shard: Shard) -> None:
+        keep(number, shard)
+        tick(len(shard.items))
+
+    opened_shards = ((number, shard, planned, opening_all(planned, here)) for number, shard, planned, here in shards)
+    try:
+        cluster.work_on(state, opened_shards, work, done)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_interrupted(state, -1, Shard([], [], []), write_rows)) from None
+
+
+def _waiting(state: Run, examples: Data) -> Iterator[tuple[int, pd.DataFrame, dict[int, Example]]]:
+    """(number, its part of the plan, questions among which its own are) of each shard of this process that is not written.
+
+    Raises:
+        ValueError: the data end before the plan.
+    """
+    waiting = state.todo
+    by_shard = dict(tuple(state.plan[state.plan["part"].isin(waiting)].groupby("part")))
+    if not waiting:
+        return
+    for questions in windows(_fresh(examples), state.manifest["settings"]["window"]):
+        here = dict(questions)
+        while waiting and int(by_shard[waiting[0]]["item"].iloc[0]) in here:
+            shard = waiting.pop(0)
+            yield shard, by_shard[shard], here
+        if not waiting:
+            return
+    raise ValueError("the data ended before the plan did: they changed while the run was under way.")
 
 
 def _refuse_all_failed(state: Run, number: int, shard: Shard) -> None:
@@ -452,10 +497,36 @@ def _column(name: str, values: list) -> pa.Array:
 # ---- working on a shard ------------------------------------------------------------------------
 
 
-def _do_shard(
-    shard: Shard, planned: pd.DataFrame, examples: Mapping[int, Example], work: Callable, seed: int, tick: Callable[[int], Any]
+class DataChanged(ValueError):
+    """A question is not the one that was planned."""
+
+
+def _checked(row: Any, examples: Mapping[int, Example]) -> Example:
+    """The question of a row of the plan, its images opened.
+
+    Raises:
+        DataChanged: another question is in its place.
+        ValueError, OSError: as `opened`.
+    """
+    example = examples.get(row.item)
+    if example is None or label(example.id) != row.id or digest(example) != row.digest:
+        raise DataChanged(f"question {row.item} is not what was planned ({row.id!r}): the data changed meanwhile.")
+    return opened(example)
+
+
+def do_shard(
+    shard: Shard,
+    planned: pd.DataFrame,
+    question: Callable[[Any], Example],
+    work: Callable,
+    seed: int,
+    tick: Callable[[int], Any] = lambda n: None,
 ) -> None:
-    """Does the batches that the shard does not have yet; each comes into it when it is whole."""
+    """Does the batches that the shard does not have yet; each comes into it when it is whole.
+
+    Args:
+        question: the opened question of a row of the plan, or a ValueError or OSError that says why there is none.
+    """
     before = set(shard.items)
     tick(len(before))
     for number, rows in planned.groupby("batch"):
@@ -463,11 +534,10 @@ def _do_shard(
             continue
         one, batch = Shard([], [], []), {}
         for row in rows.itertuples():
-            example = examples.get(row.item)
-            if example is None or label(example.id) != row.id or digest(example) != row.digest:
-                raise ValueError(f"question {row.item} is not what was planned ({row.id!r}): the data changed meanwhile.")
             try:
-                batch[row.item] = opened(example)
+                batch[row.item] = question(row)
+            except DataChanged:
+                raise
             except (ValueError, OSError) as error:
                 one.failures.append(Failure(row.item, row.id, number, label(str(error))))
         if batch:
@@ -608,6 +678,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     raise ValueError(f"a setting is {value!r}: expected what JSON knows (numbers, strings, lists, dicts), or a path.")
+
+
+def versions() -> dict[str, str | None]:
+    """Of the packages that decide a run's numbers."""
+    return {package: _version(package) for package in PACKAGES}
 
 
 def _version(package: str) -> str | None:
