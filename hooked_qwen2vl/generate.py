@@ -26,6 +26,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from .cache import HookedCache, heads_first, position_axes
 from .hook_names import is_vision
 from .inputs import Inputs
+from .overflow import FiniteCheck, finite_check
 from .running import running_positions
 
 SPARE = 128  # positions that the buffer of keys and values has beyond those it holds, when it is made anew
@@ -59,7 +60,7 @@ class Sampling:
         temperature = self.temperature if self.do_sample else 0.0
         logits, tokens = logits.float(), sequence.tokens
         penalised = self.freq_penalty > 0 or self.repetition_penalty != 1
-        if penalised and not bool(sequence.attention_mask.all()):  # padding is no token that was said: a column of its own
+        if penalised and sequence.has_padding:  # padding is no token that was said: a column of its own
             tokens = tokens.masked_fill(sequence.attention_mask == 0, logits.shape[-1])
             logits = torch.nn.functional.pad(logits, (0, 1), value=float("-inf"))
         with _seeded(None if self.seed is None else self.seed * 1_000_003 + step, logits.device):
@@ -253,29 +254,38 @@ class Generation:
         elif prompt.visuals and not self.tower_is_listened_to():
             prompt = self.encode(prompt)
         running = torch.ones(len(prompt), dtype=torch.bool, device=prompt.device)
-        logits, sequence = self._next_logits(prompt, prompt, past), prompt
+        alive, sequence = [True] * len(prompt), prompt
+        check, logits = self._next_logits(prompt, prompt, past)
         for step in range(max_new_tokens):
+            if sampling.do_sample:
+                check.ask()  # torch refuses to draw from what is not finite, without saying where it came from
             chosen = sampling.choose(logits, sequence, step)
             chosen = torch.where(running, chosen, self._fill_id())
-            sequence = sequence.extend(chosen, running)
-            yield sequence, logits
+            sequence = sequence.extend(chosen, running, alive)
             running = running & ~stop(sequence.tokens, logits)
-            last = not running.any() or step == max_new_tokens - 1
+            flags = torch.cat((check.flags().to(running.device), running)).tolist()  # what a step transfers to the host, at once
+            check.judge(flags[: -len(prompt)])
+            yield sequence, logits
+            alive = flags[-len(prompt) :]
+            last = not any(alive) or step == max_new_tokens - 1
             if not last or collector is not None:  # the last token is run only for its activations
-                logits = self._next_logits(sequence, prompt, past)
+                check, logits = self._next_logits(sequence, prompt, past)
             if last:
-                return
+                return check.ask()
 
-    def _next_logits(self, sequence: Inputs, prompt: Inputs, past: TransformerLensKeyValueCache | None) -> Float[Tensor, "batch d_vocab"]:
-        """Logits of the next token: of the whole sequence, or of its last position on top of the past."""
-        with self.watched_run(prompt):
+    def _next_logits(
+        self, sequence: Inputs, prompt: Inputs, past: TransformerLensKeyValueCache | None
+    ) -> tuple[FiniteCheck, Float[Tensor, "batch d_vocab"]]:
+        """Logits of the next token, of the whole sequence or of its last position on top of the past, and whether all was finite."""
+        with finite_check(ask=False) as check, self.watched_run(prompt):
             if past is None or sequence is prompt:
                 start, (residual, images) = 0, self.embed_prompts(sequence)
             else:
                 start, images = sequence.shape[1] - 1, None
                 residual = self.hook_embed(self.embed(sequence.tokens[:, -1:]))
             residual = self.run_blocks(residual, sequence, past=past, start=start, images=images)
-            return self.unembed(self.ln_final(residual)[:, -1:])[:, 0].to(sequence.device)  # ln_final's hooks see every position
+            logits = self.unembed(self.ln_final(residual)[:, -1:])[:, 0].to(sequence.device)  # ln_final's hooks see every position
+        return check, logits
 
     # ---- stopping, and what comes back --------------------------------------------------------
 
@@ -295,10 +305,12 @@ class Generation:
             several = isinstance(stopping_criteria, (list, tuple))
             criteria.extend(stopping_criteria if several else [stopping_criteria])
 
+        ends = torch.tensor(eos, device=self.cfg.device)
+
         def stop(tokens: Tensor, logits: Tensor) -> Tensor:
             stopped = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
             if stop_at_eos:
-                stopped = torch.isin(tokens[:, -1], torch.tensor(eos, device=tokens.device))
+                stopped = torch.isin(tokens[:, -1], ends)
             for criterion in criteria:
                 stopped = stopped | torch.as_tensor(criterion(tokens, logits), device=tokens.device)
             return stopped

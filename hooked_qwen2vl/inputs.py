@@ -14,6 +14,7 @@ import copy
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -237,16 +238,22 @@ class Inputs(Geometry):
         ends = np.cumsum([visual.n_patches for visual in self.visuals])
         return tuple(zlib.crc32(part) for part in np.split(raw, ends[:-1]))
 
-    def extend(self, tokens: Int[Tensor, "batch"], running: Bool[Tensor, "batch"]) -> Inputs:
+    @cached_property
+    def has_padding(self) -> bool:
+        """Whether any position is padding; the device is asked once."""
+        return not bool(self.attention_mask.all())
+
+    def extend(self, tokens: Int[Tensor, "batch"], running: Bool[Tensor, "batch"], alive: Sequence[bool] | None = None) -> Inputs:
         """One generated token more for each row: text, whatever its id, and of the `answer`.
 
         Args:
-            running: False where a row has ended: its token is padding.
+            running: False where a row has ended: its token is padding. alive: the same on the host, where it is known there.
         """
+        alive = running.tolist() if alive is None else alive
         mask = running.long()[:, None]
         next_position = self.attention_mask.sum(-1) + self.rope_delta
-        segments = [row + ("answer" if alive else PADDING,) for row, alive in zip(self.segments, running.tolist())]
-        return replace(
+        segments = [row + ("answer" if one else PADDING,) for row, one in zip(self.segments, alive)]
+        longer = replace(
             self,
             tokens=torch.cat((self.tokens, tokens[:, None]), dim=1),
             attention_mask=torch.cat((self.attention_mask, mask), dim=1),
@@ -254,6 +261,8 @@ class Inputs(Geometry):
             position_ids=torch.cat((self.position_ids, next_position.expand(3, -1)[..., None]), dim=2),
             segments=tuple(segments),
         )
+        longer.__dict__["has_padding"] = self.has_padding or not all(alive)
+        return longer
 
     def left_padded(self) -> Inputs:
         """The same rows with all their padding on the left, as decoding needs them; positions stay the tokens' own."""
@@ -427,7 +436,7 @@ class Inputs(Geometry):
 
     def numpy(self) -> np.ndarray:
         """The token ids alone."""
-        return self.tokens.numpy()
+        return self.tokens.cpu().numpy()
 
     def __eq__(self, other: object) -> bool:
         """Equal only if tokens, padding, images and what the positions are called are equal."""

@@ -6,12 +6,13 @@ together, once a forward: steps inside a `finite_check` share that of the forwar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 
@@ -30,15 +31,28 @@ class FiniteCheck:
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         self.notes.append((x.detach().sum(dtype=wide), stage, x.dtype))
 
+    def flags(self) -> Bool[Tensor, "stage"]:
+        """Whether each stage's numbers are finite, on the first one's device."""
+        if not self.notes:
+            return torch.zeros(0, dtype=torch.bool)
+        device = self.notes[0][0].device
+        return torch.stack([total.to(device) for total, _, _ in self.notes]).isfinite()
+
     def ask(self) -> None:
         """Raises ValueError for the first stage whose numbers are not finite."""
-        if not self.notes:
-            return
-        device = self.notes[0][0].device
-        finite = torch.stack([total.to(device) for total, _, _ in self.notes]).isfinite().tolist()
+        if self.notes:
+            self.judge(self.flags().tolist())
+
+    def judge(self, finite: Sequence[bool]) -> None:
+        """The same, of flags that have been brought to the host; the notes are then done with.
+
+        Raises:
+            ValueError: for the first stage whose numbers are not finite.
+        """
+        notes, self.notes = self.notes, []
         if all(finite):
             return
-        _, stage, dtype = self.notes[finite.index(False)]
+        _, stage, dtype = notes[finite.index(False)]
         raise ValueError(_not_finite(stage if isinstance(stage, str) else stage(), dtype))
 
 
@@ -46,8 +60,11 @@ _current: ContextVar[FiniteCheck | None] = ContextVar("finite_check", default=No
 
 
 @contextmanager
-def finite_check() -> Iterator[FiniteCheck]:
+def finite_check(ask: bool = True) -> Iterator[FiniteCheck]:
     """The check of the forward that is under way; the outermost asks when it ends.
+
+    Args:
+        ask: False leaves that to the caller.
 
     Raises:
         ValueError: (on leaving) a stage gave numbers that are not finite.
@@ -62,7 +79,8 @@ def finite_check() -> Iterator[FiniteCheck]:
         yield check
     finally:
         _current.reset(token)
-    check.ask()
+    if ask:
+        check.ask()
 
 
 def finite(x: Tensor, stage: str) -> Tensor:
