@@ -31,6 +31,7 @@ from analyses.cli import (
     patch,
     scenes,
 )
+from hooked_qwen2vl.malloc import keep_freed_memory
 from hooked_qwen2vl.version import __version__
 
 COMMANDS = (lens, explore, explain, flips, patch, knockout, ablate, ground, hallucination, neurons, compare, check, scenes)
@@ -42,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     A reader that stops reading (`| head`) does not stop the command: its files are written.
     """
+    keep_freed_memory()
     with _tolerant_streams(), warnings.catch_warnings():
         warnings.showwarning = partial(_say, set())
         try:
