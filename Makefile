@@ -1,4 +1,4 @@
-.PHONY: bench demo docs figures install lint mutants notebooks test test-slow tl-suite
+.PHONY: bench demo docs figures install lint mutants notebooks test test-minimum test-newest test-slow tl-suite
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export HF_HUB_OFFLINE := 1
 
@@ -25,6 +25,17 @@ test-slow: install
 # TransformerLens's own tests with this model in its bridge's place; pip downloads them. The table: docs/transformer_lens.md.
 tl-suite: install
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv/bin/python tests/tl_suite/run.py
+
+# The oldest releases that setup.cfg allows, and the newest there are, torchvision with them, in environments of their own, with any
+# PYTHON from 3.11 on. What came out: docs/environments.md. TESTS chooses some.
+PYTHON ?= python3
+TESTS ?= tests -m "not slow" -n auto --maxprocesses 4 --dist loadfile
+test-minimum: export PIP_CONSTRAINT := $(CURDIR)/tests/environments/minimum.txt
+test-newest: export PIP_CONSTRAINT :=
+test-minimum test-newest: test-%:
+	$(PYTHON) -m venv .envs/$*
+	.envs/$*/bin/pip install -q --upgrade -e '.[dev]' $(if $(filter newest,$*),torchvision)
+	.envs/$*/bin/python -m pytest $(TESTS)
 
 # Faults that a reader would miss, and imports that point the wrong way (the contracts are in setup.cfg).
 lint: install
