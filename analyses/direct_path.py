@@ -51,14 +51,15 @@ def direct_path_patch(
     refuse_unaligned(clean_cache, corrupted_cache, "the clean and the corrupted cache")
     refuse_unaligned(clean_cache, as_prompt(model, corrupted), "the caches and the prompts")
     z_clean, z_corrupted = (cache["z", layer][:, :, head] for cache in (clean_cache, corrupted_cache))
-    delta = (z_clean - z_corrupted) @ model.blocks[layer].attn.W_O[head]
+    weight = model.blocks[layer].attn.W_O[head]
+    delta = (z_clean.to(weight) - z_corrupted.to(weight)) @ weight
     n_heads = cfg.n_heads if component == "q" else cfg.n_key_value_heads
     results = torch.full((cfg.n_layers, n_heads), float("nan"))
     cells = [(to, h) for to in range(layer + 1, cfg.n_layers) for h in range(n_heads)]
     for to, to_head in tqdm(cells, desc=f"paths from L{layer}H{head}", disable=not progress, delay=2):
 
         def add(stream: Tensor, hook: Any, to_head: int = to_head) -> Tensor:
-            stream[:, :, to_head] += delta
+            stream[:, :, to_head] += delta.to(stream.device)
             return stream
 
         name = f"blocks.{to}.attn.hook_{component}_input"

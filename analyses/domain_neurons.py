@@ -504,7 +504,8 @@ def mean_activations(
         def add(post: Tensor, hook: Any) -> None:
             module, layer = site = sites[hook.name]
             flat = post.flatten(0, -2)[real.to(post.device) if module == "decoder" else slice(None)]
-            sums[site] = sums.get(site, 0) + flat.double().sum(0)
+            wide = torch.float64 if flat.dtype == torch.float64 else torch.float32
+            sums[site] = sums.get(site, 0) + flat.sum(0, dtype=wide).cpu().double()
             n_tokens[module] += len(flat) if layer == 0 else 0
 
         with torch.no_grad():

@@ -180,11 +180,11 @@ def attribute_flip(model: Any, inputs: Any, layer: int, gained: int, lost: int, 
         )
     names = [f"blocks.{block}.{name}" for name in ("hook_resid_pre", "attn.hook_z", "hook_mlp_out", "hook_resid_post")]
     _, cache = model.run_with_cache(inputs, names_filter=names, stop_at_layer=layer)
-    pre, z, mlp, post = (cache[name][row, at].double() for name in names)
+    pre, z, mlp, post = (cache[name][row, at].cpu().double() for name in names)
     direction = _direction(model, gained, lost)
     r_pre, r_post = (_rms(model, h) for h in (pre, post))
     before, after = (float(h @ direction / r) for h, r in ((pre, r_pre), (post, r_post)))
-    heads = torch.einsum("hd,hdm,m->h", z, model.blocks[block].attn.W_O.double(), direction) / r_post
+    heads = torch.einsum("hd,hdm,m->h", z, model.blocks[block].attn.W_O.cpu().double(), direction) / r_post
     return FlipAttribution(
         flip_layer=layer,
         gained=model.tokenizer.decode([gained]),
@@ -193,8 +193,8 @@ def attribute_flip(model: Any, inputs: Any, layer: int, gained: int, lost: int, 
         lost_id=lost,
         before=before,
         after=after,
-        heads=heads.float().cpu(),
-        bias=float(model.blocks[block].attn.b_O.double() @ direction / r_post),
+        heads=heads.float(),
+        bias=float(model.blocks[block].attn.b_O.cpu().double() @ direction / r_post),
         mlp=float(mlp @ direction / r_post),
         norm=float(before * (r_pre / r_post - 1)),
         position=at,
@@ -299,8 +299,9 @@ def _random_like(model: Any, found: Sequence[Component], layer: int, rng: Random
 
 
 def _direction(model: Any, gained: int, lost: int) -> Float[Tensor, "d_model"]:
-    """γ ⊙ (W_U[a] − W_U[b]), in double precision."""
-    return (model.W_U[:, gained].double() - model.W_U[:, lost].double()) * model.ln_final.w.double()
+    """γ ⊙ (W_U[a] − W_U[b]), in double precision, on the CPU (a Mac's GPU has none)."""
+    gained_row, lost_row, weight = (tensor.cpu().double() for tensor in (model.W_U[:, gained], model.W_U[:, lost], model.ln_final.w))
+    return (gained_row - lost_row) * weight
 
 
 def _rms(model: Any, h: Float[Tensor, "d_model"]) -> Tensor:

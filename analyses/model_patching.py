@@ -157,7 +157,7 @@ def _put(clean: Float[Tensor, "1 pos d_model"], places: Tensor) -> Any:
 
 
 def _log_probs(logits: Float[Tensor, "1 1 d_vocab"]) -> Float[Tensor, "d_vocab"]:
-    return logits[0, 0].double().log_softmax(-1).cpu()
+    return logits[0, 0].cpu().double().log_softmax(-1)
 
 
 def _divergence(p: Float[Tensor, "d_vocab"], q: Float[Tensor, "d_vocab"]) -> float:

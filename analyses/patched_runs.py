@@ -132,7 +132,7 @@ class TowerRuns:
     def __init__(self, model: Any, source: Any, target: Any, activation: str, layers: Sequence[int]):
         if not target.visuals:
             raise ValueError(f"{TOWER}{activation} needs prompts with images.")
-        self.model, self.target, self.activation = model, target, activation
+        self.model, self.target, self.activation = model, target.to(model.cfg.device), activation
         self.first = int((target.token_types > 0).any(0).nonzero()[0])
         self.tapped = [layer for layer in model.cfg.vision.deepstack_layers if layer < max(layers)]
         names = [f"{TOWER}blocks.{layer}.hook_resid_pre" for layer in layers] + ["hook_embed"]

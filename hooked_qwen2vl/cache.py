@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import wraps
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,9 +23,11 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from transformer_lens import ActivationCache
 from transformer_lens.utilities import Slice, SliceInput
 
+from .devices import WeightsAt
 from .files import open_regular, whole_file
 from .geometry import PromptShape
 from .hook_names import canonical, is_vision
@@ -47,8 +50,30 @@ def position_axes(name: str) -> tuple[int, int | None]:
 _HEAD_NORM = re.compile(r"\.[qk]_norm\.hook_\w+$")
 
 
+def _where_the_cache_is(method: Callable) -> Callable:
+    """The method with the weights that it reads, and the tensors that it is given, on the device of the cache."""
+
+    @wraps(method)
+    def run(self: HookedCache, *args: Any, **kwargs: Any) -> Any:
+        held = next(iter(self.cache_dict.values()), None)
+        if held is None or isinstance(self.model, WeightsAt):
+            return method(self, *args, **kwargs)
+        args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to(held.device), (args, kwargs))
+        if all(weight.device == held.device for weight in self.model.parameters()):
+            return method(self, *args, **kwargs)
+        model, self.model = self.model, WeightsAt(self.model, held.device)
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            self.model = model
+
+    return run
+
+
 class HookedCache(ActivationCache):
     """An `ActivationCache` of one run of a HookedQwen2VL.
+
+    It may be kept on another device than the model: what its methods compute is then computed there, and weights are copied for it.
 
     Attributes:
         cache_dict: text side, hook name -> [batch pos …].
@@ -188,6 +213,18 @@ class HookedCache(ActivationCache):
         prompt = None if self.prompt_shape is None else self.prompt_shape.rows(batch_slice)
         return HookedCache(sliced.cache_dict, self.model, sliced.has_batch_dim, self.vision, prompt)
 
+    # TransformerLens's methods that read weights
+    _ensure_head_results = _where_the_cache_is(ActivationCache._ensure_head_results)
+    get_neuron_results = _where_the_cache_is(ActivationCache.get_neuron_results)
+    stack_neuron_results = _where_the_cache_is(ActivationCache.stack_neuron_results)
+    logit_attrs = _where_the_cache_is(ActivationCache.logit_attrs)
+
+    def logit_lens(self, **settings: Any) -> Any:
+        """TransformerLens's, of the residual stream brought to the model's device, where it is read through the vocabulary."""
+        stream = {name: value for name, value in self.cache_dict.items() if "hook_resid" in name}
+        here = {name: value.to(self.model.cfg.device) for name, value in stream.items()}
+        return ActivationCache.logit_lens(HookedCache(here, self.model, self.has_batch_dim), **settings)
+
     def decompose_resid(
         self,
         layer: int | None = None,
@@ -209,6 +246,7 @@ class HookedCache(ActivationCache):
             stack = self.apply_ln_to_stack(stack, self._up_to(layer), mlp_input=mlp_input, pos_slice=pos_slice)
         return (stack, labels) if return_labels else stack
 
+    @_where_the_cache_is
     def get_full_resid_decomposition(
         self,
         layer: int | None = None,
@@ -241,6 +279,7 @@ class HookedCache(ActivationCache):
         positions = Slice.unwrap(pos_slice)
         return {f"{l}_deepstack": positions.apply(self[f"blocks.{l}.hook_deepstack"], dim=-2) for l in merged}
 
+    @_where_the_cache_is
     def apply_ln_to_stack(
         self,
         residual_stack: Float[Tensor, "component *batch_and_pos d_model"],

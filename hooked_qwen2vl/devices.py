@@ -93,3 +93,37 @@ def check_storage_can_be_shared(hf_model: nn.Module, name: str) -> None:
             f"{name} is spread over {', '.join(sorted(devices))}: its placeholders would be taken for weights. Use "
             f"HookedQwen2VL.from_pretrained(folder, device_map='auto')."
         )
+
+
+class WeightsAt:
+    """A module as seen from another device: its weights are read there, and what it computes comes back there.
+
+    For code that reads weights beside activations that are kept elsewhere, such as a cache on the CPU. Nothing is kept: each
+    reading of a weight copies it.
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device):
+        self._module, self._device = module, device
+
+    def __getattr__(self, name: str) -> Any:
+        return self._seen(getattr(self._module, name))
+
+    def __getitem__(self, index: int) -> Any:
+        return self._seen(self._module[index])
+
+    def __len__(self) -> int:
+        return len(self._module)
+
+    def __call__(self, *args: Any) -> Any:
+        own = next(self._module.parameters()).device
+        there = own if own.type != "meta" else self._device  # offloaded weights are brought by accelerate's own hook
+        return self._seen(self._module(*(arg.to(there) for arg in args)))
+
+    def _seen(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.to(self._device)
+        if isinstance(value, nn.Module):
+            return WeightsAt(value, self._device)
+        if callable(value):
+            return lambda *args, **kwargs: self._seen(value(*args, **kwargs))
+        return value

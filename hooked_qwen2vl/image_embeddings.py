@@ -75,10 +75,11 @@ class ImageEmbeddings:
     """Mixed into HookedQwen2VL."""
 
     def encode(self, inputs: Inputs) -> Inputs:
-        """The same batch with its image embeddings, so that later runs need not run the tower."""
+        """The same batch on the model's device with its image embeddings, so that later runs need not run the tower."""
+        inputs = inputs.to(self.cfg.device)
         if not inputs.visuals:
             return inputs
-        images = self.run_tower(inputs.to(self.cfg.device))
+        images = self.run_tower(inputs)
         return inputs.with_image_embeddings(images[0], self.tower_stamp(), images[1:])
 
     def image_embeddings(self, inputs: Inputs) -> Float[Tensor, "image_token d_model"] | None:
@@ -143,7 +144,7 @@ def samples_of(tensors: Sequence[Tensor]) -> int:
     by_device: dict[torch.device, list[Tensor]] = {}
     for some in picked:
         by_device.setdefault(some.device, []).append(some)
-    return hash(tuple(torch.cat(some).double().cpu().numpy().tobytes() for some in by_device.values()))
+    return hash(tuple(torch.cat(some).cpu().double().numpy().tobytes() for some in by_device.values()))
 
 
 class ImageEmbeddingsCache:

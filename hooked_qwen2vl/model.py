@@ -456,13 +456,13 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
     def _surroundings(self, residual: Float[Tensor, "rows pos d_model"], inputs: Inputs, running: RunningPositions) -> tuple[Any, Causal]:
         """The rotation of the positions that the stream holds, and which keys each of them may see."""
         text, copies = self.cfg.text, len(residual) // len(inputs)
-        position_ids = running.kept(inputs.position_ids[..., running.start : running.stop], -1).repeat(1, copies, 1)
+        position_ids = running.kept(inputs.position_ids[..., running.start : running.stop], -1).repeat(1, copies, 1).to(residual.device)
         rotation = text_rotation(position_ids, text.rotary_base, text.d_head, text.mrope_section, residual.dtype, text.mrope_interleaved)
         seen = inputs.attention_mask[:, : running.stop].bool().repeat(copies, 1).to(residual.device)
         hidden = running.hidden
         if hidden is not None:
             seen, hidden = (mask[:, running.keys] for mask in (seen, hidden.to(residual.device)))
-        seen, hidden = None if bool(seen.all()) else seen, hidden if hidden is not None and bool(hidden.any()) else None
+        seen, hidden = seen if inputs.has_padding else None, hidden if hidden is not None and bool(hidden.any()) else None
         visible = Causal(len(running.queries), len(running.keys), residual.device, seen, hidden)
         return rotation, visible
 

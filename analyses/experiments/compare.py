@@ -281,7 +281,7 @@ def text_agreement(model: Any, twin: Any, texts: Sequence[str], tolerance: float
         (ours, labels), (theirs, _) = residual_stack(model, tokens), residual_stack(twin, tokens)
         pairs = [*zip(labels, ours, theirs), ("logits", model(tokens), twin(tokens))]
         for label, one, other in pairs:
-            error = float((one - other).abs().max())
+            error = float((one.cpu() - other.cpu()).abs().max())
             share = error / float(other.std())
             rows.append({"text": text, "layer_label": label, "error": error, "share": share, "ok": share <= tolerance})
     return pd.DataFrame(rows)

@@ -185,7 +185,7 @@ def _heat_maps(model: Any, item: Any, other: Any, image_layer: int | None, text_
     """Heat maps of the methods that look, the contextual lens's own box, and whether the model answers rightly."""
     inputs, swapped = (model.to_inputs(item.question, images=[x.image], answers=item.answer) for x in (item, other))
     image, first = inputs.positions("image"), int(inputs.positions("answer")[0])
-    with attention_patterns(model, lambda pattern: pattern[0, :, first - 1, image].double().mean(0).cpu()) as attention:
+    with attention_patterns(model, lambda pattern: pattern[0, :, first - 1, image].cpu().double().mean(0)) as attention:
         stack = residual_stack(model, inputs)[0][:, 0].cpu()
     span = _span(model, inputs, item)
     ours = ground(model, inputs, 0, image_layer, text_layer, span, stack)
@@ -197,7 +197,7 @@ def _heat_maps(model: Any, item: Any, other: Any, image_layer: int | None, text_
     right = bool((said.cpu() == inputs.tokens[0, places].cpu()).all())
     heats = {
         "contextual lens": ours.heat[0],
-        "logit lens": probs.amax(0).double().reshape(item.grid),
+        "logit lens": probs.amax(0).cpu().double().reshape(item.grid),
         "attention": torch.stack(list(attention.values())).mean(0).reshape(item.grid),
         "(shuffled image)": shuffled.heat[0],
     }

@@ -314,7 +314,7 @@ class EffectExperiment(Experiment):
             total = torch.zeros(len(domains), self.widths[module], dtype=torch.float64)
             if (module, layer) in effects:  # the tower does not run where there is no image
                 of_token = of_row.repeat_interleave(inputs.shape[1]) if module == "decoder" else _of_tower(inputs, of_row, module)
-                total.index_add_(0, of_token, effects[module, layer].double().cpu())
+                total.index_add_(0, of_token, effects[module, layer].cpu().double())
             for domain, n, values in zip(domains, counts, total.numpy()):
                 yield {"id": first[domain], "domain": domain, "source": "", "module": module, "layer": layer, "n": n, "values": values}
 

@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from analyses.views.figure import Figure, colour_bar, evenly_spaced, largest, on_image
+from analyses.views.figure import Figure, as_array, colour_bar, evenly_spaced, largest, on_image
+from hooked_qwen2vl.pictures import open_image
 
 
 def attention_on_image(
@@ -29,15 +30,16 @@ def attention_on_image(
     Args:
         attention: from one text token to the image's tokens, in raster order, as shares of the whole attention.
         grid: (rows, cols) of image tokens.
-        image: the picture; the grid is stretched over it.
+        image: the picture, whatever `to_inputs` takes; the grid is stretched over it.
         layers, heads: which; None for all (at most 28 layers and 28 heads stay readable).
     Raises:
         ValueError: tokens that do not fill the grid.
     """
     _check_grid(attention.shape[-1], grid)
+    image = open_image(image)
     chosen = list(range(attention.shape[0])) if layers is None else [range(attention.shape[0])[l] for l in layers]
     columns = list(range(attention.shape[1])) if heads is None else [range(attention.shape[1])[h] for h in heads]
-    values = attention.detach().float().numpy()
+    values = as_array(attention)
     small_image = image.copy()
     small_image.thumbnail((300, 300))  # more than a panel shows, even in print
     side = min(1.5, 22 / (len(columns) + 1))
@@ -68,13 +70,14 @@ def maps_on_image(
     Raises:
         ValueError: a map that does not fill the grid.
     """
+    image = open_image(image)
     n_panels = min(n_panels, max(len(tensor) for tensor in maps.values()))
     rows, tall = len(maps), 1.7 * image.height / image.width
     figure = Figure(figsize=(2.2 + 1.75 * n_panels, 0.5 + (tall + 0.35) * rows), layout="constrained")
     panels = figure.subplots(rows, n_panels, squeeze=False)
     for row, (name, tensor) in zip(panels, maps.items()):
         _check_grid(tensor.shape[-1], grid)
-        values = tensor.detach().float().numpy()
+        values = as_array(tensor)
         low, high, colours = _scale(values)
         layers = evenly_spaced(len(values), n_panels)  # a short map has fewer
         for axes in row[len(layers) :]:

@@ -153,6 +153,11 @@ def bars(axes: Any, names: Sequence[str], values: Any, colours: Any = BLUE, size
     rule(axes, x=0)
 
 
+def as_array(values: Any) -> np.ndarray:
+    """Numbers as float64 on the host: a tensor of any dtype on any device, an array, a list."""
+    return np.asarray(values.detach().cpu().double() if hasattr(values, "detach") else values, dtype=float)
+
+
 def on_image(axes: Any, values: Any, image: Any, colours: str, low: float, high: float) -> Any:
     """A map [row col], stretched over the image (original pixels); places without a value show the image alone.
 
@@ -160,7 +165,7 @@ def on_image(axes: Any, values: Any, image: Any, colours: str, low: float, high:
     it, as a touch of white or black. So flat places have the bar's colours, on dark photographs too.
     """
     extent = (0, image.width, image.height, 0)
-    values = np.ma.masked_invalid(np.asarray(values, dtype=float))
+    values = np.ma.masked_invalid(as_array(values))
     grey_below(axes, image)
     drawn = axes.imshow(values, cmap=colours, vmin=low, vmax=high, extent=extent, interpolation="nearest")
     there = Image.fromarray(np.uint8(255 * ~np.ma.getmaskarray(values))).resize(image.size, Image.Resampling.NEAREST)
@@ -193,7 +198,7 @@ def evenly_spaced(n: int, most: int) -> list[int]:
 
 def largest(values: Any) -> float:
     """The largest absolute value, 1 where there is none: for a symmetric scale."""
-    return float(np.nan_to_num(np.abs(np.asarray(values, dtype=float))).max(initial=0.0)) or 1.0
+    return float(np.nan_to_num(np.abs(as_array(values))).max(initial=0.0)) or 1.0
 
 
 def refuse_other_picture(image: Any, grid: tuple[int, int]) -> None:

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from analyses.views.figure import NO_VALUE, Figure, colour_bar, label_ticks, largest, length
+from analyses.views.figure import NO_VALUE, Figure, as_array, colour_bar, label_ticks, largest, length
 from analyses.views.text import visible
 
 
@@ -29,7 +27,7 @@ def signed_map(
             every k-th is written.
         upward: the first row at the bottom.
     """
-    data = np.asarray(values, dtype=float)
+    data = as_array(values)
     limit = largest(data)
     wide, tall = length(len(columns), 0.19, 1.6), length(len(rows), 0.19, 0.8)
     figure = Figure(figsize=(2.4 + wide, 1.8 + tall), layout="constrained")

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from analyses.views.figure import Figure, colour_bar, evenly_spaced, largest, on_image, picture
+from analyses.views.figure import Figure, as_array, colour_bar, evenly_spaced, largest, on_image, picture
 from analyses.views.maps import signed_map
+from hooked_qwen2vl.pictures import open_image
 
 
 def recovery_map(recovery: Any, layers: Sequence[int], labels: Sequence[str], title: str, path: str | Path | None = None) -> Figure:
@@ -27,9 +26,9 @@ def recovery_on_image(
     """The clean and the corrupted image, then the recovery of each image token at evenly spaced layers.
 
     Args:
-        recovery: [layer rows cols]. images: clean and corrupted, in original pixels.
+        recovery: [layer rows cols]. images: clean and corrupted, in original pixels: whatever `to_inputs` takes.
     """
-    data = np.asarray(recovery, dtype=float)
+    data, images = as_array(recovery), [open_image(image) for image in images]
     limit = largest(data)
     chosen = evenly_spaced(len(layers), n_panels)
     side, count = 2.6, len(chosen) + len(images)
