@@ -161,7 +161,7 @@ def _open_file(path: str | Path) -> Image.Image:
     except MemoryError:
         raise
     except Exception as error:  # decoders raise anything: KeyError, struct.error, ZeroDivisionError, …
-        why = getattr(error, "strerror", None) or str(error).replace(str(path), "it")
+        why = getattr(error, "strerror", None) or re.sub(" <_io[^>]*>", "", str(error).replace(str(path), "it"))  # a handle has a number
         raise ValueError(f"{name} is not a readable image ({why[:400]}): it is damaged or of another kind.") from error
 
 
