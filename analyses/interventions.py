@@ -201,7 +201,7 @@ class _Source:
             return 0.0
         tokens = self._tokens(name)
         if self.how == "mean":
-            return tokens.double().mean(0)
+            return tokens.cpu().double().mean(0)
         return tokens[(self.drawn[positions.numpy() % _DRAWS] * len(tokens)).astype(int)]
 
     def _tokens(self, name: str) -> Float[Tensor, "token *rest"]:
@@ -373,7 +373,7 @@ def contrast_direction(model: Any, positive: Any, negative: Any, layer: int, whe
     for prompts in (positive, negative):
         prompts = model.as_inputs(prompts)
         stream = model(prompts, stop_at_layer=layer) if layer else model(prompts, stop_at_layer=0)
-        rows = [stream[row, prompts.resolve(where, row)].double().mean(0) for row in range(len(prompts))]
+        rows = [stream[row, prompts.resolve(where, row)].cpu().double().mean(0) for row in range(len(prompts))]
         means.append(torch.stack(rows).mean(0))
     return (means[0] - means[1]).to(stream.dtype)
 

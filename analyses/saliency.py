@@ -196,7 +196,7 @@ def saliency(
     kept = None if layers is None else tuple(layers)
     question = model.to_string(item.tokens[0, item.positions("question")]) if item.has_segment("question") else ""
     return Saliency(
-        values.T.double().cpu(), base.double().cpu(), scene.ids.cpu(), said,
+        values.T.cpu().double(), base.cpu().double(), scene.ids.cpu(), said,
         tuple(visual.token_grid[1:] for visual in visuals), tuple(tuple(visual.size) for visual in visuals),
         method, kept, question, str(model.cfg.model_name),
     )  # fmt: skip
@@ -234,7 +234,7 @@ def curves(
     counts = torch.linspace(0, scene.n, min(steps, scene.n) + 1).round().long()
     gone = rank[None] < counts[:, None]
     runs = KeyRuns(scene, None) if by == "keys" else PixelRuns(scene)
-    probability = _cells(runs.log_probs, torch.cat((gone, ~gone)), batch_size, False).sum(-1).exp().double().cpu()
+    probability = _cells(runs.log_probs, torch.cat((gone, ~gone)), batch_size, False).sum(-1).exp().cpu().double()
     method = order.method if isinstance(order, Saliency) else "given"
     n = len(counts)
     return Curves(counts.double() / scene.n, probability[:n], probability[n:], by, method, str(model.cfg.model_name))
@@ -381,17 +381,17 @@ def _integrated_gradients(runs: PixelRuns, steps: int, batch_size: int) -> Float
             given = method.attribute(
                 runs.pixels[None], runs.blank[None], target=number, n_steps=steps, method="gausslegendre", internal_batch_size=batch_size
             )
-            values.append(runs.per_token(given.detach()[0].double().sum(-1)))
+            values.append(runs.per_token(given.detach()[0].cpu().double().sum(-1)))
     return torch.stack(values)
 
 
 def _attention(scene: Scene, rollout: bool) -> Float[Tensor, "answer image_token"]:
     if not rollout:
         reads, image = scene.reads, scene.image
-        with attention_patterns(scene.model, lambda pattern: pattern[0, :, reads][:, :, image].double().mean(0).cpu()) as given:
+        with attention_patterns(scene.model, lambda pattern: pattern[0, :, reads][:, :, image].cpu().double().mean(0)) as given:
             scene.model(scene.item, return_type=None)
         return torch.stack(list(given.values())).mean(0)
-    with attention_patterns(scene.model, lambda pattern: pattern[0].double().mean(0).cpu()) as given:
+    with attention_patterns(scene.model, lambda pattern: pattern[0].cpu().double().mean(0)) as given:
         scene.model(scene.item, return_type=None)
     rows = torch.eye(scene.item.shape[1], dtype=torch.float64)[scene.reads]
     for layer in sorted(given, reverse=True):
@@ -415,7 +415,7 @@ def _attention_gradient(scene: Scene) -> Float[Tensor, "answer image_token"]:
         for number, read in enumerate(scene.reads.tolist()):
             grads = torch.autograd.grad(log_probs[number], list(patterns.values()), retain_graph=number + 1 < len(scene.reads))
             row = torch.eye(scene.item.shape[1], dtype=torch.float64)[read]
-            relevance = {l: (p * g).detach()[0].clamp(min=0).double().mean(0).cpu() for (l, p), g in zip(patterns.items(), grads)}
+            relevance = {l: (p * g).detach()[0].clamp(min=0).cpu().double().mean(0) for (l, p), g in zip(patterns.items(), grads)}
             for layer in sorted(relevance, reverse=True):
                 row = row + row @ relevance[layer]
             values.append(row[scene.image])

@@ -152,7 +152,7 @@ def find_sinks(model: Any, inputs: Any, row: int = 0, received: float = 5.0, rat
 def _received(pattern: Float[Tensor, "head pos key_pos"]) -> Float[Tensor, "key_pos"]:
     """Attention that each key gets from the queries after it, over what an even spread would give it."""
     n = pattern.shape[-1]
-    mean = pattern.double().mean(0).cpu().tril(-1)
+    mean = pattern.cpu().double().mean(0).tril(-1)
     even = (torch.ones(n, n, dtype=torch.float64) / torch.arange(1, n + 1, dtype=torch.float64)[:, None]).tril(-1)
     return (mean.sum(0) / even.sum(0)).float()
 

@@ -43,11 +43,15 @@ from analyses.experiments.max_activating import top_images, written_tokens
 from analyses.experiments.neurons import ablate, conditions, prepare, stream_by_layer
 from analyses.explorer import explore
 from analyses.flip_patching import ablate_flip, attribute_flip, component_effects
+from analyses.interventions import ablate as ablate_parts
+from analyses.interventions import contrast_direction, drop_tokens, hook_names, mask_image, steer
 from analyses.knockout import attention_knockout
 from analyses.logit_lens import logit_lens, residual_stack
 from analyses.model_patching import patch_between_models
 from analyses.patching import patch_sweep
 from analyses.project_away import project_away_hooks, text_direction
+from analyses.saliency import saliency
+from analyses.sinks import find_sinks
 from analyses.trajectory import answer_trajectory
 from analyses.views.attention import attention_on_image, maps_on_image
 from analyses.views.patching import recovery_map, recovery_on_image
@@ -258,7 +262,18 @@ def heads_and_directions(w: World) -> Any:
     return detect_heads(w.model), logits.cpu()
 
 
-ON_TINY = (forward, from_processor, caches, paths, generation, sweeps, native_patching, knockouts, neurons_off)
+def interventions(w: World) -> Any:
+    """What is changed, and by how much it matters; reference and directions may lie on the CPU."""
+    _, reference = w.model.run_with_cache(w.corrupted, names_filter=hook_names(heads=[(0, 1)], mlps=[1]), device="cpu")
+    direction = contrast_direction(w.model, w.clean, w.corrupted, 1)
+    hooks = [ablate_parts(heads=[(0, 1)], mlps=[1], how=how, reference=reference) for how in ("mean", "resample")]
+    hooks += [steer(direction.cpu(), [1], positions="last", inputs=w.clean), mask_image(w.clean), drop_tokens(w.clean, "image", 1)]
+    logits = [w.model.run_with_hooks(w.clean, fwd_hooks=hook).cpu() for hook in hooks]
+    maps = [saliency(w.model, w.clean, method, target=5, progress=False) for method in ("knockout", "occlusion", "rollout")]
+    return logits, maps, find_sinks(w.model, w.clean)
+
+
+ON_TINY = (forward, from_processor, caches, paths, generation, sweeps, native_patching, knockouts, neurons_off, interventions)
 ON_SCENES = (lenses, nearest_texts, trajectories, answers, agreement, heads_and_directions)
 SLOW = (pair_tables, studies, grounded, hallucinated, domain_neurons, comparisons)  # experiments on the embedded model
 

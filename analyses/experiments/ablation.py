@@ -96,9 +96,9 @@ def answer_log_probs(model: Any, inputs: Any, hooks: Interventions | None = None
     for row in range(len(inputs)):
         places = inputs.positions("answer", row).to(logits.device)
         said, wanted = logits[row, places - 1], inputs.tokens[row, places.to(inputs.device)].to(logits.device)
-        totals.append(said.float().log_softmax(-1).gather(-1, wanted[:, None]).double().sum())
+        totals.append(said.float().log_softmax(-1).gather(-1, wanted[:, None]).cpu().double().sum())
         rights.append(bool((said.argmax(-1) == wanted).all()))
-    return torch.stack(totals).cpu(), rights
+    return torch.stack(totals), rights
 
 
 # ---- effects ------------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ class Ablation(Experiment):
 
     def __init__(self, model: Any, parts: Mapping[str, Mapping[str, Any]], how: str = "zero", reference: Any = None, seed: int = 0):
         self.hooks = {name: ablate(**part, how=how, reference=reference, seed=seed) for name, part in parts.items()}
-        sums = {} if reference is None else {name: float(values.double().abs().sum()) for name, values in sorted(reference.items())}
+        sums = {} if reference is None else {name: float(values.cpu().double().abs().sum()) for name, values in sorted(reference.items())}
         about = {
             name: {kind: [list(u) if isinstance(u, tuple) else u for u in units] for kind, units in part.items()}
             for name, part in parts.items()
