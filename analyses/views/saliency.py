@@ -51,7 +51,7 @@ def saliency_plot(result: Any, path: str | Path | None = None, images: Sequence[
     chosen = evenly_spaced(len(result.tokens), _MOST) if len(result.tokens) > 1 else []
     columns, side = 1 + (images is not None) + len(chosen), 2.0
     aspects = [height / width for width, height in result.sizes]
-    figure = Figure(figsize=(max(5.0, side * columns + 1.0), side * sum(aspects) + 0.6 * len(aspects) + 1.0), layout="constrained")
+    figure = Figure(figsize=(max(5.0, side * columns + 1.0), side * sum(aspects) + 0.5 * len(aspects) + 0.4), layout="constrained")
     grid = figure.subplots(len(aspects), columns, squeeze=False, height_ratios=aspects)
     titles = ["whole answer", *(visible(result.tokens[number], 14) for number in chosen)]
     all_maps = [result.maps(), *(result.maps(result.values[number]) for number in chosen)]
@@ -70,7 +70,7 @@ def saliency_plot(result: Any, path: str | Path | None = None, images: Sequence[
                 no_ticks(axes)
             axes.set_title(f"{title}\n{'±' if low else '0 to '}{most:.2g}", fontsize=8)
             if number == 0:
-                colour_bar(figure, drawn, axes, UNITS.get(result.method, result.method), shrink=0.8)
+                colour_bar(figure, drawn, axes, UNITS.get(result.method, result.method), shrink=0.7)
     said = line("".join(result.tokens), 40)
     figure.titled(f"{result.method}: what “{said}” depended on. {line(result.question, 60)} {result.model_name}")
     return figure.saved(path)

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from analyses.views.figure import ORANGE, Figure, colour_bar, label_layers, on_image, refuse_other_picture
+from analyses.views.figure import ORANGE, Figure, label_layers, on_image, refuse_other_picture
 from analyses.views.text import visible
 
 
@@ -35,9 +36,7 @@ def sinks_plot(result: Any, path: str | Path | None = None, images: Sequence[Any
         label_layers(axes.yaxis, range(len(values)))
         axes.set_ylabel("block", fontsize=8)
         axes.tick_params(labelsize=7)
-        bar = parts[0].colorbar(drawn, ax=axes)
-        bar.set_label(label, fontsize=8)
-        bar.ax.tick_params(labelsize=7)
+        _bar(parts[0], drawn, axes, label)
     panels[0].set_title("norm of the stream that enters each block", fontsize=9)
     panels[1].set_title(f"attention received from later tokens; sinks, from {result.threshold:g} × an even share on, are named", fontsize=9)
     sinks = np.flatnonzero(result.is_sink.numpy())
@@ -71,5 +70,13 @@ def _on_images(part: Any, result: Any, images: Sequence[Any]) -> None:
         for row, col in np.argwhere(framed):
             axes.add_patch(Rectangle((col * width, row * height), width, height, fill=False, edgecolor=ORANGE, linewidth=1.2))
         axes.set_title(f"{int(framed.sum())} of {rows * cols} image tokens are sinks", fontsize=8)
-        colour_bar(part.figure if hasattr(part.figure, "colorbar") else part, drawn, axes, "× an even share", shrink=0.8)
+        _bar(part, drawn, axes, "× an even share")
         first += rows * cols
+
+
+def _bar(part: Any, drawn: Any, axes: Any, label: str) -> None:
+    """A colour bar with plain numbers: a logarithmic one would have them as mathematics."""
+    bar = part.colorbar(drawn, ax=axes, shrink=0.9, format=FuncFormatter(lambda x, _: f"{x:g}"))
+    bar.ax.yaxis.set_minor_formatter(NullFormatter())
+    bar.set_label(label, fontsize=8)
+    bar.ax.tick_params(labelsize=7)
