@@ -41,8 +41,11 @@ def sinks_plot(result: Any, path: str | Path | None = None, images: Sequence[Any
     panels[1].set_title(f"attention received from later tokens; sinks, from {result.threshold:g} × an even share on, are named", fontsize=9)
     sinks = np.flatnonzero(result.is_sink.numpy())
     names = [f"{position} {'▢' if position in result.image else visible(result.tokens[position], 10)}" for position in sinks]
-    step = max(1, len(sinks) // 40)
-    panels[1].set_xticks(sinks[::step], names[::step], rotation=90, fontsize=6)
+    named, last = [], -np.inf
+    for number, position in enumerate(sinks):  # of neighbours the first is named
+        if position - last >= len(result.tokens) / 60:
+            named, last = [*named, number], position
+    panels[1].set_xticks(sinks[named], [names[number] for number in named], rotation=90, fontsize=6)
     if result.image:
         for axes in panels:
             axes.axvspan(min(result.image) - 0.5, max(result.image) + 0.5, ymin=0, ymax=0.03, color=ORANGE)
