@@ -274,8 +274,8 @@ def interventions(w: World) -> Any:
 
 
 ON_TINY = (forward, from_processor, caches, paths, generation, sweeps, native_patching, knockouts, neurons_off, interventions)
-ON_SCENES = (lenses, nearest_texts, trajectories, answers, agreement, heads_and_directions)
-SLOW = (pair_tables, studies, grounded, hallucinated, domain_neurons, comparisons)  # experiments on the embedded model
+ON_SCENES = (lenses, nearest_texts, agreement, heads_and_directions)
+SLOW = (trajectories, answers, pair_tables, studies, grounded, hallucinated, domain_neurons, comparisons)
 
 
 # ---- the two runs of a case ----------------------------------------------------------------------------------------
@@ -370,7 +370,7 @@ def test_the_analyses(case, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", SLOW, ids=lambda case: case.__name__)
-def test_the_experiments(case, tmp_path):
+def test_the_longer_analyses_and_the_experiments(case, tmp_path):
     run_there("scenes", case, "mps float32", tmp_path)
 
 
@@ -391,6 +391,7 @@ def test_the_line_everywhere(case, family, tmp_path):
 # ---- the device itself ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_check_against_transformers_runs_there():
     model, reference = made("qwen2_vl", torch.float32), tiny_hf()
@@ -454,3 +455,15 @@ def test_a_forward_waits_for_the_device_as_often_whatever_its_depth(tmp_path):
             model(inputs)
             waits.append(sum(device.transfers.values()))
     assert waits[0] == waits[1] <= 6
+
+
+@torch.no_grad()
+def test_encoded_prompts_are_where_the_model_is():
+    """`Inputs` that are on the CPU are brought there once, not again in each run of a sweep."""
+    model = made("qwen2_vl", torch.float32)
+    prompts = model.to_inputs("red?", images=[picture(56, 56)]), model.to_inputs("red?")
+    with pretended():
+        on_device(model)
+        for inputs in prompts:
+            encoded = model.encode(inputs)
+            assert all(isinstance(x, OnDevice) for x in (encoded.tokens, encoded.position_ids, encoded.attention_mask))
