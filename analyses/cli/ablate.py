@@ -57,8 +57,8 @@ def run(options: argparse.Namespace) -> None:
     in_range(options, "share", lambda share: 0 < share <= 1, "in 0..1, and more than 0")
     if options.find and options.heads:
         raise ValueError("--heads names a set, --find searches for one: give one of them.")
-    if options.find and (options.rank or options.dry_run):
-        raise ValueError("--rank and --dry-run belong to a run over a data set: --find searches in one process; leave them out.")
+    if options.find and (options.rank or options.dry_run or options.cluster):
+        raise ValueError("--rank, --cluster and --dry-run belong to a run over a data set: --find searches in one process; leave them out.")
     check_data(options.data, options.reference if options.how != "zero" else None)
     (_find if options.find else _effects)(options)
 
