@@ -37,11 +37,12 @@ test-minimum test-newest: test-%:
 	.envs/$*/bin/pip install -q --upgrade -e '.[dev]' $(if $(filter newest,$*),torchvision)
 	.envs/$*/bin/python -m pytest $(TESTS)
 
-# Faults that a reader would miss, and imports that point the wrong way (the contracts are in setup.cfg).
+# Faults that a reader would miss, wrong types, and imports that point the wrong way (the contracts are in setup.cfg).
 lint: install
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/lint-imports
+	.venv/bin/pyright
 
 # The site, with an API reference of every public name; a dead link is an error: out/site.
 docs: install

@@ -38,6 +38,7 @@ from analyses.common.vocabulary import predictions_of
 from analyses.contextual_lens import contextual_score, span_positions, yes_no_subject
 from analyses.logit_lens import residual_stack
 from analyses.trajectory import flips, same_word, stability
+from hooked_qwen2vl.protocols import Model
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Evidence:
         image_layer, text_layer: of the contextual lens; None takes its defaults.
     """
 
-    model: Any
+    model: Model
     inputs: Any
     row: int = 0
     noun: str | None = None
@@ -128,7 +129,7 @@ SCORES: dict[str, Score] = {}
 def _score(function: Callable[[Evidence], float]) -> Score:
     """Gives a function of evidence the common signature, and its place in SCORES."""
 
-    def score(model: Any, inputs: Any, row: int = 0) -> float:
+    def score(model: Model, inputs: Any, row: int = 0) -> float:
         with torch.no_grad():
             return float(function(inputs if isinstance(inputs, Evidence) else Evidence(model, inputs, row))) + 0.0  # never −0.0
 
@@ -138,7 +139,7 @@ def _score(function: Callable[[Evidence], float]) -> Score:
 
 
 def all_scores(
-    model: Any,
+    model: Model,
     inputs: Any,
     row: int = 0,
     names: Iterable[str] | None = None,
@@ -334,5 +335,5 @@ def _top1(evidence: Evidence, token: int) -> list[int]:
     return evidence.lens["top1"][:, token].tolist()
 
 
-def _decode(model: Any, token: int) -> str:
+def _decode(model: Model, token: int) -> str:
     return model.tokenizer.decode([token])

@@ -36,6 +36,7 @@ from transformer_lens.head_detector import (
 
 from analyses.common.attention import attention_patterns
 from analyses.common.result import Result
+from hooked_qwen2vl.protocols import Model
 
 KINDS = {
     "previous token": get_previous_token_head_detection_pattern,
@@ -113,7 +114,7 @@ class AttentionHeads(Result):
 
 
 @torch.no_grad()
-def detect_heads(model: Any, passage: str = PASSAGE, picture: Any = None) -> AttentionHeads:
+def detect_heads(model: Model, passage: str = PASSAGE, picture: Any = None) -> AttentionHeads:
     """Scores the heads of any TransformerLens model on text, and those of a HookedQwen2VL on a picture as well.
 
     Args:
@@ -133,13 +134,13 @@ def detect_heads(model: Any, passage: str = PASSAGE, picture: Any = None) -> Att
     return AttentionHeads(text, image, _even(patterns), even_image, str(model.cfg.model_name))
 
 
-def text_tokens(model: Any, text: str) -> Int[Tensor, "1 pos"]:
+def text_tokens(model: Model, text: str) -> Int[Tensor, "1 pos"]:
     """A text as the model's own tokenizer has it, with the special tokens that it adds itself and no others: what looks like one
     in the text is text."""
     return model.tokenizer(text, return_tensors="pt", split_special_tokens=True)["input_ids"].to(model.cfg.device)
 
 
-def _image_scores(model: Any, inputs: Any) -> tuple[dict[str, Tensor], dict[str, float]]:
+def _image_scores(model: Model, inputs: Any) -> tuple[dict[str, Tensor], dict[str, float]]:
     first, second = inputs.positions("image[0]"), inputs.positions("image[1]")
     image = torch.cat((first, second))
     after = torch.arange(int(image.max()) + 1, inputs.shape[1])
@@ -179,7 +180,7 @@ def _share(attention: Float[Tensor, "pos key_pos"], pattern: Float[Tensor, "pos 
 
 
 def _scores(
-    model: Any, prompt: Any, patterns: Mapping[str, Float[Tensor, "pos key_pos"]], look: Any = None
+    model: Model, prompt: Any, patterns: Mapping[str, Float[Tensor, "pos key_pos"]], look: Any = None
 ) -> dict[str, Float[Tensor, "layer head"]]:
     """Each pattern's share of the attention of the queries it has keys for, by head; patterns are not kept."""
 

@@ -31,6 +31,7 @@ from analyses.common.result import Result
 from analyses.common.vocabulary import characters
 from analyses.logit_lens import residual_stack
 from hooked_qwen2vl.moved import renamed_arguments
+from hooked_qwen2vl.protocols import Model
 
 # Word characters of the scripts that put spaces between words, and combining accents; without Thai to Myanmar, Khmer, the
 # scripts of Chinese, Japanese and Korean, and their extensions.
@@ -192,7 +193,7 @@ class Grounding(Result):
 
 @torch.no_grad()
 def contextual_score(
-    model: Any,
+    model: Model,
     inputs: Any,
     row: int = 0,
     image_layer: int | None = None,
@@ -234,7 +235,7 @@ def contextual_score(
 
 
 def yes_no_score(
-    model: Any,
+    model: Model,
     inputs: Any,
     noun: str,
     row: int = 0,
@@ -253,7 +254,7 @@ def yes_no_score(
     return sign * contextual_score(model, inputs, row, image_layer, text_layer, positions, stack).score
 
 
-def yes_no_subject(model: Any, inputs: Any, noun: str, row: int = 0) -> tuple[list[int], int]:
+def yes_no_subject(model: Model, inputs: Any, noun: str, row: int = 0) -> tuple[list[int], int]:
     """Positions of the noun in the question, and +1 for an answer yes, -1 for no."""
     answer = _text(model, inputs, row, span_positions(model, inputs, "answer", row)).strip().lower()
     said = re.match(r"(yes|no)\b", answer)
@@ -263,7 +264,7 @@ def yes_no_subject(model: Any, inputs: Any, noun: str, row: int = 0) -> tuple[li
 
 
 @torch.no_grad()
-def sweep_layers(model: Any, items: Iterable[Any], labels: Sequence[bool], span: Span = "answer", progress: bool = True) -> LayerSweep:
+def sweep_layers(model: Model, items: Iterable[Any], labels: Sequence[bool], span: Span = "answer", progress: bool = True) -> LayerSweep:
     """Picks the two layers by AUROC on a validation split.
 
     Args:
@@ -292,7 +293,7 @@ def sweep_layers(model: Any, items: Iterable[Any], labels: Sequence[bool], span:
 
 @torch.no_grad()
 def ground(
-    model: Any,
+    model: Model,
     inputs: Any,
     row: int = 0,
     image_layer: int | None = None,
@@ -340,7 +341,7 @@ def ground(
 
 
 @renamed_arguments
-def word_spans(model: Any, inputs: Any, words: Sequence[str], row: int = 0, segment: str = "answer") -> dict[str, list[int]]:
+def word_spans(model: Model, inputs: Any, words: Sequence[str], row: int = 0, segment: str = "answer") -> dict[str, list[int]]:
     """Where each word stands in a segment of the prompt: "star", "star (2)", … -> its positions.
 
     For a caption, pass its nouns: which words are nouns is for the caller (or a tagger) to say.
@@ -375,7 +376,7 @@ def _whole_word(word: str) -> str:
 # ---- shared with the baselines ----------------------------------------------------------------------
 
 
-def default_layers(model: Any, image_layer: int | None, text_layer: int | None) -> tuple[int, int]:
+def default_layers(model: Model, image_layer: int | None, text_layer: int | None) -> tuple[int, int]:
     """(l_I, l_T), the defaults where they are None.
 
     Raises:
@@ -390,7 +391,7 @@ def default_layers(model: Any, image_layer: int | None, text_layer: int | None) 
     return image_layer, text_layer
 
 
-def row_stack(model: Any, inputs: Any, row: int, stack: Float[Tensor, "layer pos d_model"] | None = None) -> Tensor:
+def row_stack(model: Model, inputs: Any, row: int, stack: Float[Tensor, "layer pos d_model"] | None = None) -> Tensor:
     """The residual stream of one row, run alone, un-normed, on the CPU: [layer pos d_model]; or the one at hand.
 
     Raises:
@@ -402,7 +403,7 @@ def row_stack(model: Any, inputs: Any, row: int, stack: Float[Tensor, "layer pos
     return (residual_stack(model, inputs.row(row))[0][:, 0] if stack is None else stack).cpu()
 
 
-def span_positions(model: Any, inputs: Any, span: Span, row: int) -> list[int]:
+def span_positions(model: Model, inputs: Any, span: Span, row: int) -> list[int]:
     """Positions of a span; of an answer, without its end tokens.
 
     Raises:
@@ -428,7 +429,7 @@ def n_images(inputs: Any, row: int) -> int:
     return sum(name.startswith("image[") for name in inputs.segment_names(row))
 
 
-def _text(model: Any, inputs: Any, row: int, positions: Sequence[int]) -> str:
+def _text(model: Model, inputs: Any, row: int, positions: Sequence[int]) -> str:
     ids = inputs.tokens[row, list(positions)].tolist()
     return model.tokenizer.decode(ids) if getattr(model, "tokenizer", None) is not None else " ".join(map(str, ids))
 

@@ -15,8 +15,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
@@ -32,6 +33,7 @@ from analyses.trajectory import word
 from hooked_qwen2vl.geometry import Box, checked_box, refuse_unaligned
 from hooked_qwen2vl.processor import open_image
 from hooked_qwen2vl.prompt_text import text_ids
+from hooked_qwen2vl.protocols import Model
 from hooked_qwen2vl.scenes import counterfactual_pairs
 
 
@@ -123,7 +125,7 @@ class Pairs(Result):
 
 @torch.no_grad()
 def check_pairs(
-    model: Any,
+    model: Model,
     candidates: Iterable[Candidate],
     min_gap: float = 1.0,
     n: int | None = None,
@@ -163,7 +165,7 @@ def scene_candidates(n: int, seed: int = 0, **restrictions: Any) -> list[Candida
     return [
         Candidate(
             item.question, item.image, partner.image, item.answer, partner.answer,
-            tuple(thing.box for thing in partner.changed), f"scenes-{seed}-{number}", item.category, item.domain,
+            cast(Any, tuple(thing.box for thing in partner.changed)), f"scenes-{seed}-{number}", item.category, item.domain,
         )
         for number, (item, partner) in enumerate(counterfactual_pairs(n, seed, **restrictions))
     ]  # fmt: skip
@@ -281,7 +283,7 @@ def changed_positions(clean: Any, corrupted: Any, row: int = 0) -> Int[Tensor, "
     return marks[row].nonzero().flatten().cpu()
 
 
-def _check(model: Any, candidate: Candidate, min_gap: float) -> Pair | str:
+def _check(model: Model, candidate: Candidate, min_gap: float) -> Pair | str:
     """The pair, or why it is refused."""
     prompts = [model.to_inputs(candidate.question, images=[image]) for image in (candidate.clean, candidate.corrupted)]
     if prompts[0].shape != prompts[1].shape or not torch.equal(prompts[0].position_ids, prompts[1].position_ids):
@@ -309,7 +311,7 @@ def _check(model: Any, candidate: Candidate, min_gap: float) -> Pair | str:
     )  # fmt: skip
 
 
-def _token(model: Any, answer: str, logits: Float[Tensor, "d_vocab"]) -> int | None:
+def _token(model: Model, answer: str, logits: Float[Tensor, "d_vocab"]) -> int | None:
     """The single token, among the answer's forms (case, leading space), that the model likes best; None where none is."""
     bare = answer.strip()
     forms = {prefix + form for form in (bare, bare.lower(), bare[:1].upper() + bare[1:]) for prefix in ("", " ")}
@@ -340,7 +342,7 @@ def _candidate(row: dict[str, Any], file: Path, where: str, number: int) -> Cand
 
 def _rgb(image: Any) -> Image.Image:
     """As the processor sees it: transparency on white."""
-    return Image.fromarray(convert_to_rgb(open_image(image), return_numpy=True))
+    return Image.fromarray(np.asarray(convert_to_rgb(open_image(image), return_numpy=True)))
 
 
 def _edges(box: Sequence[float], image: Image.Image) -> tuple[int, int, int, int]:

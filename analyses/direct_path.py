@@ -18,11 +18,12 @@ from tqdm.auto import tqdm
 from analyses.common.prompts import as_prompt
 from analyses.edge_attribution import Metric
 from hooked_qwen2vl.geometry import refuse_unaligned
+from hooked_qwen2vl.protocols import Model
 
 
 @torch.no_grad()
 def direct_path_patch(
-    model: Any,
+    model: Model,
     corrupted: Any,
     clean_cache: Any,
     corrupted_cache: Any,

@@ -34,6 +34,7 @@ from analyses.common.sums import Sums, add_up
 from analyses.data.examples import Example, examples, in_batches
 from hooked_qwen2vl.image_embeddings import ImageEmbeddingsCache
 from hooked_qwen2vl.moved import moved_names
+from hooked_qwen2vl.protocols import Model
 
 __getattr__ = moved_names(__name__)
 
@@ -263,7 +264,7 @@ class FiringCounter:
         domains: those seen so far, in order of appearance.
     """
 
-    def __init__(self, model: Any, modules: Sequence[str] | None = None):
+    def __init__(self, model: Model, modules: Sequence[str] | None = None):
         self.sites = hook_sites(model, "hook_pre", modules)
         self.domains: list[str] = []
         self._ends = model.cfg.special.eos if hasattr(model.cfg, "special") else ()
@@ -271,7 +272,7 @@ class FiringCounter:
         self._tokens = {module: torch.zeros(0, dtype=torch.long) for module, _ in self.sites.values()}
 
     @torch.no_grad()
-    def add(self, model: Any, inputs: Any, domains: Sequence[str]) -> None:
+    def add(self, model: Model, inputs: Any, domains: Sequence[str]) -> None:
         """Runs the prompts and counts.
 
         Args:
@@ -284,7 +285,7 @@ class FiringCounter:
             model(inputs, return_type=None)
 
     @contextmanager
-    def counting(self, model: Any, inputs: Any, domains: Sequence[str], modules: Sequence[str] | None = None) -> Iterator[None]:
+    def counting(self, model: Model, inputs: Any, domains: Sequence[str], modules: Sequence[str] | None = None) -> Iterator[None]:
         """Within this context, one forward of these prompts is counted (in these modules only, if named)."""
         codes = self._codes(inputs, domains)
         sites = {name: site for name, site in self.sites.items() if modules is None or site[0] in modules}
@@ -351,7 +352,7 @@ class FiringCounter:
 
 
 def firing_terms(
-    model: Any, generate: int = 0, modules: Sequence[str] | None = None
+    model: Model, generate: int = 0, modules: Sequence[str] | None = None
 ) -> Callable[[Sequence[Example]], Iterator[dict[str, Any]]]:
     """A function that gives a batch's firings as terms of a sum (`analyses.common.sums`), each with an id of its domain.
 
@@ -386,7 +387,7 @@ def firing_terms(
     return terms_of
 
 
-def _decoder_terms(model: Any, inputs: Any, domains: Sequence[str], generate: int) -> Iterator[dict[str, Any]]:
+def _decoder_terms(model: Model, inputs: Any, domains: Sequence[str], generate: int) -> Iterator[dict[str, Any]]:
     """The prompt, with an answer first generated if asked for, is counted in one forward."""
     if generate:
         inputs = model.generate(inputs, max_new_tokens=generate, do_sample=False, return_type="inputs", verbose=False)
@@ -396,7 +397,7 @@ def _decoder_terms(model: Any, inputs: Any, domains: Sequence[str], generate: in
 
 
 @contextmanager
-def _tower_firings(model: Any, modules: Sequence[str], inputs: Any) -> Iterator[list[Int[Tensor, "layer neuron"]]]:
+def _tower_firings(model: Model, modules: Sequence[str], inputs: Any) -> Iterator[list[Int[Tensor, "layer neuron"]]]:
     """Of each module, while its one image is encoded."""
     found: list[Tensor] = []
     if not modules:
@@ -410,7 +411,7 @@ def _tower_firings(model: Any, modules: Sequence[str], inputs: Any) -> Iterator[
 
 
 def count_firings(
-    model: Any,
+    model: Model,
     data: str | Path | Iterable[Example] = "scenes:train",
     limit: int | None = None,
     modules: Sequence[str] | None = None,
@@ -438,7 +439,7 @@ def count_firings(
 
 
 def find_domain_neurons(
-    model: Any,
+    model: Model,
     data: str | Path | Iterable[Example] = "scenes:train",
     limit: int | None = None,
     share: float = 0.01,
@@ -460,7 +461,7 @@ def find_domain_neurons(
 
 @contextmanager
 def disable_neurons(
-    model: Any, neurons: Masks | Iterable[tuple[str, int, int]], values: Mapping[str, Float[Tensor, "layer neuron"]] | None = None
+    model: Model, neurons: Masks | Iterable[tuple[str, int, int]], values: Mapping[str, Float[Tensor, "layer neuron"]] | None = None
 ) -> Iterator[None]:
     """Within this context the neurons write nothing: in plain runs, with a cache, and in generation.
 
@@ -483,7 +484,7 @@ def disable_neurons(
 
 
 def mean_activations(
-    model: Any,
+    model: Model,
     data: str | Path | Iterable[Example] = "scenes:train",
     limit: int | None = None,
     modules: Sequence[str] | None = None,
@@ -525,7 +526,7 @@ def _replace(post: Float[Tensor, "batch pos neuron"], hook: Any, mask: Bool[Tens
     return torch.where(mask.to(post.device), torch.as_tensor(value, dtype=post.dtype, device=post.device), post)
 
 
-def _by_site(model: Any, neurons: Any) -> dict[tuple[str, int], Bool[Tensor, "neuron"]]:
+def _by_site(model: Model, neurons: Any) -> dict[tuple[str, int], Bool[Tensor, "neuron"]]:
     """(module, layer) -> mask, where there is anything to switch off."""
     depth: dict[str, int] = {}
     for module, layer in hook_sites(model, "hook_post").values():
@@ -541,7 +542,7 @@ def _by_site(model: Any, neurons: Any) -> dict[tuple[str, int], Bool[Tensor, "ne
     return {(module, layer): row for module, mask in neurons.items() for layer, row in enumerate(mask) if row.any()}
 
 
-def masks_of(model: Any, neurons: Iterable[tuple[str, int, int]]) -> dict[str, Bool[Tensor, "layer neuron"]]:
+def masks_of(model: Model, neurons: Iterable[tuple[str, int, int]]) -> dict[str, Bool[Tensor, "layer neuron"]]:
     """(module, layer, neuron) triples as masks.
 
     Raises:
@@ -559,13 +560,13 @@ def masks_of(model: Any, neurons: Iterable[tuple[str, int, int]]) -> dict[str, B
     return masks
 
 
-def module_shape(model: Any, module: str) -> tuple[int, int]:
+def module_shape(model: Model, module: str) -> tuple[int, int]:
     """(layers, neurons a layer) of a module."""
     names = list(hook_sites(model, "hook_post", [module]))
     return len(names), write_weights(model, module, 0).shape[0]
 
 
-def write_weights(model: Any, module: str, layer: int) -> Float[Tensor, "neuron d"]:
+def write_weights(model: Model, module: str, layer: int) -> Float[Tensor, "neuron d"]:
     """W_out of a module's layer: row j is what neuron j writes, times its activation."""
     _known(module, SITES, "module")
     return model.get_submodule(SITES[module].format(layer)).W_out
@@ -574,7 +575,7 @@ def write_weights(model: Any, module: str, layer: int) -> Float[Tensor, "neuron 
 # ---- tokens and sites -------------------------------------------------------------------------------
 
 
-def hook_sites(model: Any, point: str, modules: Sequence[str] | None = None) -> dict[str, tuple[str, int]]:
+def hook_sites(model: Model, point: str, modules: Sequence[str] | None = None) -> dict[str, tuple[str, int]]:
     """hook name -> (module, layer), of the modules that this model has.
 
     Raises:

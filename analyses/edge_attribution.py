@@ -33,6 +33,7 @@ from tqdm.auto import tqdm
 from analyses.common.prompts import as_prompt
 from analyses.common.result import Result
 from hooked_qwen2vl.geometry import refuse_unaligned
+from hooked_qwen2vl.protocols import Model
 
 Metric = Callable[[Float[Tensor, "batch pos d_vocab"]], Float[Tensor, ""]]
 
@@ -78,7 +79,7 @@ class EdgeAttribution(Result):
         return signed_map(self.scores.masked_fill(~self.edges, float("nan")), self.writers, self.readers, title, path)
 
 
-def edge_attribution(model: Any, clean: Any, corrupted: Any, metric: Metric, ig_steps: int = 1, progress: bool = True) -> EdgeAttribution:
+def edge_attribution(model: Model, clean: Any, corrupted: Any, metric: Metric, ig_steps: int = 1, progress: bool = True) -> EdgeAttribution:
     """Scores every edge.
 
     Args:
@@ -115,7 +116,7 @@ def edge_attribution(model: Any, clean: Any, corrupted: Any, metric: Metric, ig_
     )
 
 
-def _writes(model: Any, inputs: Any) -> Float[Tensor, "writer batch pos d_model"]:
+def _writes(model: Model, inputs: Any) -> Float[Tensor, "writer batch pos d_model"]:
     """What the embedding, every head, every MLP and DeepStack add to the residual stream."""
     layers = range(model.cfg.n_layers)
     names = ["hook_embed", *_deepstack_hooks(model.cfg)]
@@ -128,7 +129,7 @@ def _writes(model: Any, inputs: Any) -> Float[Tensor, "writer batch pos d_model"
 
 
 def _reader_gradients(
-    model: Any, inputs: Any, metric: Metric, given: dict[str, Float[Tensor, "batch pos d_model"]]
+    model: Model, inputs: Any, metric: Metric, given: dict[str, Float[Tensor, "batch pos d_model"]]
 ) -> Float[Tensor, "reader batch pos d_model"]:
     """The metric's gradient at every reader's own copy of the residual stream, where these hooks give what they are given."""
     layers = range(model.cfg.n_layers)

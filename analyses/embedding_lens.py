@@ -28,6 +28,7 @@ from analyses.common.prompts import as_prompt
 from analyses.common.result import Result
 from analyses.common.vocabulary import characters, largest
 from analyses.logit_lens import residual_stack
+from hooked_qwen2vl.protocols import Model
 
 _CHUNK = 1024
 
@@ -105,7 +106,7 @@ class TextBank:
 
 @torch.no_grad()
 def embedding_lens(
-    model: Any, inputs: Any, positions: Any = "image", top_k: int = 5, row: int = 0, layers: Sequence[int] | None = None
+    model: Model, inputs: Any, positions: Any = "image", top_k: int = 5, row: int = 0, layers: Sequence[int] | None = None
 ) -> Neighbours:
     """The input embeddings nearest to the residual stream; the images' own vectors are at layer 0.
 
@@ -129,7 +130,7 @@ def embedding_lens(
 
 
 @torch.no_grad()
-def text_bank(model: Any, sentences: Sequence[str], layers: Sequence[int] | None = None, progress: bool = True) -> TextBank:
+def text_bank(model: Model, sentences: Sequence[str], layers: Sequence[int] | None = None, progress: bool = True) -> TextBank:
     """Runs sentences as plain text, without template or image, and keeps their tokens in context.
 
     Args:
@@ -167,7 +168,7 @@ def text_bank(model: Any, sentences: Sequence[str], layers: Sequence[int] | None
 
 @torch.no_grad()
 def contextual_neighbours(
-    model: Any,
+    model: Model,
     inputs: Any,
     bank: TextBank,
     positions: Any = "image",
@@ -199,7 +200,7 @@ def contextual_neighbours(
     )
 
 
-def _in_context(model: Any, bank: TextBank, item: int) -> str:
+def _in_context(model: Model, bank: TextBank, item: int) -> str:
     """The sentence, with the token in brackets; of a part of a character, the whole one."""
     text, spans = characters(model, model.to_tokens(bank.sentences[item])[0].tolist())
     start, end = spans[bank.places[item]]
@@ -207,7 +208,7 @@ def _in_context(model: Any, bank: TextBank, item: int) -> str:
 
 
 def _vectors(
-    model: Any, inputs: Any, positions: Any, row: int, layers: Sequence[int] | None
+    model: Model, inputs: Any, positions: Any, row: int, layers: Sequence[int] | None
 ) -> tuple[Float[Tensor, "layer pos d_model"], tuple[int, ...], tuple[int, ...]]:
     layers = _checked_layers(model, range(model.cfg.n_layers + 1) if layers is None else layers)
     stack, _ = residual_stack(model, inputs)
@@ -215,7 +216,7 @@ def _vectors(
     return stack[list(layers), row][:, chosen].cpu(), layers, tuple(chosen)
 
 
-def _checked_layers(model: Any, layers: Sequence[int]) -> tuple[int, ...]:
+def _checked_layers(model: Model, layers: Sequence[int]) -> tuple[int, ...]:
     layers = tuple(int(layer) for layer in layers)
     if not layers or not all(0 <= layer <= model.cfg.n_layers for layer in layers):
         raise ValueError(f"layers must be in 0..{model.cfg.n_layers}, got {layers}.")

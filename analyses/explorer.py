@@ -31,6 +31,7 @@ from analyses.logit_lens import LogitLens, logit_lens, residual_stack
 from analyses.patching import recovery
 from analyses.views.figure import refuse_other_picture
 from hooked_qwen2vl.moved import renamed_attributes
+from hooked_qwen2vl.protocols import Model
 
 
 @renamed_attributes
@@ -126,7 +127,7 @@ class Explorer(Result):
 
 @torch.no_grad()
 def explore(
-    model: Any,
+    model: Model,
     inputs: Any,
     images: Sequence[Image.Image],
     top_k: int = 5,
@@ -216,7 +217,9 @@ def recovery_by_position(
     return filled
 
 
-def _images(model: Any, inputs: Any, segments: Sequence[str], images: Sequence[Any]) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
+def _images(
+    model: Model, inputs: Any, segments: Sequence[str], images: Sequence[Any]
+) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
     """Where each image's tokens begin, and its grid."""
     n = sum(1 for name in dict.fromkeys(segments) if name.startswith("image["))
     if n == 0:
@@ -229,7 +232,7 @@ def _images(model: Any, inputs: Any, segments: Sequence[str], images: Sequence[A
     return starts, tuple(inputs.grid(0, k) for k in range(n))
 
 
-def _refuse_another(model: Any, inputs: Any, number: int, image: Any) -> None:
+def _refuse_another(model: Model, inputs: Any, number: int, image: Any) -> None:
     """A picture that is not the prompt's, as far as its proportions and, at the processor's own size, its pixels tell."""
     refuse_other_picture(image, inputs.grid(0, number))
     if model.processor is None:
@@ -241,7 +244,7 @@ def _refuse_another(model: Any, inputs: Any, number: int, image: Any) -> None:
             raise ValueError(f"image {number} to draw is not image {number} of the prompt: pass the prompt's own, in its order.")
 
 
-def _run(model: Any, inputs: Any, last: int) -> tuple[Float[Tensor, "layer 1 pos d_model"], Float[Tensor, "block head pos"]]:
+def _run(model: Model, inputs: Any, last: int) -> tuple[Float[Tensor, "layer 1 pos d_model"], Float[Tensor, "block head pos"]]:
     """One forward: the residual stream, and of every pattern only the row of `last` (the squares would fill memory)."""
     with attention_patterns(model, lambda pattern: pattern[0, :, last].float().cpu()) as rows:
         stack, _ = residual_stack(model, inputs)
@@ -249,7 +252,7 @@ def _run(model: Any, inputs: Any, last: int) -> tuple[Float[Tensor, "layer 1 pos
 
 
 def _many_tokens(
-    model: Any, streams: Float[Tensor, "layer d_model"], keep: int
+    model: Model, streams: Float[Tensor, "layer d_model"], keep: int
 ) -> tuple[Int[Tensor, "token"], Float[Tensor, "layer token"], Float[Tensor, "layer"]]:
     """The tokens that are most probable anywhere, their probabilities, and the most that any other has."""
     probs = logits_of(model, streams).softmax(-1)
@@ -272,10 +275,10 @@ def _to_entries(values: Tensor | None, n_layers: int, n_positions: int = 0) -> T
     return F.pad(values, (0, 0, 0, n_layers - len(values)), value=torch.nan)
 
 
-def _ids(model: Any, tokens: Sequence[int | str]) -> list[int]:
+def _ids(model: Model, tokens: Sequence[int | str]) -> list[int]:
     return [token if isinstance(token, int) else model.to_single_token(token) for token in tokens]
 
 
-def _texts(model: Any, ids: Tensor) -> list[str]:
+def _texts(model: Model, ids: Tensor) -> list[str]:
     """Token ids as text; the ids themselves where there is no tokenizer."""
     return [str(int(i)) for i in ids] if model.tokenizer is None else model.to_str_tokens(ids)

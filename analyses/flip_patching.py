@@ -33,6 +33,7 @@ from analyses.common.result import Result
 from analyses.patching import patch_sweep
 from hooked_qwen2vl.geometry import Place
 from hooked_qwen2vl.moved import renamed_arguments, renamed_attributes
+from hooked_qwen2vl.protocols import Model
 
 
 class Component(NamedTuple):
@@ -159,7 +160,9 @@ class FlipTest:
 
 @renamed_arguments
 @torch.no_grad()
-def attribute_flip(model: Any, inputs: Any, layer: int, gained: int, lost: int, position: Place = "last", row: int = 0) -> FlipAttribution:
+def attribute_flip(
+    model: Model, inputs: Any, layer: int, gained: int, lost: int, position: Place = "last", row: int = 0
+) -> FlipAttribution:
     """The exact direct attribution of the flip at `layer` to the parts of the block before it.
 
     Args:
@@ -203,7 +206,7 @@ def attribute_flip(model: Any, inputs: Any, layer: int, gained: int, lost: int, 
 
 
 @torch.no_grad()
-def component_effects(model: Any, inputs: Any, flip: FlipAttribution, counterfactual: Any = None) -> pd.DataFrame:
+def component_effects(model: Model, inputs: Any, flip: FlipAttribution, counterfactual: Any = None) -> pd.DataFrame:
     """Each component of the flip's block: direct attribution, and causal effect on the final logit difference.
 
     Args:
@@ -224,7 +227,7 @@ def component_effects(model: Any, inputs: Any, flip: FlipAttribution, counterfac
 
 
 @torch.no_grad()
-def ablate_flip(model: Any, inputs: Any, flip: FlipAttribution, n_components: int = 2, n_random: int = 10, seed: int = 0) -> FlipTest:
+def ablate_flip(model: Model, inputs: Any, flip: FlipAttribution, n_components: int = 2, n_random: int = 10, seed: int = 0) -> FlipTest:
     """Ablates the components with the highest attribution, and random ones of the same kinds.
 
     Args:
@@ -259,12 +262,12 @@ def ablation_hooks(components: Sequence[Component], position: int) -> list[tuple
     ]
 
 
-def _its_row(model: Any, inputs: Any, flip: FlipAttribution) -> Any:
+def _its_row(model: Model, inputs: Any, flip: FlipAttribution) -> Any:
     """The prompt that the flip was attributed in, encoded: its row of a batch, or the one there is."""
     return model.encode(inputs if len(inputs) == 1 else inputs.row(flip.row))
 
 
-def _differences(model: Any, inputs: Any, flip: FlipAttribution, ablated: Sequence[Component]) -> tuple[float, float]:
+def _differences(model: Model, inputs: Any, flip: FlipAttribution, ablated: Sequence[Component]) -> tuple[float, float]:
     """LD of (a − b) at the flip's layer and at the output, with components set to 0."""
     stream = {}
     keep = (f"blocks.{flip.block}.hook_resid_post", lambda x, hook: stream.update(post=x[:, flip.position : flip.position + 1]))
@@ -275,7 +278,7 @@ def _differences(model: Any, inputs: Any, flip: FlipAttribution, ablated: Sequen
     return at_layer, final
 
 
-def _patched(model: Any, inputs: Any, flip: FlipAttribution, counterfactual: Any) -> dict[Component, float]:
+def _patched(model: Model, inputs: Any, flip: FlipAttribution, counterfactual: Any) -> dict[Component, float]:
     """Final logit difference with each component from the counterfactual, by the exact fast sweep."""
     place = {"layers": [flip.block], "positions": [flip.position], "metric_position": flip.position, "progress": False}
 
@@ -287,7 +290,7 @@ def _patched(model: Any, inputs: Any, flip: FlipAttribution, counterfactual: Any
     return values | {Component(flip.block, None): float(mlp.values)}
 
 
-def _random_like(model: Any, found: Sequence[Component], layer: int, rng: Random) -> list[Component]:
+def _random_like(model: Model, found: Sequence[Component], layer: int, rng: Random) -> list[Component]:
     """As many heads and MLPs, from blocks 0..layer, other than those found."""
     heads = [Component(l, h) for l in range(layer + 1) for h in range(model.cfg.n_heads)]
     mlps = [Component(l, None) for l in range(layer + 1)]
@@ -298,11 +301,11 @@ def _random_like(model: Any, found: Sequence[Component], layer: int, rng: Random
     return drawn
 
 
-def _direction(model: Any, gained: int, lost: int) -> Float[Tensor, "d_model"]:
+def _direction(model: Model, gained: int, lost: int) -> Float[Tensor, "d_model"]:
     """γ ⊙ (W_U[a] − W_U[b]), in double precision, on the CPU (a Mac's GPU has none)."""
     gained_row, lost_row, weight = (tensor.cpu().double() for tensor in (model.W_U[:, gained], model.W_U[:, lost], model.ln_final.w))
     return (gained_row - lost_row) * weight
 
 
-def _rms(model: Any, h: Float[Tensor, "d_model"]) -> Tensor:
+def _rms(model: Model, h: Float[Tensor, "d_model"]) -> Tensor:
     return (h.pow(2).mean() + model.ln_final.eps).sqrt()

@@ -24,6 +24,7 @@ from analyses.common.result import Result
 from analyses.common.statistics import standard_error
 from hooked_qwen2vl.geometry import Place
 from hooked_qwen2vl.layers import require_prompt
+from hooked_qwen2vl.protocols import Model
 from hooked_qwen2vl.running import attention_positions
 
 FLOWS = {"image→question": ("image", "question"), "image→last": ("image", "last"), "question→last": ("question", "last")}
@@ -101,7 +102,7 @@ class Knockout(Result):
 
 @torch.no_grad()
 def attention_knockout(
-    model: Any,
+    model: Model,
     inputs: Any,
     answers: Sequence[int] | Sequence[str],
     flows: Mapping[str, tuple[Place, Place]] | None = None,

@@ -30,6 +30,7 @@ from hooked_qwen2vl import HookedQwen2VL
 from hooked_qwen2vl.geometry import Place
 from hooked_qwen2vl.layers import readable
 from hooked_qwen2vl.moved import moved_names
+from hooked_qwen2vl.protocols import Model
 
 __getattr__ = moved_names(__name__)
 
@@ -139,7 +140,7 @@ class LogitLens(Result):
 
 @torch.no_grad()
 def logit_lens(
-    model: Any,
+    model: Model,
     inputs: Any,
     positions: Place = "last",
     top_k: int = 5,
@@ -196,7 +197,7 @@ def logit_lens(
 
 
 def _result(
-    model: Any,
+    model: Model,
     inputs: Any,
     read: list[Predictions],
     layers: list[int],
@@ -233,7 +234,7 @@ def _result(
     )
 
 
-def residual_stack(model: Any, inputs: Any) -> tuple[Float[Tensor, "layer batch pos d_model"], list[str]]:
+def residual_stack(model: Model, inputs: Any) -> tuple[Float[Tensor, "layer batch pos d_model"], list[str]]:
     """The residual stream before every block and after the last, un-normed, and TransformerLens's labels."""
     names = [_hook(layer, model.cfg.n_layers) for layer in range(model.cfg.n_layers + 1)]
     _, cache = model.run_with_cache(inputs, names_filter=names)
@@ -242,7 +243,7 @@ def residual_stack(model: Any, inputs: Any) -> tuple[Float[Tensor, "layer batch 
 
 @torch.no_grad()
 def residual_at(
-    model: Any, inputs: Any, layers: Sequence[int], chosen: Sequence[int], row: int
+    model: Model, inputs: Any, layers: Sequence[int], chosen: Sequence[int], row: int
 ) -> tuple[dict[int, Float[Tensor, "pos d_model"]], Int[Tensor, "pos"]]:
     """(layer -> the stream there, the token that the model's own logits put first) at the chosen positions of a row.
 
@@ -273,7 +274,7 @@ def _layers(layers: Sequence[int] | None, n_layers: int) -> list[int]:
     return [layer % (n_layers + 1) for layer in layers]
 
 
-def _texts(model: Any, ids: Tensor) -> Any:
+def _texts(model: Model, ids: Tensor) -> Any:
     """Token ids as text, nested as they come; the ids themselves where there is no tokenizer."""
     if ids.ndim > 1:
         return tuple(_texts(model, part) for part in ids)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import torch
@@ -117,7 +117,7 @@ def patch_between_models(
         cells = torch.full((2, len(names), len(spans)), float("nan"))
         for j, places in enumerate(_places(prompt, span) for span in spans):
             for i, name in enumerate(names if places is not None else ()):
-                logits = target.run_with_hooks(prompt, fwd_hooks=[(name, _put(cache[name], places))], logits_at=-1)
+                logits = target.run_with_hooks(prompt, fwd_hooks=[(name, _put(cache[name], cast(Any, places)))], logits_at=-1)
                 patched = _log_probs(logits)
                 cells[:, i, j] = torch.tensor([1 - _divergence(wanted, patched) / gap, wanted.argmax() == patched.argmax()])
         explained.append(cells[0]), same_top.append(cells[1])
@@ -126,7 +126,7 @@ def patch_between_models(
         raise ValueError(f"the two models agree to {_EPSILON} nats on all of {len(prompts)} prompts: nothing to explain.")
     return ModelPatching(
         torch.stack(explained, -1), torch.stack(same_top, -1), torch.tensor(difference), torch.tensor(agrees),
-        tuple(names), tuple(spans), activation, skipped, str(source.cfg.model_name), str(target.cfg.model_name),
+        tuple(names), cast(Any, tuple(spans)), activation, skipped, str(source.cfg.model_name), str(target.cfg.model_name),
     )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from transformer_lens.utilities import get_act_name
 
 from hooked_qwen2vl.image_embeddings import merge
 from hooked_qwen2vl.positions import patches_of, window_order
+from hooked_qwen2vl.protocols import Model
 from hooked_qwen2vl.running import running_positions
 
 TOWER = "vision_encoder."
@@ -47,7 +48,7 @@ class DecoderRuns:
         source: prompts whose activation is put in. target: prompts that are run with it.
     """
 
-    def __init__(self, model: Any, source: Any, target: Any, activation: str, layers: Sequence[int]):
+    def __init__(self, model: Model, source: Any, target: Any, activation: str, layers: Sequence[int]):
         self.model, self.target, self.activation = model, model.encode(target), activation
         stop = model.cfg.n_layers
         names = key_value_names(range(min(layers), stop))
@@ -129,7 +130,7 @@ class TowerRuns:
         ValueError: prompts without images.
     """
 
-    def __init__(self, model: Any, source: Any, target: Any, activation: str, layers: Sequence[int]):
+    def __init__(self, model: Model, source: Any, target: Any, activation: str, layers: Sequence[int]):
         if not target.visuals:
             raise ValueError(f"{TOWER}{activation} needs prompts with images.")
         self.model, self.target, self.activation = model, target.to(model.cfg.device), activation
@@ -206,7 +207,7 @@ class TowerRuns:
 
 
 def run_suffix(
-    model: Any,
+    model: Model,
     inputs: Any,
     cache: Any,
     residual: Float[Tensor, "cell_batch pos d_model"],
@@ -232,11 +233,11 @@ def _stream_after(layer: int) -> str:
     return f"{TOWER}blocks.{layer}.hook_resid_post"
 
 
-def keys_and_values_before(model: Any, inputs: Any, cache: Any, layer: int, start: int, n: int) -> TransformerLensKeyValueCache | None:
+def keys_and_values_before(model: Model, inputs: Any, cache: Any, layer: int, start: int, n: int) -> TransformerLensKeyValueCache | None:
     """Keys and values before `start`, for every block from `layer` on."""
     if start == 0:
         return None
-    entries = [
+    entries: list[Any] = [
         TransformerLensKeyValueCacheEntry(*(_repeated(cache[name][:, :start], n) for name in key_value_names([l])), frozen=True)
         if l >= layer
         else None

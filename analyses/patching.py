@@ -21,7 +21,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import pandas as pd
@@ -37,6 +37,7 @@ from analyses.common.models import describe_model
 from analyses.patched_runs import TOWER, Cell, DecoderRuns, TowerRuns
 from hooked_qwen2vl.files import whole_file
 from hooked_qwen2vl.geometry import Place, refuse_unaligned
+from hooked_qwen2vl.protocols import Model
 
 STREAMS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 HEADS = ("z", "q", "k", "v", "pattern")
@@ -65,7 +66,7 @@ class _Plan:
     tower: bool
     layers: list[int]
     rows: list[tuple[Any, list[int]]]  # label, positions
-    heads: list[int | None]
+    heads: Sequence[int | None]
     at: int
 
     @property
@@ -100,7 +101,7 @@ class _Plan:
 
 @torch.no_grad()
 def patch_sweep(
-    model: Any,
+    model: Model,
     clean: Any,
     corrupted: Any,
     metric: Metric,
@@ -163,7 +164,7 @@ def patch_sweep(
     return plan.result(values, baselines, direction)
 
 
-def _key(model: Any, plan: _Plan, direction: str, *prompts: Any) -> str:
+def _key(model: Model, plan: _Plan, direction: str, *prompts: Any) -> str:
     """Tells sweeps apart by their cells, prompts and weights."""
     digest = hashlib.sha256(json.dumps([vars(plan), direction, describe_model(model)], default=str).encode())
     for prompt in prompts:
@@ -244,7 +245,8 @@ def _clean_and_corrupted(result: PatchingResult, clean_metric: Tensor | None) ->
     """The metric of the two unpatched runs."""
     given = None if clean_metric is None else torch.as_tensor(clean_metric).to(result.values).reshape(-1)
     if isinstance(result, Sweep):
-        clean, corrupted = (result.source_metric, result.baseline)[:: 1 if result.direction == "denoise" else -1]
+        ends: Any = (result.source_metric, result.baseline)
+        clean, corrupted = ends[:: 1 if result.direction == "denoise" else -1]
         if given is not None and (given.shape != clean.shape or not torch.allclose(given, clean, rtol=1e-2, atol=1e-3)):
             raise ValueError(
                 f"clean_metric is {given.tolist()}, but on this sweep's clean run the metric was {clean.tolist()}: leave it out."
@@ -255,7 +257,7 @@ def _clean_and_corrupted(result: PatchingResult, clean_metric: Tensor | None) ->
     return given, result.baseline
 
 
-def _plan(model: Any, inputs: Any, activation: str, layers: Any, positions: Positions, heads: Any, metric_position: int) -> _Plan:
+def _plan(model: Model, inputs: Any, activation: str, layers: Any, positions: Positions, heads: Any, metric_position: int) -> _Plan:
     tower = activation.startswith(TOWER)
     kind = activation.removeprefix(TOWER)
     if kind not in STREAMS + HEADS:
@@ -277,10 +279,10 @@ def _chosen(wanted: Sequence[int] | None, n: int, what: str) -> list[int]:
     try:
         return every if wanted is None else [every[i] for i in wanted]
     except IndexError as error:
-        raise ValueError(f"there is no such {what} in {list(wanted)}: the model has 0..{n - 1}.") from error
+        raise ValueError(f"there is no such {what} in {list(wanted or ())}: the model has 0..{n - 1}.") from error
 
 
-def _heads(model: Any, kind: str, heads: Sequence[int] | None, tower: bool) -> list[int | None]:
+def _heads(model: Model, kind: str, heads: Sequence[int] | None, tower: bool) -> Sequence[int | None]:
     if kind in STREAMS:
         if heads is not None:
             raise ValueError(f"{kind} has no heads: leave heads=None, or sweep one of {', '.join(HEADS)}.")
@@ -296,8 +298,8 @@ def _rows(inputs: Any, positions: Positions) -> list[tuple[Any, list[int]]]:
     if isinstance(positions, (slice, Tensor, np.ndarray)):
         positions = _in_every_row(inputs, positions)
     elif isinstance(positions, (str, int, tuple)):
-        positions = [positions]
-    named = positions.items() if isinstance(positions, Mapping) else [(place, place) for place in positions]
+        positions = cast(Any, [positions])
+    named = positions.items() if isinstance(positions, Mapping) else [(place, place) for place in cast(Any, positions)]
     rows = [(label, _in_every_row(inputs, place)) for label, place in named]
     if not rows:
         raise ValueError("there is no position to patch: leave positions=None for all, or name some.")

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from analyses.interventions import Where
 from analyses.logit_lens import residual_stack
+from hooked_qwen2vl.protocols import Model
 
 
 def project_away_hooks(
@@ -57,7 +58,7 @@ def project_away_hooks(
 
 
 @torch.no_grad()
-def text_direction(model: Any, text: str, layer: int) -> Float[Tensor, "d_model"]:
+def text_direction(model: Model, text: str, layer: int) -> Float[Tensor, "d_model"]:
     """t of a word: the residual stream at its last token, at one layer, the word run alone as text.
 
     Raises:

@@ -46,6 +46,7 @@ from analyses.logit_lens import residual_at
 from hooked_qwen2vl import Inputs
 from hooked_qwen2vl.geometry import Place
 from hooked_qwen2vl.prompt_text import text_ids
+from hooked_qwen2vl.protocols import Model
 
 SURE = 0.5
 DOUBT = "held then lost"
@@ -346,7 +347,7 @@ def doubt_beside_control(table: pd.DataFrame) -> pd.Series:
 
 @torch.no_grad()
 def answer_trajectory(
-    model: Any,
+    model: Model,
     inputs: Any,
     answer: str,
     candidates: Sequence[str] = (),
@@ -399,7 +400,7 @@ def answer_trajectory(
 
 
 @torch.no_grad()
-def answer_log_probs(model: Any, inputs: Any, answer: str, position: Place = "last", row: int = 0) -> Float[Tensor, "layer token"]:
+def answer_log_probs(model: Model, inputs: Any, answer: str, position: Place = "last", row: int = 0) -> Float[Tensor, "layer token"]:
     """The lens's log-probability of every token of an answer, spelt as given, each read behind those before it; nats.
 
     Of any answer, also one that no trajectory can follow. log p(answer) by layer is the sum over its tokens.
@@ -518,7 +519,7 @@ class NoFirstToken(ValueError):
     """An answer that no first token of its own tells from others."""
 
 
-def answer_ids(model: Any, answer: str, candidates: Sequence[str] = ()) -> tuple[list[int], int]:
+def answer_ids(model: Model, answer: str, candidates: Sequence[str] = ()) -> tuple[list[int], int]:
     """A: first-token ids of every variant of the answer, and how many were dropped as another candidate's too.
 
     Raises:
@@ -595,7 +596,7 @@ def _text(tokenizer: Any, token: int) -> str:
     return tokenizer.decode([token])
 
 
-def _variants(model: Any, answer: str) -> set[int]:
+def _variants(model: Model, answer: str) -> set[int]:
     """First tokens of an answer's forms; those that are blank (Qwen2 splits a space off before digits) or parts of
     characters say nothing and are left out."""
     bare = answer.strip()
@@ -604,7 +605,7 @@ def _variants(model: Any, answer: str) -> set[int]:
     return {token for token, text in texts.items() if whole(text) and text.strip()}
 
 
-def _spelt(model: Any, answer: str) -> list[int]:
+def _spelt(model: Model, answer: str) -> list[int]:
     """The tokens of an answer as it is written."""
     return [int(token) for token in text_ids(model.tokenizer, answer)]
 
@@ -663,7 +664,7 @@ def _is_function(token: str) -> bool:
     return whole(token) and (bare in FUNCTION_WORDS or not letters or (token.startswith("<|") and token.endswith("|>")))
 
 
-def _normed_once_more(model: Any, last: Float[Tensor, "row d_model"]) -> tuple[Float[Tensor, "row d_model"] | None, str]:
+def _normed_once_more(model: Model, last: Float[Tensor, "row d_model"]) -> tuple[Float[Tensor, "row d_model"] | None, str]:
     """(the last layer normed once, which the lens norms again; "") or (None, why it is not known)."""
     normed = final_norm(model, last)
     folded = getattr(getattr(model, "ln_final", None), "folded_w", None)
@@ -675,7 +676,7 @@ def _normed_once_more(model: Any, last: Float[Tensor, "row d_model"]) -> tuple[F
     return normed, ""
 
 
-def _one_row(model: Any, inputs: Any, position: Place, row: int) -> tuple[Any, Int[Tensor, "pos"], int, int]:
+def _one_row(model: Model, inputs: Any, position: Place, row: int) -> tuple[Any, Int[Tensor, "pos"], int, int]:
     """(what to run, the row's tokens, the position in them, the row's number); a text's row is run without its padding."""
     prompt = as_prompt(model, inputs)
     at = prompt.position(position, row)
@@ -685,7 +686,7 @@ def _one_row(model: Any, inputs: Any, position: Place, row: int) -> tuple[Any, I
 
 
 def _run(
-    model: Any, inputs: Any, tokens: Int[Tensor, "pos"], spelt: list[int], at: int, row: int
+    model: Model, inputs: Any, tokens: Int[Tensor, "pos"], spelt: list[int], at: int, row: int
 ) -> tuple[Float[Tensor, "layer d_model"], int, Float[Tensor, "layer token"]]:
     """(the stream at the position, what the model's own logits put first there, the whole answer's log-probabilities)."""
     prompt, row, spelt = _teacher_forced(inputs, tokens, spelt, at, row)
@@ -721,7 +722,7 @@ def _teacher_forced(inputs: Any, tokens: Int[Tensor, "pos"], spelt: list[int], a
     return cut, 0, spelt
 
 
-def _token_log_probs(model: Any, stack: Float[Tensor, "layer token d_model"], spelt: list[int]) -> Float[Tensor, "layer token"]:
+def _token_log_probs(model: Model, stack: Float[Tensor, "layer token d_model"], spelt: list[int]) -> Float[Tensor, "layer token"]:
     """The lens's log-probability of each token at the position before it; NaN without tokens."""
     if not spelt:
         return torch.full((len(stack), 1), torch.nan)

@@ -28,6 +28,7 @@ from transformer_lens.tools.analysis import logit_readout
 from analyses.common.prompts import as_prompt
 from analyses.common.vocabulary import logits_of
 from analyses.logit_lens import residual_stack
+from hooked_qwen2vl.protocols import Model
 
 _CHUNK = 64
 
@@ -91,14 +92,15 @@ class TunedLens(nn.Module):
                 raise ValueError(f"{path} is no tuned lens: expected the tensors A and b, got {sorted(file.keys())}.")
             A, b = file.get_tensor("A"), file.get_tensor("b")
             name = (file.metadata() or {}).get("model_name", "")
-        lens = cls(*b.shape, name)
+        n_layers, d_model = b.shape
+        lens = cls(n_layers, d_model, name)
         lens.load_state_dict({"A": A, "b": b})
         return lens
 
 
 @torch.enable_grad()
 def fit_tuned_lens(
-    model: Any,
+    model: Model,
     prompts: Iterable[Any],
     steps: int = 300,
     batch_size: int = 64,
@@ -136,7 +138,7 @@ def fit_tuned_lens(
 
 
 @torch.no_grad()
-def kl_by_layer(model: Any, prompts: Iterable[Any], translator: TunedLens | None = None) -> pd.DataFrame:
+def kl_by_layer(model: Model, prompts: Iterable[Any], translator: TunedLens | None = None) -> pd.DataFrame:
     """KL(p_L ‖ p_l), nats, mean over the prompts' positions, by layer 0..L−1; of the plain lens without a translator.
 
     Raises:
@@ -148,7 +150,7 @@ def kl_by_layer(model: Any, prompts: Iterable[Any], translator: TunedLens | None
 
 
 @torch.no_grad()
-def _streams(model: Any, prompts: Iterable[Any]) -> tuple[Float[Tensor, "layer n d_model"], Float[Tensor, "n d_model"]]:
+def _streams(model: Model, prompts: Iterable[Any]) -> tuple[Float[Tensor, "layer n d_model"], Float[Tensor, "n d_model"]]:
     """The residual stack over all positions that are not padding, float32; its last layer is the goal."""
     parts = []
     for prompt in prompts:
@@ -160,7 +162,7 @@ def _streams(model: Any, prompts: Iterable[Any]) -> tuple[Float[Tensor, "layer n
     return stack, stack[-1]
 
 
-def _kl(model: Any, stack: Float[Tensor, "layer n d_model"], goal: Float[Tensor, "n d_model"]) -> Float[Tensor, "layer n"]:
+def _kl(model: Model, stack: Float[Tensor, "layer n d_model"], goal: Float[Tensor, "n d_model"]) -> Float[Tensor, "layer n"]:
     """KL(p_L ‖ p_l) of every row, a chunk of rows at a time."""
     parts = []
     for start in range(0, len(goal), _CHUNK):
@@ -171,7 +173,7 @@ def _kl(model: Any, stack: Float[Tensor, "layer n d_model"], goal: Float[Tensor,
     return torch.cat(parts, dim=1)
 
 
-def _log_probs(model: Any, vectors: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes d_vocab"]:
+def _log_probs(model: Model, vectors: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes d_vocab"]:
     """As every lens reads; while fitting, through TransformerLens's readout, which gradients pass."""
     if not torch.is_grad_enabled():
         return logits_of(model, vectors).log_softmax(-1)

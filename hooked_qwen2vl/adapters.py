@@ -54,12 +54,12 @@ def merge_adapter(
     return merged_weights(_with_adapter(peft, hf_model, folder))
 
 
-def is_adapted(hf_model: nn.Module) -> bool:
+def is_adapted(hf_model: Any) -> bool:
     """Whether peft has put adapters into a model, by a PeftModel or by transformers' own `add_adapter`."""
     return any(type(module).__module__.split(".")[0] == "peft" for module in hf_model.modules())
 
 
-def adapted_model(hf_model: nn.Module) -> tuple[nn.Module, str | None]:
+def adapted_model(hf_model: Any) -> tuple[nn.Module, str | None]:
     """(the reference model inside, the names of its adapters at work; None where they are switched off).
 
     Raises:
@@ -74,13 +74,13 @@ def adapted_model(hf_model: nn.Module) -> tuple[nn.Module, str | None]:
     return inner, ", ".join(sorted(names)) or None
 
 
-def merged_weights(hf_model: nn.Module) -> dict[str, Tensor]:
+def merged_weights(hf_model: Any) -> dict[str, Tensor]:
     """What the model computes with, by HF name: peft's layers merged in copies, everything else the model's own storage."""
     inner = hf_model.get_base_model() if hasattr(hf_model, "get_base_model") else hf_model
     return dict(_weights(inner, "", _merge))
 
 
-def _weights(module: nn.Module, prefix: str, merge: Callable[[nn.Module], nn.Module]) -> Iterator[tuple[str, Tensor]]:
+def _weights(module: Any, prefix: str, merge: Callable[[nn.Module], nn.Module]) -> Iterator[tuple[str, Tensor]]:
     module = merge(module)
     for name, weight in module.named_parameters(recurse=False):
         yield prefix + name, weight.detach()
@@ -89,7 +89,7 @@ def _weights(module: nn.Module, prefix: str, merge: Callable[[nn.Module], nn.Mod
 
 
 @torch.no_grad()
-def _merge(module: nn.Module) -> nn.Module:
+def _merge(module: Any) -> nn.Module:
     """A module as it is; one of peft's as the plain module that computes the same."""
     if hasattr(module, "unload_and_optionally_merge_module"):  # modules_to_save, trainable tokens
         if module.disable_adapters:
@@ -109,7 +109,7 @@ def _merge(module: nn.Module) -> nn.Module:
     return module.get_base_layer()
 
 
-def _with_adapter(peft: ModuleType, hf_model: nn.Module, folder: Path) -> nn.Module:
+def _with_adapter(peft: ModuleType, hf_model: Any, folder: Path) -> nn.Module:
     """The base as a PeftModel with every weight of the adapter's file in it."""
     settings = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     known = {field.name for field in dataclasses.fields(peft.LoraConfig)}

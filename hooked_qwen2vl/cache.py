@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float
@@ -165,7 +165,7 @@ class HookedCache(ActivationCache):
         header = {
             "format": FORMAT,
             "sliced": json.dumps(self.prompt_shape is not None and self.prompt_shape.sliced),
-            "model_name": str(self.model.cfg.model_name),
+            "model_name": str(getattr(self.model.cfg, "model_name", "")),
             "model_shape": json.dumps(_model_shape(self.model)),
             "has_batch_dim": json.dumps(self.has_batch_dim),
             "stored": json.dumps(stored),
@@ -236,7 +236,8 @@ class HookedCache(ActivationCache):
         return_labels: bool = False,
     ) -> Tensor | tuple[Tensor, list[str]]:
         """TransformerLens's; with mode="all" what DeepStack adds is a component too, `{l}_deepstack`, after block l's MLP."""
-        stack, labels = super().decompose_resid(layer, mlp_input, mode, False, pos_slice, incl_embeds, True)
+        found: Any = super().decompose_resid(layer, mlp_input, mode, False, pos_slice, incl_embeds, True)
+        stack, labels = found
         added = self._deepstack(layer, pos_slice) if mode == "all" else {}
         for name, term in added.items():
             after = labels.index(name.replace("deepstack", "mlp_out")) + 1
@@ -258,9 +259,8 @@ class HookedCache(ActivationCache):
         project_output_onto: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, list[str]]:
         """TransformerLens's; what DeepStack adds comes last, `{l}_deepstack`."""
-        stack, labels = super().get_full_resid_decomposition(
-            layer, mlp_input, expand_neurons, apply_ln, pos_slice, True, project_output_onto
-        )
+        found: Any = super().get_full_resid_decomposition(layer, mlp_input, expand_neurons, apply_ln, pos_slice, True, project_output_onto)
+        stack, labels = found
         added = self._deepstack(layer, pos_slice)
         if added:
             terms = torch.stack(list(added.values()))
@@ -275,7 +275,7 @@ class HookedCache(ActivationCache):
 
     def _deepstack(self, layer: int | None, pos_slice: Slice | SliceInput) -> dict[str, Float[Tensor, "*batch_and_pos d_model"]]:
         """Label -> what DeepStack has added to the stream before block `layer`."""
-        merged = range(min(self._up_to(layer), len(self.model.cfg.vision.deepstack_layers)))
+        merged = range(min(self._up_to(layer), len(cast(Any, self.model.cfg).vision.deepstack_layers)))
         positions = Slice.unwrap(pos_slice)
         return {f"{l}_deepstack": positions.apply(self[f"blocks.{l}.hook_deepstack"], dim=-2) for l in merged}
 

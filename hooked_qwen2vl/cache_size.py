@@ -154,7 +154,7 @@ def free_bytes(device: torch.device) -> int | None:
     return max(0, min(limits))
 
 
-def in_words(n: int) -> str:
+def in_words(n: float) -> str:
     """ "3.6 GB"."""
     for unit in ("B", "kB", "MB"):
         if n < 1000:

@@ -50,7 +50,7 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def _refuse_changed(self, path: Path) -> None:
         """What is mapped must be what was opened: a file that was cut short ends the process (SIGBUS) where it is read."""
-        if not path.exists() or _stamp(path) != self._stamps[path]:
+        if not path.exists() or _stamp(path) != self._stamps[path]:  # pyright: ignore[reportAttributeAccessIssue] (set in __post_init__)
             raise ValueError(f"{path} has changed since it was opened: load the model again, and replace a checkpoint by a new folder.")
 
     def __getitem__(self, key: str) -> Tensor:

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformer_lens.config import TransformerLensConfig
@@ -139,9 +139,9 @@ class HookedQwen2VLConfig(TransformerLensConfig):
     decoder under TransformerLens's names.
     """
 
-    text: TextConfig = field(default=None, kw_only=True)
-    vision: VisionConfig = field(default=None, kw_only=True)
-    special: SpecialTokens = field(default=None, kw_only=True)
+    text: TextConfig = field(default=cast(Any, None), kw_only=True)
+    vision: VisionConfig = field(default=cast(Any, None), kw_only=True)
+    special: SpecialTokens = field(default=cast(Any, None), kw_only=True)
     model_name: str = "Qwen2-VL"
     original_architecture: str = ARCHITECTURE
     tokenizer_name: str | None = None
@@ -161,8 +161,8 @@ class HookedQwen2VLConfig(TransformerLensConfig):
     @property
     def n_params(self) -> int:
         """Numbers in the matrices of the decoder's blocks, as TransformerLens counts a model's size: no biases, norms or embeddings."""
-        heads = 2 * (self.n_heads + self.n_key_value_heads)
-        return self.n_layers * self.d_model * (heads * self.d_head + 3 * self.d_mlp)
+        heads = 2 * (self.n_heads + int(self.n_key_value_heads or 0))
+        return self.n_layers * self.d_model * (heads * self.d_head + 3 * int(self.d_mlp or 0))
 
     @property
     def image_token_id(self) -> int:
@@ -271,7 +271,7 @@ def _refuse_impossible(config: dict, name: str) -> None:
                 section = value.get("mrope_section", [1]) if isinstance(value, dict) else None
                 problems.expect(_are_counts(section, least=0), where, value, "an object, with whole numbers in its mrope_section")
             elif key == "mlp_ratio":
-                problems.expect(isinstance(value, Real) and 0 < value <= 1000, where, value, "a number above 0")
+                problems.expect(isinstance(value, Real) and 0 < cast(Any, value) <= 1000, where, value, "a number above 0")
             elif key in ("fullatt_block_indexes", "deepstack_visual_indexes"):
                 problems.expect(_are_counts(value, least=0), where, value, "a list of blocks")
     if problems:
@@ -330,7 +330,7 @@ class _Problems(list):
             self.append(f"{key} = {_brief(value)} (expected {expected})")
 
 
-def _unsupported_values(hf: PretrainedConfig) -> list[str]:
+def _unsupported_values(hf: Any) -> list[str]:
     """One line for each value the port does not compute, whatever the model type."""
     text, vision, problems = hf.text_config, hf.vision_config, _Problems()
     expect = problems.expect
@@ -339,7 +339,7 @@ def _unsupported_values(hf: PretrainedConfig) -> list[str]:
         ("rms_norm_eps", text.rms_norm_eps), ("rope_theta", rope.get("rope_theta")),
         ("vision_config.rope_parameters.rope_theta", _vision_base(vision)),
     ):  # fmt: skip
-        expect(isinstance(value, Real) and 0 < value < float("inf"), key, value, "a number above 0")
+        expect(isinstance(value, Real) and 0 < cast(Any, value) < float("inf"), key, value, "a number above 0")
     section = rope.get("mrope_section", [16, 24, 24])
     d_head = _d_head(text)
     expect(text.hidden_act == "silu", "hidden_act", text.hidden_act, "'silu'")
@@ -370,7 +370,7 @@ def _unsupported_values(hf: PretrainedConfig) -> list[str]:
     return problems
 
 
-def _expect_heads_of_the_stream(text: PretrainedConfig, expect: Callable) -> None:
+def _expect_heads_of_the_stream(text: Any, expect: Callable) -> None:
     """Qwen2's decoder: the heads share the stream's width, and M-RoPE comes in sections."""
     head_dim, rope = getattr(text, "head_dim", None), text.rope_parameters or {}
     expect(
@@ -382,7 +382,7 @@ def _expect_heads_of_the_stream(text: PretrainedConfig, expect: Callable) -> Non
     expect(not rope.get("mrope_interleaved"), "rope_scaling.mrope_interleaved", rope.get("mrope_interleaved"), "False")
 
 
-def _expect_tower(hf: PretrainedConfig, width: str, writes: str, activation: str, expect: Callable) -> None:
+def _expect_tower(hf: Any, width: str, writes: str, activation: str, expect: Callable) -> None:
     """What every tower keeps: its activation, heads that 2-D rotary can turn, and the decoder's width at its end."""
     vision, d_vision = hf.vision_config, getattr(hf.vision_config, width)
     expect(vision.hidden_act == activation, "vision_config.hidden_act", vision.hidden_act, repr(activation))
@@ -400,14 +400,14 @@ def _expect_tower(hf: PretrainedConfig, width: str, writes: str, activation: str
     )
 
 
-def _unsupported_2(hf: Qwen2VLConfig) -> list[str]:
+def _unsupported_2(hf: Any) -> list[str]:
     problems = _Problems()
     _expect_heads_of_the_stream(hf.text_config, problems.expect)
     _expect_tower(hf, "embed_dim", "hidden_size", "quick_gelu", problems.expect)
     return problems
 
 
-def _unsupported_25(hf: Qwen2_5_VLConfig) -> list[str]:
+def _unsupported_25(hf: Any) -> list[str]:
     problems, vision = _Problems(), hf.vision_config
     expect = problems.expect
     _expect_heads_of_the_stream(hf.text_config, expect)
@@ -415,11 +415,11 @@ def _unsupported_25(hf: Qwen2_5_VLConfig) -> list[str]:
     token = vision.patch_size * vision.spatial_merge_size
     expect(vision.window_size >= token, "vision_config.window_size", vision.window_size, f"at least an image token's {token} pixels")
     rate = vision.tokens_per_second
-    expect(isinstance(rate, Real) and 0 < rate < float("inf"), "vision_config.tokens_per_second", rate, "a number above 0")
+    expect(isinstance(rate, Real) and 0 < cast(Any, rate) < float("inf"), "vision_config.tokens_per_second", rate, "a number above 0")
     return problems
 
 
-def _unsupported_3(hf: Qwen3VLConfig) -> list[str]:
+def _unsupported_3(hf: Any) -> list[str]:
     problems, text, vision = _Problems(), hf.text_config, hf.vision_config
     expect = problems.expect
     _expect_tower(hf, "hidden_size", "out_hidden_size", "gelu_pytorch_tanh", expect)
@@ -444,15 +444,15 @@ def _unsupported_3(hf: Qwen3VLConfig) -> list[str]:
     return problems
 
 
-def _d_head(text: PretrainedConfig) -> int:
+def _d_head(text: Any) -> int:
     return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
-def _vision_base(vision: PretrainedConfig) -> float:
+def _vision_base(vision: Any) -> float:
     return (vision.rope_parameters or {}).get("rope_theta", 10_000.0)
 
 
-def _text(hf: PretrainedConfig, **parts: Any) -> TextConfig:
+def _text(hf: Any, **parts: Any) -> TextConfig:
     text, rope = hf.text_config, hf.text_config.rope_parameters
     return TextConfig(
         n_layers=text.num_hidden_layers,
@@ -471,11 +471,11 @@ def _text(hf: PretrainedConfig, **parts: Any) -> TextConfig:
     )
 
 
-def _text_3(hf: Qwen3VLConfig) -> TextConfig:
+def _text_3(hf: Any) -> TextConfig:
     return _text(hf, mrope_interleaved=True, qkv_bias=False, qk_norm=True)
 
 
-def _vision(hf: PretrainedConfig, d_vision: int, d_mlp: int, d_out: int, **parts: Any) -> VisionConfig:
+def _vision(hf: Any, d_vision: int, d_mlp: int, d_out: int, **parts: Any) -> VisionConfig:
     vision = hf.vision_config
     return VisionConfig(
         n_layers=vision.depth,
@@ -494,12 +494,12 @@ def _vision(hf: PretrainedConfig, d_vision: int, d_mlp: int, d_out: int, **parts
     )
 
 
-def _vision_2(hf: Qwen2VLConfig) -> VisionConfig:
+def _vision_2(hf: Any) -> VisionConfig:
     vision = hf.vision_config
     return _vision(hf, vision.embed_dim, int(vision.embed_dim * vision.mlp_ratio), vision.hidden_size)
 
 
-def _vision_25(hf: Qwen2_5_VLConfig) -> VisionConfig:
+def _vision_25(hf: Any) -> VisionConfig:
     vision = hf.vision_config
     return _vision(
         hf,
@@ -512,7 +512,7 @@ def _vision_25(hf: Qwen2_5_VLConfig) -> VisionConfig:
     )
 
 
-def _vision_3(hf: Qwen3VLConfig) -> VisionConfig:
+def _vision_3(hf: Any) -> VisionConfig:
     vision = hf.vision_config
     return _vision(
         hf,
@@ -556,7 +556,7 @@ _REFUSED = {
 }
 
 
-def _special(hf: PretrainedConfig, generation: dict[str, Any]) -> SpecialTokens:
+def _special(hf: Any, generation: dict[str, Any]) -> SpecialTokens:
     eos = generation.get("eos_token_id", getattr(hf.text_config, "eos_token_id", None))
     return SpecialTokens(
         image=hf.image_token_id,

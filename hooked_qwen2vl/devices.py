@@ -39,7 +39,7 @@ def dispatch(model: Any, device_map: str | dict, max_memory: dict | None = None,
             raise ValueError(f"device_map must be 'auto', 'balanced', 'sequential' or a map, got {device_map!r}.")
         if device_map != "sequential":
             max_memory = get_balanced_memory(model, max_memory, no_split_module_classes=WHOLE)
-        device_map = infer_auto_device_map(model, max_memory, no_split_module_classes=WHOLE)
+        device_map = dict(infer_auto_device_map(model, max_memory, no_split_module_classes=WHOLE))
     elif max_memory is not None:
         raise ValueError("max_memory= is for 'auto', 'balanced' and 'sequential'; a map says itself what goes where.")
     for name in device_map:

@@ -8,7 +8,7 @@ when its id is an image placeholder's.
 from __future__ import annotations
 
 import os.path
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -26,6 +26,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from .cache import HookedCache, heads_first, position_axes
 from .hook_names import is_vision
 from .inputs import Inputs
+from .mixin import Mixin
 from .overflow import FiniteCheck, finite_check
 from .running import running_positions
 
@@ -75,7 +76,7 @@ class Sampling:
             )
 
 
-class Generation:
+class Generation(Mixin):
     """Mixed into HookedQwen2VL."""
 
     @torch.no_grad()
@@ -249,7 +250,7 @@ class Generation:
             return
         past = None
         if use_past_kv_cache:
-            entries = [KeysAndValues.init_cache_entry(self.cfg, self.cfg.device, len(prompt)) for _ in self.blocks]
+            entries: list[Any] = [KeysAndValues.init_cache_entry(self.cfg, self.cfg.device, len(prompt)) for _ in self.blocks]
             past = TransformerLensKeyValueCache(entries, prompt.attention_mask[:, :0])
         elif prompt.visuals and not self.tower_is_listened_to():
             prompt = self.encode(prompt)
@@ -407,7 +408,7 @@ class KeysAndValues(TransformerLensKeyValueCacheEntry):
     In memory they lie head by head, as attention reads them. Earlier results of `append` stay valid.
     """
 
-    buffer: Float[Tensor, "2 batch head capacity d_head"] | None = None
+    buffer: Any = None  # [2 batch head capacity d_head]
 
     def append(
         self, new_keys: Float[Tensor, "batch new head d_head"], new_values: Float[Tensor, "batch new head d_head"]
@@ -465,7 +466,7 @@ class Collector:
         return torch.cat(padded, dim=-2)
 
 
-def _progress(steps: Iterator, total: int, verbose: bool) -> Iterator:
+def _progress(steps: Iterator, total: int, verbose: bool) -> Iterable:
     return tqdm(steps, total=total, disable=not verbose, delay=1, desc="generating", unit="token")
 
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -135,6 +135,21 @@ def refuse_unaligned(first: Any, second: Any, what: str) -> None:
 @renamed_attributes
 class Geometry:
     """Mixed into `Inputs`: reads its `tokens`, `attention_mask`, `segments` and `visuals`."""
+
+    tokens: Int[Tensor, "batch pos"]
+    attention_mask: Int[Tensor, "batch pos"]
+    position_ids: Int[Tensor, "3 batch pos"]
+    segments: tuple[tuple[str, ...], ...]
+    visuals: tuple[Visual, ...]
+    pixels: Float[Tensor, "patch d_patch"] | None
+
+    if TYPE_CHECKING:  # of `Inputs`
+
+        @property
+        def shape(self) -> torch.Size: ...
+        @property
+        def device(self) -> torch.device: ...
+        def __len__(self) -> int: ...
 
     @property
     def prompt_shape(self) -> PromptShape:

@@ -14,6 +14,7 @@ from transformer_lens.model_bridge.get_params_util import get_bridge_params
 from .hook_names import canonical, hooked, is_vision
 from .inputs import Inputs
 from .layers import HookPoint, on_its_own_prompts
+from .mixin import Mixin
 from .weights import OUR_ZEROS
 
 _NOT_THERE = {
@@ -60,7 +61,7 @@ def refuse_old_arguments(arguments: dict[str, Any]) -> None:
         raise TypeError(f"from_pretrained got unexpected arguments: {', '.join(unknown)}.")
 
 
-class Habits:
+class Habits(Mixin):
     """Mixed into HookedQwen2VL, before HookedRootModule."""
 
     def __getattr__(self, name: str) -> Any:
@@ -73,7 +74,7 @@ class Habits:
     @classmethod
     def from_pretrained_no_processing(cls, name: Any, *args: Any, **kwargs: Any) -> Any:
         """`from_pretrained`, which never processes weights."""
-        return cls.from_pretrained(name, *args, **kwargs)
+        return cls.from_pretrained(name, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue] (HookedQwen2VL's)
 
     def enable_compatibility_mode(
         self,
@@ -114,7 +115,7 @@ class Habits:
 
     def to(self, *args: Any, print_details: bool = True, **kwargs: Any) -> Any:
         """torch's; nothing is printed, whatever print_details."""
-        return super().to(*args, **kwargs)
+        return super().to(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue] (HookedRootModule's)
 
     # ---- running ------------------------------------------------------------------------------
 
@@ -149,7 +150,7 @@ class Habits:
         if remove_batch_dim:
             refuse_several(input)
             fwd_hooks, bwd_hooks = ([(name, _without_batch(hook)) for name, hook in hooks] for hooks in (fwd_hooks, bwd_hooks))
-        return super().run_with_hooks(input, *args, fwd_hooks=list(fwd_hooks), bwd_hooks=list(bwd_hooks), **kwargs)
+        return super().run_with_hooks(input, *args, fwd_hooks=list(fwd_hooks), bwd_hooks=list(bwd_hooks), **kwargs)  # pyright: ignore[reportAttributeAccessIssue] (HookedRootModule's)
 
     def add_hook(
         self,
@@ -163,7 +164,7 @@ class Habits:
         if (hook is None) == (hook_fn is None):
             raise TypeError("add_hook takes the hook as hook= or hook_fn=, one of them.")
         for own in hooked(name, self.hook_dict):
-            super().add_hook(own, hook_fn if hook is None else hook, *args, **kwargs)
+            super().add_hook(own, hook_fn if hook is None else hook, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue] (HookedRootModule's)
 
     def get_hook_point(self, hook_name: str) -> HookPoint | None:
         """The hook point of this name, or None."""
@@ -182,7 +183,7 @@ def _without_batch(hook: Callable) -> Callable:
 
     @functools.wraps(checked)
     def single(activation: Tensor, hook: HookPoint) -> Any:
-        if is_vision(hook.name):
+        if is_vision(str(hook.name)):
             return checked(activation, hook=hook)
         result = checked(activation[0], hook=hook)
         return result if result is None else result[None]

@@ -24,6 +24,7 @@ from torch import Tensor
 from .image_hash import image_hash
 from .inputs import Inputs
 from .layers import listened
+from .mixin import Mixin
 from .moved import moved_names
 from .overflow import finite_check, first_not_finite
 
@@ -71,7 +72,7 @@ def deepstack_terms(
     return [nothing.masked_scatter(places, stream.to(like))[:, positions] for stream in images[1:]]
 
 
-class ImageEmbeddings:
+class ImageEmbeddings(Mixin):
     """Mixed into HookedQwen2VL."""
 
     def encode(self, inputs: Inputs) -> Inputs:
@@ -95,7 +96,7 @@ class ImageEmbeddings:
         """
         if not inputs.visuals:
             return None
-        if not self.is_encoded(inputs) or self.tower_is_listened_to():
+        if not self.is_encoded(inputs) or self.tower_is_listened_to():  # pyright: ignore[reportAttributeAccessIssue] (torch.compiler.disable loses its type)
             return self.run_tower(inputs)
         hooks, streams = self.vision_projector.out_hooks, inputs.image_streams
         if not listened(*hooks):
@@ -132,7 +133,7 @@ class ImageEmbeddings:
         weights = [*self.vision_encoder.parameters(), *self.vision_projector.parameters()]
         edits = hash(tuple((w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights))
         device = self.cfg.device
-        kind = torch.device(device).type
+        kind = torch.device(str(device)).type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         return self._identity, edits, samples_of(weights), self.cfg.dtype, autocast
 

@@ -37,7 +37,7 @@ def image_hash(image: Any, wherever: bool = False) -> str:
         hashed.update(image.tobytes())
     elif isinstance(image, Tensor):
         hashed.update(f"tensor {image.dtype} {tuple(image.shape)}".encode())
-        hashed.update(image.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        hashed.update(image.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType] (an array is a buffer)
     else:
         array = np.asarray(image)
         if array.dtype == object:

@@ -184,8 +184,8 @@ class Inputs(Geometry):
                     continue
                 grid, patches = packs[kind].pop(0)
                 resized = (float(grid[2] * side), float(grid[1] * side))
-                size = tuple(map(float, next(sizes, resized))) if kind == IMAGE else resized
-                visual = Visual(row, kind, grid, size, merge, seconds_per_frame=next(seconds) if kind == VIDEO else None)
+                width, height = map(float, next(sizes, resized) if kind == IMAGE else resized)
+                visual = Visual(row, kind, grid, (width, height), merge, seconds_per_frame=next(seconds) if kind == VIDEO else None)
                 visuals.append(visual)
                 pixels.append(patches)
                 position = _end_of(visual, kinds, position)
@@ -236,7 +236,7 @@ class Inputs(Geometry):
             return ()
         raw = self.pixels.detach().cpu().contiguous().view(torch.uint8).numpy()
         ends = np.cumsum([visual.n_patches for visual in self.visuals])
-        return tuple(zlib.crc32(part) for part in np.split(raw, ends[:-1]))
+        return tuple(zlib.crc32(part) for part in np.split(raw, ends[:-1]))  # pyright: ignore[reportArgumentType] (an array is a buffer)
 
     @cached_property
     def has_padding(self) -> bool:
@@ -438,7 +438,7 @@ class Inputs(Geometry):
         """The token ids alone."""
         return self.tokens.cpu().numpy()
 
-    def __eq__(self, other: object) -> bool:
+    def __eq__(self, other: Any) -> bool:
         """Equal only if tokens, padding, images and what the positions are called are equal."""
         if not isinstance(other, Inputs):
             return NotImplemented
@@ -484,7 +484,7 @@ def padding_mask(tokens: Int[Tensor, "batch pos"], pad: int | None, padding_side
         return mask
     text = tokens != pad
     before, after = text.cumsum(-1) == 0, text.flip(-1).cumsum(-1).flip(-1) == 0
-    padding = {"left": before, "right": after}.get(padding_side, before | after)
+    padding = {"left": before, "right": after}.get(padding_side or "", before | after)
     if padding_side is None and bool(padding.any()):
         for suspect, where in (
             (before[:, 0].all(), "every row begins with it"),

@@ -71,7 +71,7 @@ def require_prompt(shape: Any, hook: Any, what: str) -> None:
         )
 
 
-def listened(*hooks: HookPoint) -> bool:
+def listened(*hooks: nn.Module) -> bool:
     """Whether anything, a TransformerLens hook or a bare torch one, listens to any of these hook points."""
     for hook in hooks:  # a loop, because this is asked hundreds of times a token
         if hook._forward_hooks or hook._forward_pre_hooks or hook._backward_hooks or hook._backward_pre_hooks:

@@ -80,10 +80,10 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         self.vision_projector = tower.VisionProjector(cfg.vision)
         self.embed = Embed(cfg.d_vocab, cfg.d_model)
         self.hook_embed = HookPoint()  # [batch, pos, d_model], images merged in
-        self.blocks = nn.ModuleList(decoder_block(cfg.text) for _ in range(cfg.n_layers))
+        self.blocks = nn.ModuleList(decoder_block(cfg.text) for _ in range(cfg.n_layers))  # pyright: ignore[reportAttributeAccessIssue] (a property, to be found statically)
         for layer, _ in enumerate(cfg.vision.deepstack_layers):
             self.blocks[layer].hook_deepstack = HookPoint()  # [batch, pos, d_model], added after the block
-        self.ln_final = RMSNorm(cfg.d_model, cfg.eps)
+        self.ln_final = RMSNorm(cfg.d_model, cfg.eps)  # pyright: ignore[reportAttributeAccessIssue] (a property, to be found statically)
         self.unembed = Unembed(cfg.d_model, cfg.d_vocab)
         if cfg.text.tie_word_embeddings:
             self.unembed.weight = self.embed.weight
@@ -364,7 +364,7 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
             result = self.read_out(residual, new, None if return_type is None else "logits", logits_at=logits_at)
         if not past.frozen:
             past.append_attention_mask(new.attention_mask)
-            past.prompt = whole  # the images' places and the padding, which the next tokens' positions depend on
+            past.prompt = whole  # the images' places and the padding, which the next tokens' positions depend on  # pyright: ignore[reportAttributeAccessIssue]
         return (result, past) if return_type == "logits_and_cache" else result
 
     @contextmanager
@@ -394,11 +394,13 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         Raises:
             ValueError: a name that no hook point has.
         """
-        pairs = ([(own, hook) for name, hook in hooks for own in hooked(name, self.hook_dict)] for hooks in (fwd_hooks, bwd_hooks))
+        forward, backward = (
+            [(own, hook) for name, hook in hooks for own in hooked(name, self.hook_dict)] for hooks in (fwd_hooks, bwd_hooks)
+        )
         thread = threading.get_ident()
         self._hooking_threads.append(thread)
         try:
-            with super().hooks(*pairs, *args, **kwargs):
+            with super().hooks(forward, backward, *args, **kwargs):  # pyright: ignore[reportArgumentType] (lists of pairs are invariant)
                 yield self
         finally:
             self._hooking_threads.remove(thread)
@@ -604,7 +606,7 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
             refuse_several(input)
         self._require_hooks(names_filter)
         if isinstance(input, Inputs):
-            require_room(self.cache_size(input, names_filter, pos_slice=pos_slice), device or self.cfg.device)
+            require_room(self.cache_size(input, names_filter, pos_slice=pos_slice), device or str(self.cfg.device))
         # What is spread over several devices is brought together, so that the cache can stack it.
         device = self.cfg.device if device is None and n_devices(self) > 1 else device
         result, cache = super().run_with_cache(
@@ -654,15 +656,16 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
 
         def save(tensor: Tensor, hook: HookPoint, suffix: str) -> None:
             stored = tensor.detach()
-            if not is_vision(hook.name):
+            name = str(hook.name)
+            if not is_vision(name):
                 if (running := running_positions.get()) is not None:
-                    stored = running.at_all_positions(stored, *position_axes(hook.name))
-                stored = positions.apply(stored, dim=position_axes(hook.name)[0])
+                    stored = running.at_all_positions(stored, *position_axes(name))
+                stored = positions.apply(stored, dim=position_axes(name)[0])
                 stored = stored[0] if remove_batch_dim and stored.shape[0] == 1 else stored
             stored = stored.to(device)
             # A view of a few positions would keep all the others in memory.
             smaller = stored.untyped_storage().nbytes() > stored.nbytes
-            cache[hook.name + suffix] = stored.clone() if pos_slice is not None and smaller else stored
+            cache[name + suffix] = stored.clone() if pos_slice is not None and smaller else stored
 
         names = chosen(self._default_names(None, False) if names_filter is None else names_filter, self.hook_dict)
         forward = [(name, partial(save, suffix="")) for name in names]
@@ -708,7 +711,7 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
 
     def _require_hooks(self, names_filter: NamesFilter) -> None:
         if not callable(names_filter):
-            require([names_filter] if isinstance(names_filter, str) else names_filter, self.hook_dict)
+            require([names_filter] if isinstance(names_filter, str) else names_filter or [], self.hook_dict)
 
     def process_weights(
         self,

@@ -17,7 +17,11 @@ from importlib.abc import InspectLoader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import CodeType, ModuleType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
+
+C = TypeVar("C")
+R = TypeVar("R")
+P = ParamSpec("P")
 
 KEPT = {  # public paths that stay: no warning
     "analyses.benchmarks": "analyses.data.benchmarks",
@@ -141,7 +145,7 @@ def moved_names(module: str) -> Callable[[str], Any]:
     return find
 
 
-def renamed_attributes(cls: type) -> type:
+def renamed_attributes(cls: type[C]) -> type[C]:
     """Class decorator: attributes that had another name in earlier versions are read under it too."""
     for old, new in ATTRIBUTES[place_of(cls)].items():
         setattr(cls, old, _renamed_attribute(f"{place_of(cls)}.{old}", f"{place_of(cls)}.{new}", new))
@@ -156,7 +160,7 @@ def _renamed_attribute(was: str, now: str, new: str) -> property:
     return property(read, doc=f"Now `{new}`.")
 
 
-def renamed_arguments(function: Callable) -> Callable:
+def renamed_arguments(function: Callable[P, R]) -> Callable[P, R]:
     """Function decorator: keyword arguments that had another name in earlier versions are taken under it too.
 
     Raises:
@@ -165,7 +169,7 @@ def renamed_arguments(function: Callable) -> Callable:
     place, names = place_of(function), ARGUMENTS[place_of(function)]
 
     @wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
         for old in names.keys() & kwargs.keys():
             if names[old] in kwargs:
                 raise TypeError(
@@ -219,11 +223,11 @@ class MovedModules(MetaPathFinder, InspectLoader):
 
     def get_code(self, fullname: str) -> CodeType | None:
         spec = find_spec(current_path(fullname))
-        return spec.loader.get_code(spec.name)
+        return spec.loader.get_code(spec.name)  # pyright: ignore[reportAttributeAccessIssue] (of a source file)
 
     def get_source(self, fullname: str) -> str | None:
         spec = find_spec(current_path(fullname))
-        return spec.loader.get_source(spec.name)
+        return spec.loader.get_source(spec.name)  # pyright: ignore[reportAttributeAccessIssue] (of a source file)
 
 
 def current_path(name: str) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
@@ -89,8 +89,8 @@ def element(kind: str, content: Any, settings: Mapping[str, Any]) -> Any:
     wrong = [key for key in SIZE_KEYS if key in settings and not _is_count(settings[key])]
     if wrong:
         raise ValueError(f"{wrong[0]} of the {kind} is {short(settings[wrong[0]])}: expected a whole number of pixels above 0.")
-    rate = settings.get("fps", 1)
-    if isinstance(rate, bool) or not isinstance(rate, Real) or not 0 < rate < float("inf"):
+    rate: Any = settings.get("fps", 1)
+    if isinstance(rate, bool) or not isinstance(rate, Real) or not 0 < cast(Any, rate) < float("inf"):
         raise ValueError(f"fps of the {kind} is {short(rate)}: expected how many of the frames there are a second, a number above 0.")
     if ("resized_height" in settings) != ("resized_width" in settings):
         raise ValueError(f"the {kind} has only one of resized_height and resized_width: pass both.")

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -98,7 +98,9 @@ class Processor:
         theirs, video = processor.image_processor, getattr(processor, "video_processor", None)
         template = getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
         images = image_processor(theirs.to_dict(), f"{where}.image_processor")
-        videos = {"video_size": dict(images.size)} if video is None else _video(video.to_dict(), f"{where}.video_processor", images)
+        videos: dict[str, Any] = (
+            {"video_size": dict(images.size)} if video is None else _video(video.to_dict(), f"{where}.video_processor", images)
+        )
         return cls(processor.tokenizer, images, named_templates(template, where), **videos)
 
     # ---- prompts ------------------------------------------------------------------------------
@@ -349,7 +351,7 @@ class _FixedSize(Qwen2VLImageProcessorPil):
 
 def _stated_rates(videos: list[Any], fps: float | Sequence[float] | None, needed: bool) -> float | Sequence[float] | None:
     """`fps`, or what the messages say of their videos; Qwen2-VL's reference takes it there, to no effect."""
-    stated = [video.settings.get("fps") if isinstance(video, Element) else None for video in videos]
+    stated: list[Any] = [video.settings.get("fps") if isinstance(video, Element) else None for video in videos]
     if not any(stated):
         return fps
     if fps is not None or None in stated:
@@ -357,7 +359,7 @@ def _stated_rates(videos: list[Any], fps: float | Sequence[float] | None, needed
     return stated if needed else None
 
 
-def _frame_rates(fps: float | Sequence[float] | None, n_videos: int, needed: bool) -> list[float | None]:
+def _frame_rates(fps: float | Sequence[float] | None, n_videos: int, needed: bool) -> Sequence[float | None]:
     """Frames a second of each video; None where the model does not ask."""
     if not needed:
         if fps is not None:
@@ -370,10 +372,10 @@ def _frame_rates(fps: float | Sequence[float] | None, n_videos: int, needed: boo
         )
     if fps is None:
         return []
-    rates = list(fps) if isinstance(fps, (list, tuple)) else [fps] * max(n_videos, 1)
+    rates: list[Any] = list(fps) if isinstance(fps, (list, tuple)) else [fps] * max(n_videos, 1)
     if len(rates) != n_videos:
         raise ValueError(f"expected fps= for {n_videos} videos, one number for all or one for each, got {short(fps)}.")
-    if not all(isinstance(rate, Real) and not isinstance(rate, bool) and 0 < rate < float("inf") for rate in rates):
+    if not all(isinstance(rate, Real) and not isinstance(rate, bool) and 0 < cast(Any, rate) < float("inf") for rate in rates):
         raise ValueError(f"fps is how many frames there are a second, a number above 0, got {short(fps)}.")
     return [float(rate) for rate in rates]
 
@@ -489,7 +491,7 @@ def _mark(messages: list[dict], typed: bool = True) -> tuple[list[dict], list[Se
         out = []
         for item in items:
             kind = item.get("type") if isinstance(item, dict) else None
-            own = {"text": (), "image": SIZE_KEYS, "video": (*SIZE_KEYS, "fps")}
+            own: dict[Any, tuple[str, ...]] = {"text": (), "image": SIZE_KEYS, "video": (*SIZE_KEYS, "fps")}
             unknown = sorted(map(str, set(item) - {"type", kind, *own[kind]})) if kind in own else []
             if unknown:
                 raise ValueError(
@@ -551,12 +553,12 @@ def _media_rows(media: Sequence[Any] | None, n_rows: int, single: bool, word: st
 
 
 def _per_row(values: str | Sequence[str | None] | None, n_rows: int, word: str) -> list[str | None]:
-    values = [values] if isinstance(values, str) else [None] * n_rows if values is None else list(values)
-    if len(values) != n_rows:
-        raise ValueError(f"expected {n_rows} {word}, one for each prompt (None for none), got {len(values)}.")
-    if any(value is not None and not value for value in values):
+    rows: list[str | None] = [values] if isinstance(values, str) else [None] * n_rows if values is None else list(values)
+    if len(rows) != n_rows:
+        raise ValueError(f"expected {n_rows} {word}, one for each prompt (None for none), got {len(rows)}.")
+    if any(value is not None and not value for value in rows):
         raise ValueError(f"an empty string in {word}: use None for a prompt without one.")
-    return values
+    return rows
 
 
 def _video(settings: dict[str, Any], where: str, images: Qwen2VLImageProcessorPil) -> dict[str, Any]:

@@ -149,7 +149,7 @@ def _size(settings: Mapping[str, Any], where: str, default: Mapping[str, int]) -
     known = {*_EDGES, *_EDGES.values()}
     if not isinstance(size, Mapping) or not set(size) <= known:
         raise ValueError(f"{where} has size = {str(size)[:80]}: expected {{'shortest_edge': …, 'longest_edge': …}}, areas in pixels.")
-    found = {edge: size.get(edge) if settings.get(older) is None else settings[older] for edge, older in _EDGES.items()}
+    found: dict[str, Any] = {edge: size.get(edge) if settings.get(older) is None else settings[older] for edge, older in _EDGES.items()}
     wrong = [f"{edge} ({older}) = {str(found[edge])[:40]}" for edge, older in _EDGES.items() if not _is_count(found[edge])]
     if wrong:
         raise ValueError(f"{where} has the size {', '.join(wrong)}: expected whole numbers above 0, areas in pixels.")
@@ -171,7 +171,7 @@ def _is_usable(key: str, value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and bool(np.isfinite(value))
+    return isinstance(value, Real) and not isinstance(value, bool) and bool(np.isfinite(value))  # pyright: ignore[reportArgumentType, reportCallIssue] (a real number is one of numpy's)
 
 
 def _is_count(value: Any) -> bool:

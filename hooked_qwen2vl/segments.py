@@ -43,7 +43,7 @@ def segments_from_ids(tokens: Sequence[int], types: Sequence[int], cfg: HookedQw
         types: 0 text, 1 image, 2 video, for each.
         frames: how many frames each video of the row has, where each stands behind its timestamp.
     """
-    breaks = set(getattr(cfg.special, "line_breaks", ()))
+    breaks: set[int] = set(getattr(cfg.special, "line_breaks", ()))
     names = _chat_names(list(tokens), set(cfg.special.eos), breaks) or ["question"] * len(tokens)
     vision = {cfg.vision_start_token_id: "vision_start", cfg.vision_end_token_id: "vision_end"}
     for position, name in _timestamps(list(tokens), list(types), frames, cfg).items():
@@ -99,7 +99,8 @@ def _chat_names(tokens: list[int], ends: set[int], breaks: set[int]) -> list[str
     # The last turn's role is the longest word; where it is one token, and the tokenizer is not known, so are the others.
     single = not breaks and turns[-1][2:3] == [line_break]
     parsed = [_turn(turn, ends, line_break, breaks, single, last=turn is turns[-1]) for turn in turns]
-    if None in parsed:
+    parsed = [turn for turn in parsed if turn is not None]
+    if len(parsed) < len(turns):
         return None
     called = _called([role for role, _, _ in parsed], still_open=parsed[-1][2] == 0)
     if called is None:

@@ -8,7 +8,7 @@ and the composition scores expand them to one for each head.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -18,13 +18,14 @@ from transformer_lens.model_bridge.composition_scores import CompositionScores
 from transformer_lens.utilities import composition_scores
 
 from .layers import HookPoint, no_bias, readable
+from .mixin import Mixin
 from .overflow import finite
 
 _BLOCK_WEIGHTS = ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O")
 _MLP_WEIGHTS = ("W_in", "W_gate", "W_out", "b_in", "b_out")
 
 
-class TransformerLensWeights:
+class TransformerLensWeights(Mixin):
     """Mixed into HookedQwen2VL; reads `self.blocks`, `self.embed`, `self.unembed`, `self.ln_final`, `self.cfg`."""
 
     def _stack(self, part: str, name: str) -> Tensor:
@@ -169,12 +170,12 @@ class TransformerLensWeights:
     # TransformerLens asks whether a model is one of its own by looking names up statically, where submodules are not found.
 
     @property
-    def blocks(self) -> nn.ModuleList:
+    def blocks(self) -> Any:
         """The decoder's blocks."""
         return self._modules["blocks"]
 
     @property
-    def ln_final(self) -> nn.Module:
+    def ln_final(self) -> Any:
         """The norm before the unembedding."""
         return self._modules["ln_final"]
 
@@ -192,7 +193,7 @@ class TransformerLensWeights:
         As in TransformerLens, grouped keys and values are repeated here for each head (copies), because the tools that
         read these names index them by head; everything else is a view of the model's storage.
         """
-        groups = self.cfg.n_heads // self.cfg.n_key_value_heads
+        groups = self.cfg.n_heads // int(self.cfg.n_key_value_heads or self.cfg.n_heads)
         yield "embed.W_E", self.W_E
         for layer, block in enumerate(self.blocks):
             yield f"blocks.{layer}.ln1.w", block.ln1.w

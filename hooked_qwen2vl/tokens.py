@@ -12,9 +12,10 @@ from jaxtyping import Int
 from torch import Tensor
 
 from .inputs import Inputs, padding_left
+from .mixin import Mixin
 
 
-class Tokens:
+class Tokens(Mixin):
     """Mixed into HookedQwen2VL; reads `self.processor` and `self.cfg`."""
 
     _lone_tokenizer: Any = None  # set on a model without a processor
@@ -94,7 +95,7 @@ class Tokens:
         _check_side(padding_side)
         if isinstance(input, (Inputs, Tensor)):
             return input
-        strings = [input] if isinstance(input, str) else list(input)
+        strings: list[Any] = [input] if isinstance(input, str) else list(input)
         encoded = self._encode(strings, padding_side, truncate)["input_ids"]
         return encoded.to(self.cfg.device) if move_to_device else encoded
 
@@ -125,7 +126,7 @@ class Tokens:
         input: Any,
         prepend_bos: bool | None = None,
         padding_side: Literal["left", "right"] | None = None,
-    ) -> list[str] | list[list[str]]:
+    ) -> list[Any]:
         """Each token as a string; takes a string, a list, token ids or `Inputs` (one row: a list; several: lists)."""
         if isinstance(input, list):
             return [self.to_str_tokens(item, prepend_bos, padding_side) for item in input]
@@ -152,7 +153,7 @@ class Tokens:
 
     def to_single_str_token(self, int_token: int) -> str:
         """The string of one token id."""
-        return self.to_str_tokens(torch.tensor([int_token]))[0]
+        return str(self.to_str_tokens(torch.tensor([int_token]))[0])
 
     def get_token_position(
         self,

@@ -51,7 +51,7 @@ class VisionEncoder(nn.Module):
             pixels: flattened patches (channel, frame, row, col), normalised, merge block by merge block.
             grid_thw: patches along (t, h, w) of each image or video.
         """
-        order, _ = window_order(grid_thw, self.cfg.spatial_merge_size, self.cfg.window)
+        order, _ = window_order(grid_thw, self.cfg.spatial_merge_size, int(self.cfg.window or 0))
         pixels = pixels[patches_of(order, self.cfg.spatial_merge_size).to(pixels.device)]
         return self.run_blocks(self.hook_patch_embed(self.patch_embed(pixels)[None]), grid_thw)
 
@@ -60,7 +60,7 @@ class VisionEncoder(nn.Module):
     ) -> Float[Tensor, "1 patch d_vision"]:
         """The blocks from `start` on."""
         merge = self.cfg.spatial_merge_size
-        order, lengths = window_order(grid_thw, merge, self.cfg.window)
+        order, lengths = window_order(grid_thw, merge, int(self.cfg.window or 0))
         patches = patches_of(order, merge).to(resid.device)
         rotation = Rotation(*(part[patches] for part in patch_rotation(self.cfg, grid_thw, resid)))
         windows = Segments(tuple((lengths * merge**2).tolist()), resid.device)
@@ -83,7 +83,7 @@ class VisionProjector(Merger):
         self.ln = RMSNorm(cfg.d_vision, cfg.eps)
 
     def forward(self, resid: Float[Tensor, "1 patch d_vision"], grid_thw: Int[Tensor, "image 3"]) -> Float[Tensor, "1 image_token d_model"]:
-        order, _ = window_order(grid_thw, self.cfg.spatial_merge_size, self.cfg.window)
+        order, _ = window_order(grid_thw, self.cfg.spatial_merge_size, int(self.cfg.window or 0))
         merged = self.ln(self.hook_in(resid)).reshape(1, -1, self.cfg.d_merge)
         return self.write(merged[:, order.argsort().to(merged.device)])
 

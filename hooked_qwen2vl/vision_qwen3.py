@@ -13,6 +13,8 @@ Source: Qwen3-VL technical report; DeepStack (Meng et al., arXiv 2406.04334); `m
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -45,7 +47,7 @@ class VisionEncoder(nn.Module):
         self.pos_embed = nn.Embedding(cfg.position_side**2, cfg.d_vision)
         self.hook_patch_embed = HookPoint()  # [1, patch, d_vision]
         self.hook_pos_embed = HookPoint()  # [1, patch, d_vision]
-        self.blocks = nn.ModuleList(vision_block(cfg) for _ in range(cfg.n_layers))
+        self.blocks: Any = nn.ModuleList(vision_block(cfg) for _ in range(cfg.n_layers))
 
     def forward(self, pixels: Float[Tensor, "patch d_patch"], grid_thw: Int[Tensor, "image 3"]) -> Float[Tensor, "stream patch d_vision"]:
         """The tower's residual stream after its last block, then after each block that DeepStack taps.
@@ -60,7 +62,7 @@ class VisionEncoder(nn.Module):
 
     def positions(self, grid_thw: Int[Tensor, "image 3"], device: torch.device) -> Float[Tensor, "patch d_vision"]:
         """The table of positions, bilinearly interpolated to each grid; float32 or wider."""
-        places, weights = interpolation(grid_thw, self.cfg.spatial_merge_size, self.cfg.position_side)
+        places, weights = interpolation(grid_thw, self.cfg.spatial_merge_size, int(self.cfg.position_side or 0))
         return (self.pos_embed(places.to(device)) * weights[..., None].to(device)).sum(1)
 
     def run_blocks(
@@ -112,7 +114,7 @@ class VisionProjector(Merger):
     def __init__(self, cfg: VisionConfig):
         super().__init__(cfg)
         self.ln = LayerNorm(cfg.d_vision, cfg.eps)
-        self.deepstack = nn.ModuleList(DeepStackMerger(cfg) for _ in cfg.deepstack_layers)
+        self.deepstack: Any = nn.ModuleList(DeepStackMerger(cfg) for _ in cfg.deepstack_layers)
 
     def forward(
         self, streams: Float[Tensor, "stream patch d_vision"], grid_thw: Int[Tensor, "image 3"] | None = None

@@ -48,14 +48,14 @@ def process_weights(
         _replace(model.unembed, "weight", weight - weight.mean(0, keepdim=True))
 
 
-def _fold(norm: nn.Module, *readers: nn.Module) -> None:
+def _fold(norm: Any, *readers: Any) -> None:
     gain = _wide(norm.w)
     for reader in readers:
         _replace(reader, "weight", _wide(reader.weight) * gain)
     _replace(norm, "w", torch.ones_like(gain))
 
 
-def _fold_value_bias(attn: nn.Module) -> None:
+def _fold_value_bias(attn: Any) -> None:
     if attn.v_proj.bias is None:
         return
     b_V = _wide(attn.b_V).repeat_interleave(attn.n_heads // attn.n_key_value_heads, dim=0)  # [head d_head]
@@ -68,6 +68,6 @@ def _wide(weight: Tensor) -> Tensor:
     return readable(weight, "a weight to process").to(torch.promote_types(weight.dtype, torch.float32))
 
 
-def _replace(module: nn.Module, name: str, value: Tensor) -> None:
+def _replace(module: Any, name: str, value: Tensor) -> None:
     old = getattr(module, name)
     setattr(module, name, nn.Parameter(value.to(old.dtype), requires_grad=old.requires_grad))

@@ -223,7 +223,7 @@ def _quantised(where: str, what: str) -> str:
     )
 
 
-def load_weights(model: nn.Module, source: Mapping[str, Tensor], where: str, dtype: torch.dtype | None = None) -> None:
+def load_weights(model: Any, source: Mapping[str, Tensor], where: str, dtype: torch.dtype | None = None) -> None:
     """Gives every parameter of the model the tensor the source holds for it, or changes nothing.
 
     Args:
@@ -285,7 +285,7 @@ def _check_head(cfg: HookedQwen2VLConfig, tensors: Mapping[str, Tensor]) -> Iter
     ]
 
 
-def _assign(model: nn.Module, theirs: str, tensor: Tensor, ours: tuple[str, ...], assigned: dict[str, Tensor]) -> list[str]:
+def _assign(model: Any, theirs: str, tensor: Tensor, ours: tuple[str, ...], assigned: dict[str, Tensor]) -> list[str]:
     """Cuts one tensor of the source into our parameters; returns what is wrong with its shape."""
     shapes = [tuple(model.get_parameter(name).shape) for name in ours]
     expected = (sum(shape[0] for shape in shapes), *shapes[0][1:])
@@ -300,7 +300,7 @@ def _assign(model: nn.Module, theirs: str, tensor: Tensor, ours: tuple[str, ...]
     return []
 
 
-def install(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def install(model: Any, tensors: Mapping[str, Tensor]) -> None:
     """Makes the tensors the model's parameters, as they are; the head stays tied to the embedding if it was."""
     tied = model.unembed.weight is model.embed.weight
     for name, tensor in tensors.items():

@@ -13,6 +13,7 @@ from typing import Any
 
 from analyses.cli.outputs import Outputs
 from analyses.cli.shared import add_model, add_out, at_least_one, load_model, loading, readable
+from hooked_qwen2vl.protocols import Model
 
 NAME = "compare"
 HELP = "beside other models: lens, trajectories, patching and heads on shared questions"
@@ -39,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
     return _tuned(options, model, questions) if options.tuned else _beside_others(options, model, questions)
 
 
-def _beside_others(options: argparse.Namespace, model: Any, questions: list) -> int:
+def _beside_others(options: argparse.Namespace, model: Model, questions: list) -> int:
     from analyses.experiments.compare import CONDITIONS, compare_models, text_agreement
 
     name, agreement = str(options.model), None
@@ -70,7 +71,7 @@ def _beside_others(options: argparse.Namespace, model: Any, questions: list) -> 
     return int(differ)
 
 
-def _tuned(options: argparse.Namespace, model: Any, questions: list) -> int:
+def _tuned(options: argparse.Namespace, model: Model, questions: list) -> int:
     from analyses.model_patching import ACTIVATIONS, patch_between_models
 
     tuned = _qwen(options.tuned, options)
@@ -88,7 +89,7 @@ def _tuned(options: argparse.Namespace, model: Any, questions: list) -> int:
     return 0
 
 
-def _named(spec: str, options: argparse.Namespace, model: Any) -> tuple[str, Any]:
+def _named(spec: str, options: argparse.Namespace, model: Model) -> tuple[str, Any]:
     """(name, model) of NAME=MODEL or MODEL: a Qwen2-VL, Qwen2.5-VL or Qwen3-VL as ours, a text model as TransformerLens's bridge, or the twin.
 
     Raises:
@@ -128,7 +129,7 @@ def _is_adapter(place: str) -> bool:
     return (Path(place) / "adapter_config.json").exists() and not (Path(place) / "config.json").exists()
 
 
-def _twin(model: Any) -> Any:
+def _twin(model: Model) -> Any:
     """The model's text decoder, exported as a Qwen2 (or Qwen3) and run by TransformerLens."""
     with tempfile.TemporaryDirectory() as folder:
         place = model.export_text_model(Path(folder) / "text")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from analyses.cli.shared import add_model, at_least_one, in_range, load_model, page_file
+from hooked_qwen2vl.protocols import Model
 
 NAME = "explore"
 HELP = "one page to explore an image and a question with, without network"
@@ -61,7 +62,7 @@ def _what(options: argparse.Namespace) -> tuple[list[Any], str, Any]:
     return [open_image(image) for image in options.image], options.question, other
 
 
-def _recovery(model: Any, prompt: Any, inputs: Any, question: str, others: list[Any]) -> Any:
+def _recovery(model: Model, prompt: Any, inputs: Any, question: str, others: list[Any]) -> Any:
     """Residual stream patched from the image shown into the other, at every layer and position from the image on."""
     import torch
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from analyses.cli.outputs import Outputs
 from analyses.cli.shared import add_model, add_out, add_run, at_least_one, finished, in_range, load_model, reports, run_options
+from hooked_qwen2vl.protocols import Model
 
 NAME = "hallucination"
 HELP = "scores of the model's answers against the truth, by category"
@@ -100,7 +101,7 @@ def _load(options: argparse.Namespace) -> tuple[Any, str]:
     return items.spread(options.limit), f"{kind}:{Path(path).stem}"
 
 
-def _layers(options: argparse.Namespace, model: Any) -> tuple[int | None, int | None]:
+def _layers(options: argparse.Namespace, model: Model) -> tuple[int | None, int | None]:
     """The contextual lens's layers: as given, or chosen on the validation split."""
     if not options.sweep:
         return options.image_layer, options.text_layer

@@ -9,6 +9,7 @@ from typing import Any
 
 from analyses.cli.outputs import Outputs
 from analyses.cli.shared import add_model, add_out, add_run, at_least_one, check_data, finished, in_range, load_model, reports, run_options
+from hooked_qwen2vl.protocols import Model
 
 NAME = "neurons"
 SOURCES = ("image", "text", "generated")
@@ -130,7 +131,7 @@ def _failures(folder: Path, stages: Sequence[str]) -> Any:
     return failures
 
 
-def _experiment(options, model, neurons, wanted, judged, out) -> dict:
+def _experiment(options: Any, model: Model, neurons: Any, wanted: Any, judged: Any, out: Any) -> dict:
     """What switching off did: prints, draws, returns the tables."""
     from analyses.data.examples import in_turn
     from analyses.experiments.max_activating import top_images, written_tokens

@@ -97,7 +97,7 @@ class Outputs:
 def _checksum(file: Path) -> str | None:
     try:
         with open_regular(file) as opened:
-            return hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+            return hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=16)).hexdigest()  # pyright: ignore[reportArgumentType] (a raw file is a file)
     except (OSError, ValueError):
         return None
 

@@ -10,9 +10,11 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_qwen2vl.protocols import Model
+
 
 @contextmanager
-def attention_patterns(model: Any, take: Callable[[Float[Tensor, "batch head pos key_pos"]], Any]) -> Iterator[dict[int, Any]]:
+def attention_patterns(model: Model, take: Callable[[Float[Tensor, "batch head pos key_pos"]], Any]) -> Iterator[dict[int, Any]]:
     """layer -> what `take` makes of its pattern, for the forward run inside; whole patterns would fill memory."""
     taken: dict[int, Any] = {}
 

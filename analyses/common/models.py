@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from hooked_qwen2vl.protocols import Model
 
-def describe_model(model: Any) -> dict[str, Any]:
+
+def describe_model(model: Model) -> dict[str, Any]:
     """Name, dtype, and a hash of every weight: the same name with other weights is another model."""
     hashed = hashlib.blake2b(digest_size=16)
     for name, weight in _numbers(model):
@@ -22,7 +24,7 @@ def describe_model(model: Any) -> dict[str, Any]:
     }
 
 
-def _numbers(model: Any) -> Iterator[tuple[str, Any]]:
+def _numbers(model: Model) -> Iterator[tuple[str, Any]]:
     """Every weight by name; what accelerate offloaded is read from where it lies."""
     away: dict[str, Any] = {}
     for prefix, module in model.named_modules():

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hooked_qwen2vl import HookedQwen2VL, Inputs
 from hooked_qwen2vl.geometry import PromptShape, resolve_positions
+from hooked_qwen2vl.protocols import Model
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class TextPrompt:
         return int(found[0])
 
 
-def as_prompt(model: Any, inputs: Any) -> Inputs | TextPrompt:
+def as_prompt(model: Model, inputs: Any) -> Inputs | TextPrompt:
     """What a model is called with, as something that knows its tokens and places.
 
     Args:
@@ -88,7 +89,7 @@ def as_prompt(model: Any, inputs: Any) -> Inputs | TextPrompt:
     return TextPrompt(tokens, _mask(model, tokens, [inputs] if isinstance(inputs, str) else inputs))
 
 
-def _mask(model: Any, tokens: Int[Tensor, "batch pos"], strings: Sequence[str]) -> Int[Tensor, "batch pos"]:
+def _mask(model: Model, tokens: Int[Tensor, "batch pos"], strings: Sequence[str]) -> Int[Tensor, "batch pos"]:
     """Where each string's own tokens lie in its row: a string that is tokenised alone has no padding."""
     mask = torch.ones_like(tokens)
     if len(strings) == 1:

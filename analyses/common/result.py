@@ -127,7 +127,7 @@ def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Path):
         return {"path": str(value)}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return {"class": _name(type(value)), "fields": {name: _encode(item, tensors) for name, item in value._asdict().items()}}
+        return {"class": _name(type(value)), "fields": {name: _encode(item, tensors) for name, item in value._asdict().items()}}  # pyright: ignore[reportAttributeAccessIssue] (a named tuple)
     if isinstance(value, (tuple, list)):
         return {"tuple" if isinstance(value, tuple) else "list": [_encode(item, tensors) for item in value]}
     if isinstance(value, Mapping):

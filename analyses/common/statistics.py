@@ -272,7 +272,7 @@ def _average(parts: Sequence[tuple[Float[np.ndarray, "figure draw"], Float[np.nd
     pairs = np.stack([pairs for _, pairs in parts]).astype(float)
     with np.errstate(invalid="ignore"):
         shares = pairs / pairs.sum(0)
-    return sum(np.where(share == 0, 0, values) * share for (values, _), share in zip(parts, shares))
+    return np.sum([np.where(share == 0, 0, values) * share for (values, _), share in zip(parts, shares)], axis=0)
 
 
 def _pairs(y: Bool[np.ndarray, "item"], weights: Int[np.ndarray, "draw item"] | None = None) -> Int[np.ndarray, "draw"]:

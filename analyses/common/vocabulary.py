@@ -22,7 +22,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -33,6 +32,7 @@ from transformer_lens.tools.analysis import logit_readout
 from hooked_qwen2vl import HookedQwen2VL
 from hooked_qwen2vl.moved import moved_names
 from hooked_qwen2vl.overflow import finite
+from hooked_qwen2vl.protocols import Model
 
 __getattr__ = moved_names(__name__)
 
@@ -64,7 +64,7 @@ class Predictions:
 
 @torch.no_grad()
 def predictions_of(
-    model: Any,
+    model: Model,
     vectors: Float[Tensor, "row d_model"],
     targets: Int[Tensor, "row target"],
     top_k: int = 5,
@@ -94,7 +94,7 @@ def predictions_of(
 
 
 @torch.no_grad()
-def logits_of(model: Any, vectors: Float[Tensor, "*axes d_model"], chunk_size: int = 128) -> Float[Tensor, "*axes d_vocab"]:
+def logits_of(model: Model, vectors: Float[Tensor, "*axes d_model"], chunk_size: int = 128) -> Float[Tensor, "*axes d_vocab"]:
     """All logits of vectors of the residual stream, float32 on the CPU: 4 bytes × d_vocab for each vector.
 
     Args:
@@ -109,7 +109,7 @@ def logits_of(model: Any, vectors: Float[Tensor, "*axes d_model"], chunk_size: i
     return torch.cat(parts).unflatten(0, vectors.shape[:-1])
 
 
-def final_norm(model: Any, vectors: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_model"]:
+def final_norm(model: Model, vectors: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_model"]:
     """The vectors through the model's own final norm, in its own dtype; as they are where it has none."""
     vectors = vectors.to(model.W_U.device, model.W_U.dtype)
     if getattr(model.cfg, "normalization_type", None) is None:
@@ -117,7 +117,7 @@ def final_norm(model: Any, vectors: Float[Tensor, "row d_model"]) -> Float[Tenso
     return finite(model.ln_final(vectors[None])[0], "ln_final")
 
 
-def characters(model: Any, ids: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
+def characters(model: Model, ids: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
     """(the text of token ids, which of its characters each token is, or is a part of: from, to)."""
     text, spans, before = model.tokenizer.decode(ids), [], 0
     for n in range(1, len(ids) + 1):
@@ -145,7 +145,7 @@ class _Slice:
 class _Logits:
     """Logits of a chunk of vectors, slice by slice, in buffers that every chunk overwrites."""
 
-    def __init__(self, model: Any, n_rows: int):
+    def __init__(self, model: Model, n_rows: int):
         self.model = model
         self.d_vocab, self.device = model.W_U.shape[1], model.W_U.device
         self.bias = model.b_U if bool(model.b_U.any()) else None
@@ -226,7 +226,7 @@ def _read(one: _Slice, at_targets: Float[Tensor, "row target"], top_k: int) -> t
 
 
 def _summarise_rows(
-    z: Float[Tensor, "row token"], n_tokens: int, at_targets: Float[Tensor, "row target"], buffers: Float[Tensor, "2 row token"]
+    z: Float[Tensor, "row filled"], n_tokens: int, at_targets: Float[Tensor, "row target"], buffers: Float[Tensor, "2 rows_at_once token"]
 ) -> tuple[Tensor, ...]:
     """Every block's largest logit, S, E, and how many logits are above each target's."""
     maxima = z.view(len(z), -1, BLOCK).amax(-1)

@@ -265,7 +265,7 @@ def load_scenes(limit: int = 1000, split: str = "test", seed: int = 0, start: in
     """The embedded world's questions `start` to `limit`; an answer is right if it is exactly the world's."""
     inherited = [field.name for field in fields(Example)]
     found = list(examples("scenes", limit, split, seed))[start:]
-    return Benchmark(
+    questions = [
         Question(
             **{name: getattr(item, name) for name in inherited},
             benchmark="scenes",
@@ -274,7 +274,8 @@ def load_scenes(limit: int = 1000, split: str = "test", seed: int = 0, start: in
             noun=object_noun(item.question),
         )
         for index, item in enumerate(found, start)
-    )
+    ]
+    return Benchmark(questions)
 
 
 LOADERS: dict[str, Callable[..., Benchmark]] = {

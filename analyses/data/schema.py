@@ -87,12 +87,12 @@ def _box(value: Any) -> tuple[float, float, float, float]:
     if not isinstance(value, list) or len(value) != 4 or any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in value):
         raise ValueError
     try:
-        found = tuple(float(v) for v in value)
+        x0, y0, x1, y1 = map(float, value)
     except OverflowError:
         raise ValueError from None
-    if not all(map(math.isfinite, found)):
+    if not all(map(math.isfinite, (x0, y0, x1, y1))):
         raise ValueError("a number that is not finite")
-    return found
+    return x0, y0, x1, y1
 
 
 def _truth_value(value: Any) -> bool:

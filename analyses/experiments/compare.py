@@ -38,6 +38,7 @@ from analyses.logit_lens import logit_lens, residual_stack
 from analyses.trajectory import NoFirstToken, Trajectories, answer_ids, answer_trajectory
 from hooked_qwen2vl import HookedQwen2VL
 from hooked_qwen2vl.prompt_text import Segment, special_tokens, tokenize_segments
+from hooked_qwen2vl.protocols import Model
 
 CONDITIONS = ("image", "words", "neither")
 MEASURES = ("answer_prob", "entropy_share", "final_prob", "recovery_scene", "recovery_last")
@@ -216,7 +217,7 @@ def _chat_ids(tokenizer: Any, text: str) -> list[int]:
     return tokenize_segments(tokenizer, [Segment(before, "template"), Segment(text, "question", typed=True), Segment(after, "template")])[0]
 
 
-def ask(model: Any, text: str, images: Sequence[Any] = ()) -> Any:
+def ask(model: Model, text: str, images: Sequence[Any] = ()) -> Any:
     """A prompt in the model's own form: `Inputs` with chat template, or token ids [1 pos].
 
     A text model's chat template is used where its tokenizer has one; else "Answer:" follows on a line of its own.
@@ -230,7 +231,7 @@ def ask(model: Any, text: str, images: Sequence[Any] = ()) -> Any:
 
 @torch.no_grad()
 def patch_by_depth(
-    model: Any,
+    model: Model,
     clean: Any,
     corrupted: Any,
     metric: Callable[[Float[Tensor, "d_vocab"]], Tensor],
@@ -266,7 +267,7 @@ def patch_by_depth(
 
 
 @torch.no_grad()
-def text_agreement(model: Any, twin: Any, texts: Sequence[str], tolerance: float = 1e-5) -> pd.DataFrame:
+def text_agreement(model: Model, twin: Any, texts: Sequence[str], tolerance: float = 1e-5) -> pd.DataFrame:
     """The text decoder beside its Qwen2 twin (`model.export_text_model`), on text-only prompts with the same tokens.
 
     Args:
@@ -290,7 +291,7 @@ def text_agreement(model: Any, twin: Any, texts: Sequence[str], tolerance: float
 # ---- one model, one condition -------------------------------------------------------------------------
 
 
-def _run(name: str, model: Any, examples: Sequence[Example], condition: str, describe: Callable, bar: Any) -> Run | None:
+def _run(name: str, model: Model, examples: Sequence[Example], condition: str, describe: Callable, bar: Any) -> Run | None:
     items, entropy, final, patched = [], [], [], []
     unaligned = small = 0
     for example in examples:
@@ -305,7 +306,7 @@ def _run(name: str, model: Any, examples: Sequence[Example], condition: str, des
         final.append(lens.final_probs[:, 0])
         other = _counterfactual(example)
         corrupted = None if other is None else _prompt(model, other, condition, describe)
-        if corrupted is None or _same(prompt, corrupted):
+        if other is None or corrupted is None or _same(prompt, corrupted):
             continue
         places = _differing(prompt, corrupted)
         if places is None:
@@ -320,11 +321,11 @@ def _run(name: str, model: Any, examples: Sequence[Example], condition: str, des
     if not items:
         return None
     empty = torch.zeros(0, model.cfg.n_layers + 1)
-    curves = [torch.stack(part) for part in zip(*patched)] if patched else [empty, empty, empty[:, 0]]
-    return Run(name, condition, Trajectories(tuple(items)), torch.stack(entropy), torch.stack(final), *curves, unaligned, small)
+    scene, last, gaps = map(torch.stack, zip(*patched)) if patched else (empty, empty, empty[:, 0])
+    return Run(name, condition, Trajectories(tuple(items)), torch.stack(entropy), torch.stack(final), scene, last, gaps, unaligned, small)
 
 
-def _prompt(model: Any, example: Example, condition: str, describe: Callable) -> Any:
+def _prompt(model: Model, example: Example, condition: str, describe: Callable) -> Any:
     if condition == "image":
         return ask(model, example.question, example.images) if _sees(model) and example.images else None
     if condition == "neither":
@@ -345,7 +346,7 @@ def _caption(example: Example) -> str | None:
     return getattr(example.item, "caption", None)
 
 
-def _difference(model: Any, example: Example, other: Example) -> Callable[[Tensor], Tensor]:
+def _difference(model: Model, example: Example, other: Example) -> Callable[[Tensor], Tensor]:
     ours, theirs = (answer_ids(model, e.answer, example.candidates)[0] for e in (example, other))
     return lambda logits: logits[ours].max() - logits[theirs].max()
 
@@ -365,11 +366,11 @@ def _differing(prompt: Any, other: Any) -> list[int] | None:
     return (ours != theirs)[0].nonzero().flatten().tolist()
 
 
-def _sees(model: Any) -> bool:
+def _sees(model: Model) -> bool:
     return hasattr(model, "to_inputs")
 
 
-def _tells_apart(model: Any, example: Example) -> bool:
+def _tells_apart(model: Model, example: Example) -> bool:
     other = _counterfactual(example)
     answers = {example.answer, *example.candidates} | ({other.answer} if other is not None else set())
     try:

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import pandas as pd
 from tqdm.auto import tqdm
 
-from analyses.common.sums import Sums, add_up
+from analyses.common.sums import add_up
 from analyses.data.examples import Example, in_batches
 from analyses.runs.cluster import Cluster
 from analyses.runs.engine import Run, describe_model, opened, read_failures, read_results, run, wait_for_all
@@ -28,6 +28,7 @@ from analyses.runs.plan import size_by_model
 from analyses.runs.sums import read_sums, write_sums
 from hooked_qwen2vl.image_embeddings import CAPACITY
 from hooked_qwen2vl.moved import renamed_arguments
+from hooked_qwen2vl.protocols import Model
 
 Data = Iterable[Example] | Callable[[], Iterable[Example]]
 
@@ -44,7 +45,7 @@ class Done:
         model_name: of the model. weights: gives their hash.
     """
 
-    rows: pd.DataFrame | Sums
+    rows: Any
     ids: tuple[str, ...]
     failed: int
     settings: Mapping[str, Any]
@@ -71,12 +72,12 @@ class Experiment:
     gradients: ClassVar[bool] = False
     batches_per_shard: ClassVar[int] = 4
 
-    def __new__(cls, model: Any, *args: Any, **kwargs: Any) -> Experiment:
+    def __new__(cls, model: Model, *args: Any, **kwargs: Any) -> Experiment:
         made = super().__new__(cls)
         made.of = partial(_of, cls, args, kwargs)
         return made
 
-    def __init__(self, model: Any, settings: Mapping[str, Any], seed: int = 0):
+    def __init__(self, model: Model, settings: Mapping[str, Any], seed: int = 0):
         self.model, self.settings, self.seed = model, dict(settings), seed
 
     def __call__(self, batch: Sequence[Example]) -> Iterable[Mapping[str, Any]]:

@@ -22,6 +22,7 @@ from analyses.flip_patching import FlipTest, ablate_flip, attribute_flip
 from analyses.trajectory import NoFirstToken, answer_trajectory, doubt_beside_control, outcomes_by_category
 from hooked_qwen2vl.image_embeddings import ImageEmbeddingsCache
 from hooked_qwen2vl.moved import moved_names, renamed_arguments, renamed_columns
+from hooked_qwen2vl.protocols import Model
 
 __getattr__ = moved_names(__name__)
 
@@ -126,7 +127,7 @@ class FlipExperiment(Experiment):
 
     name = "flips"
 
-    def __init__(self, model: Any, n_components: int = 2, n_random: int = 10, seed: int = 0):
+    def __init__(self, model: Model, n_components: int = 2, n_random: int = 10, seed: int = 0):
         super().__init__(model, {"components": n_components, "random": n_random}, seed)
         self.encode = ImageEmbeddingsCache(model)
 
@@ -142,7 +143,7 @@ class FlipExperiment(Experiment):
 
 @renamed_arguments
 def flip_study(
-    model: Any,
+    model: Model,
     examples: Data,
     n_components: int = 2,
     n_random: int = 10,
@@ -178,7 +179,7 @@ def read_flip_study(out: str | Path) -> FlipStudy:
 
 @torch.no_grad()
 def flip_row(
-    model: Any, example: Example, n_components: int, n_random: int, seed: int, encode: Callable[[Any], Any]
+    model: Model, example: Example, n_components: int, n_random: int, seed: int, encode: Callable[[Any], Any]
 ) -> dict[str, Any] | None:
     """One question's figures, and those of its eligible flips as lists in columns that begin with "flip_".
 

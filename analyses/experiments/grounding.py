@@ -46,6 +46,7 @@ from analyses.common.tables import write_csv
 from analyses.contextual_lens import ground, span_positions, word_spans
 from analyses.logit_lens import residual_stack
 from hooked_qwen2vl.files import whole_file
+from hooked_qwen2vl.protocols import Model
 
 FIGURES = {"pointing": "pointing game (share of hits)", "ap": "average precision of the heat map", "iou": "IoU of the box"}
 OWN_BOX = "contextual lens, its box"
@@ -92,7 +93,7 @@ class GroundingExperiment(Result):
 
 
 def run_experiment(
-    model: Any,
+    model: Model,
     items: Iterable[Any],
     image_layer: int | None = None,
     text_layer: int | None = None,
@@ -181,7 +182,9 @@ def mask_of(item: Any) -> Bool[np.ndarray, "rows cols"]:
 
 
 @torch.no_grad()
-def _heat_maps(model: Any, item: Any, other: Any, image_layer: int | None, text_layer: int | None) -> tuple[dict[str, Tensor], Cells, bool]:
+def _heat_maps(
+    model: Model, item: Any, other: Any, image_layer: int | None, text_layer: int | None
+) -> tuple[dict[str, Tensor], Cells, bool]:
     """Heat maps of the methods that look, the contextual lens's own box, and whether the model answers rightly."""
     inputs, swapped = (model.to_inputs(item.question, images=[x.image], answers=item.answer) for x in (item, other))
     image, first = inputs.positions("image"), int(inputs.positions("answer")[0])
@@ -204,7 +207,7 @@ def _heat_maps(model: Any, item: Any, other: Any, image_layer: int | None, text_
     return heats, ours.cells[0], right
 
 
-def _span(model: Any, inputs: Any, item: Any) -> list[int]:
+def _span(model: Model, inputs: Any, item: Any) -> list[int]:
     """The noun of an existence question, else the answer."""
     if item.category != "existence":
         return span_positions(model, inputs, "answer", 0)
@@ -268,7 +271,7 @@ def as_markdown(result: GroundingExperiment, measured_on: str) -> str:
     )
 
 
-def fingerprint(model: Any) -> str:
+def fingerprint(model: Model) -> str:
     """The first digits of a hash of all weights: which checkpoint was measured."""
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):

@@ -44,6 +44,7 @@ from hooked_qwen2vl.image_hash import image_hash
 from hooked_qwen2vl.moved import moved_names, renamed_arguments
 from hooked_qwen2vl.processor import open_image
 from hooked_qwen2vl.prompt_text import text_ids
+from hooked_qwen2vl.protocols import Model
 
 __getattr__ = moved_names(__name__)
 
@@ -237,7 +238,7 @@ class HallucinationExperiment(Experiment):
 
     def __init__(
         self,
-        model: Any,
+        model: Model,
         methods: Sequence[str] | None = None,
         vocabulary: Mapping[str, str] | None = None,
         max_new_tokens: int = 32,
@@ -272,7 +273,7 @@ class HallucinationExperiment(Experiment):
 
 @renamed_arguments
 def detect_hallucinations(
-    model: Any,
+    model: Model,
     items: Sequence[Question],
     data: str,
     methods: Sequence[str] | None = None,
@@ -352,7 +353,7 @@ def with_controls(items: Iterable[Question]) -> Iterator[Asked]:
 
 @torch.no_grad()
 def generate_answers(
-    model: Any, items: Sequence[Question], max_new_tokens: int = 32, encode: Callable[[Any], Any] | None = None
+    model: Model, items: Sequence[Question], max_new_tokens: int = 32, encode: Callable[[Any], Any] | None = None
 ) -> list[Answer]:
     """The model's greedy answers to one batch of questions; captions that came with the data are not generated.
 
@@ -390,7 +391,7 @@ def claims_of(
 
 
 def score_claim(
-    model: Any,
+    model: Model,
     claim: Claim,
     methods: Sequence[str],
     other: Sequence[Any] = (),
@@ -439,7 +440,7 @@ class _Encoded(Evidence):
         return self.encode(self.inputs[self.row])
 
 
-def claim_inputs(model: Any, claim: Claim, images: Sequence[Any] | None = None) -> Any:
+def claim_inputs(model: Model, claim: Claim, images: Sequence[Any] | None = None) -> Any:
     """The prompt with what is claimed as its answer.
 
     A mention is run where it stands, after the caption's earlier words, which count as history; only its own tokens are
@@ -458,7 +459,7 @@ def claim_inputs(model: Any, claim: Claim, images: Sequence[Any] | None = None) 
     return replace(inputs, segments=(segments,))
 
 
-def choose_layers(model: Any, items: Sequence[Question], max_new_tokens: int = 32, progress: bool = True) -> LayerSweep:
+def choose_layers(model: Model, items: Sequence[Question], max_new_tokens: int = 32, progress: bool = True) -> LayerSweep:
     """The contextual lens's two layers by AUROC over the model's own answers to a validation split.
 
     Only answers that are judged and that are scored themselves: a yes/no question's noun is another thing.
@@ -471,7 +472,7 @@ def choose_layers(model: Any, items: Sequence[Question], max_new_tokens: int = 3
     claims = claims_of(items, answers)
     claims = [c for c in claims if c.correct is not None and not c.noun and c.text.strip()]
     prompts = (model.encode(claim_inputs(model, claim)) for claim in claims)
-    return sweep_layers(model, prompts, [c.correct for c in claims], progress=progress)
+    return sweep_layers(model, prompts, [bool(c.correct) for c in claims], progress=progress)
 
 
 def read_judgements(file: str | Path) -> dict[str, bool]:
@@ -501,7 +502,7 @@ def _begins_as_read(answer: str) -> bool:
     return said is not None and said[1].lower() == parse_yes_no(answer.replace("NO", "No"))
 
 
-def _answer(model: Any, ids: Sequence[int]) -> Answer:
+def _answer(model: Model, ids: Sequence[int]) -> Answer:
     """The answer up to its end token (padding follows): its text; whether it was cut at the limit, and whether its text
     has other tokens than were generated."""
     ends = set(model.cfg.special.eos)

@@ -19,10 +19,11 @@ from analyses.data.examples import Example, image_key
 from analyses.knockout import Knockout, attention_knockout
 from analyses.runs.engine import opened
 from hooked_qwen2vl.prompt_text import text_ids
+from hooked_qwen2vl.protocols import Model
 
 
 @torch.no_grad()
-def knockout_study(model: Any, examples: Iterable[Example], window: int | None = None, seed: int = 0, progress: bool = True) -> Knockout:
+def knockout_study(model: Model, examples: Iterable[Example], window: int | None = None, seed: int = 0, progress: bool = True) -> Knockout:
     """Blocks flows for every item whose objects are known and whose answer is right and a single token.
 
     Flows: image → last, image → question, question → last, and to everything after the image: the object's patches, and

@@ -22,6 +22,7 @@ from analyses.common.statistics import cluster_codes, n_different, share_interva
 from analyses.counterfactuals import Pair, changed_positions
 from analyses.patching import patch_sweep
 from hooked_qwen2vl.image_hash import image_hash
+from hooked_qwen2vl.protocols import Model
 
 SPANS = ("changed object", "rest of the image", "question", "template after it", "last")
 
@@ -52,7 +53,7 @@ class LocalityStudy(Result):
 
     def summary(self) -> dict[str, float]:
         """Share of hits with its 95 % interval, which resamples clean images with all their pairs, and chance beside it."""
-        share, low, high = share_interval(self.hits, self.images or None)
+        share, low, high = share_interval(np.array(self.hits), self.images or None)
         n_images = n_different(cluster_codes(self.images or None, len(self.hits)))
         return {"pairs": len(self.hits), "images": n_images, "hits": sum(self.hits), "share": share, "low": low, "high": high,
                 "chance": float(np.mean(self.chance)), "chance_in_image": float(np.mean(self.image_chance))}  # fmt: skip
@@ -74,7 +75,7 @@ class LocalityStudy(Result):
         return locality_plot(self, path)
 
 
-def locality_study(model: Any, pairs: Iterable[Pair], batch_size: int = 32, progress: bool = True) -> LocalityStudy:
+def locality_study(model: Model, pairs: Iterable[Pair], batch_size: int = 32, progress: bool = True) -> LocalityStudy:
     """Sweeps `resid_pre` for every pair: each position over the early layers, each span over all layers.
 
     Raises:
@@ -101,7 +102,7 @@ def locality_study(model: Any, pairs: Iterable[Pair], batch_size: int = 32, prog
     if not hits:
         raise ValueError("there is no pair to patch: check_pairs kept none, or each changes the whole image.")
     return LocalityStudy(
-        *(tuple(values) for values in (hits, chance, image_chance)), torch.stack(spans), tuple(categories), early,
+        tuple(hits), tuple(chance), tuple(image_chance), torch.stack(spans), tuple(categories), early,
         skipped, str(model.cfg.model_name), tuple(images),
     )  # fmt: skip
 

@@ -24,6 +24,7 @@ from analyses.common.result import Result
 from analyses.data.examples import Example, examples, in_batches
 from analyses.domain_neurons import SITES, masks_of, write_weights
 from hooked_qwen2vl.processor import open_image
+from hooked_qwen2vl.protocols import Model
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class TopImages(Result):
 
 @torch.no_grad()
 def top_images(
-    model: Any,
+    model: Model,
     neuron: tuple[str, int, int],
     data: str | Path | Iterable[Example] = "scenes",
     limit: int | None = None,
@@ -113,7 +114,7 @@ def top_images(
 
 
 @torch.no_grad()
-def written_tokens(model: Any, neuron: tuple[str, int, int], top_k: int = 10) -> pd.DataFrame:
+def written_tokens(model: Model, neuron: tuple[str, int, int], top_k: int = 10) -> pd.DataFrame:
     """The tokens that a neuron's row of W_out, weighted by the final norm, raises most and least.
 
     Returns:

@@ -19,7 +19,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -39,6 +39,7 @@ from analyses.logit_lens import residual_stack
 from hooked_qwen2vl.image_embeddings import ImageEmbeddingsCache
 from hooked_qwen2vl.moved import moved_names, renamed_arguments
 from hooked_qwen2vl.prompt_text import text_ids
+from hooked_qwen2vl.protocols import Model
 
 __getattr__ = moved_names(__name__)
 
@@ -60,7 +61,7 @@ class FiringExperiment(Experiment):
     name = "neurons: firings"
     summed = by_domain = True
 
-    def __init__(self, model: Any, generate: int = 0, modules: Sequence[str] | None = None):
+    def __init__(self, model: Model, generate: int = 0, modules: Sequence[str] | None = None):
         super().__init__(model, {"generate": generate, "modules": _listed(modules)})
         self.terms_of = firing_terms(model, generate, modules)
 
@@ -74,7 +75,7 @@ class FiringExperiment(Experiment):
 
 @renamed_arguments
 def count_firings(
-    model: Any,
+    model: Model,
     data: str | Path | Iterable[Example] = "scenes:train",
     limit: int | None = None,
     modules: Sequence[str] | None = None,
@@ -131,7 +132,7 @@ class Batch:
 
 
 @torch.no_grad()
-def prepare(model: Any, data: Iterable[Example], batch_size: int = 32) -> list[Batch]:
+def prepare(model: Model, data: Iterable[Example], batch_size: int = 32) -> list[Batch]:
     """Encodes every question once, batched by domain and length.
 
     Raises:
@@ -149,7 +150,7 @@ def prepare(model: Any, data: Iterable[Example], batch_size: int = 32) -> list[B
     return batches
 
 
-def _encoded(model: Any, some: Sequence[Example], encode: Callable[[Any], Any]) -> Batch:
+def _encoded(model: Model, some: Sequence[Example], encode: Callable[[Any], Any]) -> Batch:
     """Questions of one domain as a batch."""
     for example in some:
         if example.domain in ("", ALL) or not example.answer:
@@ -159,7 +160,7 @@ def _encoded(model: Any, some: Sequence[Example], encode: Callable[[Any], Any]) 
     return Batch(encode(inputs), ids, answers, tuple(map(image_key, some)), some[0].domain)
 
 
-def answer(model: Any, batch: Batch) -> tuple[list[str | None], Float[np.ndarray, "row"]]:
+def answer(model: Model, batch: Batch) -> tuple[list[str | None], Float[np.ndarray, "row"]]:
     """The model's greedy answers, and the log-probability (nats) of each right answer's first token.
 
     An answer that has not ended at twice the right answer's length, and a few tokens, is None: it is longer, so it is wrong.
@@ -183,7 +184,7 @@ def answer(model: Any, batch: Batch) -> tuple[list[str | None], Float[np.ndarray
     return texts, log_probs.gather(-1, at[:, None])[:, 0].numpy()
 
 
-def _until_end(model: Any, ids: Sequence[int]) -> str | None:
+def _until_end(model: Model, ids: Sequence[int]) -> str | None:
     """The text before the end token; None without one."""
     length = next((place for place, token in enumerate(ids) if token in model.cfg.special.eos), None)
     return None if length is None else model.tokenizer.decode(ids[:length], skip_special_tokens=True)
@@ -294,7 +295,7 @@ class EffectExperiment(Experiment):
     name = "neurons: effects"
     summed = by_domain = gradients = True
 
-    def __init__(self, model: Any, modules: Sequence[str] | None = None):
+    def __init__(self, model: Model, modules: Sequence[str] | None = None):
         super().__init__(model, {"modules": _listed(modules)})
         self.sites = hook_sites(model, "hook_post", modules)
         self.widths = {"decoder": model.cfg.text.d_mlp, "vision": model.cfg.vision.d_mlp, "projector": model.cfg.vision.d_merge}
@@ -325,7 +326,7 @@ class EffectExperiment(Experiment):
 
 @renamed_arguments
 def ablation_effects(
-    model: Any,
+    model: Model,
     data: Data,
     domains: Sequence[str],
     modules: Sequence[str] | None = None,
@@ -373,7 +374,7 @@ def _effects(sums: Sums, domains: Sequence[str]) -> dict[str, Tensor]:
     return effects
 
 
-def _first_order(model: Any, inputs: Any, sites: Mapping[str, tuple[str, int]]) -> dict[tuple[str, int], Tensor]:
+def _first_order(model: Model, inputs: Any, sites: Mapping[str, tuple[str, int]]) -> dict[tuple[str, int], Tensor]:
     """site -> [token neuron], activation times gradient of the rows' summed log p(answer)."""
     kept: dict[tuple[str, int], Tensor] = {}
 
@@ -506,7 +507,7 @@ class AblationExperiment(Experiment):
     by_domain = True
     batches_per_shard = 1  # a question is answered under every condition
 
-    def __init__(self, model: Any, wanted: Sequence[Condition], crossed: Sequence[str] = (FIRING,)):
+    def __init__(self, model: Model, wanted: Sequence[Condition], crossed: Sequence[str] = (FIRING,)):
         super().__init__(model, {"conditions": _digest(wanted), "crossed": list(crossed)})
         self.wanted, self.crossed, self.encode = wanted, crossed, ImageEmbeddingsCache(model)
 
@@ -528,7 +529,7 @@ class AblationExperiment(Experiment):
 @renamed_arguments
 @torch.no_grad()
 def ablate(
-    model: Any,
+    model: Model,
     data: Sequence[Batch] | Data,
     wanted: Sequence[Condition],
     crossed: Sequence[str] = (FIRING,),
@@ -555,7 +556,7 @@ def ablate(
     if out is not None or rank is not None:
         raise ValueError("a run in a folder opens and encodes the questions itself: pass examples, not what prepare made of them.")
     bar = tqdm(data, desc="ablating", unit="batch", disable=not progress, delay=2)
-    rows = [row for batch in bar for row in _under_all(model, batch, wanted, crossed)]
+    rows = [row for batch in bar for row in _under_all(model, cast(Any, batch), wanted, crossed)]
     return Ablations(pd.DataFrame(rows), str(model.cfg.model_name))
 
 
@@ -578,7 +579,7 @@ def _digest(wanted: Sequence[Condition]) -> str:
     return hashed.hexdigest()[:16]
 
 
-def _under_all(model: Any, batch: Batch, wanted: Sequence[Condition], crossed: Sequence[str]) -> list[dict]:
+def _under_all(model: Model, batch: Batch, wanted: Sequence[Condition], crossed: Sequence[str]) -> list[dict]:
     """One batch's rows under no condition, and under each that concerns its domain."""
     widest = ALL if any(condition.module == ALL for condition in wanted) else None
     untouched = _outcomes(model, batch)
@@ -593,7 +594,7 @@ def _under_all(model: Any, batch: Batch, wanted: Sequence[Condition], crossed: S
     return rows
 
 
-def _outcomes(model: Any, batch: Batch) -> list[tuple[bool, float]]:
+def _outcomes(model: Model, batch: Batch) -> list[tuple[bool, float]]:
     texts, log_probs = answer(model, batch)
     return [
         (text is not None and same_answer(text, right), float(log_prob)) for text, right, log_prob in zip(texts, batch.answers, log_probs)
@@ -632,7 +633,7 @@ def _with_pool(group: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 
 
 @torch.no_grad()
-def stream_by_layer(model: Any, batches: Sequence[Batch], wanted: Sequence[Condition] = (), progress: bool = True) -> pd.DataFrame:
+def stream_by_layer(model: Model, batches: Sequence[Batch], wanted: Sequence[Condition] = (), progress: bool = True) -> pd.DataFrame:
     """How far ablation moves the residual stream, and the logit lens's entropy, by layer and kind of token.
 
     Args:

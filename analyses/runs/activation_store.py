@@ -34,6 +34,7 @@ from analyses.runs.files import about_checksum, belonging, finished_shards, open
 from analyses.runs.plan import size_by_model
 from hooked_qwen2vl.image_embeddings import CAPACITY, ImageEmbeddingsCache
 from hooked_qwen2vl.moved import renamed_arguments
+from hooked_qwen2vl.protocols import Model
 from hooked_qwen2vl.segments import is_segment_name
 
 SUFFIX = ".safetensors"
@@ -44,7 +45,7 @@ Which = Literal["all", "image", "text"]
 
 @renamed_arguments
 def store_activations(
-    model: Any,
+    model: Model,
     examples: Data,
     names: str | Sequence[str],
     out: str | Path,
@@ -279,7 +280,7 @@ def _read_tensors(file: Path, names: Sequence[str] | None = None) -> tuple[dict[
     return tensors, about
 
 
-def _check_names(model: Any, names: Sequence[str]) -> None:
+def _check_names(model: Model, names: Sequence[str]) -> None:
     if not names:
         raise ValueError("expected at least one hook name, such as 'blocks.5.hook_resid_post'.")
     unknown = [name for name in names if name not in model.hook_dict]

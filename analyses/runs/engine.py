@@ -71,6 +71,7 @@ from analyses.runs.plan import (
 )
 from hooked_qwen2vl.files import remove_unfinished, whole_file
 from hooked_qwen2vl.moved import moved_names, renamed_arguments, renamed_attributes
+from hooked_qwen2vl.protocols import Model
 
 __getattr__ = moved_names(__name__)
 
@@ -182,7 +183,7 @@ def run(
     out: str | Path,
     settings: Mapping[str, Any] | None = None,
     *,
-    model: Any = None,
+    model: Model | None = None,
     size: Sizer | None = None,
     batch_size: int = 8,
     seed: int = 0,
@@ -290,7 +291,7 @@ def prepare(
     examples: Data,
     out: str | Path,
     settings: Mapping[str, Any],
-    model: Any = None,
+    model: Model | None = None,
     size: Sizer | None = None,
     seed: int = 0,
     rank: tuple[int, int] | None = None,
@@ -637,7 +638,7 @@ def _read(out: Path, partial: bool, failed: bool) -> pd.DataFrame:
 # ---- what the manifest says -------------------------------------------------------------------
 
 
-def _sees(model: Any) -> bool:
+def _sees(model: Model) -> bool:
     """Whether it is a Qwen2-VL that can be given questions, not a text model of TransformerLens."""
     return hasattr(getattr(model, "cfg", None), "vision") and model.processor is not None
 

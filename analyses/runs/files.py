@@ -269,5 +269,5 @@ def _seal(content: bytes | bytearray, at: int) -> bytes:
 def tensor_checksum(tensor: torch.Tensor) -> str:
     """Of a tensor's values, dtype and shape."""
     hashed = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=16)
-    hashed.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    hashed.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType] (an array is a buffer)
     return hashed.hexdigest()

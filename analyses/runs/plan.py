@@ -27,6 +27,7 @@ from hooked_qwen2vl.files import open_regular
 from hooked_qwen2vl.image_hash import image_hash
 from hooked_qwen2vl.moved import renamed_attributes
 from hooked_qwen2vl.prompt_text import text_ids
+from hooked_qwen2vl.protocols import Model
 
 if TYPE_CHECKING:
     from analyses.data.examples import Example
@@ -62,7 +63,7 @@ UNREADABLE = "image unreadable"
 Sizer = Callable[["Example"], Any]
 
 
-def size_by_model(model: Any, min_pixels: int | None = None, max_pixels: int | None = None, by_domain: bool = False) -> Sizer:
+def size_by_model(model: Model, min_pixels: int | None = None, max_pixels: int | None = None, by_domain: bool = False) -> Sizer:
     """The size of a question as this model's processor makes it; only headers of images are read.
 
     Args:
@@ -102,7 +103,7 @@ def image_size(image: Any) -> tuple[int, int]:
     """
     try:
         if isinstance(image, (str, os.PathLike)):
-            with open_regular(image) as file:
+            with open_regular(os.fspath(image)) as file:
                 return _seen_size(Image.open(file))
         return _seen_size(image)
     except MemoryError:
@@ -236,7 +237,7 @@ class Memory:
         return f"{in_words(self.total)} ({needs}, image embeddings kept for later questions at most {in_words(self.embeddings)})"
 
 
-def embedding_bytes(model: Any, sizes: Mapping[Size, int]) -> int:
+def embedding_bytes(model: Model, sizes: Mapping[Size, int]) -> int:
     """Bytes of the image embeddings of all questions, each with images of its own.
 
     Args:
@@ -247,7 +248,7 @@ def embedding_bytes(model: Any, sizes: Mapping[Size, int]) -> int:
     return sum(n * each * sum(h * w for h, w in size.grids) for size, n in sizes.items())
 
 
-def memory_for(model: Any, sizes: Iterable[tuple[Size, int]], embeddings: int = 0, gradients: bool = False) -> Memory:
+def memory_for(model: Model, sizes: Iterable[tuple[Size, int]], embeddings: int = 0, gradients: bool = False) -> Memory:
     """The memory of the model's forward over batches of these (size, rows).
 
     Args:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -139,7 +139,7 @@ def _group_of(groups: Mapping[str, Sequence[int]], segments: Sequence[str]) -> d
     return of
 
 
-def _label(kind: str, what: Any, places: list[int], tokens: Sequence[str], segments: Sequence[str], of: Mapping[int, str]) -> str:
+def _label(kind: str, what: Any, places: list[int], tokens: Any, segments: Sequence[str], of: Mapping[int, str]) -> str:
     if kind == "token":
         return tokens[what]
     if kind == "segment" and any(segments[place] == what for place in of):
@@ -227,7 +227,7 @@ class Page:
             bottomkIdxs=[bottom.indices.flip(1).tolist()],
             firstDimensionName="Layer",
             thirdDimensionName="Neuron",
-            **({} if layers is None else {"firstDimensionLabels": list(layers)}),
+            **cast(Any, {} if layers is None else {"firstDimensionLabels": list(layers)}),
         )
 
     def neuron_activations(
@@ -252,7 +252,7 @@ class Page:
             activations=values.tolist(),
             firstDimensionName="Layer",
             secondDimensionName="Neuron",
-            **{key: list(names) for key, names in labels.items() if names is not None},
+            **cast(Any, {key: list(names) for key, names in labels.items() if names is not None}),
         )
 
     def token_log_probs(

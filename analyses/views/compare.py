@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from matplotlib.lines import Line2D
@@ -49,7 +49,9 @@ def comparison_plot(comparison: Any, path: str | Path | None = None) -> Figure:
         rule(axes, y=0), rule(axes, y=1)
     shown = list(dict.fromkeys(run.condition for run in comparison.runs))
     keys = [Line2D([], [], color=colours[model], linewidth=widths[model], label=model) for model in models]
-    keys += [Line2D([], [], color="#444444", linestyle=_STYLES[c], marker=_MARKERS[c], label=_NAMES[c], markersize=4) for c in shown]
+    keys += [
+        Line2D([], [], color="#444444", linestyle=cast(Any, _STYLES[c]), marker=_MARKERS[c], label=_NAMES[c], markersize=4) for c in shown
+    ]
     figure.legend(handles=keys, loc="outside lower center", ncols=min(8, len(keys)), frameon=False, fontsize=8)
     return figure.saved(path)
 

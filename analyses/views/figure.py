@@ -43,7 +43,7 @@ class Figure(figure.Figure):
                     axis.set_ticklabels(legible)
         for text in self.findobj(Text):
             text.set_parse_math(False)
-            text.set_family(families())
+            text.set(family=families())
             text.set_text(drawable(text.get_text()))
         super().draw(renderer)
 

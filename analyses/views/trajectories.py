@@ -41,7 +41,7 @@ def trajectory_plot(item: Any, path: str | Path | None = None) -> Figure:
     lines = [*drawn, right.get_lines()[0]]
     figure.legend(
         lines,
-        [line.get_label() for line in lines],
+        [str(line.get_label()) for line in lines],
         frameon=False,
         fontsize=8,
         loc="outside lower center",

@@ -88,7 +88,7 @@ def _any(scene: Scene, rng: Random) -> Thing:
 
 
 def _shape_color(rng: Random, kind: str) -> str:
-    return typical_color(kind) if rng.random() < TYPICAL_RATE else rng.choice(COLORS)
+    return str(typical_color(kind)) if rng.random() < TYPICAL_RATE else rng.choice(COLORS)
 
 
 def _build_shapes(rng: Random, rows: int, cols: int, level: int) -> list[Thing]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, cast
 
 from .words import vocabulary
 
@@ -60,7 +61,7 @@ def build_tokenizer():
         model["vocab"][token] = len(model["vocab"])
     tokenizer = Qwen2Tokenizer(
         vocab=model["vocab"],
-        merges=[tuple(pair) for pair in model["merges"]],
+        merges=cast(Any, [tuple(pair) for pair in model["merges"]]),
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         model_max_length=4096,

@@ -100,7 +100,7 @@ def relation(text: str, group: str, field: str, side: str, **anchor) -> Question
     def solve(scene: Scene) -> Finding | None:
         start = only(scene, **anchor)
         end = neighbor(scene, start, side) if start else None
-        return (getattr(end, field), (end, start)) if end else None
+        return (getattr(end, field), (end, start)) if start and end else None
 
     return Question(text, "relation", group, solve)
 

@@ -15,6 +15,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -70,7 +71,7 @@ def learning_rate(settings: Settings, step: int, seconds: float) -> float:
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with its tensors on the device."""
-    moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in vars(batch).items()}
+    moved: dict[str, Any] = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in vars(batch).items()}
     return Batch(**moved)
 
 
@@ -118,7 +119,7 @@ def train(settings: Settings, state: Path = STATE, out: Path = CHECKPOINT, save_
     torch.manual_seed(settings.seed)
     rng = Random(settings.seed)
     tokenizer = build_tokenizer()
-    model = Qwen2VLForConditionalGeneration(build_config(tokenizer)).to(device).train()
+    model = Qwen2VLForConditionalGeneration(build_config(tokenizer)).to(device).train()  # pyright: ignore[reportArgumentType] (transformers' `to` is wrapped)
     _linear_patch_embed(model)
     optimizer = decaying_matrices(model, settings.weight_decay)
     progress = Progress()
@@ -136,7 +137,7 @@ def train(settings: Settings, state: Path = STATE, out: Path = CHECKPOINT, save_
     began, last = time.monotonic() - progress.seconds, time.monotonic()
     bar = tqdm(total=round(60 * settings.minutes), initial=round(progress.seconds), unit="s", mininterval=10)
     while progress.seconds < 60 * settings.minutes:
-        mix = {tuple(k.split()): 0.4 + 3 * (1 - v) for k, v in progress.table.items()}  # more of what is hard
+        mix: dict[Any, float] = {tuple(k.split()): 0.4 + 3 * (1 - v) for k, v in progress.table.items()}  # more of what is hard
         early = sum(progress.levels.values()) < 10
         grid = rng.choice(CURRICULUM_GRIDS) if early and rng.random() < 0.8 else pick_grid(rng)
         batch = draw_batch(packer, rng, progress.levels, mix, grid, settings.images, settings.questions)
@@ -191,7 +192,7 @@ def _linear_patch_embed(model) -> None:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     defaults = Settings()
     for name, value in asdict(defaults).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)

@@ -182,7 +182,9 @@ def make_counterfactual(rng: Random, scene: Scene, question: Question) -> tuple[
 
     The partner of a training scene is a training scene, that of a held-out scene is held out.
     """
-    answer, depends_on = question.solve(scene)
+    found = question.solve(scene)
+    assert found is not None  # the question was asked because it has an answer here
+    answer, depends_on = found
     allowed = scene.split == "test"
     trained = scene.split == "train"
     for things in (depends_on, scene.things):
@@ -222,7 +224,9 @@ def _make_item(rng: Random, domain: str, category: str, split: str, grid, level:
 
 
 def _item(scene: Scene, question: Question, counterfactual: Item | None, changed) -> Item:
-    answer, depends_on = question.solve(scene)
+    found = question.solve(scene)
+    assert found is not None  # the question was asked because it has an answer here
+    answer, depends_on = found
     first = depends_on[0] if depends_on else None
     absent = answer in ("no", "0")
     usual = typical_color(first.kind) if first and not absent and scene.domain == "shapes" else None
@@ -253,7 +257,7 @@ def _domains(domain: str | None, category: str | None) -> list[str]:
         raise ValueError(f"expected a category of {', '.join(CATEGORIES)}, got {category!r}.")
     found = [d for d in ([domain] if domain else DOMAIN_NAMES) if category is None or category in DOMAINS[d].asks]
     if not found:
-        raise ValueError(f"the domain {domain!r} has no {category} questions, only {', '.join(DOMAINS[domain].asks)}.")
+        raise ValueError(f"the domain {domain!r} has no {category} questions, only {', '.join(DOMAINS[str(domain)].asks)}.")
     return found
 
 

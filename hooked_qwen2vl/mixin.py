@@ -1,0 +1,33 @@
+"""What the classes that are mixed into HookedQwen2VL may rely on: its parts, and each other's methods."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .config import HookedQwen2VLConfig
+from .layers import HookPoint
+
+
+class Mixin:
+    """Base of the mixins.
+
+    Attributes:
+        cfg: the model's configuration.
+        processor: its `Processor`, or None.
+        embed, blocks, ln_final, unembed, vision_encoder, vision_projector: modules, whose own attributes torch does not type.
+        hook_embed: see `model.HookedQwen2VL`.
+    """
+
+    cfg: HookedQwen2VLConfig
+    processor: Any
+    embed: Any
+    blocks: Any
+    unembed: Any
+    ln_final: Any
+    hook_embed: HookPoint
+    vision_encoder: Any
+    vision_projector: Any
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
