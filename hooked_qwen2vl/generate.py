@@ -11,7 +11,7 @@ import os.path
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -379,7 +379,7 @@ def said_so_far(past: Any, new: Inputs) -> Inputs:
         raise ValueError("images can come only with the first tokens of a past_kv_cache.")
     for position in range(new.shape[1]):
         prompt = prompt.extend(new.tokens[:, position], new.attention_mask[:, position].bool())
-    return prompt
+    return cast(Any, prompt)
 
 
 class StopStrings(StoppingCriteria):

@@ -390,7 +390,7 @@ class Inputs(Geometry):
             raise ValueError(f"only rows can be repeated: call repeat(n) or repeat(n, 1), got repeat{sizes}.")
         return self[torch.arange(len(self)).repeat(sizes[0])]
 
-    def to(self, device: torch.device | str) -> Inputs:
+    def to(self, device: torch.device | str | None) -> Inputs:
         """Everything on the device; the model casts pixels to its own dtype.
 
         Raises:
@@ -453,7 +453,7 @@ class Inputs(Geometry):
             return same and self.pixels is other.pixels
         return torch.equal(self.pixels, other.pixels.to(self.device))
 
-    __hash__ = None
+    __hash__ = None  # pyright: ignore[reportAssignmentType] (not hashable, as a tensor of tokens is not to be)
 
     def __repr__(self) -> str:
         images = sum(visual.kind == IMAGE for visual in self.visuals)

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -510,7 +510,7 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         logits = self.unembed(normalized)
         if return_type == "logits":
             return logits
-        loss = self.loss_fn(logits, inputs, per_token=loss_per_token)
+        loss = self.loss_fn(logits, cast(Any, inputs), per_token=loss_per_token)
         return loss if return_type == "loss" else (logits, loss)
 
     def loss_fn(
@@ -612,7 +612,7 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         result, cache = super().run_with_cache(
             input,
             names_filter=names_filter,
-            device=device,
+            device=cast(Any, device),
             remove_batch_dim=remove_batch_dim,
             incl_bwd=incl_bwd,
             reset_hooks_end=reset_hooks_end,
@@ -691,7 +691,7 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
     def _default_names(self, input: Any, vision: bool) -> Callable[[str], bool]:
         """What is cached when nothing is asked for: all that costs little."""
         flags, prefix = self.cfg, [hook.name for hook in self.vision_projector.out_hooks]
-        encoded = isinstance(input, Inputs) and self.is_encoded(input)
+        encoded = isinstance(input, Inputs) and self.is_encoded(input)  # pyright: ignore[reportArgumentType, reportCallIssue] (torch.compiler.disable)
 
         def wanted(name: str) -> bool:
             if is_vision(name):

@@ -115,7 +115,7 @@ class TransformerLensWeights(Mixin):
         return FactoredMatrix(self._for_each_head(self.W_V), self.W_O)
 
     def _for_each_head(self, W: Float[Tensor, "layer kv_head ..."]) -> Float[Tensor, "layer head ..."]:
-        return W.repeat_interleave(self.cfg.n_heads // self.cfg.n_key_value_heads, dim=1)
+        return W.repeat_interleave(self.cfg.n_heads // int(self.cfg.n_key_value_heads or self.cfg.n_heads), dim=1)
 
     def accumulated_bias(self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True) -> Float[Tensor, "d_model"]:
         """Sum of the biases written into the residual stream before block `layer` (or before its MLP).

@@ -143,7 +143,8 @@ class Tokens(Mixin):
         Raises:
             AssertionError: it is several tokens (TransformerLens's own type of error here).
         """
-        tokens = self.to_tokens(string, move_to_device=False)[0].tolist()
+        ids: Any = self.to_tokens(string, move_to_device=False)
+        tokens = ids[0].tolist()
         if len(tokens) != 1:
             raise AssertionError(
                 f"{string!r} is not a single token: it is {self.to_str_tokens(torch.tensor(tokens))}. "

@@ -140,7 +140,8 @@ def _experiment(options: Any, model: Model, neurons: Any, wanted: Any, judged: A
 
     ablations = read_ablations(options.out / NAME / "ablations")
     answered = set(ablations.outcomes["id"])
-    questions = [example for example in (judged() if callable(judged) else judged) if example.id in answered]
+    asked: Any = judged() if callable(judged) else judged
+    questions = [example for example in asked if example.id in answered]
     whole = "all" if len(neurons.modules) > 1 else next(iter(neurons.modules))
     n_read = 2 * options.batch_size
     mixed = in_turn(questions)

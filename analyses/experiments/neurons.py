@@ -552,7 +552,7 @@ def ablate(
     """
     if not isinstance(data, Sequence) or not all(isinstance(batch, Batch) for batch in data):
         experiment = AblationExperiment(model, wanted, crossed)
-        return experiment.run(data, out, batch_size=batch_size, rank=rank, progress=progress)
+        return experiment.run(cast(Any, data), out, batch_size=batch_size, rank=rank, progress=progress)
     if out is not None or rank is not None:
         raise ValueError("a run in a folder opens and encodes the questions itself: pass examples, not what prepare made of them.")
     bar = tqdm(data, desc="ablating", unit="batch", disable=not progress, delay=2)

@@ -183,7 +183,7 @@ def run(
     out: str | Path,
     settings: Mapping[str, Any] | None = None,
     *,
-    model: Model | None = None,
+    model: Any = None,  # a Model
     size: Sizer | None = None,
     batch_size: int = 8,
     seed: int = 0,
@@ -291,7 +291,7 @@ def prepare(
     examples: Data,
     out: str | Path,
     settings: Mapping[str, Any],
-    model: Model | None = None,
+    model: Any = None,  # a Model
     size: Sizer | None = None,
     seed: int = 0,
     rank: tuple[int, int] | None = None,
