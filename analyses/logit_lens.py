@@ -187,6 +187,7 @@ def logit_lens(
         last,
         target_probs=torch.cat((last.probs[:, :1], last.target_probs), dim=1),
         target_ranks=torch.cat((torch.zeros_like(followed[:, :1]), last.target_ranks), dim=1),
+        target_log_probs=torch.cat((last.probs[:, :1].log(), last.target_log_probs), dim=1),
     )
     read = {
         layer: last if layer == model.cfg.n_layers else predictions_of(model, streams.pop(layer), followed, top_k, chunk_size)

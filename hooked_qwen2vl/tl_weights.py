@@ -239,7 +239,7 @@ class Unembed(nn.Module):
         self.weight = nn.Parameter(torch.empty(d_vocab, d_model))
         self.hook_out = HookPoint()  # [batch, pos, d_vocab], the logits
 
-    def forward(self, normalized: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
+    def forward(self, normalized: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes d_vocab"]:
         return self.hook_out(finite(nn.functional.linear(finite(normalized, "ln_final"), self.weight), "unembed"))
 
     @property

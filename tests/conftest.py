@@ -13,7 +13,7 @@ from jaxtyping import install_import_hook
 
 # Shapes and types in the signatures of these modules are checked at every call (CHECK_SHAPES=0: not); before anything imports them.
 CHECKED = {
-    "hooked_qwen2vl": "attention block image_embeddings layers positions rope tl_weights vision vision_qwen25 vision_qwen3",
+    "hooked_qwen2vl": "attention block layers positions rope tl_weights vision vision_qwen25 vision_qwen3",
     "analyses": "contextual_lens direct_path edge_attribution embedding_lens flip_patching knockout logit_lens patched_runs patching "
     "project_away trajectory tuned_lens common.attention common.rectangles common.vocabulary",
 }
