@@ -1,4 +1,4 @@
-.PHONY: bench demo docs figures install lint mutants notebooks test test-minimum test-newest test-slow tl-suite
+.PHONY: bench demo docs figures install lint mutants notebooks test test-minimum test-newest test-shapes test-slow tl-suite
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export HF_HUB_OFFLINE := 1
 
@@ -17,6 +17,11 @@ demo: install
 # A file's tests stay together (they share models), one process a core, one thread each (tests/conftest.py).
 test: install
 	.venv/bin/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
+
+# Tests of the port and the methods once more, with shapes and types in signatures checked at every call (tests/conftest.py).
+SHAPES := model hooks positions logit_lens readouts trajectory flip_patching patching knockout contextual_lens edge_attribution
+test-shapes: install
+	CHECK_SHAPES=1 .venv/bin/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile $(SHAPES:%=tests/test_%.py)
 
 # The 2B geometry and every notebook.
 test-slow: install

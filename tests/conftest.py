@@ -11,13 +11,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, each with a
 
 from jaxtyping import install_import_hook
 
-# Shapes and types in the signatures of these modules are checked at every call (CHECK_SHAPES=0: not); before anything imports them.
+# `make test-shapes`: shapes and types in the signatures of these modules are checked at every call; before anything imports them.
 CHECKED = {
     "hooked_qwen2vl": "attention block layers positions rope tl_weights vision vision_qwen25 vision_qwen3",
     "analyses": "contextual_lens direct_path edge_attribution embedding_lens flip_patching knockout logit_lens patched_runs patching "
     "project_away trajectory tuned_lens common.attention common.rectangles common.vocabulary",
 }
-if os.environ.get("CHECK_SHAPES", "1") != "0":
+if os.environ.get("CHECK_SHAPES"):
     install_import_hook([f"{package}.{name}" for package, names in CHECKED.items() for name in names.split()], "beartype.beartype")
 
 import numpy as np
