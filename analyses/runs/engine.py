@@ -328,7 +328,7 @@ def prepare(
     check_shards(out, suffix, manifest, plan, written_shards(out, suffix) & set(plan["part"]))
     rows = plan.groupby(["size", "batch"]).size().groupby("size").max()
     memory = None
-    if sizes and _sees(model):
+    if sizes and model is not None and _sees(model):
         memory = memory_for(model, [(s, int(rows[str(s)])) for s in sizes], min(embeddings, embedding_bytes(model, sizes)), gradients)
     return Run(out, manifest, plan, rank, written_shards(out, suffix), memory, suffix)
 
