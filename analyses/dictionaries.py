@@ -20,7 +20,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import torch
@@ -85,14 +85,14 @@ class Dictionary(Result):
         """Feature activations, in the dictionary's dtype."""
         x = self._normalised(x.to(self.W_enc.dtype))[0]
         x = x - self.b_dec if self.centred else x
-        pre = x @ self.W_enc + self.b_enc
+        pre: Any = x @ self.W_enc + self.b_enc
         if self.activation == "gated":
-            return (pre > 0) * (x @ (self.W_enc * self.r_mag.exp()) + self.b_mag).relu()
+            return (pre > 0) * (x @ (self.W_enc * cast(Any, self.r_mag).exp()) + cast(Any, self.b_mag)).relu()
         if self.activation == "jumprelu":
             return pre.relu() * (pre > self.threshold)
         if self.activation == "topk":
             pre = pre * self.W_dec.norm(dim=-1) if self.by_norm else pre
-            top = pre.topk(self.k, dim=-1)
+            top = pre.topk(int(self.k or 0), dim=-1)
             return torch.zeros_like(pre).scatter(-1, top.indices, top.values.relu())
         return pre.relu()
 
@@ -166,7 +166,9 @@ def load_dictionary(
         raise ValueError(f"{folder} does not say where it belongs: pass hook= (and of a transcoder hook_out=), a name of model.hook_dict.")
     if weights:
         raise ValueError(f"{folder}: nothing is known of the weights {', '.join(sorted(weights))}: this is another kind of dictionary.")
-    fields = {name: value.to(dtype) if isinstance(value, Tensor) and dtype is not None else value for name, value in fields.items()}
+    fields: dict[str, Any] = {
+        name: value.to(dtype) if isinstance(value, Tensor) and dtype is not None else value for name, value in fields.items()
+    }
     return _checked(Dictionary(**fields, name=folder.name))
 
 
@@ -479,10 +481,10 @@ def train_dictionary(
             loss.backward()
             optimiser.step()
             with torch.no_grad():
-                weights["W_dec"] /= weights["W_dec"].norm(dim=1, keepdim=True)
+                weights["W_dec"].div_(weights["W_dec"].norm(dim=1, keepdim=True))
                 silent = torch.where((features > 0).any(0), 0, silent + 1)
             rows.append({"unexplained": float(error.detach().square().sum() / variance), "dead": n_dead})
-    plain = {name: value.detach().cpu() for name, value in weights.items()}
+    plain: dict[str, Any] = {name: value.detach().cpu() for name, value in weights.items()}
     return Dictionary(hook, hook, activation="topk", k=k, name="trained", **plain), pd.DataFrame(rows)
 
 

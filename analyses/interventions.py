@@ -100,6 +100,7 @@ class Where:
     def at(self, positions: Tensor, batch: int, hook: Any) -> Bool[Tensor, "batch n"]:
         """Which of some positions are meant, in every row of a batch (the prompts may come several times over)."""
         require_prompt(self.shape, hook, self.what)
+        assert self.rows is not None  # asked of named positions only
         if running_positions.get() is None and len(positions) < self.rows.shape[1]:
             raise ValueError(
                 f"{hook.name} holds {len(positions)} positions and the prompt has {self.rows.shape[1]}: which ones they are is known "
@@ -514,7 +515,8 @@ def drop_tokens(inputs: Any, span: Place, from_layer: int) -> Interventions:
             f"from_layer must be at least 1, got {from_layer}: tokens leave after a block; to run without them at all, hide them."
         )
     where = Where.of(inputs, span)
-    if bool(where.rows[:, -1].any()):
+    dropped: Any = where.rows
+    if bool(dropped[:, -1].any()):
         raise ValueError("the span holds the last position, whose prediction is read: drop other tokens.")
 
     def edit(stream: Float[Tensor, "batch pos d_model"], hook: Any) -> Tensor:
@@ -523,8 +525,8 @@ def drop_tokens(inputs: Any, span: Place, from_layer: int) -> Interventions:
             n = "only a HookedQwen2VL can" if running is None else f"from_layer must be in 1..{running.n_layers - 1}, got {from_layer}: to"
             raise ValueError(f"{n} run without tokens.")
         require_prompt(where.shape, hook, "these interventions were")
-        if len(stream) % len(where.rows):
-            raise ValueError(f"{len(stream)} rows are run, the tokens to drop were named for {len(where.rows)}.")
-        return running.narrow(stream, where.rows.repeat(len(stream) // len(where.rows), 1))
+        if len(stream) % len(dropped):
+            raise ValueError(f"{len(stream)} rows are run, the tokens to drop were named for {len(dropped)}.")
+        return running.narrow(stream, dropped.repeat(len(stream) // len(dropped), 1))
 
     return Interventions([(f"blocks.{from_layer - 1}.hook_resid_post", edit)])

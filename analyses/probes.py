@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -107,7 +107,7 @@ def answers(example: Example) -> Iterable[tuple[Place, str]]:
     return [("last", example.answer)]
 
 
-def things(truth: str = "color", box_of: Callable[[Any], Place] = lambda thing: tuple(map(float, thing.box))) -> Callable:
+def things(truth: str = "color", box_of: Callable[[Any], Place] = lambda thing: cast(Any, tuple(map(float, thing.box)))) -> Callable:
     """Every object of a scene of the embedded world: its image tokens, with its colour, kind, size, row or col.
 
     Raises:

@@ -118,7 +118,8 @@ class Curves(Result):
     @property
     def areas(self) -> tuple[float, float]:
         """(deletion, insertion): areas under the curves; a good map has a small first and a large second."""
-        return tuple(float(torch.trapezoid(curve, self.shares)) for curve in (self.deletion, self.insertion))
+        deletion, insertion = (float(torch.trapezoid(curve, self.shares)) for curve in (self.deletion, self.insertion))
+        return deletion, insertion
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row a step."""

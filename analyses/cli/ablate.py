@@ -49,7 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _heads(text: str) -> list[tuple[int, int]]:
     if not re.fullmatch(r"\d+\.\d+(,\d+\.\d+)*", text):
         raise argparse.ArgumentTypeError(f"expected heads as layer.head, separated by commas, such as 3.1,4.0, got {text!r}.")
-    return [tuple(map(int, pair.split("."))) for pair in text.split(",")]
+    pairs = (pair.split(".") for pair in text.split(","))
+    return [(int(layer), int(head)) for layer, head in pairs]
 
 
 def run(options: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -155,7 +155,7 @@ class Ablation(Experiment):
     name = "ablation"
 
     def __init__(self, model: Any, parts: Mapping[str, Mapping[str, Any]], how: str = "zero", reference: Any = None, seed: int = 0):
-        self.hooks = {name: ablate(**part, how=how, reference=reference, seed=seed) for name, part in parts.items()}
+        self.hooks = {name: ablate(**part, how=cast(Any, how), reference=reference, seed=seed) for name, part in parts.items()}
         sums = {} if reference is None else {name: float(values.cpu().double().abs().sum()) for name, values in sorted(reference.items())}
         about = {
             name: {kind: [list(u) if isinstance(u, tuple) else u for u in units] for kind, units in part.items()}
@@ -267,7 +267,7 @@ def find_heads(
 
     def kept(batches: Sequence[Any], heads: Sequence[Head]) -> np.ndarray:
         gone = [head for head in every if head not in heads]
-        hooks = ablate(heads=gone, how=how, reference=reference, seed=seed) if gone else None
+        hooks = ablate(heads=gone, how=cast(Any, how), reference=reference, seed=seed) if gone else None
         return np.concatenate([answer_log_probs(model, batch, hooks)[0].numpy() for batch in batches])
 
     batches = [_inputs(model, batch) for batch in in_batches(search, batch_size)]
@@ -278,10 +278,10 @@ def find_heads(
     bar = tqdm(total=most or len(every), desc="searching heads", unit="head", disable=not progress, delay=2)
     while carried < share and len(found) < (most or len(every)):
         shares = {head: float((kept(batches, [*found, head]).mean() - none) / (whole - none)) for head in ranked}
-        best = max(shares, key=shares.get)
+        best = max(shares, key=shares.__getitem__)
         found, carried = [*found, best], shares[best]
         rows.append({"size": len(found), "layer": best[0], "head": best[1], "share": carried})
-        order = sorted(shares, key=shares.get, reverse=True)
+        order = sorted(shares, key=shares.__getitem__, reverse=True)
         tried = set(shares)
         ranked = [head for head in [*order, *(h for h in every if h not in tried)] if head not in found][:candidates]
         bar.update()

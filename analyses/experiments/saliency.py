@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import nan
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import torch
@@ -116,7 +116,7 @@ class SaliencyRun(Experiment):
                     progress=False,
                 )
                 row = {**about, "method": method, **self._areas(inputs, found.whole)}
-                shares = figures(found.maps()[0], mask) if known else {}
+                shares = figures(found.maps()[0], cast(Any, mask)) if known else {}
                 yield {**row, "pointing": shares.get("pointing", nan), "ap": shares.get("ap", nan), "skipped": ""}
 
     def _unusable(self, example: Example) -> str:

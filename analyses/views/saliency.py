@@ -70,7 +70,7 @@ def saliency_plot(result: Any, path: str | Path | None = None, images: Sequence[
                 no_ticks(axes)
             axes.set_title(f"{title}\n{'±' if low else '0 to '}{most:.2g}", fontsize=8)
             if number == 0:
-                colour_bar(figure, drawn, axes, UNITS.get(result.method, result.method), shrink=0.7)
+                colour_bar(figure, drawn, axes, str(UNITS.get(result.method, result.method)), shrink=0.7)
     said = line("".join(result.tokens), 40)
     figure.titled(f"{result.method}: what “{said}” depended on. {line(result.question, 60)} {result.model_name}")
     return figure.saved(path)
