@@ -64,7 +64,7 @@ def test_strips_that_make_no_sense():
             strip(TOKENS, NAMES, groups=groups)
     with pytest.raises(ValueError, match="nothing to show"):
         strip(TOKENS, NAMES, only=["answer"])
-    with pytest.raises(ValueError, match="a name for each"):
+    with pytest.raises(ValueError, match="a segment for each"):
         strip(TOKENS, NAMES[1:])
     with pytest.raises(ValueError, match="whole prompt"):
         strip(TOKENS, NAMES).values(torch.zeros(3))
