@@ -101,7 +101,7 @@ def test_shares_of_a_folder_with_a_bad_image(expected, tmp_path, capsys):
     assert capsys.readouterr().out.count("a limit leaves questions out: 4 of 6 are kept") == 1
 
     assert main([*command, "--rank", "1/2"]) == 0
-    assert "1 of 2 parts" in capsys.readouterr().out and not (tmp_path / "out" / "flips.csv").exists()
+    assert "1 of 2 shards" in capsys.readouterr().out and not (tmp_path / "out" / "flips.csv").exists()
     assert main([*command, "--rank", "0/2"]) == 0
     said = capsys.readouterr().out
     assert "1 questions without candidates left out" in said and "1 questions failed" in said
