@@ -91,7 +91,7 @@ function limits() {
   const key = [state.mode, state.shade, state.same ? "all" : state.layer].join();
   if (limits.known.has(key)) return limits.known.get(key);
   let low = Infinity, high = -Infinity;
-  const layers = state.same ? [...data.nLayers.keys()] : [state.layer];
+  const layers = state.same ? [...data.layers.keys()] : [state.layer];
   for (const layer of layers)
     for (const { start, rows, cols } of data.images)
       for (let place = start; place < start + rows * cols; place++) {
