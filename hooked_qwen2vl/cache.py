@@ -56,12 +56,13 @@ def _where_the_cache_is(method: Callable) -> Callable:
     @wraps(method)
     def run(self: HookedCache, *args: Any, **kwargs: Any) -> Any:
         held = next(iter(self.cache_dict.values()), None)
-        if held is None or isinstance(self.model, WeightsAt):
+        own: Any = self.model
+        if held is None or isinstance(own, WeightsAt):
             return method(self, *args, **kwargs)
         args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to(held.device), (args, kwargs))
-        if all(weight.device == held.device for weight in self.model.parameters()):
+        if all(weight.device == held.device for weight in own.parameters()):
             return method(self, *args, **kwargs)
-        model, self.model = self.model, WeightsAt(self.model, held.device)
+        model, self.model = own, cast(Any, WeightsAt(own, held.device))
         try:
             return method(self, *args, **kwargs)
         finally:

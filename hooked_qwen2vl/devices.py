@@ -102,7 +102,7 @@ class WeightsAt:
     reading of a weight copies it.
     """
 
-    def __init__(self, module: nn.Module, device: torch.device):
+    def __init__(self, module: Any, device: torch.device):
         self._module, self._device = module, device
 
     def __getattr__(self, name: str) -> Any:

@@ -71,6 +71,7 @@ class Experiment:
     by_domain: ClassVar[bool] = False
     gradients: ClassVar[bool] = False
     batches_per_shard: ClassVar[int] = 4
+    of: Callable[..., Any]
 
     def __new__(cls, model: Model, *args: Any, **kwargs: Any) -> Experiment:
         made = super().__new__(cls)

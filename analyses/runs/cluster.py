@@ -14,7 +14,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from analyses.data.examples import Example
@@ -213,7 +213,7 @@ class Worker:
                 raise ValueError(found)
             return found
 
-        do_shard(begun, planned, question, self.work, seed)
+        do_shard(begun, planned, question, cast(Any, self.work), seed)
         return begun
 
 
