@@ -74,7 +74,7 @@ class Sinks(Result):
         columns = [
             "position",
             "token",
-            "part",
+            "segment",
             "image",
             "row",
             "col",

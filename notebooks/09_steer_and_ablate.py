@@ -86,5 +86,6 @@ for name, hooks in kinds.items():
     print(f"{name:40} {said!r:12} logit difference {difference(pair.clean, hooks):+.2f}")
 
 # %% [markdown]
-# **What was learnt.** An intervention is a list that adds up with others, and the same list acts in a run, in a sweep and in generation. Steering and hiding are
-# compared on one scale, the difference of two answers' logits; ablation over a data set has intervals.
+# **What was learnt.** Added at the last position of the second picture, the direction from it to the first does nothing at block 0, where that position holds
+# the same token, next to nothing before block 3, and turns the answer from block 3 on: the logit difference goes from −2.4 to 4.0 there, and to the first picture's own
+# 5.5 at the last block. The image agrees: its tokens can leave the stream from block 3 on and the answer stays; dropped before, it is lost.

@@ -38,7 +38,7 @@ inputs = model.generate(inputs, max_new_tokens=8, do_sample=False, return_type="
 print(sample["question"], "→", model.to_string(inputs.tokens[0, inputs.positions("answer")]))
 
 # %% [markdown]
-# The exact map: orange, without this image token the answer's token would be less likely.
+# The exact map: red, without this image token the answer's token would be less likely.
 
 # %%
 maps = {method: saliency(model, inputs, method, progress=False) for method in METHODS}
@@ -73,5 +73,6 @@ display(sinks.plot(images=[image]))
 sinks.exclude(maps["attention"]).plot(images=[image])
 
 # %% [markdown]
-# **What was learnt.** Each token of an answer has its own map, in nats, from interventions; attention is only one of the baselines. The curves judge
-# the maps on this one picture; over many pictures, with intervals: `analyses.experiments.saliency`.
+# **What was learnt.** "purple" depended on the circle's four tokens; the objects beside it pull the other way. On this picture four of the methods agree on the
+# order that matters (deletion 0.06, insertion 0.94), attention comes close, rollout and the random order do not. One picture judges no method: over many, with
+# intervals, `analyses.experiments.saliency`. No token receives five times an even share of attention: this model has no sinks here.
