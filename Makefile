@@ -47,7 +47,7 @@ lint: install
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/lint-imports
-	.venv/bin/pyright
+	.venv/bin/pyright --pythonpath .venv/bin/python
 
 # The site, with an API reference of every public name; a dead link is an error: out/site.
 docs: install
