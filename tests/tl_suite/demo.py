@@ -26,6 +26,7 @@ from transformer_lens.model_bridge import TransformerBridge
 LAYERS_AND_HEADS = {
     "Activation_Patching_in_TL_Demo": (4, 4),
     "Attribution_Patching_Demo": (4, 4),
+    "Exploratory_Analysis_Demo": (12, 7),  # head 81 is in its twelfth layer
     "Patchscopes_Generation_Demo": (12, 4),
 }
 
