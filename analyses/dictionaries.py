@@ -92,7 +92,7 @@ class Dictionary(Result):
             return pre.relu() * (pre > self.threshold)
         if self.activation == "topk":
             pre = pre * self.W_dec.norm(dim=-1) if self.by_norm else pre
-            top = pre.topk(int(self.k or 0), dim=-1)
+            top = pre.topk(cast(int, self.k), dim=-1)
             return torch.zeros_like(pre).scatter(-1, top.indices, top.values.relu())
         return pre.relu()
 

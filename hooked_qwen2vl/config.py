@@ -161,8 +161,8 @@ class HookedQwen2VLConfig(TransformerLensConfig):
     @property
     def n_params(self) -> int:
         """Numbers in the matrices of the decoder's blocks, as TransformerLens counts a model's size: no biases, norms or embeddings."""
-        heads = 2 * (self.n_heads + int(self.n_key_value_heads or 0))
-        return self.n_layers * self.d_model * (heads * self.d_head + 3 * int(self.d_mlp or 0))
+        heads = 2 * (self.n_heads + cast(int, self.n_key_value_heads))
+        return self.n_layers * self.d_model * (heads * self.d_head + 3 * cast(int, self.d_mlp))
 
     @property
     def image_token_id(self) -> int:

@@ -12,6 +12,8 @@ Source: Qwen2.5-VL technical report, section 2.1; `modeling_qwen2_5_vl.py` of tr
 
 from __future__ import annotations
 
+from typing import cast
+
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -51,7 +53,7 @@ class VisionEncoder(nn.Module):
             pixels: flattened patches (channel, frame, row, col), normalised, merge block by merge block.
             grid_thw: patches along (t, h, w) of each image or video.
         """
-        order, _ = window_order(grid_thw, self.cfg.spatial_merge_size, int(self.cfg.window or 0))
+        order, _ = window_order(grid_thw, self.cfg.spatial_merge_size, cast(int, self.cfg.window))
         pixels = pixels[patches_of(order, self.cfg.spatial_merge_size).to(pixels.device)]
         return self.run_blocks(self.hook_patch_embed(self.patch_embed(pixels)[None]), grid_thw)
 
@@ -60,7 +62,7 @@ class VisionEncoder(nn.Module):
     ) -> Float[Tensor, "1 patch d_vision"]:
         """The blocks from `start` on."""
         merge = self.cfg.spatial_merge_size
-        order, lengths = window_order(grid_thw, merge, int(self.cfg.window or 0))
+        order, lengths = window_order(grid_thw, merge, cast(int, self.cfg.window))
         patches = patches_of(order, merge).to(resid.device)
         rotation = Rotation(*(part[patches] for part in patch_rotation(self.cfg, grid_thw, resid)))
         windows = Segments(tuple((lengths * merge**2).tolist()), resid.device)
@@ -83,7 +85,7 @@ class VisionProjector(Merger):
         self.ln = RMSNorm(cfg.d_vision, cfg.eps)
 
     def forward(self, resid: Float[Tensor, "1 patch d_vision"], grid_thw: Int[Tensor, "image 3"]) -> Float[Tensor, "1 image_token d_model"]:
-        order, _ = window_order(grid_thw, self.cfg.spatial_merge_size, int(self.cfg.window or 0))
+        order, _ = window_order(grid_thw, self.cfg.spatial_merge_size, cast(int, self.cfg.window))
         merged = self.ln(self.hook_in(resid)).reshape(1, -1, self.cfg.d_merge)
         return self.write(merged[:, order.argsort().to(merged.device)])
 

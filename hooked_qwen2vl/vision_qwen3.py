@@ -13,7 +13,7 @@ Source: Qwen3-VL technical report; DeepStack (Meng et al., arXiv 2406.04334); `m
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -62,7 +62,7 @@ class VisionEncoder(nn.Module):
 
     def positions(self, grid_thw: Int[Tensor, "image 3"], device: torch.device) -> Float[Tensor, "patch d_vision"]:
         """The table of positions, bilinearly interpolated to each grid; float32 or wider."""
-        places, weights = interpolation(grid_thw, self.cfg.spatial_merge_size, int(self.cfg.position_side or 0))
+        places, weights = interpolation(grid_thw, self.cfg.spatial_merge_size, cast(int, self.cfg.position_side))
         return (self.pos_embed(places.to(device)) * weights[..., None].to(device)).sum(1)
 
     def run_blocks(
