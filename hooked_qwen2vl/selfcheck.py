@@ -148,7 +148,7 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
     """Largest difference, relative to the standard deviation of the reference; infinite for another shape or NaN."""
     if ours.shape != theirs.shape:
         return float("inf")
-    ours, theirs = ours.cpu().double(), theirs.cpu().double()  # a Mac's GPU has no float64
+    ours, theirs = ours.detach().cpu().double(), theirs.detach().cpu().double()  # a Mac's GPU has no float64
     error = float((ours - theirs).abs().max() / theirs.std())
     return error if error == error else float("inf")
 
