@@ -71,7 +71,10 @@ notebooks: install
 FIGURES := out/figures
 SAMPLE := hooked_qwen2vl/scenes/samples
 figures: install
-	.venv/bin/hooked-qwen2vl lens --out $(FIGURES)
-	.venv/bin/hooked-qwen2vl patch --out $(FIGURES)
-	.venv/bin/hooked-qwen2vl flips --image $(SAMPLE)/glyphs.png --question "What digit is red?" --answer 4 --out $(FIGURES)
-	for name in lens lens_image patch_image trajectory; do cp $(FIGURES)/$$name.png docs/images/; done
+	.venv/bin/hooked-qwen2vl lens --out $(FIGURES)/lens
+	.venv/bin/hooked-qwen2vl patch --out $(FIGURES)/patch
+	.venv/bin/hooked-qwen2vl flips --image $(SAMPLE)/glyphs.png --question "What digit is red?" --answer 4 --out $(FIGURES)/flips
+	.venv/bin/hooked-qwen2vl explore --out $(FIGURES)/explore
+	.venv/bin/hooked-qwen2vl explore --image "$$(.venv/bin/python -c 'from matplotlib.cbook import get_sample_data as f; print(f("grace_hopper.jpg", asfileobj=False))')" --question "What color is the hat?" --out $(FIGURES)/photograph
+	.venv/bin/python tests/page_pictures.py $(FIGURES) docs/images
+	for name in lens/lens lens/lens_image patch/patch_image flips/trajectory; do cp $(FIGURES)/$$name.png docs/images/; done

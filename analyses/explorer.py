@@ -6,8 +6,11 @@
    anywhere, and by layer the most that any other token has, so that a token not kept still has a bound.
 3. Contextual heat map (arXiv 2411.19187): cos(mean_t h^l(a_t), h^l(v)), the answer's own tokens a_t averaged raw
    before the cosine, end tokens left out, both sides at the same layer l.
-4. Attention pattern from the position that predicts the answer to every position, head by head.
-5. Patching recovery by layer and position, if a sweep is given.
+4. Attention patterns head by head, to every position: from the one that predicts the answer, then from the answer's own tokens,
+   the text after the images, the other text and the image tokens, as many of them as `attention_size` holds.
+5. Patching recovery by layer and position, if a sweep is given, with the other image and its answer.
+
+A video is a row of frames (of its grid), each with a picture of its own.
 """
 
 from __future__ import annotations
@@ -42,16 +45,19 @@ class Explorer(Result):
     Attributes:
         lens: at every position; its targets are the tokens followed everywhere.
         segments: the segment of the prompt that each position belongs to.
-        images: in original pixels. starts, grids: where their tokens begin, and (rows, cols) of them.
+        images: in original pixels; of a video, one a frame of its grid. starts, grids: where their tokens begin, and (rows, cols)
+            of them. image_names: what they are called.
         last: which position predicts the answer's first token.
         answer: places of the answer's own tokens; empty without an answer.
         kept_ids: ids whose probabilities at `last` are kept; kept_tokens: their text.
         kept_probs: [layer token] of them, by layer.
         rest_prob: [layer] the most that any other token has at `last`; 0 if all are kept.
-        attention: [layer head pos] from `last`, by block; each row sums to 1.
+        queries: the positions whose attention is kept, `last` first.
+        attention_from: [layer query head pos] of them, by block; each row sums to 1.
         contextual: [layer pos] cosine with the answer, by layer; None without an answer.
         recovery: [layer pos] of a patching sweep, by block; NaN where nothing was patched; None without one.
         question, answer_text, model_name: as shown.
+        other_images, other_answer: what the recovery was patched into, and what the model answers to it; empty without one.
     """
 
     lens: LogitLens
@@ -59,18 +65,27 @@ class Explorer(Result):
     images: tuple[Image.Image, ...]
     starts: tuple[int, ...]
     grids: tuple[tuple[int, int], ...]
+    image_names: tuple[str, ...]
     last: int
     answer: tuple[int, ...]
     kept_ids: Int[Tensor, "token"]
     kept_tokens: tuple[str, ...]
     kept_probs: Float[Tensor, "layer token"]
     rest_prob: Float[Tensor, "layer"]
-    attention: Float[Tensor, "layer head pos"]
+    queries: tuple[int, ...]
+    attention_from: Float[Tensor, "layer query head pos"]
     contextual: Float[Tensor, "layer pos"] | None
     recovery: Float[Tensor, "layer pos"] | None
     question: str
     answer_text: str
     model_name: str
+    other_images: tuple[Image.Image, ...] = ()
+    other_answer: str = ""
+
+    @property
+    def attention(self) -> Float[Tensor, "layer head pos"]:
+        """From the position that predicts the answer."""
+        return self.attention_from[:, self.queries.index(self.last)]
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row for each layer and position: the lens's top token and what the maps hold there.
@@ -95,11 +110,11 @@ class Explorer(Result):
         table.insert(4, "token", [tokens[0] for layer in self.lens.top_tokens for tokens in layer])
         return table
 
-    def page(self, path: Any) -> None:
-        """One self-contained page, to be opened without network."""
+    def page(self, path: Any = None) -> Any:
+        """One self-contained page, to be opened without network; a notebook shows it as the last expression of a cell."""
         from analyses.views.explorer import explorer_page
 
-        explorer_page(self, path)
+        return explorer_page(self, path)
 
     def plot(self, path: Any = None, image: int = 0) -> Any:
         """The page's maps for paper: a row a map, evenly spaced layers as columns."""
@@ -137,6 +152,10 @@ def explore(
     row: int = 0,
     question: str = "",
     chunk_size: int = 64,
+    videos: Sequence[Sequence[Image.Image]] = (),
+    other: Image.Image | None = None,
+    other_answer: str = "",
+    attention_size: int = 2_000_000,
 ) -> Explorer:
     """Computes what the explorer page shows, in two forwards.
 
@@ -148,6 +167,9 @@ def explore(
         keep: how many tokens' probabilities are kept at the position that predicts the answer.
         recovered: from `recovery_by_position`, over all of the row's positions.
         row: which prompt of the batch.
+        videos: this row's, as their frames.
+        other, other_answer: the image that `recovered` was patched into, and what the model answers to it; they are shown beside it.
+        attention_size: how many attention weights are kept, at most; those from `last` always are.
     Raises:
         ValueError: no image in the prompt, images that are not its own, or a recovery of another shape.
     """
@@ -157,13 +179,14 @@ def explore(
     names = inputs.segments[0]
     places = [place for place, name in enumerate(names) if name != "padding"]
     segments = tuple(names[place] for place in places)
-    starts, grids = _images(model, inputs, segments, images)
+    pictures, starts, grids, names_of = _pictures(model, inputs, places, images, videos)
     last = int(inputs.positions("last"))
     ends = set(model.cfg.special.eos)
     own = [p for p in places if names[p] == "answer" and int(inputs.tokens[0, p]) not in ends]
     followed = list(dict.fromkeys([*(int(inputs.tokens[0, p]) for p in own), *_ids(model, follow)]))
     lens = logit_lens(model, inputs, places, top_k, targets=followed or None, chunk_size=chunk_size)
-    stack, attention = _run(model, inputs, last)
+    queries = _queries(segments, places.index(last), model.cfg.n_layers * (model.cfg.n_heads + 1) * len(places), attention_size)
+    stack, attention = _run(model, inputs, [places[query] for query in queries])
     kept_ids, kept_probs, rest = _many_tokens(model, stack[:, 0, last], keep)
     if recovered is not None:
         if recovered.shape != (model.cfg.n_layers, inputs.shape[1]):
@@ -173,21 +196,25 @@ def explore(
     return Explorer(
         lens=lens,
         segments=segments,
-        images=tuple(images),
+        images=pictures,
         starts=starts,
         grids=grids,
+        image_names=names_of,
         last=places.index(last),
         answer=tuple(places.index(p) for p in own),
         kept_ids=kept_ids,
         kept_tokens=tuple(_texts(model, kept_ids)),
         kept_probs=kept_probs,
         rest_prob=rest,
-        attention=attention[..., places],
+        queries=queries,
+        attention_from=attention[..., places],
         contextual=_contextual(stack[:, 0], own)[:, places] if own else None,
         recovery=recovered,
         question=question,
         answer_text=model.to_string(inputs.tokens[0, own]) if own else "",
         model_name=lens.model_name,
+        other_images=() if other is None else (other,),
+        other_answer=other_answer,
     )
 
 
@@ -217,19 +244,45 @@ def recovery_by_position(
     return filled
 
 
-def _images(
-    model: Model, inputs: Any, segments: Sequence[str], images: Sequence[Any]
-) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
-    """Where each image's tokens begin, and its grid."""
-    n = sum(1 for name in dict.fromkeys(segments) if name.startswith("image["))
-    if n == 0:
+def _pictures(
+    model: Model, inputs: Any, places: Sequence[int], images: Sequence[Any], videos: Sequence[Sequence[Any]]
+) -> tuple[tuple[Any, ...], tuple[int, ...], tuple[tuple[int, int], ...], tuple[str, ...]]:
+    """Each image and each frame of a video's grid: its picture, where its tokens begin, its grid, its name."""
+    names = inputs.segment_names()
+    n_images, n_videos = (sum(name.startswith(f"{kind}[") for name in names) for kind in ("image", "video"))
+    if n_images + n_videos == 0:
         raise ValueError("the prompt has no image to explore: build it with model.to_inputs(question, images=[…]).")
-    if len(images) != n:
-        raise ValueError(f"the prompt has {n} images, got {len(images)} to draw: pass the same ones, in order.")
+    if len(images) != n_images:
+        raise ValueError(f"the prompt has {n_images} images, got {len(images)} to draw: pass the same ones, in order.")
+    if len(videos) != n_videos:
+        raise ValueError(f"the prompt has {n_videos} videos, got {len(videos)} to draw: pass videos=, the frames of each, in order.")
+    found = []
     for k, image in enumerate(images):
         _refuse_another(model, inputs, k, image)
-    starts = tuple(segments.index(f"image[{k}]") for k in range(n))
-    return starts, tuple(inputs.grid(0, k) for k in range(n))
+        found.append((image, places.index(int(inputs.positions(f"image[{k}]")[0])), inputs.grid(0, k), f"image {k}"))
+    for k, frames in enumerate(videos):
+        rows, cols = inputs.grid(0, video=k)
+        at = inputs.positions(f"video[{k}]").reshape(-1, rows * cols)[:, 0].tolist()
+        pair = model.cfg.vision.temporal_patch_size
+        if len(at) != -(-len(frames) // pair):
+            raise ValueError(f"video {k} of the prompt has {len(at)} × {pair} frames, got {len(frames)} to draw: pass the same ones.")
+        for f, place in enumerate(at):
+            refuse_other_picture(frames[pair * f], (rows, cols))
+            found.append((frames[pair * f], places.index(place), (rows, cols), f"video {k}, frame {pair * f}"))
+    return tuple(zip(*found))
+
+
+def _queries(segments: Sequence[str], last: int, each: int, size: int) -> tuple[int, ...]:
+    """The positions whose attention is kept, the most asked for first: see 4. above.
+
+    Args:
+        each: numbers that one takes. size: numbers there is room for.
+    """
+    seen = [place for place, name in enumerate(segments) if name.startswith(("image[", "video["))]
+    text = [place for place in range(len(segments)) if place not in set(seen)]
+    answer = [place for place in text if segments[place] == "answer"]
+    after = [place for place in reversed(text) if place > seen[-1]]
+    return tuple(dict.fromkeys((last, *answer, *after, *reversed(text), *seen)))[: max(1, size // each)]
 
 
 def _refuse_another(model: Model, inputs: Any, number: int, image: Any) -> None:
@@ -244,11 +297,14 @@ def _refuse_another(model: Model, inputs: Any, number: int, image: Any) -> None:
             raise ValueError(f"image {number} to draw is not image {number} of the prompt: pass the prompt's own, in its order.")
 
 
-def _run(model: Model, inputs: Any, last: int) -> tuple[Float[Tensor, "layer 1 pos d_model"], Float[Tensor, "block head pos"]]:
-    """One forward: the residual stream, and of every pattern only the row of `last` (the squares would fill memory)."""
-    with attention_patterns(model, lambda pattern: pattern[0, :, last].float().cpu()) as rows:
+def _run(
+    model: Model, inputs: Any, queries: Sequence[int]
+) -> tuple[Float[Tensor, "layer 1 pos d_model"], Float[Tensor, "block query head pos"]]:
+    """One forward: the residual stream, and of every pattern only the rows of `queries` (the squares would fill memory)."""
+    rows = list(queries)
+    with attention_patterns(model, lambda pattern: pattern[0][:, rows].transpose(0, 1).float().cpu()) as patterns:
         stack, _ = residual_stack(model, inputs)
-    return stack, torch.stack(list(rows.values()))
+    return stack, torch.stack(list(patterns.values()))
 
 
 def _many_tokens(

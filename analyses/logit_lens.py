@@ -125,11 +125,14 @@ class LogitLens(Result):
 
         return image_overlay(self, image, path, every_token)
 
-    def page(self, path: Any) -> None:
-        """A circuitsvis page that opens without network: top-k tokens by layer, tokens coloured by probability."""
+    def page(self, path: Any = None, images: Sequence[Any] = ()) -> Any:
+        """A circuitsvis page that opens without network: top-k tokens by layer, tokens coloured by probability.
+
+        A notebook shows it as the last expression of a cell; `path` writes it, `images` stand above.
+        """
         from analyses.views.circuits import lens_page
 
-        lens_page(self, path)
+        return lens_page(self, path, images)
 
     def plot(self, path: Any = None) -> Any:
         """The classic heat map: layer × position, the top token in each cell, coloured by its probability."""

@@ -149,6 +149,8 @@ class Processor:
         row_images = _media_rows(images, len(prompts), single, "images")
         row_videos = _media_rows(videos, len(prompts), single, "videos")
         row_answers = _per_row(answers, len(prompts), "answers")
+        if any(isinstance(text, dict) for text in prompts):
+            raise ValueError(f"a prompt is a message, {short(prompts[0])}: pass chat messages by name, messages=[…].")
         for text, ims, vids, answer in zip(prompts, row_images, row_videos, row_answers):
             if not isinstance(text, str) or not (text.strip() or ims or vids):
                 raise ValueError(f"a prompt is empty: expected text to ask, got {short(text)}.")

@@ -15,11 +15,24 @@
 # One constant switches from the embedded model to the real one.
 
 # %%
-MODEL = "scenes"  # or "Qwen/Qwen2-VL-2B-Instruct"
+# On Colab and Kaggle this installs the package, and takes the published model where there is a GPU; elsewhere it does nothing.
+import importlib.util
+import os
+import subprocess
+import sys
+
+if importlib.util.find_spec("hooked_qwen2vl") is None:
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "hooked-qwen2vl[adapters]"], check=True)
+import torch
+
+HOSTED = any(name in os.environ for name in ("COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE"))
+PUBLISHED = "Qwen/Qwen2-VL-2B-Instruct" if HOSTED and torch.cuda.is_available() else None
+
+# %%
+MODEL = PUBLISHED or "scenes"  # the embedded model, or any checkpoint
 ITEMS = 18
 
 # %matplotlib inline
-import torch
 from IPython.display import display
 
 from analyses.data import examples
@@ -86,10 +99,22 @@ study.summary()
 study.last_shift().loc[["tv", "js", "argmax_changed"]]
 
 # %% [markdown]
-# **What was learnt.** Attribution finds the parts that make a flip where it happens. Whether the flip decides the output
-# is another question: later blocks can write the same answer again. Few questions here, so wide intervals; docs/flips.md
-# has the larger run.
+# **What was learnt.** On the embedded model:
+#
+# 12 flips between possible answers in 18 questions, of which 16 are answered rightly.
+# Setting the two parts with the highest attribution to 0 removed 83 % of the flips [67, 100], random parts 12 %.
+# Setting the two parts with the highest attribution to 0 reversed 33 % of the flips [11, 47], random parts 10 %.
+#
+# Attribution finds the parts that make a flip where it happens; whether the flip decides the output is another question: later blocks can
+# write the same answer again. Few questions here, so wide intervals; docs/flips.md has the larger run.
 
 # %%
-print(f"{len(study.flips)} flips in {len(study.prompts)} questions, of which {int(study.prompts['right'].sum())} are answered rightly")
-study.by_category()
+shares = study.summary().set_index(["flip is", "by ablating"])
+found, random = "found components", "random components"
+right = int(study.prompts["right"].sum())
+print(f"{len(study.flips)} flips between possible answers in {len(study.prompts)} questions, of which {right} are answered rightly.")
+for what in ("removed", "reversed"):
+    (share, low, high), by_chance = shares.loc[(what, found), ["share", "low", "high"]], shares.loc[(what, random), "share"]
+    print(
+        f"Setting the two parts with the highest attribution to 0 {what} {100 * share:.0f} % of the flips [{100 * low:.0f}, {100 * high:.0f}], random parts {100 * by_chance:.0f} %."
+    )

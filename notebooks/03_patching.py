@@ -15,11 +15,24 @@
 # One constant switches from the embedded model to the real one.
 
 # %%
-MODEL = "scenes"  # or "Qwen/Qwen2-VL-2B-Instruct"
+# On Colab and Kaggle this installs the package, and takes the published model where there is a GPU; elsewhere it does nothing.
+import importlib.util
+import os
+import subprocess
+import sys
+
+if importlib.util.find_spec("hooked_qwen2vl") is None:
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "hooked-qwen2vl[adapters]"], check=True)
+import torch
+
+HOSTED = any(name in os.environ for name in ("COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE"))
+PUBLISHED = "Qwen/Qwen2-VL-2B-Instruct" if HOSTED and torch.cuda.is_available() else None
+
+# %%
+MODEL = PUBLISHED or "scenes"  # the embedded model, or any checkpoint
 
 # %matplotlib inline
 import pandas as pd
-import torch
 from IPython.display import display
 from transformer_lens.patching import generic_activation_patch, layer_pos_patch_setter
 
@@ -51,8 +64,11 @@ sweep = patch_sweep(*prompts, progress=False)
 shares = recovery(sweep, clean_metric)["mean_of_ratios"]
 layers, image = range(model.cfg.n_layers), pair.clean.positions("image").tolist()
 words = model.to_str_tokens(pair.clean.tokens[0])
-labels = ["▢" if place in image else word for place, word in enumerate(words)]
-recovery_map(shares, layers, labels, f"{pair.source.question} {pair.source.answer} / {pair.source.other}; ▢: image tokens")
+cols = pair.clean.grid()[1]
+labels = [
+    f"{image.index(place) // cols + 1},{image.index(place) % cols + 1}" if place in image else word for place, word in enumerate(words)
+]
+recovery_map(shares, layers, labels, f"{pair.source.question} {pair.source.answer} / {pair.source.other}; image tokens as row,column")
 
 # %% [markdown]
 # The same on the image. Fixed before looking: the place that matters most in the early layers should be the object.
@@ -100,11 +116,16 @@ in_tower = recovery(tower, clean_metric)["mean_of_ratios"]
 recovery_on_image(in_tower.unflatten(-1, pair.clean.grid()), range(len(in_tower)), [pair.source.clean, pair.source.corrupted])
 
 # %% [markdown]
-# **What was learnt.** The first table row says until which layer the answer is read from the object's patches, the last
-# row from which layer on the last position has it; what the question's row adds between them went over its tokens.
-# One pair is an example; `hooked-qwen2vl patch --data scenes` asks many, and docs/flips.md says what it found.
+# **What was learnt.** On the embedded model:
+#
+# The object's patches still give back more than half at layer 2; the last position does from layer 3 on.
+# The object's patches give back 1.00 at layer 0, the rest of the image 0.00.
+#
+# The first row of the table says until which layer the answer is read from the object's patches, the last row from which layer on the
+# last position has it. One pair is an example; `hooked-qwen2vl patch --data scenes` asks many, and docs/flips.md says what it found.
 
 # %%
 arrives = int((by_span[:, -1] > 0.5).float().argmax())
 leaves = int((by_span[:, 0] > 0.5).nonzero().max())
-print(f"the object still gives back more than half at layer {leaves}; the last position does from layer {arrives} on")
+print(f"The object's patches still give back more than half at layer {leaves}; the last position does from layer {arrives} on.")
+print(f"The object's patches give back {by_span[0, 0]:.2f} at layer 0, the rest of the image {round(float(by_span[0, 1]), 2) + 0:.2f}.")

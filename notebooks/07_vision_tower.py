@@ -15,10 +15,23 @@
 # One constant switches from the embedded model to the real one.
 
 # %%
-MODEL = "scenes"  # or "Qwen/Qwen2-VL-2B-Instruct"
+# On Colab and Kaggle this installs the package, and takes the published model where there is a GPU; elsewhere it does nothing.
+import importlib.util
+import os
+import subprocess
+import sys
+
+if importlib.util.find_spec("hooked_qwen2vl") is None:
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "hooked-qwen2vl[adapters]"], check=True)
+import torch
+
+HOSTED = any(name in os.environ for name in ("COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE"))
+PUBLISHED = "Qwen/Qwen2-VL-2B-Instruct" if HOSTED and torch.cuda.is_available() else None
+
+# %%
+MODEL = PUBLISHED or "scenes"  # the embedded model, or any checkpoint
 
 # %matplotlib inline
-import torch
 from IPython.display import display
 
 from analyses.explorer import explore
@@ -73,9 +86,15 @@ result = explore(model, inputs, [item.image], question=item.question)
 result.plot_heads()
 
 # %% [markdown]
-# **What was learnt.** The table says how soon the change leaks out of its object, and at which block most patches have
-# heard of it; the heads say where the decoder still looks for it. One pair is an example, not a rate.
+# **What was learnt.** On the embedded model:
+#
+# X
+#
+# The heads say where the decoder still looks for it. One pair is an example, not a rate.
 
 # %%
-print(f"least outside: after block {int(outside.argmin())}, most: after block {int(outside.argmax())}")
 assert outside.isfinite().all()
+least, most = int(outside.argmin()), int(outside.argmax())
+print(
+    f"After block {least} least of the difference, {100 * outside[least]:.0f} %, lies outside the object that changed; after block {most} most, {100 * outside[most]:.0f} %."
+)

@@ -14,13 +14,26 @@
 # Beside it the usual baselines, and curves that judge them all.
 
 # %%
-MODEL = "scenes"  # or "Qwen/Qwen2-VL-2B-Instruct"
+# On Colab and Kaggle this installs the package, and takes the published model where there is a GPU; elsewhere it does nothing.
+import importlib.util
+import os
+import subprocess
+import sys
+
+if importlib.util.find_spec("hooked_qwen2vl") is None:
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "hooked-qwen2vl[adapters]"], check=True)
+import torch
+
+HOSTED = any(name in os.environ for name in ("COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE"))
+PUBLISHED = "Qwen/Qwen2-VL-2B-Instruct" if HOSTED and torch.cuda.is_available() else None
+
+# %%
+MODEL = PUBLISHED or "scenes"  # the embedded model, or any checkpoint
 
 # %matplotlib inline
 import json
 
 import pandas as pd
-import torch
 from IPython.display import display
 
 from analyses.cli.shared import SAMPLES

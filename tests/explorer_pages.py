@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from analyses.explorer import Explorer
+from analyses.explorer import Explorer, _queries
 from analyses.logit_lens import LogitLens
 
 NASTY = ("</script>", "<b>", "&amp;", "\n", "\t", " ", "", "\u202e", "\x00", "\ufffd", "颜色", "<!--", "{{data}}", "  two", "ö" * 40)
@@ -47,19 +47,23 @@ def large(rows: int = 30, cols: int = 40, layers: int = 29, heads: int = 12, k: 
         grid=None,
         model_name="made up",
     )
+    segments = ("template",) * before + ("image[0]",) * (rows * cols) + ("question",) * (after - 3) + ("answer",) * 3
+    queries = _queries(segments, n - 4, (layers - 1) * (heads + 1) * n, 2_000_000)
     return Explorer(
         lens=lens,
-        segments=("template",) * before + ("image[0]",) * (rows * cols) + ("question",) * (after - 3) + ("answer",) * 3,
+        segments=segments,
         images=(smooth,),
         starts=(before,),
         grids=((rows, cols),),
+        image_names=("image 0",),
         last=n - 4,
         answer=(n - 3,),
         kept_ids=kept,
         kept_tokens=tuple(texts[i] for i in kept),
         kept_probs=torch.from_numpy(rng.uniform(0, 0.01, (layers, len(kept)))).float(),
         rest_prob=torch.full((layers,), 1e-4),
-        attention=torch.from_numpy(rng.dirichlet(np.full(n, 0.3), (layers - 1, heads))).float(),
+        queries=queries,
+        attention_from=torch.from_numpy(rng.dirichlet(np.full(n, 0.3), (layers - 1, len(queries), heads))).float(),
         contextual=torch.from_numpy(rng.uniform(-0.2, 0.6, (layers, n))).float(),
         recovery=None,
         question="What is this?",

@@ -334,10 +334,10 @@ def same_tables(one, two):
 def test_torchrun_gives_the_table_of_one_process(tmp_path):
     """The command itself, on the embedded model: both do a share, one makes the tables, row for row those of one process."""
     said = launched(TORCHRUN, [*FLIPS, "--out", str(tmp_path / "two")])
-    assert said.count("wrote ") == 7
+    assert said.count("wrote ") == 8
     in_one_process([*FLIPS, "--out", str(tmp_path / "one")])
     same_tables(tmp_path / "one", tmp_path / "two")
-    assert len(list((tmp_path / "two" / "flips").glob("part-*"))) == 2
+    assert len(list((tmp_path / "two" / "rows").glob("part-*"))) == 2
 
 
 @pytest.mark.slow

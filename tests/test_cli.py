@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+import shlex
+from argparse import Namespace
+from pathlib import Path
 
 import pandas as pd
 import pytest
 from conftest import picture
+from test_explorer import read_page
 from tiny import CHAT_TEMPLATE, tiny_hf, tiny_tokenizer
 
+from analyses.cli import COMMANDS, _parser
+from analyses.cli.outputs import _words
+from analyses.views.index import index_page
+from hooked_qwen2vl import HookedQwen2VL
 from hooked_qwen2vl.cli import main
 
 
@@ -48,8 +56,37 @@ def test_the_embedded_model_needs_no_arguments(tmp_path, capsys):
     said = capsys.readouterr().out
     for name in ("lens.csv", "lens.png", "lens.html", "lens_image.png", "lens_image.csv", "explorer.html"):
         assert str(tmp_path / name) in said and (tmp_path / name).stat().st_size > 0
-    assert main(["scenes", "--n", "2", "--out", str(tmp_path)]) == 0
-    assert (tmp_path / "scenes.png").stat().st_size > 0
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert all(f'"{name}"' in page for name in ("lens.png", "lens_image.png", "lens.html", "explorer.html")) and "lens.csv" in page
+    assert main(["scenes", "--n", "2", "--out", str(tmp_path)]) == 2 and "a folder of its own" in capsys.readouterr().err
+
+
+def test_each_question_has_a_folder_of_its_own(monkeypatch, tmp_path, capsys):
+    """Without --out: named after what is asked; other options never replace what is there, the same ones do and say so."""
+    monkeypatch.chdir(tmp_path)
+
+    def scenes(*more):
+        assert main(["scenes", "--n", "1", *more]) == 0
+        return capsys.readouterr().out
+
+    assert "in place of" not in scenes() and "in place of" not in scenes("--seed", "1")
+    assert "in place of" in scenes() and sorted(p.name for p in Path("out/scenes").iterdir()) == ["example", "example-2"]
+    page = Path("out/scenes/example-2/index.html").read_text(encoding="utf-8")
+    assert "hooked-qwen2vl scenes --n 1 --seed 1" in page and 'src="scenes.png"' in page
+
+
+def test_a_folder_is_named_after_what_is_asked():
+    asked = {"model": "Qwen/Qwen2-VL-2B-Instruct", "image": ["/a/cat photo.jpg"], "question": "What is <b>here</b>? 颜色", "answer": None}
+    assert _words(Namespace(**asked)) == "Qwen2-VL-2B-Instruct-cat-photo-What-is-b-here-b-颜色"
+    assert _words(Namespace(model="scenes")) == "example" and _words(Namespace(model="scenes", data="..")) == "example"
+    assert len(_words(Namespace(model="m", question="颜" * 300)).encode()) <= 80
+    assert _words(Namespace(model="scenes", data="pope:/data/coco/pope_random.json")) == "pope_random.json"
+
+
+def test_a_page_shows_what_is_text_as_text(tmp_path):
+    (tmp_path / "a.csv").write_text("name,value\n<b>x</b>,0.123456\n" + "y,1\n" * 40, encoding="utf-8")
+    page = index_page("lens", "hooked-qwen2vl lens '<b>'", {"question": "<i>?"}, "said <u>", [tmp_path / "a.csv"])
+    assert not any(tag in page for tag in ("<b>", "<i>", "<u>")) and "0.1235" in page and "the first 20 of 41 rows" in page
 
 
 def test_help_is_quick():
@@ -60,3 +97,72 @@ def test_help_is_quick():
     code = "import sys; from hooked_qwen2vl.cli import main\ntry: main(['--help'])\nexcept SystemExit: print({'torch', 'pandas', 'numpy'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip().endswith("set()")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["lens", "--imgae", "a.png"], ["usage: hooked-qwen2vl lens", "--imgae", "did you mean --image?"]),
+        (["patch", "--curupted=x"], ["usage: hooked-qwen2vl patch", "did you mean --corrupted?"]),
+        (["lense"], ["did you mean lens?"]),
+    ],
+)
+def test_a_misspelt_option_shows_its_commands_usage_and_the_nearest_name(capsys, arguments, words):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and all(word in said for word in words), said
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.NAME)
+def test_every_help_has_examples_that_can_be_typed(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command.NAME, "--help"])
+    assert "examples:\n  hooked-qwen2vl" in capsys.readouterr().out
+    for line in command.EXAMPLES:
+        assert _parser().parse_args([command.NAME, *shlex.split(line)]).run is command.run
+
+
+def test_what_is_wrong_with_a_pair_is_said_with_what_to_do(folder, tmp_path, capsys):
+    picture(84, 56).save(tmp_path / "a.png")
+    picture(84, 84, 1).save(tmp_path / "b.png")
+    common = ["patch", "--model", str(folder), "--image", str(tmp_path / "a.png"), "--question", "what?", "--out", str(tmp_path / "out")]
+    assert main([*common, "--corrupted", str(tmp_path / "b.png"), "--answer", "red", "--other", "blue"]) == 2
+    said = capsys.readouterr().err
+    assert "a.png has 84×56 pixels and gives 2×3 image tokens" in said and "Resize the other to 84×56" in said
+    picture(84, 56, 1).save(tmp_path / "b.png")
+    assert main([*common, "--corrupted", str(tmp_path / "b.png"), "--answer", "an answer of many words", "--other", "blue"]) == 2
+    said = capsys.readouterr().err
+    assert "is 23 tokens, 'a' + 'n' + ' '" in said and "blue" not in said
+
+
+def test_knockout_of_ones_own_image(folder, tmp_path, capsys):
+    picture(84, 56).save(tmp_path / "a.png")
+    common = ["knockout", "--model", str(folder), "--image", str(tmp_path / "a.png"), "--out", str(tmp_path / "out")]
+    assert main([*common, "--question", "what is it?"]) == 0
+    table, said = pd.read_csv(tmp_path / "out" / "knockout.csv"), capsys.readouterr().out
+    assert "answer:" in said and len(table) == 2 * 3 and set(table["items"]) == {1} and table["effect_percent"].ne(0).any()
+    assert main(common) == 2 and "one prompt needs --image and --question" in capsys.readouterr().err
+    assert main([*common, "--question", "what?", "--answer", "red blue"]) == 2 and "tokens, 'red'" in capsys.readouterr().err
+
+
+def test_chat_messages_given_as_a_prompt(folder):
+    model = HookedQwen2VL.from_pretrained(folder)
+    with pytest.raises(ValueError, match=r"messages=\["):
+        model.to_inputs([{"role": "user", "content": "what?"}])
+
+
+def test_a_video_in_the_explorer(folder, tmp_path, capsys):
+    """A folder of frames: each pair of frames is a picture of its own, and its tokens are that pair's."""
+    (tmp_path / "frames").mkdir()
+    for number in range(4):
+        picture(84, 56, number).save(tmp_path / "frames" / f"{number}.png")
+    common = ["explore", "--model", str(folder), "--question", "what?", "--out", str(tmp_path / "out"), "--video"]
+    assert main([*common, str(tmp_path / "frames")]) == 0
+    header, _ = read_page(tmp_path / "out" / "explorer.html")
+    assert [image["name"] for image in header["images"]] == ["video 0, frame 0", "video 0, frame 2"]
+    assert [(image["rows"], image["cols"]) for image in header["images"]] == [(2, 3)] * 2
+    first, second = (image["start"] for image in header["images"])
+    assert second == first + 6 and set(header["segments"][first : second + 6]) == {"video[0]"}
+    (tmp_path / "clip.mp4").write_bytes(b"no video")
+    assert main([*common, str(tmp_path / "clip.mp4")]) == 2 and "ffmpeg" in capsys.readouterr().err

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import half_characters
 import numpy as np
 import pandas as pd
@@ -566,3 +568,24 @@ def test_of_equal_rectangles_the_largest_is_taken(cols):
     vectors[0, :6], vectors[2:5, cols - 3 :] = torch.eye(4)[0], torch.eye(4)[0]
     cells, score = best_rectangle(vectors, torch.eye(4)[0])
     assert cells == (2, cols - 3, 5, cols) and score == pytest.approx(1.0)
+
+
+def test_the_caveat_of_ground_says_what_was_measured():
+    """The figures that the command prints and draws are those of docs/grounding_results.md."""
+    from pathlib import Path
+
+    from analyses.cli.ground import MEASURED
+
+    lines = (Path(__file__).parents[1] / "docs" / "grounding_results.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| all |")]
+    table = {method: (items, pointing, iou) for _, items, method, pointing, _, iou in rows}
+
+    def percent(text):
+        mean, low, high = (100 * float(number) for number in re.findall(r"[\d.]+", text))
+        return f"{mean:.0f} % [{low:.0f}, {high:.0f}]"
+
+    items, pointing, _ = table["contextual lens"]
+    assert f"over {items} items" in MEASURED and f"depends on in {percent(pointing)}" in MEASURED
+    assert f"last position in {percent(table['attention'][1])}" in MEASURED
+    overlap = float(table["contextual lens, its box"][2].split()[0])
+    assert f"overlapped it by {overlap:.2f}".replace("0.", ".") in MEASURED

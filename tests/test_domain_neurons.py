@@ -752,7 +752,7 @@ def test_the_command(tmp_path, capsys, model, monkeypatch):
     for name in ("neurons.csv", "neurons_by_layer.png", "neurons_accuracy.png", "neurons_accuracy.csv", "neurons_controls.png",
                  "neurons_against_controls.csv", "neurons_streams.png", "neurons_write.csv"):  # fmt: skip
         assert str(out / name) in said and (out / name).stat().st_size > 0
-    assert read_firings(out / "neurons" / "firings").tokens["decoder"][:, 0].tolist() == [12, 12]  # two images a side
+    assert read_firings(out / "firings").tokens["decoder"][:, 0].tolist() == [12, 12]  # two images a side
     assert main([*command, "--dry-run"]) == 0 and "under up to" in capsys.readouterr().out
     assert main([*command, "--seeds", "2"]) == 2 and "settings.conditions" in capsys.readouterr().err
     assert main([*command, "--generate", "1"]) == 2 and "settings.generate: 2 there, 1 now" in capsys.readouterr().err
@@ -790,7 +790,7 @@ def test_limits_are_spread_over_the_domains(tmp_path, capsys, model, monkeypatch
     outcomes = pd.read_csv(tmp_path / "out" / "neurons_outcomes.csv")
     assert outcomes.query("selection == 'none'")["domain"].tolist() == ["ants", "bats", "cats"]
     assert pd.read_csv(tmp_path / "out" / "neurons_accuracy.csv").query("domain == 'all'")["items"].unique().tolist() == [3]
-    assert read_firings(tmp_path / "out" / "neurons" / "firings").domains == ("ants", "bats", "cats")
+    assert read_firings(tmp_path / "out" / "firings").domains == ("ants", "bats", "cats")
     assert main([*command, "--limit", "0"]) == 2 and "--limit must be at least 1" in capsys.readouterr().err
     files = [Example(f"{d}{i}", "what?", "red", (), d) for d in ("ants", "bats", "cats") for i in range(8)]
     for counting in (count_firings, experiment.count_firings):

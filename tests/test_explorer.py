@@ -75,8 +75,11 @@ def test_every_number_against_the_models_own_activations(model, inputs, result):
         others[result.kept_ids] = 0
         assert abs(result.rest_prob[layer] - others.max()) < 1e-5 and others.max() > 0
     assert torch.allclose(result.kept_probs[-1], logits[0, last].softmax(-1)[result.kept_ids], atol=1e-5)
+    assert sorted(result.queries) == list(range(n)) and result.queries[:3] == (last, *range(n - 3, n - 1))  # the answer's come next
     for layer in range(model.cfg.n_layers):
         assert torch.allclose(result.attention[layer], cache["pattern", layer][0, :, last], atol=1e-6)
+        expected = cache["pattern", layer][0][:, list(result.queries)].transpose(0, 1)
+        assert torch.allclose(result.attention_from[layer], expected, atol=1e-6)
     assert torch.allclose(result.attention.sum(-1), torch.ones(model.cfg.n_layers, model.cfg.n_heads), atol=1e-5)
 
 
@@ -121,6 +124,14 @@ def test_half_precision_is_read_in_float32():
     with torch.no_grad():
         expected = (hard.ln_final(streams[None])[0].double() @ hard.W_U.double()).softmax(-1)
     assert torch.allclose(probs.double(), expected, rtol=1e-5)
+
+
+def test_as_much_attention_is_kept_as_there_is_room_for(model, inputs, result):
+    each = model.cfg.n_layers * (model.cfg.n_heads + 1) * inputs.shape[1]
+    few = explore(model, inputs, [picture(140, 84, 1)], attention_size=3 * each)
+    assert few.queries == result.queries[:3] and torch.equal(few.attention_from, result.attention_from[:, :3])
+    one = explore(model, inputs, [picture(140, 84, 1)], attention_size=1)
+    assert one.queries == (result.last,) and torch.equal(one.attention, result.attention)
 
 
 def test_without_an_answer_there_is_no_contextual_map(model, batches):
@@ -192,8 +203,9 @@ def test_the_page_holds_what_it_was_given(result, tmp_path):
         assert np.allclose(low + (high - low) * arrays[name] / 65535, values.numpy(), atol=(high - low) / 1e5), name
     largest = np.array(header["arrays"]["attention"]["largest"])[..., None]
     kept = largest * (arrays["attention"] / 255.0) ** 2
-    assert (np.abs(kept[:, 1:] - result.attention.numpy()) <= 0.004 * largest[:, 1:]).all()
-    assert (np.abs(kept[:, 0] - result.attention.mean(1).numpy()) <= 0.004 * largest[:, 0]).all()
+    assert header["queries"] == list(result.queries) and header["queries"][0] == result.last  # a small page holds all
+    assert (np.abs(kept[:, :, 1:] - result.attention_from.numpy()) <= 0.004 * largest[:, :, 1:]).all()
+    assert (np.abs(kept[:, :, 0] - result.attention_from.mean(2).numpy()) <= 0.004 * largest[:, :, 0]).all()
     assert np.array_equal(arrays["recovery"], recovered.recovery.numpy())
 
 
@@ -224,10 +236,10 @@ def test_a_large_image_stays_small(tmp_path):
 
 
 def test_the_command(tmp_path, capsys):
-    out = tmp_path / "new" / "page.html"
+    out = tmp_path / "new"
     assert main(["explore", "--top-k", "3", "--out", str(out)]) == 0
-    assert str(out) in capsys.readouterr().out
-    header, arrays = read_page(out)
+    assert str(out / "explorer.html") in capsys.readouterr().out
+    header, arrays = read_page(out / "explorer.html")
     assert header["k"] == 3 and {"recovery", "contextual", "attention"} <= set(arrays)
     image = slice(header["images"][0]["start"], header["images"][0]["start"] + 36)
     assert np.isnan(arrays["recovery"][:, : image.start]).all() and not np.isnan(arrays["recovery"][:, image]).any()

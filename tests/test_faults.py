@@ -54,9 +54,9 @@ EARLY = [
     (["neurons", "--sources", "image,sound"], "got 'sound'"), (["neurons", "--generate", "-1"], "--generate"),
     (["knockout", "--window", "0"], "--window"), (["lens", "--top-k", "0"], "--top-k"), (["ground", "--max-new-tokens", "0"], "--max-new-tokens"),
     (["hallucination", "--methods", "magic"], "unknown methods magic"), (["hallucination", "--sweep", "-1"], "--sweep"),
-    (["hallucination", "--data", "pope:/nowhere"], "/nowhere"), (["explore", "--out", "/tmp"], "is a folder"),
+    (["hallucination", "--data", "pope:/nowhere"], "/nowhere"), (["scenes", "--out", "/dev/null"], "is a file"),
     (["lens", "--out", "/dev/null"], "is a file"), (["lens", "--out", "/dev/null/x"], "nothing can be written below it"),
-    (["explore", "--out", "/dev/null/x.html"], "below it"), (["lens", "--out", "x" * 5000], "written"),
+    (["explore", "--out", "/dev/null/x"], "below it"), (["lens", "--out", "x" * 5000], "written"),
     (["lens", "--device", "cuda:99"], "--device cuda:99"), (["lens", "--device", "nonsense"], "--device nonsense"),
     (["lens", "--image", "/tmp", "--question", "what?"], "a folder"), (["lens", "--image", "/dev/zero", "--question", "what?"], "a device"),
     (["lens", "--image", "x" * 5000 + ".png", "--question", "what?"], "too long"), (["patch", "--data", "/nowhere.csv"], "/nowhere.csv"),
@@ -179,9 +179,15 @@ def test_outputs_are_whole_and_never_mix(tmp_path):
     assert (out / "a.csv").read_text() == "one" and json.loads((out / "lens.json").read_text())["question"] == "one?"
     with Outputs(Options(out), "lens", question="two \ud800?") as files:
         files.path("a.csv").write_text("two")
-    assert sorted(file.name for file in out.iterdir()) == ["a.csv", "lens.json", "mine.csv"]  # b.csv was of the first question
+    assert sorted(file.name for file in out.iterdir()) == [
+        "a.csv",
+        "index.html",
+        "lens.json",
+        "mine.csv",
+    ]  # b.csv was of the first question
     manifest = json.loads((out / "lens.json").read_text())
-    assert manifest["options"]["limit"] == 3 and list(manifest["files"]) == ["a.csv"] and files.wrote() == f"wrote {out / 'a.csv'}"
+    assert manifest["options"]["limit"] == 3 and list(manifest["files"]) == ["a.csv", "index.html"]
+    assert files.wrote() == f"wrote {out / 'a.csv'}\nwrote {out / 'index.html'}"
     (out / "lens.json").write_text('{"files": {"../outside": "x", "a.csv": 3}}')
     (tmp_path / "new" / "outside").write_text("x")
     with Outputs(Options(out), "lens") as files:

@@ -50,19 +50,19 @@ def test_killed_and_started_again_it_gives_what_memory_gives(expected, tmp_path,
     command = [*FLIPS, "--limit", str(N), "--out", str(tmp_path)]
     arguments = [sys.executable, "-m", "hooked_qwen2vl.cli", *command]
     process = subprocess.Popen(arguments, env=one_thread_environment(), stderr=subprocess.PIPE)
-    part = tmp_path / "flips" / "part-00000.parquet"
+    part = tmp_path / "rows" / "part-00000.parquet"
     while not part.exists() and process.poll() is None:
         time.sleep(0.001)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     with pytest.raises(ValueError, match="not finished"):
-        read_flip_study(tmp_path / "flips")
+        read_flip_study(tmp_path / "rows")
     written = part.stat().st_mtime_ns
 
     assert main(command) == 0
     assert part.stat().st_mtime_ns == written  # what was there is not done again
-    same(read_flip_study(tmp_path / "flips"), expected)
+    same(read_flip_study(tmp_path / "rows"), expected)
     assert len(expected.flips) > 3 and len(expected.prompts) == N
     said = capsys.readouterr().out
     for name in ("flips.csv", "trajectories.csv", "flip_tests.csv", "outcomes.csv", "flips.png", "trajectories.png"):
@@ -75,7 +75,7 @@ def test_killed_and_started_again_it_gives_what_memory_gives(expected, tmp_path,
                           (["--limit", "5"], "data.questions")):  # fmt: skip
         assert main([*command, *change]) == 2
         assert named in capsys.readouterr().err
-    same(read_flip_study(tmp_path / "flips"), expected)
+    same(read_flip_study(tmp_path / "rows"), expected)
 
 
 def folder(path, n):
@@ -108,7 +108,7 @@ def test_shares_of_a_folder_with_a_bad_image(expected, tmp_path, capsys):
     failures = pd.read_csv(tmp_path / "out" / "failures.csv")
     assert failures["id"].tolist() == ["test-0-1"] and failures["error"].str.len()[0] > 10
 
-    study = read_flip_study(tmp_path / "out" / "flips")
+    study = read_flip_study(tmp_path / "out" / "rows")
     whole = expected.prompts.set_index("id").loc[["test-0-0", "test-0-3", "test-0-4", "test-0-5"]].reset_index()
     figures = ["id", "outcome", "final", "birth_1", "stability", "final_prob", "last_tv"]
     same_rows(study.prompts[figures], whole[figures])

@@ -17,6 +17,7 @@ from every_result import ablations as every_ablation
 from matplotlib import colormaps, font_manager
 from matplotlib.colors import to_hex
 from matplotlib.text import Text
+from matplotlib.ticker import FixedLocator
 from PIL import Image
 from scipy import ndimage
 
@@ -83,6 +84,16 @@ def test_every_result_class_has_a_picture_and_comes_back_from_disk():
     assert all(hasattr(kind, "plot") and issubclass(kind, Result) for kind in results)
     unknown = {kind.__name__ for kind in found - results} - set(NO_RESULTS)
     assert not unknown, f"{unknown}: a result needs to_dataframe, plot and an entry in every_result; else say here why it is none"
+
+
+@pytest.mark.parametrize("kind", RESULTS, ids=lambda kind: kind.__name__)
+def test_a_notebook_shows_a_result_as_a_table(kind):
+    """Not its tensors; and what is text in it is no markup."""
+    result = RESULTS[kind]()
+    shown = result._repr_html_()
+    assert kind.__name__ in shown and "tensor(" not in shown and len(shown) < 30_000
+    assert all(f"<th style='text-align:left'>{field.name}</th>" in shown for field in dataclasses.fields(result))
+    assert "<script" not in shown and "</script" not in shown and shown.count("<b>") == 1
 
 
 # ---- what each picture shows --------------------------------------------------------------------
@@ -263,10 +274,13 @@ def trajectories(figure, result):
 
 
 def trajectory(figure, result):
-    left, right = figure.axes
+    tops, left, right = figure.axes
+    assert labels(tops.yaxis) == [visible(token, 14) for token in dict.fromkeys(result.top1_tokens)]  # every token that was on top
+    drawn = sorted((bar.get_x() + 0.43, labels(tops.yaxis)[round(bar.get_y() + 0.4)]) for bar in tops.patches)
+    assert [token for _, token in drawn] == [visible(token, 14) for token in result.top1_tokens]
     for drawn, values in ((left.lines[0], result.answer_prob), (left.lines[1], result.rival_prob), (right.lines[0], result.entropy)):
         assert np.allclose(drawn.get_ydata(), values)
-    assert left.get_ylim() == (-0.02, 1.02) and "nats" in right.get_ylabel() and len(left.texts) == len(result.flips)
+    assert left.get_ylim() == (-0.02, 1.02) and "nats" in right.get_ylabel() and len(left.lines) >= len(result.flips)
 
 
 def ablation_effects(figure, result):
@@ -386,6 +400,29 @@ def test_a_picture_is_legible_at_its_worst(figures, key):
     assert max(figure.get_size_inches()) < 2 * LONGEST
 
 
+@pytest.mark.parametrize("key", [*DRAWN, *VIEWS], ids=lambda key: getattr(key, "__name__", key))
+def test_no_text_lies_on_another_and_enough_is_labelled(figures, key):
+    _, figure = figures(key)
+    renderer, offscreen = figure._get_renderer(), set(map(id, _offscreen(figure)))
+    texts = [
+        t
+        for t in figure.findobj(Text)
+        if t.get_visible() and t.get_text().strip() and id(t) not in offscreen and t.get_rotation() in (0, 90)
+    ]
+    boxes = np.array([t.get_window_extent(renderer).extents for t in texts])
+    (x0, y0), (x1, y1) = boxes[:, :2].T, boxes[:, 2:].T
+    wide = np.minimum.outer(x1, x1) - np.maximum.outer(x0, x0)
+    high = np.minimum.outer(y1, y1) - np.maximum.outer(y0, y0)
+    area = (x1 - x0) * (y1 - y0)  # with room for letters that hang lower: rows of text may share a little of it
+    covered = np.clip(wide, 0, None) * np.clip(high, 0, None) / np.minimum.outer(area, area)
+    pairs = [(a, b) for a, b in np.argwhere(np.triu(covered > 0.2, 1)) if texts[a].get_text() != texts[b].get_text()]  # or twins' ticks
+    assert not len(pairs), [(texts[a].get_text(), texts[b].get_text()) for a, b in pairs[:3]]
+    for drawn in maps(figure):
+        for axis, n in zip((drawn.axes.yaxis, drawn.axes.xaxis), drawn.get_array().shape):
+            if isinstance(axis.get_major_locator(), FixedLocator) and (named := labels(axis)):
+                assert len(named) >= min(n, 7), f"{len(named)} of {n} are labelled: {named[:3]}"
+
+
 def _offscreen(figure) -> list:
     """Ticks beyond their axis's limits, which are not drawn."""
     found = []
@@ -421,6 +458,26 @@ def test_wide_tokens_are_cut_at_a_width(width):
         assert columns(shown) <= width and (shown.endswith("…") or shown == visible(token, None))
         assert "\\u4e" not in shown or "\\u4e2d" in shown  # an escape is whole, or not there
     assert columns(visible("i" * 99, width)) > width - 1  # as much as fits
+
+
+def test_a_font_that_was_installed_since_matplotlib_made_its_list_is_found(monkeypatch):
+    listed = list(font_manager.fontManager.ttflist)
+    name = "DejaVu Sans Mono"  # stands for a font with Chinese
+    path = font_manager.findfont(name)
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", [font for font in listed if font.name != name])
+    monkeypatch.setattr(views_text, "FALLBACKS", (name,))
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [path, __file__])  # and a file that is no font
+    views_text._installed.cache_clear()
+    try:
+        assert views_text._installed() == (name,)
+    finally:
+        views_text._installed.cache_clear()
+
+
+def test_characters_outside_the_basic_plane_are_not_only_an_ellipsis():
+    for c in ("\U000e0001", "\U0002a6a5\U0002a6a5"):
+        for width in (4, 8, 12):
+            assert visible(c, width).startswith(("\\U", c[0])), (ascii(c), width)
 
 
 def test_fonts_that_have_chinese_draw_it(monkeypatch):

@@ -337,6 +337,198 @@ def test_tokens_typed_into_the_explorer(browser, explorer):
     nothing_wrong(browser)
 
 
+PLACE_AT = """const box = $("map").getBoundingClientRect();
+return placeUnder({ clientX: box.left + arguments[0] * box.width, clientY: box.top + arguments[1] * box.height });"""
+POINT = """const [kind, pointerId, pointerType, x, y, more] = arguments, box = $("map").getBoundingClientRect();
+const event = kind === "wheel" ? WheelEvent : PointerEvent;
+$("map").dispatchEvent(new event(kind, { bubbles: true, cancelable: true, pointerId, pointerType, clientX: box.left + x * box.width,
+                                         clientY: box.top + y * box.height, ...more }));"""
+
+
+def test_the_explorer_zooms_and_pans(browser, explorer):
+    """Wheel, keys, drag and two fingers; what lies under the pointer is what is selected, at every zoom."""
+    from selenium.webdriver.common.keys import Keys
+
+    result, path = explorer
+    browser.open(path, READY)
+    start = result.starts[0]
+
+    def zoom():
+        browser.frames()
+        return browser.js("return state.zoom")
+
+    for _ in range(3):
+        under = browser.js(PLACE_AT, 0.3, 0.7)
+        browser.js(POINT, "wheel", 1, "mouse", 0.3, 0.7, {"deltaY": -120})
+        assert browser.js(PLACE_AT, 0.3, 0.7) == under == start + 8 * 4 + 2  # the point under the pointer stays
+    assert zoom() == pytest.approx(np.exp(0.24 * 3))
+    browser.hover("#map", 0.3, 0.7)
+    cursor, at = browser.js(
+        "const c = $('cursor').getBoundingClientRect(), b = $('map').getBoundingClientRect();"
+        "return [[c.left, c.top, c.right, c.bottom], [b.left + .3 * b.width, b.top + .7 * b.height]]"
+    )
+    assert browser.js("return state.place") == under
+    assert cursor[0] - 1 <= at[0] <= cursor[2] + 1 and cursor[1] - 1 <= at[1] <= cursor[3] + 1
+    for _ in range(8):  # the selected token is kept in sight
+        browser.keys("#stage", Keys.ARROW_RIGHT)
+    inside = "const c = $('cursor').getBoundingClientRect(), b = $('map').getBoundingClientRect();"
+    assert (
+        browser.js(f"{inside} return c.left > b.left - 1 && c.right < b.right + 1") and browser.js("return whereIs(state.place).col") == 7
+    )
+    before = browser.js(PLACE_AT, 0.5, 0.5)
+    for kind, x in (("pointerdown", 0.5), ("pointermove", 0.7), ("pointermove", 0.9), ("pointerup", 0.9), ("click", 0.9)):
+        browser.js(POINT, kind, 1, "mouse", x, 0.5, {"button": 0})
+    assert browser.js(PLACE_AT, 0.5, 0.5) < before and not browser.js("return state.held")  # a drag is no click
+    browser.keys("#stage", "0")
+    assert zoom() == 1 and browser.js("return [state.left, state.top]") == [0, 0]
+    browser.keys("#stage", "+")
+    assert zoom() == 1.5
+    browser.keys("#stage", "-")
+    assert zoom() == pytest.approx(1)
+    for kind, finger, x in (("pointerdown", 1, 0.4), ("pointerdown", 2, 0.6), ("pointermove", 1, 0.2), ("pointermove", 2, 0.8)):
+        browser.js(POINT, kind, finger, "touch", x, 0.5, {})
+    assert zoom() == pytest.approx(3)  # three times as far apart
+    for finger in (1, 2):
+        browser.js(POINT, "pointerup", finger, "touch", 0.5, 0.5, {})
+    nothing_wrong(browser)
+
+
+def test_words_come_when_there_is_room(browser, tmp_path):
+    large(rows=20, cols=30, layers=3, heads=1, d_vocab=400).page(tmp_path / "page.html")
+    browser.open(tmp_path / "page.html", READY)
+    browser.js("window.words = 0; const real = label; label = (...given) => { words += 1; real(...given); }")
+    written = []
+    for zoom in (1, 4):
+        browser.js("words = 0; setZoom(arguments[0])", zoom)
+        browser.frames()
+        written.append(browser.js("return words"))
+    assert written[0] == 0 and 20 < written[1] < 80  # those in sight, no others
+
+
+def test_each_view_opens_where_there_is_something(browser, explorer):
+    from selenium.webdriver.common.keys import Keys
+
+    result, path = explorer
+    browser.open(path, READY)
+    here = slice(result.starts[0], result.starts[0] + 48)
+    maps = {"3": result.attention.mean(1), "4": result.recovery.abs(), "2": result.contextual}
+    for key, values in maps.items():
+        most = values[:, here].amax(-1)
+        browser.keys("#stage", key)
+        layer = browser.js("return state.layer")
+        assert most[layer] >= 0.498 * most.max() and (most[layer + 1 :] < 0.502 * most.max()).all(), key
+    browser.keys("#stage", Keys.PAGE_UP)
+    chosen = browser.js("return state.layer")
+    browser.keys("#stage", "1")
+    assert browser.js("return state.layer") == chosen  # a layer that was chosen stays
+
+
+def test_attention_of_any_token(browser, explorer):
+    """Of every position that is kept: generated ones, text and image tokens; of others the page says that it has none."""
+    result, path = explorer
+    browser.open(path, READY)
+    assert set(result.queries) == set(range(len(result.segments)))  # a small page holds all
+    browser.js("setMode('attention')")
+    for shade, given in (("0", result.attention_from[2].mean(1)), ("2", result.attention_from[2, :, 1])):
+        for at in (0, 1, 20, len(result.queries) - 1):
+            browser.js("state.shade = arguments[0]; setQuery(arguments[1]); setLayer(2)", shade, result.queries[at])
+            found = browser.js("return [...Array(data.n).keys()].map(p => valueAt(2, p))")
+            assert np.abs(np.array(found) - given[at].numpy()).max() <= 0.004 * float(given[at].max()), (shade, at)
+    browser.js("state.shade = 'all'; setQuery(arguments[0])", result.queries[3])
+    found = browser.js("return [...Array(data.n).keys()].map(p => valueAt(2, p))")
+    mean = result.attention_from[:, 3].mean((0, 1))
+    assert np.abs(np.array(found) - mean.numpy()).max() <= 0.004 * float(result.attention_from[:, 3].mean(1).max())
+    token = result.answer[0]
+    browser.js("hold(false); document.querySelector(`#strip [data-place='${arguments[0]}']`).click()", token)
+    browser.frames()
+    assert browser.js("return state.query") == token and browser.js("return $('query').value") == str(token)
+    here = result.attention_from[:, result.queries.index(token)].mean((0, 1))[result.starts[0] : result.starts[0] + 48].sum()
+    assert f"{100 * float(here):.0f} % of it to images" in browser.text("#unit")
+    nothing_wrong(browser)
+
+
+def test_attention_that_is_not_kept_says_so(browser, tmp_path):
+    import dataclasses
+
+    result = large(rows=4, cols=5, layers=3, heads=1, d_vocab=400)
+    few = dataclasses.replace(result, queries=result.queries[:2], attention_from=result.attention_from[:, :2])
+    few.page(tmp_path / "page.html")
+    browser.open(tmp_path / "page.html", READY)
+    browser.js("setMode('attention'); select(0); hold(true)")
+    browser.frames()
+    assert "is not on this page" in browser.text("#not-kept") and browser.js("return state.query") == result.last
+
+
+def test_the_other_image_of_patching_and_what_is_no_token(browser, explorer, tmp_path):
+    import dataclasses
+
+    from selenium.webdriver.common.keys import Keys
+
+    result, _ = explorer
+    with_other = dataclasses.replace(result, other_images=(picture(80, 60),), other_answer="that", rest_prob=torch.zeros(7))
+    with_other.page(tmp_path / "page.html")
+    browser.open(tmp_path / "page.html", READY)
+    seen = "return $('other').getBoundingClientRect().height > 50 && $('other').querySelector('img').naturalWidth"
+    assert not browser.js(seen)
+    browser.keys("#stage", "4")
+    browser.wait("$('other').querySelector('img').complete")
+    assert browser.js(seen) == 80 and "“that”" in browser.text("#other-name")
+    browser.keys("#typed", "no such thing", Keys.ENTER)
+    assert "is no token of this model" in browser.text("#not-found")
+
+
+def test_frames_stand_side_by_side(browser, explorer, tmp_path):
+    import dataclasses
+
+    result, _ = explorer
+    frames = dataclasses.replace(
+        result, images=(picture(80, 30), picture(80, 30, 2)), starts=(15, 39), grids=((3, 8), (3, 8)), image_names=("frame 0", "frame 2")
+    )
+    frames.page(tmp_path / "page.html")
+    browser.open(tmp_path / "page.html", READY)
+    boxes = browser.js("return [...document.querySelectorAll('#film canvas')].map(c => [c.getBoundingClientRect().top, c.clientWidth])")
+    assert len(boxes) == 2 and boxes[0][0] == boxes[1][0] and min(width for _, width in boxes) > 40
+    browser.js("document.querySelectorAll('#film button')[1].click()")
+    browser.frames()
+    assert browser.js("return state.place") == 39 and "of frame 2" in browser.text("#place")
+    nothing_wrong(browser)
+
+
+# Of every text that is seen: its contrast with what is behind it (WCAG 2.1).
+CONTRASTS = r"""
+const numbers = (colour) => colour.match(/[\d.]+/g).map(Number);
+const light = ([r, g, b]) => [r, g, b].map((c) => (c /= 255) <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
+  .reduce((sum, c, at) => sum + c * [0.2126, 0.7152, 0.0722][at], 0);
+const behind = (e) => { for (; e; e = e.parentElement) { const c = numbers(getComputedStyle(e).backgroundColor); if (c.length < 4 || c[3] > 0) return c; } return [255, 255, 255]; };
+const found = [];
+for (const e of document.querySelectorAll("body *")) {
+  const own = [...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim()), box = e.getBoundingClientRect();
+  if (!own || !box.width || e.closest(".cell, .unseen, script, style")) continue;
+  const style = getComputedStyle(e);
+  const [a, b] = [numbers(e.closest("svg") ? style.fill : style.color), behind(e)].map(light).sort((x, y) => y - x);
+  found.push([(a + 0.05) / (b + 0.05), e.textContent.trim().slice(0, 40), e.tagName]);
+}
+return found;
+"""
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_texts_have_contrast(browser, explorer, tmp_path, dark):
+    from analyses.views.index import index_page
+
+    (tmp_path / "a.csv").write_text("a,b\n1,2\n")
+    index = index_page("lens", "hooked-qwen2vl lens", {"question": "what?"}, "found", [tmp_path / "a.csv", tmp_path / "lens.html"])
+    (tmp_path / "index.html").write_text(index, encoding="utf-8")
+    for page, ready in ((explorer[1], READY), (tmp_path / "index.html", "document.querySelector('details')")):
+        browser.open(page, ready, dark=dark)
+        browser.js("document.querySelectorAll('details').forEach(d => d.open = true)")
+        found = browser.js(CONTRASTS)
+        assert len(found) > 8 and min(found)[0] >= 4.5, min(found)
+    browser.open(explorer[1], READY, dark=dark)
+    inks = browser.js("return ramps.plain.map(c => [luminance(c), inkOn(c)])")
+    assert all((1.05 / (light + 0.05) if ink == "#fff" else (light + 0.05) / 0.05) >= 4.5 for light, ink in inks)
+
+
 def test_the_prompt_unfolds_and_tokens_are_text(browser, explorer):
     result, path = explorer
     browser.open(path, READY)

@@ -1,6 +1,6 @@
 """The command `hooked-qwen2vl`: a module of this package for each of its commands.
 
-Each module has NAME and HELP, `add_arguments(parser)` and `run(options)`, which returns an exit code or None for 0.
+Each module has NAME, HELP and EXAMPLES, `add_arguments(parser)` and `run(options)`, which returns an exit code or None for 0.
 Heavy imports wait until a command runs, so that --help is quick.
 """
 
@@ -9,10 +9,13 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import re
+import shlex
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
@@ -31,6 +34,7 @@ from analyses.cli import (
     patch,
     scenes,
 )
+from analyses.cli.outputs import take_place
 from hooked_qwen2vl.malloc import keep_freed_memory
 from hooked_qwen2vl.version import __version__
 
@@ -48,6 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.showwarning = partial(_say, set())
         try:
             options = _parser().parse_args(arguments)
+            if hasattr(options, "out"):
+                options.line = shlex.join(["hooked-qwen2vl", *map(str, sys.argv[1:] if arguments is None else arguments)])
+                name = next(command.NAME for command in COMMANDS if command.run is options.run)
+                take_place(options, name, (command.NAME for command in COMMANDS))
             return options.run(options) or 0
         except KeyboardInterrupt as error:
             print(f"\nhooked-qwen2vl: {error if str(error) else 'interrupted: nothing of this command was written.'}", file=sys.stderr)
@@ -145,14 +153,39 @@ def _say(said: set[str], message: Warning | str, category: type[Warning], filena
         print(warnings.formatwarning(message, category, filename, lineno), file=sys.stderr, end="")
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says its own usage, and the nearest name, where an option or a command is misspelt."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:  # or the command's parser leaves them to the one above it, whose usage does not help
+            nearest = self._nearest(unknown[0].partition("=")[0], self._option_string_actions)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{nearest}")
+        return found, unknown
+
+    def error(self, message: str) -> Any:
+        if wrong := re.match(r"argument \S+: invalid choice: '(.*?)' \(choose from (.*)\)", message, re.DOTALL):
+            message += self._nearest(wrong[1], re.findall(r"'(.*?)'", wrong[2]))
+        super().error(message)
+
+    def _nearest(self, word: str, names: Iterable[str]) -> str:
+        near = get_close_matches(word, [*names], n=1, cutoff=0.5)
+        return f"; did you mean {near[0]}?" if near else ""
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="hooked-qwen2vl", description="Qwen2-VL, Qwen2.5-VL and Qwen3-VL, opened as TransformerLens opens GPT-2."
-    )
+    parser = _Parser(prog="hooked-qwen2vl", description="Qwen2-VL, Qwen2.5-VL and Qwen3-VL, opened as TransformerLens opens GPT-2.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="command")
     for command in COMMANDS:
-        subparser = subparsers.add_parser(command.NAME, help=command.HELP, description=command.__doc__)
+        examples = "examples:\n" + "\n".join(f"  hooked-qwen2vl {command.NAME} {line}".rstrip() for line in command.EXAMPLES)
+        subparser = subparsers.add_parser(
+            command.NAME,
+            help=command.HELP,
+            description=command.__doc__,
+            epilog=examples,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         command.add_arguments(subparser)
         subparser.set_defaults(run=command.run)
     return parser

@@ -22,6 +22,12 @@ from analyses.cli.shared import (
 
 NAME = "ablate"
 HELP = "which heads and MLPs the answers need"
+EXAMPLES = (
+    "--limit 30",
+    "--parts mlps --how zero",
+    "--heads 3.1,4.0",
+    "--find --share 0.8",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,11 +100,10 @@ def _report(options: argparse.Namespace, rows: Path) -> None:
         out.table("ablation.csv", table)
         out.table("failures.csv", failures)
         result.plot(out.path("ablation.png"))
-    overall = table[table["category"] == "all"].drop(columns=["category", "images"])
-    print(overall.head(20).to_string(index=False, float_format=lambda x: f"{x:+.3f}"))
-    if len(failures):
-        print(f"\n{len(failures)} questions failed, the first ({failures['id'][0]}): {failures['error'][0]}")
-    print("\n" + out.wrote())
+        overall = table[table["category"] == "all"].drop(columns=["category", "images"])
+        out.say(overall.head(20).to_string(index=False, float_format=lambda x: f"{x:+.3f}"))
+        if len(failures):
+            out.say(f"\n{len(failures)} questions failed, the first ({failures['id'][0]}): {failures['error'][0]}")
 
 
 def _find(options: argparse.Namespace) -> None:
@@ -127,11 +132,10 @@ def _find(options: argparse.Namespace) -> None:
         out.table("heads_search.csv", result.search)
         out.table("heads.csv", result.to_dataframe())
         result.plot(out.path("heads.png"))
-    print(result.search.to_string(index=False, float_format=lambda x: f"{x:.3f}"))
-    about = result.summary()
-    print(
-        f"\n{about['heads']} heads carry {about['share']:.0%} [{about['share_low']:.0%}, {about['share_high']:.0%}] of the answers' log-probability on "
-        f"{result.n_held_out} held-out questions; {options.random} random sets of as many: {about['random_mean']:.0%}, at most "
-        f"{about['random_largest']:.0%}."
-    )
-    print("\n" + out.wrote())
+        out.say(result.search.to_string(index=False, float_format=lambda x: f"{x:.3f}"))
+        about = result.summary()
+        out.say(
+            f"\n{about['heads']} heads carry {about['share']:.0%} [{about['share_low']:.0%}, {about['share_high']:.0%}] of the answers' log-probability on "
+            f"{result.n_held_out} held-out questions; {options.random} random sets of as many: {about['random_mean']:.0%}, at most "
+            f"{about['random_largest']:.0%}."
+        )

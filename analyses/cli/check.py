@@ -19,6 +19,10 @@ PIXELS = (
 
 NAME = "check"
 HELP = "compare with transformers' own model, stage by stage"
+EXAMPLES = (
+    "",
+    "--model Qwen/Qwen2-VL-2B-Instruct",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

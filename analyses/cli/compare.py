@@ -17,6 +17,11 @@ from hooked_qwen2vl.protocols import Model
 
 NAME = "compare"
 HELP = "beside other models: lens, trajectories, patching and heads on shared questions"
+EXAMPLES = (
+    "",
+    "--with gpt2 --with qwen=Qwen/Qwen2-0.5B-Instruct",
+    "--tuned adapter/",
+)
 PRINTED = ["model", "condition", "items", "right", "right_of_candidates", "answer_prob", "first_depth", "settled_depth",
            "leaves_scene_depth", "reaches_last_depth"]  # fmt: skip
 
@@ -59,15 +64,14 @@ def _beside_others(options: argparse.Namespace, model: Model, questions: list) -
             heads.plot(out.path("heads.png"))
         if agreement is not None:
             out.table("text_twin.csv", agreement)
-    print(table[PRINTED].to_string(index=False, float_format=lambda x: f"{x:.2f}", na_rep=""))
-    print(f"\n{result.skipped} of {len(questions)} questions left out: a tokenizer cannot tell their candidates apart")
-    if heads.image:
-        print(f"\nthe heads of {name}, on text and among image tokens")
-        print(heads.sharing().to_string(index=False, float_format=lambda x: f"{x:.3f}"))
-    differ = agreement is not None and not agreement["ok"].all()
-    if agreement is not None:
-        print(f"\ntext decoder and twin {'differ' if differ else 'agree'}: by {agreement['share'].max():.1e} of the spread")
-    print("\n" + out.wrote())
+        out.say(table[PRINTED].to_string(index=False, float_format=lambda x: f"{x:.2f}", na_rep=""))
+        out.say(f"\n{result.skipped} of {len(questions)} questions left out: a tokenizer cannot tell their candidates apart")
+        if heads.image:
+            out.say(f"\nthe heads of {name}, on text and among image tokens")
+            out.say(heads.sharing().to_string(index=False, float_format=lambda x: f"{x:.3f}"))
+        differ = agreement is not None and not agreement["ok"].all()
+        if agreement is not None:
+            out.say(f"\ntext decoder and twin {'differ' if differ else 'agree'}: by {agreement['share'].max():.1e} of the spread")
     return int(differ)
 
 
@@ -83,9 +87,8 @@ def _tuned(options: argparse.Namespace, model: Model, questions: list) -> int:
                 out.table(f"{direction}_{activation}.csv", result.to_dataframe())
                 result.plot(out.path(f"{direction}_{activation}.png"))
                 table = result.to_dataframe().pivot(index="place", columns="span", values="explained").loc[list(result.places)]
-                print(f"\n{direction.replace('_', ' ')}, {activation}: explained share, {result.explained.shape[-1]} prompts")
-                print(table.to_string(float_format=lambda x: f"{x:.3f}", na_rep=""))
-    print("\n" + out.wrote())
+                out.say(f"\n{direction.replace('_', ' ')}, {activation}: explained share, {result.explained.shape[-1]} prompts")
+                out.say(table.to_string(float_format=lambda x: f"{x:.3f}", na_rep=""))
     return 0
 
 

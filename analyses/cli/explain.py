@@ -10,6 +10,11 @@ from analyses.cli.shared import SAMPLES, add_model, add_out, at_least_one, load_
 
 NAME = "explain"
 HELP = "what in the image made each token of the answer"
+EXAMPLES = (
+    "",
+    '--image photo.jpg --question "What color is the car?" --open',
+    '--image photo.jpg --question "What is this?" --method occlusion',
+)
 METHODS = ("knockout", "occlusion", "integrated gradients", "attention × gradient", "rollout", "attention")  # of analyses.saliency
 
 
@@ -48,11 +53,10 @@ def run(options: argparse.Namespace) -> None:
         out.table("explain.csv", result.to_dataframe())
         result.plot(out.path("explain.png"), pictures)
         result.page(pictures, out.path("explain.html"))
-    print(f"question: {question}\nanswer:   {said}\n")
-    print(f"{'log p':>8}  {'token':<14} largest effects of image tokens, by {result.method}")
-    for token, log_prob, values in zip(result.tokens, result.log_probs.tolist(), result.values):
-        print(f"{log_prob:8.3f}  {token!r:<14} {_largest(result, values)}")
-    print("\n" + out.wrote())
+        out.say(f"question: {question}\nanswer:   {said}\n")
+        out.say(f"{'log p':>8}  {'token':<14} largest effects of image tokens, by {result.method}")
+        for token, log_prob, values in zip(result.tokens, result.log_probs.tolist(), result.values):
+            out.say(f"{log_prob:8.3f}  {token!r:<14} {_largest(result, values)}")
 
 
 def _largest(result, values, n: int = 3) -> str:

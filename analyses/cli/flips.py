@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from analyses.cli.outputs import Outputs
 from analyses.cli.shared import add_model, add_out, add_run, at_least_one, check_data, finished, load_model, reports, run_options
 
 NAME = "flips"
+ROWS = "rows"  # the run's folder, beside the tables made from it
 HELP = "where the answer flips between layers, and what makes it"
+EXAMPLES = (
+    '--image photo.jpg --question "What color is the car?" --answer red --candidates red,blue,green',
+    "--data scenes --limit 50",
+    "--data questions.jsonl --rank 0/4",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +45,8 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _one(options: argparse.Namespace) -> None:
+    import pandas as pd
+
     from analyses.flip_patching import attribute_flip, component_effects
     from analyses.trajectory import answer_trajectory
 
@@ -47,21 +56,41 @@ def _one(options: argparse.Namespace) -> None:
     model = load_model(options)
     inputs = model.encode(model.to_inputs(options.question, images=options.image))
     item = answer_trajectory(model, inputs, options.answer, candidates, question=options.question)
+    layers = item.eligible_flips if candidates else item.content_flips
+    flips = [attribute_flip(model, inputs, layer, int(item.top1[layer]), int(item.top1[layer - 1])) for layer in layers]
+    effects = [component_effects(model, inputs, flip) for flip in flips]
     about = {"question": options.question, "images": list(map(str, options.image)), "answer": options.answer}
     with Outputs(options, NAME, **about) as out:
         out.table("trajectory.csv", item.to_dataframe())
+        out.table("summary.csv", pd.DataFrame(item.summary().items(), columns=["figure", "value"]))
+        if flips:
+            out.table("flip_components.csv", pd.concat([e.assign(layer=layer) for layer, e in zip(layers, effects)]))
         item.plot(out.path("trajectory.png"))
-    print(item.to_dataframe().to_string(index=False, float_format=lambda x: f"{x:.3f}"))
-    print("\n" + "\n".join(f"{name}: {value}" for name, value in item.summary().items()))
-    if item.label != item.answer:
-        print(f"\n{item.answer!r} is followed as: {item.label}; answer_log_prob is of the whole answer")
-    for layer in item.eligible_flips if candidates else item.content_flips:
-        flip = attribute_flip(model, inputs, layer, int(item.top1[layer]), int(item.top1[layer - 1]))
-        print(
-            f"\nlayer {layer}: {flip.lost!r} → {flip.gained!r}, logit difference {flip.before:.3f} → {flip.after:.3f}; block {flip.block}:"
-        )
-        print(component_effects(model, inputs, flip).to_string(index=False, float_format=lambda x: f"{x:+.3f}"))
-    print("\n" + out.wrote())
+        out.say(_finding(options.question, item))
+        for layer, flip, effect in zip(layers, flips, effects):
+            out.say(_flip(layer, flip, effect))
+
+
+def _finding(question: str, item: Any) -> str:
+    """What became of the answer, in words."""
+    L = item.n_layers
+    said = f"{item.answer!r}, and the model says {item.top1_tokens[-1]!r}"
+    followed = "" if item.label == item.answer else f"\nfollowed:  {item.label} (the answer begins so; its other tokens are not)"
+    first = item.birth(1)
+    course = "never the top token" if first is None else f"first the top token at layer {first} of {L}"
+    best, last = float(item.answer_prob.max()), float(item.answer_prob[-1])
+    n = len(item.content_flips)
+    return (
+        f"question:  {question}\nanswer:    {said}: {item.outcome}{followed}\n"
+        f"course:    {course}; probability at most {best:.3f} (layer {int(item.answer_prob.argmax())}), {last:.3f} at the end\n"
+        f"flips:     {len(item.flips)} changes of the top token after layer 0, {n} of them between words; the last word stands from layer {item.stability}"
+    )
+
+
+def _flip(layer: int, flip: Any, effects: Any) -> str:
+    """One flip, and the two components that the direct attribution ranks first, with what ablating each does."""
+    most = ", ".join(f"{row.component} {row.attribution:+.2f} (ablated: {row.ablated:+.2f})" for row in effects.head(2).itertuples())
+    return f"layer {layer}:   {flip.lost!r} → {flip.gained!r}, difference of logits {flip.before:+.2f} → {flip.after:+.2f}; most by {most}"
 
 
 def _data_set(options: argparse.Namespace) -> None:
@@ -72,7 +101,7 @@ def _data_set(options: argparse.Namespace) -> None:
     check_data(options.data)
     rank = this_rank(options.rank)  # before the model: it gives each process its GPU
     experiment = FlipExperiment(load_model(options), options.components, options.random)
-    rows = options.out / NAME
+    rows = options.out / ROWS
     state = experiment.start(lambda: examples(options.data, options.limit, keep_bad=True), rows, **run_options(options, rank))
     if options.dry_run:
         print(state.describe())
@@ -93,14 +122,13 @@ def _report(options: argparse.Namespace, rows: Path) -> None:
             out.table(f"{name}.csv", table)
         study.plot(out.path("flips.png"))
         study.plot_trajectories(out.path("trajectories.png"))
-    print(tables["outcomes"].to_string(index=False, float_format=lambda x: f"{x:.2f}"))
-    doubt = study.doubt()
-    print(f"\n{doubt['wrong_with_control']:.0f} wrong answers with a control candidate: the right answer was held before in "
-          f"{doubt['doubt_if_wrong']:.2f} of them, the control in {doubt['control_doubt_if_wrong']:.2f}")  # fmt: skip
-    print(f"\n{study.skipped} questions without candidates left out; {len(study.flips)} eligible flips\n")
-    if len(failures):
-        print(f"{len(failures)} questions failed, the first ({failures['id'][0]}): {failures['error'][0]}\n")
-    print(tables["flip_tests"].to_string(index=False, float_format=lambda x: f"{x:.3f}"))
-    print("\nthe last layer's shift, and what norming it twice would show:")
-    print(study.last_shift().to_string(float_format=lambda x: f"{x:.3f}"))
-    print("\n" + out.wrote())
+        out.say(tables["outcomes"].to_string(index=False, float_format=lambda x: f"{x:.2f}"))
+        doubt = study.doubt()
+        out.say(f"\n{doubt['wrong_with_control']:.0f} wrong answers with a control candidate: the right answer was held before in "
+              f"{doubt['doubt_if_wrong']:.2f} of them, the control in {doubt['control_doubt_if_wrong']:.2f}")  # fmt: skip
+        out.say(f"\n{study.skipped} questions without candidates left out; {len(study.flips)} eligible flips\n")
+        if len(failures):
+            out.say(f"{len(failures)} questions failed, the first ({failures['id'][0]}): {failures['error'][0]}\n")
+        out.say(tables["flip_tests"].to_string(index=False, float_format=lambda x: f"{x:.3f}"))
+        out.say("\nthe last layer's shift, and what norming it twice would show:")
+        out.say(study.last_shift().to_string(float_format=lambda x: f"{x:.3f}"))

@@ -15,6 +15,10 @@ MEASURED = (
 )
 NAME = "ground"
 HELP = "where in the image the answer is"
+EXAMPLES = (
+    "",
+    '--image photo.jpg --question "Where is the dog?" --answer "on the sofa"',
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,15 +57,18 @@ def run(options: argparse.Namespace) -> None:
     with Outputs(options, NAME, question=question, images=list(map(str, images)), answer=result.text) as out:
         out.table("grounding.csv", result.to_dataframe())
         result.plot(out.path("grounding.png"), pictures, truth, MEASURED if own else "")
-    print(f"question: {question}\nanswer:   {result.text}\n")
-    print(f"score:    {score:.3f}, the cosine with the closest image token (low: hallucinated)")
-    for image, (box, cosine) in enumerate(zip(result.boxes.tolist(), result.box_scores.tolist())):
-        corners = ", ".join(f"{x:.0f}" for x in box)
-        places = zip(("at these layers", "maximum over layers"), (result.similarity[image], result.heat[image]))
-        hottest = "; ".join(f"{name}: token {tuple(divmod(int(m.argmax()), m.shape[1]))}, {float(m.max()):.3f}" for name, m in places)
-        print(f"image {image}:  best box ({corners}) in original pixels, cosine {cosine:.3f}\n          hottest {hottest}")
-    print(
-        "\n"
-        + (MEASURED if own else "How far to trust this is not known for this model: docs/grounding.md says what was measured, and on what.")
-    )
-    print("\n" + out.wrote())
+        out.say(f"question: {question}\nanswer:   {result.text}\n")
+        out.say(f"score:    {score:.3f}, the cosine with the closest image token (low: hallucinated)")
+        for image, (box, cosine) in enumerate(zip(result.boxes.tolist(), result.box_scores.tolist())):
+            corners = ", ".join(f"{x:.0f}" for x in box)
+            places = zip(("at these layers", "maximum over layers"), (result.similarity[image], result.heat[image]))
+            hottest = "; ".join(f"{name}: token {tuple(divmod(int(m.argmax()), m.shape[1]))}, {float(m.max()):.3f}" for name, m in places)
+            out.say(f"image {image}:  best box ({corners}) in original pixels, cosine {cosine:.3f}\n          hottest {hottest}")
+        out.say(
+            "\n"
+            + (
+                MEASURED
+                if own
+                else "How far to trust this is not known for this model: docs/grounding.md says what was measured, and on what."
+            )
+        )

@@ -12,6 +12,11 @@ from hooked_qwen2vl.protocols import Model
 
 NAME = "hallucination"
 HELP = "scores of the model's answers against the truth, by category"
+EXAMPLES = (
+    "--limit 300",
+    "--data pope:coco_pope_random.json --images val2014",
+    "--data amber:AMBER --judgements verdicts.jsonl",
+)
 ROWS = "rows"  # the run's folder, beside the tables made from it
 KINDS = ("scenes", "pope", "hqh", "amber", "chair", "mmhal")
 
@@ -52,7 +57,7 @@ def run(options: argparse.Namespace) -> None:
     items, name = _load(options)
     vocabulary = read_synonyms(options.synonyms) if options.synonyms else None
     judgements = read_judgements(options.judgements) if options.judgements else None
-    folder = options.out / f"hallucination_{name.replace(':', '_')}"
+    folder = options.out
     for problem in items.problems:
         print(f"left out: {problem}")
     if all(item.images for item in items):
@@ -65,14 +70,13 @@ def run(options: argparse.Namespace) -> None:
     elif options.dry_run:
         print("the captions come with the data and have no images: they are judged, and no model is run")
         return
-    with Outputs(options, NAME, folder, data=name) as out:
+    with Outputs(options, NAME, data=name) as out:
         if items[0].benchmark == "chair":
             _chair(items, vocabulary, out)
         if all(item.images for item in items):
             _report(options, items, name, judgements, folder / ROWS, out)
         elif items.problems:
             out.table("failures.csv", _problems(items))
-    print("\n" + out.wrote())
 
 
 def _run(options: argparse.Namespace, items: Any, rows: Path, vocabulary: Any, rank: tuple[int, int]) -> Any:
@@ -138,27 +142,27 @@ def _report(options: argparse.Namespace, items: Any, name: str, judgements: Any,
     result, failures = read_hallucinations(rows, name, judgements, options.n_boot), read_failures(rows)
     out.table("failures.csv", failures if not items.problems else pd.concat([failures, _problems(items)]))
     if len(failures):
-        print(f"{len(failures)} questions have no answer, the first ({failures['id'][0]}): {failures['error'][0]}")
+        out.say(f"{len(failures)} questions have no answer, the first ({failures['id'][0]}): {failures['error'][0]}")
     claims = result.claims.assign(correct=result.claims["correct"].astype(object).where(result.claims["correct"].notna()))
     out.table("claims.csv", claims.assign(correct=claims["correct"].fillna("needs a judge")))
     _yes_no(items, result, out)
     unjudged = int(result.claims["correct"].isna().sum())
     if unjudged:
-        print(f"{unjudged} of {len(result.claims)} answers need a judge: give its verdicts with --judgements.")
+        out.say(f"{unjudged} of {len(result.claims)} answers need a judge: give its verdicts with --judgements.")
     for column, what in (("cut", "were cut at --max-new-tokens"), ("other_tokens", "are scored with other tokens than generated")):
         if number := int(result.claims[column].sum()):
-            print(f"{number} answers {what}.")
+            out.say(f"{number} answers {what}.")
     if failed := int((result.claims["error"] != "").sum()):
-        print(f"{failed} answers have no scores; claims.csv says why.")
+        out.say(f"{failed} answers have no scores; claims.csv says why.")
     if result.judged["correct"].nunique() < 2:
-        print("Right and hallucinated answers are both needed to compare scores; no table is made.")
+        out.say("Right and hallucinated answers are both needed to compare scores; no table is made.")
         return
-    print(
+    out.say(
         f"\nAUROC, {100 * result.level:.0f}% bootstrap intervals (clusters: {result.cluster}); higher tells right from hallucinated better, 0.5 not at all\n"
     )
-    print(result.table().T.to_string())
+    out.say(result.table().T.to_string())
     if few := result.few():
-        print(f"\nfewer than 300 hallucinated answers, so wide intervals: {', '.join(f'{k} ({n})' for k, n in few.items())}")
+        out.say(f"\nfewer than 300 hallucinated answers, so wide intervals: {', '.join(f'{k} ({n})' for k, n in few.items())}")
     out.path("results.md").write_text(result.markdown(), encoding="utf-8")
     out.table("metrics.csv", result.to_dataframe())
     result.plot(out.path("roc.png"))
@@ -176,7 +180,7 @@ def _yes_no(items: Any, result: Any, out: Outputs) -> None:
         return
     positive = "no" if asked[0].benchmark == "amber" else "yes"
     table = yes_no_metrics(asked, [answers[item.id] for item in asked], positive)
-    print(f"\nyes/no answers, positive class {positive}\n\n{table.round(3).to_string(index=False)}")
+    out.say(f"\nyes/no answers, positive class {positive}\n\n{table.round(3).to_string(index=False)}")
     out.table("yes_no.csv", table)
 
 
@@ -187,6 +191,6 @@ def _chair(items: Any, vocabulary: Any, out: Outputs) -> None:
     if any(item.judge != OBJECTS for item in items):
         raise ValueError('chair needs to know what is truly there: --objects FILE, or "objects" in every row.')
     found = chair(items, vocabulary)
-    print(found.to_dataframe().round(4).to_string(index=False))
+    out.say(found.to_dataframe().round(4).to_string(index=False))
     out.table("chair.csv", found.to_dataframe())
     out.table("chair_mentions.csv", found.mentions)

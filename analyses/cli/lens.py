@@ -10,6 +10,11 @@ from analyses.cli.shared import SAMPLES, add_model, add_out, at_least_one, in_ra
 
 NAME = "lens"
 HELP = "layer by layer, what the model would answer"
+EXAMPLES = (
+    "",
+    '--image photo.jpg --question "What is in the image?" --open',
+    '--model Qwen/Qwen2-VL-2B-Instruct --image a.jpg --image b.jpg --question "What differs?" --answer "the hat"',
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +51,7 @@ def run(options: argparse.Namespace) -> None:
     with Outputs(options, NAME, question=question, images=list(map(str, images)), answer=said) as out:
         out.table("lens.csv", lens.to_dataframe())
         lens.plot(out.path("lens.png"))
-        lens.page(out.path("lens.html"))
+        lens.page(out.path("lens.html"), pictures)
         if images:
             explore(model, inputs, pictures, options.top_k, question=question).page(out.path("explorer.html"))
         for number, picture in enumerate(pictures):
@@ -56,13 +61,12 @@ def run(options: argparse.Namespace) -> None:
             if len(part.positions) > MOST_LABELS:
                 part.plot_image(picture, out.path(f"{name}.pdf"), every_token=True)
             out.table(f"{name}.csv", part.to_dataframe())
-    print(f"question: {question}\nanswer:   {said}\n")
-    print(_table(lens))
-    if lens.n_differs:
-        print(
-            f"\nat {lens.n_differs} of {len(lens.positions)} positions the model's own logits put another token first than the lens in float32"
-        )
-    print("\n" + out.wrote())
+        out.say(f"question: {question}\nanswer:   {said}\n")
+        out.say(_table(lens))
+        if lens.n_differs:
+            out.say(
+                f"\nat {lens.n_differs} of {len(lens.positions)} positions the model's own logits put another token first than the lens in float32"
+            )
 
 
 def _table(lens) -> str:

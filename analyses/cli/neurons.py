@@ -15,6 +15,11 @@ NAME = "neurons"
 SOURCES = ("image", "text", "generated")
 STAGES = ("ablations", "effects", "firings")
 HELP = "domain-specific neurons, and what switching them off costs"
+EXAMPLES = (
+    "--limit 120 --test-limit 40",
+    "--data domains/ --share 0.02",
+    "--only-select",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +52,7 @@ def run(options: argparse.Namespace) -> None:
     rank = this_rank(options.rank)  # before the model: it gives each process its GPU
     model = load_model(options)
     chosen, judged = _data(options)
-    folder, how = options.out / NAME, run_options(options, rank)
+    folder, how = options.out, run_options(options, rank)
     states = [FiringExperiment(model, options.generate).start(chosen, folder / "firings", **how)]
     if not options.only_select:
         states.append(EffectExperiment(model).start(chosen, folder / "effects", **how))
@@ -71,7 +76,7 @@ def _describe(options, model, judged, states, how) -> None:
     if options.only_select:
         return
     wanted = _select(options)[1] if all(state.complete for state in states) else None
-    print(AblationExperiment(model, wanted or ()).start(judged, options.out / NAME / "ablations", **how).describe())
+    print(AblationExperiment(model, wanted or ()).start(judged, options.out / "ablations", **how).describe())
     if wanted is None:
         print("each answered untouched and under conditions that follow from the firings and effects")
     else:
@@ -82,7 +87,7 @@ def _select(options: argparse.Namespace) -> tuple[Any, Any]:
     """(the neurons that the firings select, every condition to answer under)."""
     from analyses.experiments.neurons import conditions, read_effects, read_firings
 
-    folder = options.out / NAME
+    folder = options.out
     sources = [source for source in options.sources.split(",") if options.generate or source != "generated"]
     neurons = read_firings(folder / "firings").select(options.share, options.quantile, sources)
     if options.only_select:
@@ -110,16 +115,15 @@ def _report(options, model, neurons, wanted, judged) -> None:
     with Outputs(options, NAME) as out:
         tables = {"neurons": neurons.to_dataframe(), "neurons_by_layer": neurons.by_layer(), "neurons_overlaps": neurons.overlaps()}
         neurons.plot(out.path("neurons_by_layer.png"))
-        print(_selection(neurons))
+        out.say(_selection(neurons))
         if wanted is not None:
             tables |= _experiment(options, model, neurons, wanted, judged, out)
-        tables["neurons_failures"] = _failures(options.out / NAME, ("firings",) if wanted is None else STAGES)
+        tables["neurons_failures"] = _failures(options.out, ("firings",) if wanted is None else STAGES, out)
         for name, table in tables.items():
             out.table(f"{name}.csv", table)
-    print("\n" + out.wrote())
 
 
-def _failures(folder: Path, stages: Sequence[str]) -> Any:
+def _failures(folder: Path, stages: Sequence[str], out: Outputs) -> Any:
     """Questions that failed in any run."""
     import pandas as pd
 
@@ -127,7 +131,7 @@ def _failures(folder: Path, stages: Sequence[str]) -> Any:
 
     failures = pd.concat([read_failures(folder / name).assign(run=name) for name in stages])
     if len(failures):
-        print(f"\n{len(failures)} questions failed, the first ({failures['id'].iloc[0]}): {failures['error'].iloc[0]}")
+        out.say(f"\n{len(failures)} questions failed, the first ({failures['id'].iloc[0]}): {failures['error'].iloc[0]}")
     return failures
 
 
@@ -138,7 +142,7 @@ def _experiment(options: Any, model: Model, neurons: Any, wanted: Any, judged: A
     from analyses.experiments.neurons import prepare, read_ablations, stream_by_layer
     from analyses.views.neurons import streams_plot
 
-    ablations = read_ablations(options.out / NAME / "ablations")
+    ablations = read_ablations(options.out / "ablations")
     answered = set(ablations.outcomes["id"])
     asked: Any = judged() if callable(judged) else judged
     questions = [example for example in asked if example.id in answered]
@@ -147,7 +151,7 @@ def _experiment(options: Any, model: Model, neurons: Any, wanted: Any, judged: A
     mixed = in_turn(questions)
     some = [example for domain in neurons.domains for example in [e for e in mixed if e.domain == domain][:n_read]]
     if len(some) < len(questions):
-        print(f"\nthe streams are read on up to {n_read} questions a domain, {len(some)} of {len(questions)}")
+        out.say(f"\nthe streams are read on up to {n_read} questions a domain, {len(some)} of {len(questions)}")
     off = [c for c in wanted if c.module == whole and c.seed == 0]
     streams = stream_by_layer(model, prepare(model, some, n_read), off)
     ablations.save(out.path("neurons_outcomes.safetensors"))
@@ -161,9 +165,9 @@ def _experiment(options: Any, model: Model, neurons: Any, wanted: Any, judged: A
         if module != "vision":
             tokens.append(written_tokens(model, (module, layer, neuron)).assign(module=module, layer=layer, neuron=neuron))
     accuracy, excess = ablations.accuracy(), ablations.against_controls()
-    print(_verdict(accuracy, excess))
+    out.say(_verdict(accuracy, excess))
     cross = ablations.cross(module=whole)
-    print("\nchange of accuracy (rows: whose neurons are off, columns: the domain asked about)\n" + cross.round(3).to_string())
+    out.say("\nchange of accuracy (rows: whose neurons are off, columns: the domain asked about)\n" + cross.round(3).to_string())
     import pandas as pd
 
     return {"neurons_accuracy": accuracy, "neurons_against_controls": excess, "neurons_cross": cross.reset_index(),

@@ -1,4 +1,4 @@
-"""What a command writes: all of its files or none, with a manifest of what they were made of.
+"""What a command writes: a folder of its own, all of its files or none, with a page and a manifest of what they were made of.
 
 1. Files are written in a temporary folder. When all are there they are moved to their places; a command that fails, or is
    killed before that, leaves the folder as it was.
@@ -6,6 +6,9 @@
    taken away before the first file is moved and written after the last: files without it, or with other checksums, are of a
    command that was killed in between.
 3. Files that the last manifest lists and this one does not (of a second image, say) are removed, unless they were changed since.
+4. `index.html` beside them shows the command, what it said, its pictures and its tables.
+5. Without --out the folder is `out/COMMAND/WHAT`, after the question, the images and the data; one where other options have
+   already written is left alone, and `WHAT-2` is taken. A folder with the results of another command is refused.
 """
 
 from __future__ import annotations
@@ -13,6 +16,10 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
+import unicodedata
+import webbrowser
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -24,20 +31,25 @@ if TYPE_CHECKING:  # --help need not wait for it
     import pandas as pd
 
 
+INDEX = "index.html"
+_NOT_ASKED = {"run", "out", "open", "line"}  # what is no part of what a command was asked
+
+
 class Outputs:
-    """A folder that is filled as a whole, as a context manager.
+    """The folder --out, filled as a whole, as a context manager; what was said is printed once the files are there.
 
     Args:
         options: of the command; they stand in the manifest.
         command: its name.
-        folder: where to; None takes --out.
         about: what more the manifest says (the question, the answer).
     """
 
-    def __init__(self, options: argparse.Namespace, command: str, folder: Path | None = None, **about: Any):
-        self.folder, self.command = options.out if folder is None else folder, command
-        self.about = {"options": {name: _plain(value) for name, value in vars(options).items() if name != "run"}, **about}
+    def __init__(self, options: argparse.Namespace, command: str, **about: Any):
+        self.folder, self.command = options.out, command
+        self.line, self.open = getattr(options, "line", f"hooked-qwen2vl {command}"), getattr(options, "open", False)
+        self.about = {"options": _asked(options), **about}
         self.names: list[str] = []
+        self.said: list[str] = []
 
     def __enter__(self) -> Self:
         self._whole = whole_files(self.folder)
@@ -47,6 +59,7 @@ class Outputs:
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         try:
             if kind is None:
+                self._write_index()
                 before = self._before()
                 manifest = self._manifest()
                 self.manifest_path.unlink(missing_ok=True)
@@ -59,6 +72,11 @@ class Outputs:
         finally:
             if kind is not None:
                 self._whole.__exit__(kind, error, trace)
+        if kind is None:
+            again = "\n(in place of what an earlier run wrote there)" if before else ""
+            print("\n".join([*self.said, *([""] if self.said else []), self.wrote() + again]))
+            if self.open:
+                webbrowser.open((self.folder / INDEX).absolute().as_uri())
 
     @property
     def manifest_path(self) -> Path:
@@ -75,9 +93,20 @@ class Outputs:
 
         write_csv(table, self.path(name))
 
+    def say(self, text: str) -> None:
+        """What the command found: printed when all is written, and shown on the page."""
+        self.said.append(text)
+
     def wrote(self) -> str:
         """A line a file: `wrote FOLDER/a.csv`."""
         return "\n".join(f"wrote {self.folder / name}" for name in self.names)
+
+    def _write_index(self) -> None:
+        from analyses.views.index import index_page
+
+        about = {name: value for name, value in self.about.items() if name != "options"}
+        page = index_page(self.command, self.line, about, "\n".join(self.said), [self._place / name for name in self.names])
+        self.path(INDEX).write_text(page, encoding="utf-8", errors="backslashreplace")
 
     def _manifest(self) -> dict[str, Any]:
         made = {"command": self.command, "version": __version__, "written": datetime.now(UTC).isoformat(timespec="seconds")}
@@ -86,12 +115,56 @@ class Outputs:
 
     def _before(self) -> dict[str, str]:
         """The files of the last manifest; none where there is no manifest that can be read."""
-        try:
-            with open_regular(self.manifest_path) as file:
-                files = json.loads(file.read())["files"]
-            return {str(name): str(checksum) for name, checksum in files.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            return {}
+        files = _manifest_of(self.folder, self.command).get("files")
+        return {str(name): str(checksum) for name, checksum in files.items()} if isinstance(files, dict) else {}
+
+
+def take_place(options: argparse.Namespace, command: str, commands: Iterator[str]) -> None:
+    """Sets options.out to the folder that this command writes into (5. above).
+
+    Raises:
+        ValueError: --out is the folder of another command.
+    """
+    if options.out is not None:
+        for other in commands:
+            if other != command and _manifest_of(options.out, other):
+                raise ValueError(f"--out {options.out} has what `{other}` wrote: give each command a folder of its own.")
+        return
+    first = Path("out") / command / _words(options)
+    if hasattr(options, "rank") and getattr(options, "question", None) is None:
+        options.out = first  # a run goes on where it was, and refuses the folder of another one
+        return
+    asked = json.loads(json.dumps(_asked(options), default=str))
+    places = (first if n == 1 else first.with_name(f"{first.name}-{n}") for n in range(1, 10_000))
+    options.out = next(place for place in places if _manifest_of(place, command).get("options", asked) == asked)
+
+
+def _words(options: argparse.Namespace) -> str:
+    """A folder's name for what is asked: model, data, images, question, answer; `example` where nothing is given."""
+    given = vars(options)
+    names = [given.get("model") if given.get("model") != "scenes" else None, given.get("adapter"), given.get("tuned")]
+    names += [given.get("data") if given.get("question") is None else None]
+    images = given.get("image") or []
+    names += [Path(image).with_suffix("") for image in ([images] if isinstance(images, str) else images)]
+    words = [*(Path(str(name)).name for name in names if name), given.get("question") or "", given.get("answer") or ""]
+    slug = re.sub(r"[^\w.]+", "-", unicodedata.normalize("NFKC", "-".join(words))).strip("-._")
+    while len(slug.encode("utf-8", "replace")) > 80:
+        slug = slug[:-1].rstrip("-._")
+    return slug.encode("utf-8", "ignore").decode() or "example"
+
+
+def _asked(options: argparse.Namespace) -> dict[str, Any]:
+    return {name: _plain(value) for name, value in vars(options).items() if name not in _NOT_ASKED}
+
+
+def _manifest_of(folder: Path, command: str) -> dict[str, Any]:
+    """The manifest that a command left in a folder; empty where there is none that can be read."""
+    try:
+        with open_regular(folder / f"{command}.json") as file:
+            manifest = json.loads(file.read())
+        return manifest if isinstance(manifest, dict) and "files" in manifest else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
 
 
 def _checksum(file: Path) -> str | None:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from analyses.cli.outputs import Outputs
-from analyses.cli.shared import add_model, add_out, at_least_one, load_model
+from analyses.cli.shared import add_model, add_out, at_least_one, load_model, say_grids, say_pieces
 
 NAME = "patch"
 HELP = "patch activations between two images"
+EXAMPLES = (
+    "",
+    '--image clean.jpg --corrupted other.jpg --question "What color is the car?" --answer red',
+    "--activation z",
+    "--data scenes --n 50",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +48,7 @@ def _one(options: argparse.Namespace) -> None:
     from analyses.counterfactuals import Candidate, check_pairs, scene_candidates
     from analyses.patching import patch_sweep, recovery
     from analyses.views.patching import recovery_map, recovery_on_image
+    from analyses.views.text import visible
     from hooked_qwen2vl.processor import open_image
 
     for image in (options.image, options.corrupted):
@@ -53,24 +61,32 @@ def _one(options: argparse.Namespace) -> None:
         candidates = [Candidate(options.question, options.image, options.corrupted, options.answer, options.other)]
     pairs = check_pairs(model, candidates, n=1)
     if not len(pairs):
-        raise ValueError(f"the pair can't be patched: {', '.join(pairs.reasons)}.")
+        raise ValueError(_refused(model, candidates[0], list(pairs.reasons)))
     (pair,) = pairs
     sweep = patch_sweep(
         model, pair.clean, pair.corrupted, pair.metric, options.activation, direction=options.direction, batch_size=options.batch_size
     )
     shares = recovery(sweep)["mean_of_ratios"]
+    words = model.to_str_tokens(pair.clean.tokens[0])
+    cells = _cells(pair.clean)
     table = sweep.index_df.assign(metric=sweep.values.flatten().tolist(), recovery=shares.flatten().tolist())
+    table.insert(2, "token", [visible(words[place], None) for place in table["pos"]])
+    table.insert(3, "image_cell", [cells.get(place, "") for place in table["pos"]])
     if options.direction == "noise":
         shares = 1 - shares  # drawn: the share that is lost
-    if shares.ndim == 3:  # heads: the strongest at each position
+    heads = shares.ndim == 3
+    if heads:  # drawn: the strongest at each position
         strongest = shares.abs().argmax(-1, keepdim=True)
         shares = shares.gather(-1, strongest)[..., 0]
     positions = list(dict.fromkeys(sweep.index_df["pos"]))
     layers = list(dict.fromkeys(sweep.index_df["layer"]))
-    words = model.to_str_tokens(pair.clean.tokens[0])
-    image = pair.clean.positions("image").tolist()
-    labels = ["▢" if place in image else words[place] for place in positions]
-    title = f"{pair.source.question} {pair.source.answer} / {pair.source.other or ''} ({options.activation}, {'recovered' if options.direction == 'denoise' else 'lost'})"
+    labels = [cells.get(place, words[place]) for place in positions]
+    what = "the share of the clean answer's margin that is " + ("recovered" if options.direction == "denoise" else "lost")
+    which = ", of the head with the most at each position" if heads else ""
+    title = (
+        f"{pair.source.question} Clean: {pair.source.answer}; corrupted: {pair.source.other or ''}\n"
+        f"{options.activation} patched: {what}{which}; image tokens as row,column"
+    )
     columns = [positions.index(place) for place in pair.clean.positions("image[0]").tolist()]
     grid = shares[:, columns].unflatten(-1, pair.clean.grid())
     pictures = [open_image(i).convert("RGB") for i in (pair.source.clean, pair.source.corrupted)]
@@ -78,11 +94,30 @@ def _one(options: argparse.Namespace) -> None:
         out.table("patch.csv", table)
         recovery_map(shares, layers, labels, title, out.path("patch.png"))
         recovery_on_image(grid, layers, pictures, out.path("patch_image.png"))
-    print(f"question: {pair.source.question}\nclean: {pair.source.answer}, logit difference {pair.clean_difference:.3f}")
-    print(f"corrupted: {model.tokenizer.decode([pair.other_id])}, logit difference {pair.corrupted_difference:.3f}\n")
-    best = table.reindex(table["recovery"].abs().sort_values(ascending=False).index).head(10)
-    print(best.to_string(index=False, float_format=lambda x: f"{x:.3f}"))
-    print("\n" + out.wrote())
+        out.say(f"question: {pair.source.question}\nclean: {pair.source.answer}, logit difference {pair.clean_difference:.3f}")
+        out.say(f"corrupted: {model.tokenizer.decode([pair.other_id])}, logit difference {pair.corrupted_difference:.3f}\n")
+        best = table.reindex(table["recovery"].abs().sort_values(ascending=False).index).head(10)
+        out.say(best.to_string(index=False, float_format=lambda x: f"{x:.3f}"))
+
+
+def _cells(inputs: Any) -> dict[int, str]:
+    """Position -> row,column of its image token, counted from 1."""
+    rows, cols = inputs.grid()
+    places = inputs.positions("image[0]").tolist()
+    return {place: f"{at // cols + 1},{at % cols + 1}" for at, place in enumerate(places)}
+
+
+def _refused(model: Any, candidate: Any, reasons: list[str]) -> str:
+    """Why a pair can't be patched, with what to do about it."""
+    from hooked_qwen2vl.processor import open_image
+
+    more = ""
+    if any("grids" in reason for reason in reasons):
+        more = ": " + say_grids(model, {str(image): open_image(image) for image in (candidate.clean, candidate.corrupted)})
+    elif any("single token" in reason for reason in reasons):
+        answers = [answer for answer in (candidate.answer, candidate.other) if answer and len(model.to_str_tokens(answer)) > 1]
+        more = ": " + "; ".join(f"{answer!r} is {say_pieces(model, answer)}" for answer in answers) + ". Choose answers of one token."
+    return f"the pair can't be patched, {', '.join(reasons)}{more or '.'}"
 
 
 def _many(options: argparse.Namespace) -> None:
@@ -100,10 +135,9 @@ def _many(options: argparse.Namespace) -> None:
         out.table("pairs.csv", pairs.to_dataframe())
         out.table("locality.csv", study.to_dataframe())
         study.plot(out.path("locality.png"))
-    if unseen := len(candidates) - len(pairs) - len(pairs.refused):
-        print(f"{unseen} of {len(candidates)} candidates were not looked at: --n pairs were found, domains and categories in turn")
-    print(f"{len(pairs)} pairs kept; refused: {pairs.reasons or 'none'}; {study.skipped} change the whole image\n")
-    print("\n".join(f"{name}: {value:.4g}" for name, value in study.summary().items()) + "\n")
-    table = study.to_dataframe().pivot(index="layer", columns="span", values="recovery")
-    print(table.to_string(float_format=lambda x: f"{x:.3f}"))
-    print("\n" + out.wrote())
+        if unseen := len(candidates) - len(pairs) - len(pairs.refused):
+            out.say(f"{unseen} of {len(candidates)} candidates were not looked at: --n pairs were found, domains and categories in turn")
+        out.say(f"{len(pairs)} pairs kept; refused: {pairs.reasons or 'none'}; {study.skipped} change the whole image\n")
+        out.say("\n".join(f"{name}: {value:.4g}" for name, value in study.summary().items()) + "\n")
+        table = study.to_dataframe().pivot(index="layer", columns="span", values="recovery")
+        out.say(table.to_string(float_format=lambda x: f"{x:.3f}"))

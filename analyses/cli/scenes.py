@@ -9,6 +9,7 @@ from analyses.cli.shared import add_out, at_least_one
 
 NAME = "scenes"
 HELP = "a contact sheet of the embedded world"
+EXAMPLES = ("--n 16 --seed 3",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,4 +24,3 @@ def run(options: argparse.Namespace) -> None:
     at_least_one(options, "n")
     with Outputs(options, NAME) as out:
         contact_sheet(sample(options.n, seed=options.seed), out.path("scenes.png"))
-    print(out.wrote())

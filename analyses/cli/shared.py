@@ -45,8 +45,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def add_out(parser: argparse.ArgumentParser) -> None:
-    """--out, a folder that may not exist yet."""
-    parser.add_argument("--out", type=_folder, default=Path("out"), help="folder for what is written (default: out)")
+    """--out, a folder that may not exist yet, and --open."""
+    parser.add_argument("--out", type=_folder, help="folder for what is written (default: one of its own below out/)")
+    parser.add_argument("--open", action="store_true", help="show the folder's index.html in the browser when it is written")
 
 
 def add_run(parser: argparse.ArgumentParser, batch_size: int) -> None:
@@ -128,16 +129,6 @@ def _folder(text: str) -> Path:
     return path
 
 
-def page_file(text: str) -> Path:
-    """The name of a page to write."""
-    path = Path(text)
-    with _as_argument_error():
-        if path.is_dir():
-            raise argparse.ArgumentTypeError(f"{path} is a folder: expected the name of a page, such as {path / 'explorer.html'}.")
-        _refuse_unwritable(path.parent)
-    return path
-
-
 @contextmanager
 def _as_argument_error() -> Iterator[None]:
     try:
@@ -170,6 +161,38 @@ def _loaded(options: argparse.Namespace, device: str | None) -> HookedQwen2VL:
 
     with loading(options.model):
         return HookedQwen2VL.from_pretrained(options.model, dtype=options.dtype, device=device, adapter=options.adapter)
+
+
+def single_token(model: HookedQwen2VL, name: str, text: str) -> int:
+    """The id of a text that is one token.
+
+    Raises:
+        ValueError: it is several.
+    """
+    from hooked_qwen2vl.prompt_text import text_ids
+
+    ids = text_ids(model.tokenizer, text)
+    if len(ids) != 1:
+        raise ValueError(f"{name} {text!r} is {say_pieces(model, text)}: expected one token, such as the first of them.")
+    return ids[0]
+
+
+def say_pieces(model: HookedQwen2VL, text: str) -> str:
+    """How the model's tokenizer cuts a text."""
+    pieces = list(map(repr, model.to_str_tokens(text)))
+    return f"{len(pieces)} tokens, {' + '.join(pieces[:8] + ['…'] * (len(pieces) > 8))}"
+
+
+def say_grids(model: HookedQwen2VL, images: dict[str, Any]) -> str:
+    """Why images cannot stand in for one another: their sizes, their grids, and what to do.
+
+    Args:
+        images: their names, and the pictures.
+    """
+    sizes = {name: (image.size, model.to_inputs("?", images=[image]).grid()) for name, image in images.items()}
+    said = "; ".join(f"{name} has {w}×{h} pixels and gives {rows}×{cols} image tokens" for name, ((w, h), (rows, cols)) in sizes.items())
+    (first, ((w, h), _)), *_ = sizes.items()
+    return f"{said}. Resize the other to {w}×{h}, the size of {first}, or crop both alike."
 
 
 @contextmanager

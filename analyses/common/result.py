@@ -11,6 +11,7 @@ there are.
 
 from __future__ import annotations
 
+import html
 import io
 import json
 from collections.abc import Iterator, Mapping
@@ -36,7 +37,20 @@ _BEFORE = {"hooked_qwen2vl result 1": "0.1"}  # formats of earlier versions, and
 
 
 class Result:
-    """What every analysis returns: a frozen dataclass that can be saved and loaded."""
+    """What every analysis returns: a frozen dataclass that can be saved and loaded; a notebook shows it as a table."""
+
+    def _repr_html_(self) -> str:
+        """Its name, the shape of each field, and the first rows of its table."""
+        rows = "".join(
+            f"<tr><th style='text-align:left'>{field.name}</th><td style='text-align:left'>{html.escape(_brief(getattr(self, field.name)))}</td></tr>"
+            for field in fields(self)  # type: ignore[arg-type]
+        )
+        table = self.to_dataframe() if hasattr(self, "to_dataframe") else pd.DataFrame()
+        shown = (
+            table.head(5).to_html(index=False, max_cols=12, border=0, float_format=lambda x: f"{x:.3g}", na_rep="") if len(table) else ""
+        )
+        more = f"<p>the first 5 of {len(table)} rows of to_dataframe()</p>" if len(table) > 5 else ""
+        return f"<p><b>{type(self).__name__}</b></p><details><summary>fields</summary><table>{rows}</table></details>{shown}{more}"
 
     def save(self, path: str | Path) -> Path:
         """Writes the result; a file that is there is replaced when the new one is whole.
@@ -87,6 +101,22 @@ class Result:
 
 class _Unknown(Exception):
     """A class in a file that is not there, or has other fields now."""
+
+
+def _brief(value: Any) -> str:
+    """A value in at most 80 characters: a tensor's type and shape, how long a sequence is."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    if isinstance(value, pd.DataFrame):
+        return f"table, {len(value)} rows × {len(value.columns)} columns"
+    if isinstance(value, dict):
+        return f"{len(value)} entries: {', '.join(map(str, value))}"[:80]
+    if is_dataclass(value):
+        return type(value).__name__
+    if isinstance(value, (tuple, list)):
+        return f"{len(value)} entries" if len(value) > 4 else "; ".join(map(_brief, value))[:80]
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:79]}…"
 
 
 def _check_format(path: str | Path, header: Mapping[str, str]) -> None:

@@ -13,7 +13,9 @@ by name, before anything is drawn.
 
 from __future__ import annotations
 
+import base64
 import html
+import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,12 +38,20 @@ _POOLED = ("image[", "video[")
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
+<meta name="color-scheme" content="light dark">
 <style>
-body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem;
-       color: #1b1b1b; background: #fff; }}
-h1 {{ font-size: 1.3rem; }} h2 {{ font-size: 1.05rem; margin-top: 2rem; }} p {{ color: #555; }}
+:root {{ --page: #fff; --ink: #1b1b1b; --quiet: #555; }}
+@media (prefers-color-scheme: dark) {{ :root {{ --page: #15171a; --ink: #e8e8e6; --quiet: #a8adb3; }} }}
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 1rem auto; max-width: 60rem; padding: 0 1rem;
+       color: var(--ink); background: var(--page); }}
+h1 {{ font-size: 1.3rem; }} h2 {{ font-size: 1.05rem; margin: 1.4rem 0 .3rem; }} p {{ color: var(--quiet); margin: .2rem 0 .5rem; }}
 .row {{ display: grid; grid-template-columns: 6rem 1fr; align-items: center; }}
-.row > span {{ color: #555; font-variant-numeric: tabular-nums; }}
+.row > span {{ color: var(--quiet); font-variant-numeric: tabular-nums; }}
+[id^=figure-] {{ color: #1b1b1b; background: #fff; color-scheme: light; overflow-x: auto; padding: 0 .2rem; }} /* circuitsvis is drawn for white */
+.pictures {{ display: flex; flex-wrap: wrap; gap: .6rem; }} .pictures img {{ max-height: 12rem; max-width: 100%; }}
+.table {{ overflow-x: auto; }} table {{ border-collapse: separate; border-spacing: 1px; font-size: 13px; font-variant-numeric: tabular-nums; }}
+th {{ font-weight: normal; color: var(--quiet); text-align: right; padding-right: .5rem; white-space: nowrap; }} thead th {{ text-align: left; }}
+td {{ padding: .05rem .4rem; white-space: pre; }} td small {{ float: right; margin-left: .8rem; font-size: 12px; }}
 </style></head><body>
 <h1>{title}</h1>
 {body}
@@ -155,6 +165,10 @@ class Page:
 
     def heading(self, text: str, explanation: str = "") -> None:
         self.body.append(f"<h2>{html.escape(text)}</h2>" + (f"<p>{html.escape(explanation)}</p>" if explanation else ""))
+
+    def pictures(self, images: Sequence[Any]) -> None:
+        """Images side by side, at most 600 pixels large."""
+        self.body.append('<div class="pictures">' + "".join(map(_picture, images)) + "</div>")
 
     def figure(self, component: str, label: str = "", **props: Any) -> None:
         """A circuitsvis component (`ColoredTokens`, `TokenLogProbs`, …) with its own props; see their `render`."""
@@ -335,24 +349,30 @@ def as_text(token: str) -> str:
     return html.escape(readable(token))
 
 
-def lens_page(lens: Any, path: str | Path) -> None:
-    """A logit lens, interactively: hover a layer for its top tokens; rows of top tokens coloured by probability."""
+def _picture(image: Any) -> str:
+    shown, data = image.convert("RGB"), io.BytesIO()
+    shown.thumbnail((600, 600))
+    shown.save(data, "png")
+    return f'<img alt="the image" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode("ascii")}">'
+
+
+def lens_page(lens: Any, path: str | Path | None = None, images: Sequence[Any] = ()) -> Page:
+    """A logit lens: at each position a table of the top tokens by layer, then circuitsvis's rows of top tokens by layer.
+
+    Args:
+        path: a file to write. images: of the prompt, shown above.
+    """
     page = Page(f"Logit lens, {lens.model_name}")
+    if images:
+        page.pictures(images)
     for index, position in enumerate(lens.positions):
-        answer = as_text(lens.top_tokens[-1][index][0])
+        final = readable(lens.top_tokens[-1][index][0])
         page.heading(
-            f"Top tokens by layer at position {position} ({html.unescape(as_text(lens.prompt_tokens[index]))})",
-            f"Hover a layer of the residual stream. Colour: log-probability of the final top token {html.unescape(answer)}.",
+            f"Position {position} ({readable(lens.prompt_tokens[index])}): top tokens by layer",
+            f"The last layer is the model's own prediction, {final}; the last column is that token's probability at every layer.",
         )
-        page.figure(
-            "TokenLogProbs",
-            prompt=["", *lens.layer_labels],  # the component leaves out a first token
-            topKLogProbs=lens.top_probs[:, index].log().tolist(),
-            topKTokens=[[as_text(token) for token in layer[index]] for layer in lens.top_tokens],
-            correctTokenRank=lens.final_ranks[:, index].tolist(),
-            correctTokenLogProb=lens.final_probs[:, index].log().tolist(),
-        )
-    page.heading("Top token of every layer", "One row a layer, one token a position; colour: its probability, 0 to 1.")
+        page.body.append(_lens_table(lens, index, final))
+    page.heading("The top token of every layer", "A row a layer, a token a position; colour: its probability, white 0 to blue 1.")
     for layer, label in reversed(list(enumerate(lens.layer_labels))):
         page.figure(
             "ColoredTokens",
@@ -362,4 +382,26 @@ def lens_page(lens: Any, path: str | Path) -> None:
             minValue=0,
             maxValue=1,
         )
-    page.write(path)
+    if path is not None:
+        page.write(path)
+    return page
+
+
+def _lens_table(lens: Any, index: int, final: str) -> str:
+    """Rows from the last layer down: the top tokens with their probabilities, and the final top token's."""
+    rows = []
+    for layer, label in reversed(list(enumerate(lens.layer_labels))):
+        tops = zip(lens.top_tokens[layer][index], lens.top_probs[layer, index].tolist())
+        cells = [_lens_cell(as_text(token), p) for token, p in tops]
+        cells.append(_lens_cell("", float(lens.final_probs[layer, index])))
+        rows.append(f"<tr><th>{html.escape(label)}</th>{''.join(cells)}</tr>")
+    heads = [f"<th>{rank + 1}</th>" for rank in range(lens.top_ids.shape[-1])]
+    head = f"<tr><th></th>{''.join(heads)}<th>{html.escape(final)}</th></tr>"
+    return f'<div class="table"><table><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def _lens_cell(text: str, p: float) -> str:
+    """White to blue; the text in the one of black and white that has more contrast."""
+    shade = ",".join(f"{255 + p * (part - 255):.0f}" for part in (0, 114, 178))
+    ink = "#fff" if p > 0.93 else "#000"
+    return f'<td style="background:rgb({shade});color:{ink}">{text}<small>{p:.2g}</small></td>'

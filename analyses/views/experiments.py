@@ -51,10 +51,13 @@ def flip_study_plot(table: Any, path: str | Path | None = None) -> Figure:
     Args:
         table: one row a flip.
     """
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    figure = Figure(figsize=(11, 4.0), layout="constrained")
     panels = figure.subplots(1, 3)
     if len(table):
         _draw_flips(figure, panels, table)
+        figure.titled(
+            f"{len(table)} flips between two possible answers, in {table['prompt'].nunique()} questions; logit differences: new − old answer"
+        )
     else:
         panels[0].set_title("no eligible flip", fontsize=9)
     return figure.saved(path)
@@ -71,12 +74,16 @@ def _draw_flips(figure: Figure, panels: Any, table: Any) -> None:
     panels[0].set_ylabel("eligible flips")
     label_layers(panels[0].xaxis, range(1, depth + 1))
     panels[0].legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
-    for axes, column, where in zip(panels[1:], ("lens_difference", "final_difference"), ("at the flip's layer", "at the output")):
+    asked = ("is it undone at its layer, its components set to 0?", "is the output another, its components set to 0?")
+    for axes, column, where, title in zip(
+        panels[1:], ("lens_difference", "final_difference"), ("at the flip's layer", "at the output"), asked
+    ):
+        axes.set_title(title, fontsize=9)
         _before_after(axes, table[column], table[f"{column}_ablated"], table[f"{column}_random"])
         axes.set_xlabel(f"logit difference {where}")
         axes.set_ylabel("the same, components ablated")
     handles, labels = panels[1].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside upper right", ncols=3)
+    figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside lower right", ncols=3)
 
 
 def _before_after(axes: Any, before: Any, ablated: Any, control: Any) -> None:

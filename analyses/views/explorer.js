@@ -10,8 +10,10 @@ const RED_BLUE = ["#053061", "#2166ac", "#4393c3", "#92c5de", "#d1e5f0", "#f7f7f
 const RAMP_SIZE = 256;
 const MOST_CHIPS = 6;
 const REST = 120; // ms without a move
+const LABEL = [40, 22]; // pixels of a cell with room for a word
 const PLAIN = /^[\x21-\x7e]*$/;
-const state = { mode: "lens", layer: 0, place: 0, image: 0, shade: "top", same: false, opacity: 0.65, held: false, chips: [], log: false };
+const state = { mode: "lens", layer: 0, place: 0, image: 0, shade: "top", same: false, opacity: 0.85, held: false, chips: [], log: false,
+  query: 0, moved: false, zoom: 1, left: 0, top: 0 }; // left, top: of what is seen, in pixels of the zoomed picture
 let data, ramps;
 
 // ---- reading the data ---------------------------------------------------------------------------
@@ -45,6 +47,8 @@ function prepare() {
     data.imageOf.fill(number, image.start, image.start + image.rows * image.cols);
   });
   data.keptAt = new Map(Array.from(arrays.kept, (index, at) => [index, at]));
+  data.queryAt = new Map(data.queries.map((place, at) => [place, at]));
+  data.others.forEach((other) => (other.url = URL.createObjectURL(new Blob([arrays[other.array]], { type: other.type }))));
   data.followedAt = new Map(Array.from(arrays.followed ?? [], (index, at) => [index, at]));
 }
 
@@ -78,17 +82,54 @@ function valueAt(layer, place) {
     const { p, known } = probabilityOf(Number(state.shade), layer, place);
     return known ? p : NaN;
   }
+  if (state.mode === "attention" && state.shade === "all") return meanOfBlocks(place);
   if (layer >= data.blocks) return NaN;
   if (state.mode === "recovery") return recovery[layer * data.n + place];
-  const head = Number(state.shade);
-  const largest = attention.about.largest[layer][head];
-  return largest * (attention[(layer * (data.heads + 1) + head) * data.n + place] / 255) ** 2;
+  return attentionAt(layer, Number(state.shade), place);
+}
+
+/** From the chosen query, of a head (0: the mean of heads, h + 1: head h). */
+function attentionAt(block, head, place) {
+  const { attention } = data.arrays;
+  const query = data.queryAt.get(state.query);
+  const map = (block * data.queries.length + query) * (data.heads + 1) + head;
+  return attention.about.largest[block][query][head] * (attention[map * data.n + place] / 255) ** 2;
+}
+
+function meanOfBlocks(place) {
+  let sum = 0;
+  for (let block = 0; block < data.blocks; block++) sum += attentionAt(block, 0, place);
+  return sum / data.blocks;
+}
+
+/** The share of the attention that goes to images. */
+function shareOfImages() {
+  let sum = 0;
+  for (let place = 0; place < data.n; place++) if (data.imageOf[place] >= 0) sum += valueAt(state.layer, place);
+  return sum;
+}
+
+/** The last layer at which a map has at least half of the most that it has on the images at any: before that layer is seen there
+ *  is little to see after it. */
+function lastOfInterest() {
+  if (state.mode === "lens") return data.nLayers - 1;
+  const most = [...data.layers.keys()].map((layer) => {
+    let found = 0;
+    for (const { start, rows, cols } of data.images)
+      for (let place = start; place < start + rows * cols; place++) {
+        const value = valueAt(layer, place);
+        if (!Number.isNaN(value)) found = Math.max(found, state.mode === "recovery" ? Math.abs(value) : value);
+      }
+    return found;
+  });
+  const enough = Math.max(...most) / 2;
+  return most.findLastIndex((value) => value >= enough);
 }
 
 /** [low, high] of the colours. Only places on images count: text would drown them. */
 function limits() {
   if (state.mode === "lens" && state.shade === "top") return [0, 1];
-  const key = [state.mode, state.shade, state.same ? "all" : state.layer].join();
+  const key = [state.mode, state.shade, state.same ? "all" : state.layer, state.mode === "attention" ? state.query : ""].join();
   if (limits.known.has(key)) return limits.known.get(key);
   let low = Infinity, high = -Infinity;
   const layers = state.same ? [...data.layers.keys()] : [state.layer];
@@ -119,7 +160,9 @@ function makeRamp(colours) {
 
 const ramp = () => (state.mode === "recovery" ? ramps.signed : ramps.plain);
 const rgb = (colour) => `rgb(${colour.join()})`;
-const inkOn = ([r, g, b]) => (0.299 * r + 0.587 * g + 0.114 * b > 135 ? "#111" : "#fff");
+const linearLight = (part) => (part <= 10 ? part / 3294 : ((part / 255 + 0.055) / 1.055) ** 2.4);
+const luminance = ([r, g, b]) => 0.2126 * linearLight(r) + 0.7152 * linearLight(g) + 0.0722 * linearLight(b);
+const inkOn = (colour) => (luminance(colour) > 0.179 ? "#000" : "#fff"); // either has a contrast of at least 4.5
 
 function colourOf(value, [low, high]) {
   if (Number.isNaN(value)) return null;
@@ -171,7 +214,7 @@ function whereIs(place) {
 function nameOf(place) {
   const at = whereIs(place);
   if (!at) return `“${placeText(place)}” (${data.segments[place]})`;
-  const which = data.images.length > 1 ? ` of image ${at.image}` : "";
+  const which = data.images.length > 1 ? ` of ${data.images[at.image].name}` : "";
   return `image token, row ${at.row + 1}, column ${at.col + 1}${which}`;
 }
 
@@ -183,18 +226,32 @@ async function loadPictures() {
     picture.src = image.url;
     await picture.decode();
     image.picture = picture;
-    const grey = document.createElement("canvas");
-    [grey.width, grey.height] = [picture.naturalWidth, picture.naturalHeight];
-    const context = grey.getContext("2d");
-    context.drawImage(picture, 0, 0);
-    const pixels = context.getImageData(0, 0, grey.width, grey.height);
-    for (let at = 0; at < pixels.data.length; at += 4) {
-      const [r, g, b] = pixels.data.subarray(at, at + 3);
-      pixels.data.fill(0.299 * r + 0.587 * g + 0.114 * b, at, at + 3);
-    }
-    context.putImageData(pixels, 0, 0);
-    image.grey = grey;
+    [image.grey, image.detail] = greyAndDetail(picture);
   }
+}
+
+/** The picture in grey, and its detail: mid-grey where it is as light as what is around it. */
+function greyAndDetail(picture) {
+  const [width, height] = [picture.naturalWidth, picture.naturalHeight];
+  const [grey, detail, around] = Array.from({ length: 3 }, () => Object.assign(document.createElement("canvas"), { width, height }));
+  const small = Object.assign(document.createElement("canvas"), { width: 12, height: Math.max(1, Math.round((12 * height) / width)) });
+  small.getContext("2d").drawImage(picture, 0, 0, small.width, small.height);
+  around.getContext("2d").drawImage(small, 0, 0, width, height); // smoothed: a blur that every browser has
+  const pixels = (canvas, drawn) => {
+    if (drawn) canvas.getContext("2d").drawImage(drawn, 0, 0);
+    return canvas.getContext("2d").getImageData(0, 0, width, height);
+  };
+  const [own, mean] = [pixels(grey, picture), pixels(around)];
+  const high = new ImageData(width, height);
+  for (let at = 0; at < own.data.length; at += 4) {
+    const [here, there] = [own, mean].map(({ data: d }) => 0.299 * d[at] + 0.587 * d[at + 1] + 0.114 * d[at + 2]);
+    own.data.fill(here, at, at + 3);
+    high.data.fill(128 + 0.6 * (here - there), at, at + 3);
+    high.data[at + 3] = 255;
+  }
+  grey.getContext("2d").putImageData(own, 0, 0);
+  detail.getContext("2d").putImageData(high, 0, 0);
+  return [grey, detail];
 }
 
 function fitStage() {
@@ -206,38 +263,123 @@ function fitStage() {
   const size = [Math.round(shown), Math.round((shown * height) / width)];
   [canvas.style.width, canvas.style.height] = size.map((side) => `${side}px`);
   [canvas.width, canvas.height] = size.map((side) => Math.round(side * scale));
-  [state.width, state.height] = size;
+  const grown = size[0] / (state.width || size[0]); // what is seen stays in sight
+  [state.width, state.height, state.left, state.top] = [...size, state.left * grown, state.top * grown];
+  setZoom(state.zoom);
+}
+
+// ---- zooming and panning ------------------------------------------------------------------------
+
+/** As many times as large, the point (x, y) of the stage staying where it is. */
+function setZoom(zoom, x = state.width / 2, y = state.height / 2) {
+  const { rows, cols } = data.images[state.image];
+  const most = Math.max(4, (4 * LABEL[0] * cols) / state.width, (4 * LABEL[1] * rows) / state.height);
+  const bounded = Math.max(1, Math.min(most, zoom));
+  const by = bounded / state.zoom;
+  state.zoom = bounded;
+  panTo((state.left + x) * by - x, (state.top + y) * by - y);
+  $("stage").classList.toggle("zoomed", bounded > 1);
+  $("zoom-name").textContent = `${bounded.toFixed(1)}×`;
+}
+
+function panTo(left, top) {
+  state.left = Math.max(0, Math.min(state.width * (state.zoom - 1), left));
+  state.top = Math.max(0, Math.min(state.height * (state.zoom - 1), top));
+  soon(drawMap, moveCursor);
+}
+
+/** The selected token in sight. */
+function panToSelected() {
+  const at = whereIs(state.place);
+  if (state.zoom === 1 || !at || at.image !== state.image) return;
+  const [w, h] = cellSize();
+  const inside = (from, low, size, room) => Math.min(low, Math.max(from, low + size - room));
+  panTo(inside(state.left, at.col * w, w, state.width), inside(state.top, at.row * h, h, state.height));
+}
+
+/** Pixels that a token is wide and high on the stage. */
+function cellSize() {
+  const { rows, cols } = data.images[state.image];
+  return [(state.width * state.zoom) / cols, (state.height * state.zoom) / rows];
 }
 
 function drawMap() {
-  const { start, rows, cols, picture, grey } = data.images[state.image];
+  const { start, rows, cols } = data.images[state.image];
   const context = $("map").getContext("2d");
-  const [width, height] = [state.width, state.height];
-  const scale = $("map").width / width;
-  context.setTransform(scale, 0, 0, scale, 0, 0);
-  context.globalAlpha = 1;
-  context.drawImage(state.opacity > 0 ? grey : picture, 0, 0, width, height);
-  const [w, h] = [width / cols, height / rows];
+  const scale = $("map").width / state.width;
+  const [w, h] = cellSize();
   const range = limits();
-  const labelled = state.mode === "lens" && w >= 40 && h >= 22;
-  for (let cell = 0; cell < rows * cols && state.opacity > 0; cell++) {
-    const [x, y] = [(cell % cols) * w, Math.floor(cell / cols) * h];
-    const colour = colourOf(valueAt(state.layer, start + cell), range);
-    context.globalAlpha = state.opacity;
-    if (colour) {
-      context.fillStyle = rgb(colour);
-      context.fillRect(x, y, w, h);
-    } else hatch(context, x, y, w, h);
-    if (labelled) label(context, start + cell, x, y, w, h);
-  }
+  context.setTransform(scale, 0, 0, scale, -state.left * scale, -state.top * scale);
+  paint(context, state.image, cols * w, rows * h, range);
+  const [from, to] = [[state.left, state.top], [state.left + state.width, state.top + state.height]];
+  const labelled = state.mode === "lens" && state.opacity > 0 && w >= LABEL[0] && h >= LABEL[1];
+  for (let row = Math.floor(from[1] / h); labelled && row < Math.min(rows, to[1] / h); row++)
+    for (let col = Math.floor(from[0] / w); col < Math.min(cols, to[0] / w); col++) label(context, start + row * cols + col, col * w, row * h, w, h);
   context.globalAlpha = 0.35;
   context.strokeStyle = "#fff";
   context.lineWidth = 0.5;
   context.beginPath();
-  for (let col = 1; col < cols; col++) { context.moveTo(col * w, 0); context.lineTo(col * w, height); }
-  for (let row = 1; row < rows; row++) { context.moveTo(0, row * h); context.lineTo(width, row * h); }
+  for (let col = 1; col < cols; col++) { context.moveTo(col * w, 0); context.lineTo(col * w, rows * h); }
+  for (let row = 1; row < rows; row++) { context.moveTo(0, row * h); context.lineTo(cols * w, row * h); }
   context.stroke();
   drawLegend(range);
+  drawPictures(range);
+}
+
+/** An image's map over the image: the bar's colours, lighter or darker where the image has detail. */
+function paint(context, number, width, height, range) {
+  const { start, rows, cols, picture, grey, detail } = data.images[number];
+  const [w, h] = [width / cols, height / rows];
+  context.globalAlpha = 1;
+  context.drawImage(state.opacity > 0 ? grey : picture, 0, 0, width, height);
+  context.globalAlpha = state.opacity;
+  for (let cell = 0; cell < rows * cols && state.opacity > 0; cell++) {
+    const [x, y] = [(cell % cols) * w, Math.floor(cell / cols) * h];
+    const colour = colourOf(valueAt(state.layer, start + cell), range);
+    if (colour) {
+      context.fillStyle = rgb(colour);
+      context.fillRect(x, y, w, h);
+    } else hatch(context, x, y, w, h);
+  }
+  if (state.opacity > 0) {
+    context.globalCompositeOperation = "soft-light";
+    context.drawImage(detail, 0, 0, width, height);
+    context.globalCompositeOperation = "source-over";
+  }
+  context.globalAlpha = 1;
+}
+
+/** Under the stage: the image in its own colours, with what the stage shows of it; several images' maps side by side. */
+function drawPictures(range) {
+  const { picture, width, height } = data.images[state.image];
+  const own = sized($("own"), width / height, 96);
+  own.drawImage(picture, 0, 0, own.width, own.height);
+  const at = whereIs(state.place);
+  own.strokeStyle = getComputedStyle($("own")).getPropertyValue("--mark");
+  own.lineWidth = 2;
+  if (state.zoom > 1) {
+    const [x, y] = [own.width / state.width / state.zoom, own.height / state.height / state.zoom];
+    own.strokeRect(state.left * x, state.top * y, state.width * x, state.height * y);
+  }
+  data.images.forEach((image, number) => {
+    if (image.small) paint(sized(image.small, image.width / image.height, 84), number, image.small.width / pixelRatio(), image.small.height / pixelRatio(), range);
+  });
+}
+
+const pixelRatio = () => window.devicePixelRatio || 1;
+
+/** A small canvas's context, whose own `width` and `height` are in pixels of the page. */
+function sized(canvas, ratio, height) {
+  const width = Math.min(220, Math.round(height * ratio));
+  const [w, h] = [width, Math.round(width / ratio)];
+  if (canvas.dataset.size !== `${w} ${h}`) {
+    canvas.dataset.size = `${w} ${h}`;
+    [canvas.width, canvas.height] = [w * pixelRatio(), h * pixelRatio()];
+    [canvas.style.width, canvas.style.height] = [`${w}px`, `${h}px`];
+  }
+  const context = canvas.getContext("2d");
+  context.setTransform(pixelRatio(), 0, 0, pixelRatio(), 0, 0);
+  return Object.assign(context, { width: w, height: h });
 }
 
 function hatch(context, x, y, w, h) {
@@ -275,10 +417,13 @@ function drawLegend([low, high]) {
   $("low").textContent = number(low);
   $("high").textContent = number(high);
   const block = state.layer < data.blocks ? `block ${state.layer}` : "no block reads the last layer";
+  const from = state.query === data.last ? "the last position" : `“${placeText(state.query)}”`;
+  const mean = state.shade === "all" ? "mean of heads and blocks" : block;
+  const share = state.mode === "attention" && (state.shade === "all" || state.layer < data.blocks) ? `; ${Math.round(100 * shareOfImages())} % of it to images` : "";
   const units = {
     lens: { top: "probability of the top token", entropy: "entropy, nats" }[state.shade] ?? "its probability; hatched: not among those kept",
     contextual: "cosine with the answer",
-    attention: `attention from the last position, ${block}`,
+    attention: `attention from ${from}, ${mean}${share}`,
     recovery: `recovery of the answer's margin, ${block}`,
   };
   $("unit").textContent = units[state.mode];
@@ -289,14 +434,13 @@ function moveCursor() {
   const cursor = $("cursor");
   cursor.hidden = !at || at.image !== state.image;
   if (cursor.hidden) return;
-  const { rows, cols } = data.images[state.image];
-  const [w, h] = [state.width / cols, state.height / rows];
+  const [w, h] = cellSize();
   if (moveCursor.size !== `${w} ${h}`) {
     moveCursor.size = `${w} ${h}`;
     cursor.style.width = `${w}px`;
     cursor.style.height = `${h}px`;
   }
-  cursor.style.transform = `translate(${at.col * w}px, ${at.row * h}px)`;
+  cursor.style.transform = `translate(${at.col * w - state.left}px, ${at.row * h - state.top}px)`;
   cursor.classList.toggle("held", state.held);
 }
 
@@ -412,9 +556,9 @@ function fillFacts() {
   const start = topAt(state.layer, state.place);
   $("place").textContent = `Position ${data.positions[state.place]}: ${nameOf(state.place)}`;
   const value = valueAt(state.layer, state.place);
-  const shown = state.mode === "lens" ? "" : ` · ${$("unit").textContent}: ${number(value)}`;
-  const held = state.held ? " · held" : "";
-  $("facts").textContent = `entropy ${linear(entropy, state.layer * data.n + state.place).toFixed(2)} nats${shown}${held}`;
+  const shown = state.mode === "lens" ? "" : `${number(value)}: ${$("unit").textContent} · `;
+  const held = state.held ? "held · " : "";
+  $("facts").textContent = `${held}${shown}entropy ${linear(entropy, state.layer * data.n + state.place).toFixed(2)} nats`;
   const spans = fillFacts.spans ?? makeFacts();
   spans[0].textContent = `${data.layers[state.layer]} `;
   for (let rank = 0; rank < data.k; rank++) {
@@ -454,8 +598,11 @@ function addChip(token) {
 
 function addTyped(typed) {
   const token = typed ? findToken(typed) : -1;
-  $("not-found").textContent = !typed || token >= 0 ? "" :
-    `“${visible(typed)}” is not on this page: at the position that predicts the answer it stays below ${number(most())} at every layer.`;
+  const shown = `“${visible(typed)}”`;
+  const absent = data.whole
+    ? `${shown} is no token of this model's: its text may be several tokens (a blank before a word makes another token), which have no one probability.`
+    : `${shown} is not on this page. If it is one token, then at the position that predicts the answer it stays below ${number(most())} at every layer; if it is several, they have no one probability.`;
+  $("not-found").textContent = !typed || token >= 0 ? "" : absent;
   if (token < 0) return;
   addChip(token);
   $("typed").value = "";
@@ -588,7 +735,7 @@ function makeStrip() {
 function addImage(strip, number) {
   const { url, rows, cols } = data.images[number];
   const thumb = strip.appendChild(element("button", "thumb"));
-  thumb.append(Object.assign(element("img"), { src: url, alt: "" }), element("span", "", `image[${number}] · ${rows * cols} tokens`));
+  thumb.append(Object.assign(element("img"), { src: url, alt: "" }), element("span", "", `${data.images[number].name} · ${rows * cols} tokens`));
   thumb.setAttribute("aria-expanded", "false");
   const frame = strip.appendChild(element("div", "tiles-frame"));
   frame.hidden = true;
@@ -669,15 +816,36 @@ function setMode(mode) {
   document.querySelector(`#modes input[value=${mode}]`).checked = true;
   state.same = mode === "contextual" || mode === "recovery";
   $("same-scale").checked = state.same;
+  $("other").hidden = mode !== "recovery" || !data.others.length;
   fillShades();
-  soon(drawMap, fillFacts, colourStrip);
+  const empty = state.layer >= data.blocks && (mode === "attention" || mode === "recovery");
+  setLayer(state.moved && !empty ? state.layer : lastOfInterest());
+  soon(drawMap, fillFacts, colourStrip, markQuery);
+}
+
+/** The token whose attention is shown. */
+function setQuery(place) {
+  const kept = data.queryAt.has(place);
+  $("not-kept").textContent = kept ? "" : `The attention of ${nameOf(place)} is not on this page, which holds that of ${data.queries.length} tokens: those under “from”.`;
+  if (!kept) return;
+  state.query = place;
+  $("query").value = place;
+  soon(drawMap, fillFacts, colourStrip, markQuery);
+}
+
+function markQuery() {
+  markQuery.marked?.classList.remove("query");
+  markQuery.marked = state.mode === "attention" ? makeStrip.tokens.get(state.query) : null;
+  markQuery.marked?.classList.add("query");
 }
 
 const modes = () => Object.keys(MODES).filter((mode) => mode === "lens" || data.arrays[mode]);
 
 function showImage(number) {
   state.image = number;
+  state.zoom = 1;
   $("image").value = number;
+  data.images.forEach(({ small }, at) => small?.parentElement.setAttribute("aria-pressed", String(at === number)));
   fitStage();
   soon(drawMap, moveCursor);
 }
@@ -685,13 +853,14 @@ function showImage(number) {
 function fillShades() {
   const options = {
     lens: [["top", "top token"], ["entropy", "entropy"], ...shadeTokens().map((token) => [String(token), `token ${tokenText(token)}`])],
-    attention: [["0", "mean of heads"], ...Array.from({ length: data.heads }, (_, head) => [String(head + 1), `head ${head}`])],
+    attention: [["0", "mean of heads"], ["all", "mean of heads and blocks"], ...Array.from({ length: data.heads }, (_, head) => [String(head + 1), `head ${head}`])],
   }[state.mode] ?? [];
   $("shade").replaceChildren(...options.map(([value, text]) => Object.assign(element("option", "", text), { value })));
   $("shade").parentElement.hidden = !options.length;
   if (!options.some(([value]) => value === state.shade)) state.shade = options[0]?.[0] ?? "";
   $("shade").value = state.shade;
-  const fixed = state.mode === "lens" && state.shade === "top";
+  const fixed = (state.mode === "lens" && state.shade === "top") || state.shade === "all";
+  $("query").parentElement.hidden = state.mode !== "attention";
   $("same-scale").parentElement.hidden = fixed;
 }
 
@@ -699,14 +868,15 @@ const shadeTokens = () => [...new Set([...(data.arrays.followed ?? []), ...state
 
 function hold(held) {
   state.held = held;
+  if (held && state.mode === "attention") setQuery(state.place);
   soon(moveCursor, fillFacts);
 }
 
 function placeUnder(event) {
   const { start, rows, cols } = data.images[state.image];
   const box = $("map").getBoundingClientRect();
-  const col = Math.floor(((event.clientX - box.left) / box.width) * cols);
-  const row = Math.floor(((event.clientY - box.top) / box.height) * rows);
+  const col = Math.floor(((event.clientX - box.left + state.left) / (box.width * state.zoom)) * cols);
+  const row = Math.floor(((event.clientY - box.top + state.top) / (box.height * state.zoom)) * rows);
   return row < 0 || col < 0 || row >= rows || col >= cols ? -1 : start + row * cols + col;
 }
 
@@ -721,6 +891,7 @@ function step(key) {
   const row = at.row + ({ ArrowDown: 1, ArrowUp: -1 }[key] ?? 0);
   const col = at.col + ({ ArrowRight: 1, ArrowLeft: -1 }[key] ?? 0);
   if (row >= 0 && col >= 0 && row < image.rows && col < image.cols) select(image.start + row * image.cols + col);
+  panToSelected();
 }
 
 /** Along the prompt; an image that is not unfolded is stepped over. */
@@ -735,17 +906,18 @@ function stepPrompt(by) {
 
 function listen() {
   const stage = $("stage");
+  listenToZoom(stage);
   stage.addEventListener("pointermove", (event) => {
-    if (state.held || event.pointerType === "touch") return;
+    if (state.held || event.pointerType === "touch" || listenToZoom.pointers.size) return;
     followPointer.event = event; // the last one before the frame
     soon(followPointer);
   });
   stage.addEventListener("click", (event) => {
     const place = placeUnder(event);
-    if (place < 0) return;
+    if (place < 0 || listenToZoom.dragged) return;
     const again = state.held && place === state.place;
     select(place);
-    if (event.pointerType !== "touch") hold(!again);
+    choose(event, again);
   });
   $("strip").addEventListener("pointerover", (event) => {
     if (!state.held && event.pointerType !== "touch" && event.target.dataset.place) select(Number(event.target.dataset.place));
@@ -755,9 +927,13 @@ function listen() {
     const place = Number(event.target.dataset.place);
     const again = state.held && place === state.place;
     select(place);
-    if (event.pointerType !== "touch") hold(!again);
+    choose(event, again);
   });
-  $("layer").addEventListener("input", (event) => setLayer(Number(event.target.value)));
+  $("layer").addEventListener("input", (event) => moveLayer(Number(event.target.value)));
+  $("query").addEventListener("change", (event) => setQuery(Number(event.target.value)));
+  $("closer").addEventListener("click", () => setZoom(state.zoom * 1.5));
+  $("farther").addEventListener("click", () => setZoom(state.zoom / 1.5));
+  $("whole").addEventListener("click", () => setZoom(1));
   $("opacity").addEventListener("input", (event) => setOpacity(event.target.value / 100));
   $("shade").addEventListener("change", (event) => { state.shade = event.target.value; fillShades(); soon(drawMap, fillFacts, colourStrip); });
   $("image").addEventListener("change", (event) => { showImage(Number(event.target.value)); select(data.images[state.image].start); });
@@ -774,7 +950,7 @@ function listen() {
   $("table").addEventListener("click", (event) => {
     const { layer, rank } = event.target.closest("[data-layer]")?.dataset ?? {};
     if (rank !== undefined) addChip(data.arrays.top[topAt(Number(layer), state.place) + Number(rank)]);
-    else if (layer !== undefined) setLayer(Number(layer));
+    else if (layer !== undefined) moveLayer(Number(layer));
   });
   $("plot").addEventListener("click", (event) => {
     const { left, right, width } = plotScales();
@@ -784,6 +960,58 @@ function listen() {
   document.addEventListener("keydown", pressed);
   window.addEventListener("resize", () => { fitStage(); soon(drawMap, moveCursor); });
   new ResizeObserver(() => { fitTable(); fitPlot(); soon(fillTable, drawPlot); }).observe($("reading"));
+}
+
+/** A click holds a token; a finger has nothing to hold, it chooses whose attention is shown. */
+function choose(event, again) {
+  if (event.pointerType !== "touch") hold(!again);
+  else if (state.mode === "attention") setQuery(state.place);
+}
+
+/** A layer that the reader chose: other views then open at it, too. */
+function moveLayer(layer) {
+  state.moved = true;
+  setLayer(layer);
+}
+
+/** The wheel and two fingers zoom, where they are; a drag pans what is zoomed. */
+function listenToZoom(stage) {
+  const pointers = (listenToZoom.pointers = new Map());
+  const at = ({ clientX, clientY }) => {
+    const box = $("map").getBoundingClientRect();
+    return [clientX - box.left, clientY - box.top];
+  };
+  const apart = ([[a, b], [c, d]]) => ({ middle: [(a + c) / 2, (b + d) / 2], far: Math.hypot(a - c, b - d) });
+  stage.addEventListener("wheel", (event) => {
+    if (state.zoom === 1 && event.deltaY >= 0) return; // the page scrolls on
+    event.preventDefault();
+    setZoom(state.zoom * Math.exp(-0.002 * event.deltaY * (event.deltaMode ? 30 : 1)), ...at(event));
+  }, { passive: false });
+  stage.addEventListener("pointerdown", (event) => {
+    if (event.pointerType === "mouse" && event.button !== 0) return;
+    if (!pointers.size) listenToZoom.dragged = false;
+    pointers.set(event.pointerId, at(event));
+  });
+  stage.addEventListener("pointermove", (event) => {
+    const before = pointers.get(event.pointerId);
+    if (!before) return;
+    const now = at(event);
+    if (pointers.size === 2) {
+      const old = apart([...pointers.values()]);
+      pointers.set(event.pointerId, now);
+      const { middle, far } = apart([...pointers.values()]);
+      panTo(state.left + old.middle[0] - middle[0], state.top + old.middle[1] - middle[1]);
+      setZoom((state.zoom * far) / Math.max(1, old.far), ...middle);
+      listenToZoom.dragged = true;
+    } else if (state.zoom > 1 && (listenToZoom.dragged || Math.hypot(now[0] - before[0], now[1] - before[1]) > 4)) {
+      if (!listenToZoom.dragged) stage.setPointerCapture?.(event.pointerId);
+      listenToZoom.dragged = true;
+      panTo(state.left + before[0] - now[0], state.top + before[1] - now[1]);
+      pointers.set(event.pointerId, now);
+    }
+  });
+  for (const kind of ["pointerup", "pointercancel", "pointerleave"])
+    stage.addEventListener(kind, (event) => { if (kind !== "pointerleave" || !listenToZoom.dragged) pointers.delete(event.pointerId); });
 }
 
 function setOpacity(opacity) {
@@ -801,13 +1029,25 @@ function pressed(event) {
   const arrows = key.startsWith("Arrow") && !event.target.matches("input");
   if (arrows && inPrompt) stepPrompt({ ArrowRight: 1, ArrowDown: 1 }[key] ?? -1);
   else if (arrows) step(key);
-  else if (key === "PageUp" || key === "PageDown") setLayer(state.layer + (key === "PageUp" ? 1 : -1));
+  else if (key === "PageUp" || key === "PageDown") moveLayer(state.layer + (key === "PageUp" ? 1 : -1));
+  else if (key === "+" || key === "=") zoomToSelected(1.5);
+  else if (key === "-") zoomToSelected(1 / 1.5);
+  else if (key === "0") setZoom(1);
   else if (/^[1-4]$/.test(key)) setMode(modes()[key - 1]);
   else if (key === "/") $("typed").focus();
   else if (key === "Escape") hold(false);
   else if (key === "Enter" && event.target === $("stage")) hold(!state.held);
   else return;
   event.preventDefault();
+}
+
+/** Zooms around the selected token, or the middle. */
+function zoomToSelected(by) {
+  const at = whereIs(state.place);
+  const [w, h] = cellSize();
+  if (at?.image === state.image) setZoom(state.zoom * by, (at.col + 0.5) * w - state.left, (at.row + 0.5) * h - state.top);
+  else setZoom(state.zoom * by);
+  panToSelected();
 }
 
 // ---- beginning ----------------------------------------------------------------------------------
@@ -824,7 +1064,11 @@ function begin() {
     return label;
   }));
   $("image-choice").hidden = data.images.length < 2;
-  $("image").replaceChildren(...data.images.map((_, number) => Object.assign(element("option", "", String(number)), { value: number })));
+  $("image").replaceChildren(...data.images.map((_, number) => Object.assign(element("option", "", data.images[number].name), { value: number })));
+  $("query").replaceChildren(...data.queries.filter((place) => data.imageOf[place] < 0 || place === data.last).map((place) =>
+    Object.assign(element("option", "", place === data.last ? `the last position (predicts the answer)` : `${placeText(place)} (${data.segments[place]})`), { value: place })));
+  state.query = data.last;
+  makePictures();
   $("main").hidden = false;
   state.layer = data.nLayers - 1;
   state.place = data.last;
@@ -840,6 +1084,23 @@ function begin() {
   setMode("lens");
   [markLayer, fillTable, drawMap, moveCursor, fillFacts, drawChips, drawPlot, markStrip, colourStrip].forEach((draw) => draw());
   document.documentElement.dataset.ready = "yes";
+}
+
+function makePictures() {
+  if (data.images.length > 1)
+    data.images.forEach((image, number) => {
+      const button = $("film").appendChild(element("button"));
+      image.small = button.appendChild(element("canvas"));
+      button.append(element("span", "", image.name));
+      button.setAttribute("aria-pressed", String(number === 0));
+      button.addEventListener("click", () => { showImage(number); select(image.start); });
+    });
+  $("film").hidden = data.images.length < 2;
+  $("own-name").textContent = data.answer ? `answered “${data.answer.trim()}”` : "the image";
+  if (data.others.length) {
+    $("other").querySelector("img").src = data.others[0].url;
+    $("other-name").textContent = `the other image, answered “${data.otherAnswer.trim()}”: the shown one's stream is put into its run`;
+  }
 }
 
 (async () => {

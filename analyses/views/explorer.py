@@ -19,6 +19,7 @@ import io
 import json
 import re
 import struct
+import zlib
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -28,17 +29,30 @@ import numpy as np
 from hooked_qwen2vl.files import whole_file
 
 FLOOR = -12.0  # log10 of the smallest probability told apart from 0
+_MOST_ATTENTION = 500_000  # bytes of the page, packed
 _SIDE = 896  # pixels of the picture's longer side, at most
 
 
-def explorer_page(result: Any, path: str | Path) -> None:
-    """Writes the page of an `Explorer`."""
+class Embedded:
+    """A whole page, which a notebook shows in a frame of its own."""
+
+    def __init__(self, text: str):
+        self.text = text
+
+    def _repr_html_(self) -> str:
+        return f'<iframe srcdoc="{html.escape(self.text)}" style="width:100%;height:900px;border:0"></iframe>'
+
+
+def explorer_page(result: Any, path: str | Path | None = None) -> Embedded:
+    """The page of an `Explorer`, written where a path is given."""
     title = f"{result.question or 'Explorer'}, {result.model_name}"
     parts = {"title": html.escape(title), "style": _file("css"), "script": _file("js"), "data": _payload(result)}
     # In one pass: what is put in is never itself filled in.
     page = re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], _file("html"))
-    with whole_file(path) as file:
-        file.write_text(page, encoding="utf-8", errors="backslashreplace")
+    if path is not None:
+        with whole_file(path) as file:
+            file.write_text(page, encoding="utf-8", errors="backslashreplace")
+    return Embedded(page)
 
 
 def _file(kind: str) -> str:
@@ -59,8 +73,8 @@ def _payload(result: Any) -> str:
     if lens.target_ids is not None:
         pack.indices("followed", np.searchsorted(ids, lens.target_ids.numpy()), len(ids))
         pack.probabilities("followedProbs", lens.target_probs.numpy())
-    heads = result.attention.numpy()
-    pack.by_map("attention", np.concatenate((heads.mean(1, keepdims=True), heads), axis=1))
+    heads = result.attention_from.numpy()
+    n_queries = pack.by_map("attention", np.concatenate((heads.mean(2, keepdims=True), heads), axis=2), _MOST_ATTENTION)
     if result.contextual is not None:
         pack.linear("contextual", result.contextual.numpy())
     if result.recovery is not None:
@@ -71,7 +85,9 @@ def _payload(result: Any) -> str:
         "model": result.model_name,
         "layers": list(lens.layer_labels),
         "blocks": len(heads),
-        "heads": heads.shape[1],
+        "heads": heads.shape[2],
+        "queries": list(result.queries[:n_queries]),
+        "whole": not result.rest_prob.any(),
         "k": lens.top_ids.shape[-1],
         "positions": list(lens.positions),
         "prompt": list(lens.prompt_tokens),
@@ -82,10 +98,12 @@ def _payload(result: Any) -> str:
         "texts": texts,
         "floor": FLOOR,
         "images": [
-            {"start": start, "rows": grid[0], "cols": grid[1], "width": image.width, "height": image.height}
+            {"name": name, "start": start, "rows": grid[0], "cols": grid[1], "width": image.width, "height": image.height}
             | pack.picture(f"image{number}", image)
-            for number, (image, start, grid) in enumerate(zip(result.images, result.starts, result.grids))
+            for number, (image, start, grid, name) in enumerate(zip(result.images, result.starts, result.grids, result.image_names))
         ],
+        "others": [pack.picture(f"other{number}", image) for number, image in enumerate(result.other_images)],
+        "otherAnswer": result.other_answer,
     }
     return pack.base64(header)
 
@@ -131,11 +149,15 @@ class _Pack:
         scaled = (values.astype(np.float64) - low) / ((high - low) or 1.0)
         self._numbers(name, np.rint(scaled * 65535).astype("<u2"), "uint16", low=low, high=high)
 
-    def by_map(self, name: str, values: np.ndarray) -> None:
-        """[layer map pos], each map between 0 and its own largest."""
+    def by_map(self, name: str, values: np.ndarray, most: int) -> int:
+        """[layer query map pos], each map between 0 and its own largest: of as many queries as take `most` bytes when packed, at
+        least one; returns how many."""
         largest = values.max(-1).astype(np.float64)
-        scaled = np.sqrt(values / np.where(largest, largest, 1.0)[..., None])
-        self._numbers(name, np.rint(scaled * 255).astype("<u1"), "uint8", largest=largest.tolist())
+        scaled = np.rint(255 * np.sqrt(values / np.where(largest, largest, 1.0)[..., None])).astype("<u1")
+        sizes = np.cumsum([len(zlib.compress(scaled[:, query].tobytes())) for query in range(scaled.shape[1])])
+        n = max(1, int((sizes <= most).sum()))
+        self._numbers(name, scaled[:, :n], "uint8", largest=largest[:, :n].tolist())
+        return n
 
     def floats(self, name: str, values: np.ndarray) -> None:
         self._numbers(name, values.astype("<f4"), "float32")

@@ -150,7 +150,7 @@ def top_images_plot(top: Any, path: str | Path | None = None) -> Figure:
     colour_bar(figure, colours, list(panels.flat), "activation before its function\n(no colour: does not fire)", shrink=0.6)
     module, layer, neuron = top.neuron
     writes = f"; writes {', '.join(visible(t) for t in top.writes[:6])}" if top.writes else ""
-    figure.titled(f"{module}, layer {layer}, neuron {neuron}{writes}")
+    figure.titled(f"Neuron {neuron} of layer {layer} ({module}): images that fire it most, and where{writes}")
     return figure.saved(path)
 
 

@@ -12,6 +12,7 @@ Nothing here is markup: matplotlib's figures read no mathematics in it (see `fig
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 
 from matplotlib import font_manager, rcParams
@@ -61,6 +62,8 @@ def cut(pieces: Sequence[str], width: int | None) -> str:
         if used > width:
             break
         kept.append(piece)
+    if not kept and pieces[0].startswith("\\U"):  # the longest escape: an ellipsis alone would say nothing
+        return pieces[0] + ELLIPSIS * (len(pieces) > 1)
     return "".join(kept) + ELLIPSIS
 
 
@@ -87,8 +90,17 @@ def families() -> tuple[str, ...]:
 
 @lru_cache(maxsize=1)
 def _installed() -> tuple[str, ...]:
-    there = {font.name for font in font_manager.fontManager.ttflist}
+    if not (there := _known()) & set(FALLBACKS):  # matplotlib keeps its list of fonts: what was installed since is not in it
+        listed = {font.fname for font in font_manager.fontManager.ttflist}
+        for path in set(font_manager.findSystemFonts()) - listed:
+            with suppress(OSError, RuntimeError):  # a font that matplotlib cannot draw with
+                font_manager.fontManager.addfont(path)
+        there = _known()
     return tuple(name for name in FALLBACKS if name in there)
+
+
+def _known() -> set[str]:
+    return {font.name for font in font_manager.fontManager.ttflist}
 
 
 @lru_cache(maxsize=8)

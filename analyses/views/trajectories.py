@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from analyses.views.experiments import lines_by_span
-from analyses.views.figure import BLUE, ORANGE, Figure
+from analyses.views.figure import BLUE, GREY, ORANGE, Figure
 from analyses.views.text import line, visible
 
 _OUTCOMES = {"straight": "#0072b2", "wavered": "#56b4e9", "held then lost": "#d55e00", "settled early": "#999999",
@@ -16,13 +16,17 @@ _OUTCOMES = {"straight": "#0072b2", "wavered": "#56b4e9", "held then lost": "#d5
 
 
 def trajectory_plot(item: Any, path: str | Path | None = None) -> Figure:
-    """Probability of the answer and of its rival (left axis, 0..1) and entropy (right axis, nats); flips dotted.
+    """Above, every token that is on top at some layer, and where; below, the probability of the answer and of its rival (left
+    axis, 0..1) and entropy (right axis, nats), flips dotted.
 
     Where the answer is longer than what is followed, the legend says so and the whole answer's probability is drawn too.
     """
     layers = range(item.n_layers + 1)
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-    axes = figure.subplots()
+    tokens = list(dict.fromkeys(item.top1.tolist()))
+    band = 0.35 + 0.15 * len(tokens)
+    figure = Figure(figsize=(6.4, 3.4 + band), layout="constrained")
+    above, axes = figure.subplots(2, 1, sharex=True, height_ratios=(band, 3.4))
+    _draw_tops(above, item, tokens)
     axes.plot(layers, item.answer_prob, color=BLUE, marker="o", markersize=3, label=f"answer: {visible(item.label, 40)}")
     axes.plot(layers, item.rival_prob, color=ORANGE, marker="s", markersize=3, label=f"rival: {visible(item.rival)}")
     if item.token_log_probs is not None and item.token_log_probs.shape[-1] > 1:
@@ -30,8 +34,8 @@ def trajectory_plot(item: Any, path: str | Path | None = None) -> Figure:
     drawn = axes.get_lines()
     for layer in item.flips:
         axes.axvline(layer, color="#444444", linewidth=0.8, linestyle=":" if layer in item.content_flips else (0, (1, 4)))
-        axes.text(layer, 1.02, visible(item.top1_tokens[layer], 8), rotation=45, fontsize=6, ha="left", va="bottom")
     axes.set_ylim(-0.02, 1.02)
+    axes.set_xlim(-0.6, item.n_layers + 0.6)
     axes.set_xlabel("layer (0: embedding, last: the model's output)")
     axes.set_ylabel("probability")
     right = axes.twinx()
@@ -50,6 +54,23 @@ def trajectory_plot(item: Any, path: str | Path | None = None) -> Figure:
     note = "\n(the model's own top token is another)" if item.differs_from_model else ""
     figure.titled(f"{line(item.question) or visible(item.answer)}: {item.outcome}{note}")
     return figure.saved(path)
+
+
+def _draw_tops(axes: Any, item: Any, tokens: list[int]) -> None:
+    """A row a token, in the order of their first appearance: the layers at which it is on top."""
+    shown = {}
+    for row, token in enumerate(tokens):
+        layers = [layer for layer, top in enumerate(item.top1.tolist()) if top == token]
+        shown[token] = visible(item.top1_tokens[layers[0]], 14)
+        colour = BLUE if token in item.answer_ids else ORANGE if item.top1_tokens[layers[0]] == item.rival else GREY
+        axes.barh([row] * len(layers), 0.86, left=[layer - 0.43 for layer in layers], height=0.8, color=colour)
+    axes.set_yticks(range(len(tokens)), [shown[token] for token in tokens], fontsize=7)
+    axes.set_ylim(len(tokens) - 0.4, -0.6)
+    axes.tick_params(axis="x", labelbottom=False, length=0)
+    axes.tick_params(axis="y", length=0)
+    axes.set_title("token on top", fontsize=8, loc="left", pad=3)
+    for side in ("top", "right", "bottom", "left"):
+        axes.spines[side].set_visible(False)
 
 
 def trajectories_plot(table: Any, shares: Any, path: str | Path | None = None) -> Figure:
@@ -82,6 +103,7 @@ def trajectories_plot(table: Any, shares: Any, path: str | Path | None = None) -
     right.set_xlim(-0.03, 1.03)
     right.set_xlabel("depth as a fraction of the layers (dot: median)")
     right.legend(frameon=False, fontsize=7, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    figure.titled(f"How the answers of {len(table)} questions come about, layer by layer: outcomes, and depths")
     return figure.saved(path)
 
 
