@@ -122,7 +122,7 @@ def test_the_command(tmp_path, capsys):
     out = str(tmp_path)
     assert main(["ablate", "--limit", "4", "--parts", "mlps", "--out", out]) == 0
     manifest = json.loads((tmp_path / "ablate.json").read_text())
-    assert set(manifest["files"]) == {"ablation.csv", "ablation.png", "failures.csv"}
+    assert set(manifest["files"]) == {"ablation.csv", "ablation.png", "failures.csv", "index.html"}
     assert main(["ablate", "--limit", "8", "--find", "--share", "0.3", "--random", "3", "--out", str(tmp_path / "find")]) == 0
     assert "heads carry" in capsys.readouterr().out
 

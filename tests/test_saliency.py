@@ -174,7 +174,7 @@ def test_the_command_and_its_pictures(tmp_path, capsys):
     assert main(["explain", "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     manifest = json.loads((tmp_path / "explain.json").read_text())
-    assert set(manifest["files"]) == {"explain.csv", "explain.png", "explain.html"} and manifest["answer"] in said
+    assert set(manifest["files"]) == {"explain.csv", "explain.png", "explain.html", "index.html"} and manifest["answer"] in said
     page = (tmp_path / "explain.html").read_text()
     assert "{{" not in page.split("<script>")[0] and "http" not in page.replace("http://www.w3.org", "")
     assert main(["explain", "--image", "x.png"]) == 2 and "without a question" in capsys.readouterr().err
