@@ -94,18 +94,6 @@ with disable_neurons(model, [neuron]):
     print(model.generate(batches[0].inputs[0], max_new_tokens=4, do_sample=False, return_type="str", verbose=False))
 
 # %% [markdown]
-# **What was learnt.** On the embedded model:
-#
-# X
-#
-# If an interval holds 0, it is not shown that a domain needs its own neurons more than others of the same layers.
-
-# %%
-lowest = neurons.to_dataframe().groupby("module")["dape_nats"].min()
-print(f"An even firing over {len(neurons.domains)} domains has an entropy of {math.log(len(neurons.domains)):.2f} nats; "
-      + ", ".join(f"the most specific neuron of the {module} has {value:.2f}" for module, value in lowest.items()) + ".")  # fmt: skip
-for row in ablations.against_controls().query("domain == 'all'").itertuples():
-    holds = "holds" if row.excess_log_prob_low <= 0 <= row.excess_log_prob_high else "leaves out"
-    print(
-        f"Switching a domain's own neurons off costs {-row.excess_log_prob:.3f} nats more than the control ({row.control}); the interval {holds} 0."
-    )
+# **What was learnt.** The lowest entropies beside ln K say how specific the selected neurons are; the interval of
+# `excess_log_prob` says whether a domain needs its own neurons more than others of the same layers. If it holds 0, it
+# is not shown.

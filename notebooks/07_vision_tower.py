@@ -86,15 +86,9 @@ result = explore(model, inputs, [item.image], question=item.question)
 result.plot_heads()
 
 # %% [markdown]
-# **What was learnt.** On the embedded model:
-#
-# X
-#
-# The heads say where the decoder still looks for it. One pair is an example, not a rate.
+# **What was learnt.** The table says how soon the change leaks out of its object, and at which block most patches have
+# heard of it; the heads say where the decoder still looks for it. One pair is an example, not a rate.
 
 # %%
+print(f"least outside: after block {int(outside.argmin())}, most: after block {int(outside.argmax())}")
 assert outside.isfinite().all()
-least, most = int(outside.argmin()), int(outside.argmax())
-print(
-    f"After block {least} least of the difference, {100 * outside[least]:.0f} %, lies outside the object that changed; after block {most} most, {100 * outside[most]:.0f} %."
-)
