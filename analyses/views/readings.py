@@ -85,7 +85,7 @@ def _name_regions(axes: Any, tokens: np.ndarray, image: Any, cell: float, colour
     rows, cols = tokens.shape
     told = sum(token in colours for token in tokens.flat)
     for token in dict.fromkeys(tokens.flat):
-        regions, n = ndimage.label(tokens == token)
+        regions, n = ndimage.label(_where(tokens, token))
         text = visible(token, 14)
         for region in range(1, n + 1):
             row, start, length = _longest_row(regions == region)
@@ -96,6 +96,11 @@ def _name_regions(axes: Any, tokens: np.ndarray, image: Any, cell: float, colour
             middle = ((start + length / 2) * image.width / cols, (row + 0.5) * image.height / rows)
             axes.text(*middle, text, ha="center", va="center", fontsize=size, color="white", path_effects=RIM, in_layout=False)
     return told
+
+
+def _where(tokens: np.ndarray, token: str) -> np.ndarray:
+    """Which cells have the token; numpy's own comparison takes "\\x00" for ""."""
+    return np.array([one == token for one in tokens.flat]).reshape(tokens.shape)
 
 
 def _longest_row(mask: np.ndarray) -> tuple[int, int, int]:
