@@ -100,13 +100,22 @@ class WeightsAt:
 
     For code that reads weights beside activations that are kept elsewhere, such as a cache on the CPU. Nothing is kept: each
     reading of a weight copies it.
+
+    Raises:
+        RuntimeError: a weight that is read is offloaded.
     """
 
     def __init__(self, module: Any, device: torch.device):
         self._module, self._device = module, device
 
     def __getattr__(self, name: str) -> Any:
-        return self._seen(getattr(self._module, name))
+        value = getattr(self._module, name)
+        if isinstance(value, torch.Tensor) and value.is_meta:
+            raise RuntimeError(
+                f"{name} is offloaded: expected its numbers in memory, found a placeholder on the meta device. Load the model "
+                f"without device_map, or with more memory, to read its weights."
+            )
+        return self._seen(value)
 
     def __getitem__(self, index: int) -> Any:
         return self._seen(self._module[index])

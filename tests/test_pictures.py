@@ -42,6 +42,7 @@ NO_RESULTS = {
     "Candidate": "a pair that is not checked yet; part of Pairs",
     "Cell": "a place to patch",
     "Claim": "a row of Hallucinations",
+    "Cluster": "where a run's shards are worked on",
     "Condition": "what to switch off; a row of Ablations",
     "Evidence": "a forward's activations, kept for the scores",
     "Example": "a question",

@@ -84,13 +84,14 @@ def test_knockout_of_a_data_set(scenes):
 
 
 def test_commands(tmp_path, capsys):
-    assert main(["flips", "--limit", "3", "--random", "2", "--out", str(tmp_path)]) == 0
-    assert main(["patch", "--out", str(tmp_path)]) == 0
-    assert main(["knockout", "--limit", "2", "--out", str(tmp_path)]) == 0
+    assert main(["flips", "--limit", "3", "--random", "2", "--out", str(tmp_path / "flips")]) == 0
+    assert main(["patch", "--out", str(tmp_path / "patch")]) == 0
+    assert main(["knockout", "--limit", "2", "--out", str(tmp_path / "knockout")]) == 0
     said = capsys.readouterr().out
-    for name in ("flips.csv", "flips.png", "trajectories.png", "patch.csv", "patch.png", "patch_image.png", "knockout.png"):
+    names = ("flips/flips.csv", "flips/flips.png", "flips/trajectories.png", "patch/patch.csv", "patch/patch.png", "patch/patch_image.png")
+    for name in (*names, "knockout/knockout.png"):
         assert str(tmp_path / name) in said and (tmp_path / name).stat().st_size > 0
-    table = pd.read_csv(tmp_path / "patch.csv")
+    table = pd.read_csv(tmp_path / "patch" / "patch.csv")
     assert {"layer", "pos", "metric", "recovery"} <= set(table.columns) and torch.tensor(table["recovery"]).isfinite().all()
     for bad in (["patch", "--image", "a.png"], ["flips", "--image", "a.png"], ["flips", "--limit", "0"], ["patch", "--data", "nowhere"]):
         assert main([*bad, "--out", str(tmp_path)]) == 2
