@@ -269,7 +269,8 @@ def _pictures(
         for f, place in enumerate(at):
             refuse_other_picture(frames[pair * f], (rows, cols))
             found.append((frames[pair * f], places.index(place), (rows, cols), f"video {k}, frame {pair * f}"))
-    return tuple(zip(*found))
+    pictures, starts, grids, said = zip(*found)
+    return pictures, starts, grids, said
 
 
 def _queries(segments: Sequence[str], last: int, each: int, size: int) -> tuple[int, ...]:

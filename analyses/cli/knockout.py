@@ -63,4 +63,4 @@ def _one(options: argparse.Namespace) -> tuple[Any, str]:
     model = load_model(options)
     inputs = model.encode(model.to_inputs(options.question, images=images))
     token = int(model(inputs, logits_at=-1)[0, -1].argmax()) if options.answer is None else single_token(model, "--answer", options.answer)
-    return attention_knockout(model, inputs, [token], window=options.window, only_correct=False), model.to_string([token])
+    return attention_knockout(model, inputs, [token], window=options.window, only_correct=False), str(model.to_string([token]))

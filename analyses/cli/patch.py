@@ -80,7 +80,7 @@ def _one(options: argparse.Namespace) -> None:
         shares = shares.gather(-1, strongest)[..., 0]
     positions = list(dict.fromkeys(sweep.index_df["pos"]))
     layers = list(dict.fromkeys(sweep.index_df["layer"]))
-    labels = [cells.get(place, words[place]) for place in positions]
+    labels = [str(cells.get(place, words[place])) for place in positions]
     what = "the share of the clean answer's margin that is " + ("recovered" if options.direction == "denoise" else "lost")
     which = ", of the head with the most at each position" if heads else ""
     title = (

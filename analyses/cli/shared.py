@@ -16,6 +16,7 @@ from hooked_qwen2vl.moved import warn_of
 if TYPE_CHECKING:
     from analyses.runs.cluster import Cluster
     from hooked_qwen2vl.model import HookedQwen2VL
+    from hooked_qwen2vl.protocols import Model
 
 SAMPLES = Path(hooked_qwen2vl.__file__).parent / "scenes" / "samples"
 
@@ -183,7 +184,7 @@ def say_pieces(model: HookedQwen2VL, text: str) -> str:
     return f"{len(pieces)} tokens, {' + '.join(pieces[:8] + ['…'] * (len(pieces) > 8))}"
 
 
-def say_grids(model: HookedQwen2VL, images: dict[str, Any]) -> str:
+def say_grids(model: Model, images: dict[str, Any]) -> str:
     """Why images cannot stand in for one another: their sizes, their grids, and what to do.
 
     Args:

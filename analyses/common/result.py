@@ -45,7 +45,7 @@ class Result:
             f"<tr><th style='text-align:left'>{field.name}</th><td style='text-align:left'>{html.escape(_brief(getattr(self, field.name)))}</td></tr>"
             for field in fields(self)  # type: ignore[arg-type]
         )
-        table = self.to_dataframe() if hasattr(self, "to_dataframe") else pd.DataFrame()
+        table = getattr(self, "to_dataframe", pd.DataFrame)()
         shown = (
             table.head(5).to_html(index=False, max_cols=12, border=0, float_format=lambda x: f"{x:.3g}", na_rep="") if len(table) else ""
         )
