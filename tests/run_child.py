@@ -4,6 +4,7 @@ it; or a command."""
 from __future__ import annotations
 
 import random
+import signal
 import time
 
 import torch
@@ -50,7 +51,8 @@ def answer_with(model: HookedQwen2VL, pause: float = 0.0):
 
 @one_thread()
 def command(*arguments: str) -> None:
-    """A command of `hooked-qwen2vl`; its imports are done before the fork."""
+    """A command of `hooked-qwen2vl`; its imports are done before the fork. Ctrl-C works, also where the tests' shell ignores it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     raise SystemExit(main(arguments))
 
 

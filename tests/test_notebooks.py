@@ -29,7 +29,8 @@ def test_all_are_here():
 def findings(notebook) -> tuple[str, str]:
     """(what the text says was learnt, what the last cell printed)."""
     text = next(cell.source for cell in notebook.cells[::-1] if "**What was learnt.**" in cell.source)
-    printed = "".join(output.text for output in notebook.cells[-1].outputs if output.output_type == "stream" and output.name == "stdout")
+    outputs = notebook.cells[-1].get("outputs", [])  # none where a text is the last
+    printed = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
     return " ".join(text.split()), " ".join(printed.split())
 
 
