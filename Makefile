@@ -23,9 +23,10 @@ SHAPES := model logit_lens readouts flip_patching knockout
 test-shapes: install
 	CHECK_SHAPES=1 .venv/bin/python -m pytest -m "not slow" -k "not compiled" -n auto --maxprocesses 4 --dist loadfile $(SHAPES:%=tests/test_%.py)
 
-# The 2B geometry and every notebook.
+# Notebooks, the longest commands, fuzzes; then, one after another, what needs the machine to itself: the 2B geometry, kills, nodes.
 test-slow: install
-	.venv/bin/python -m pytest -m slow
+	.venv/bin/python -m pytest -m "slow and not alone" -n auto --maxprocesses 2 --dist loadfile
+	.venv/bin/python -m pytest -m "slow and alone"
 
 # TransformerLens's own tests with this model in its bridge's place; pip downloads them. The table: docs/transformer_lens.md.
 tl-suite: install

@@ -20,7 +20,7 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from hooked_qwen2vl import HookedQwen2VL
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 # Float32, of the logits' spread; over 60 million logits and 60 layers the reference's own two attention paths differ
 # by more than this, and then they are the measure.

@@ -69,6 +69,7 @@ def nodes():
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_node_killed_in_the_middle_changes_no_row(scenes, questions, alone, nodes, tmp_path):
     cluster, there = nodes
     n_shards, left = read_plan(alone)["part"].nunique(), []
@@ -89,6 +90,7 @@ def test_a_node_killed_in_the_middle_changes_no_row(scenes, questions, alone, no
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_the_command_on_the_node_that_is_left(nodes, tmp_path, capsys):
     """It goes on where another process was stopped, and a node with other weights is refused."""
     command = ["neurons", "--limit", "12", "--batch-size", "2", "--only-select", "--out"]

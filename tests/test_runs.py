@@ -125,6 +125,7 @@ COMMANDS = {
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_killed_twenty_times_ends_as_if_never_stopped(name, processes, tmp_path):
     """The command itself, on the embedded model, killed and interrupted at random moments: each of its runs, and every table."""
