@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
 
 from .layers import HeadNorm, HookPoint, bias_of, listened, readable
+from .quantised import Quantised
 from .rope import Rotation, rotate
 
 
@@ -164,6 +165,8 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "batch pos head d_head"]:
         if x.ndim == 3:
             return linear(x).unflatten(-1, (n_heads, self.d_head))
+        if isinstance(linear, Quantised):  # its kernel, on every head's input; each head's own rows of that
+            return linear(x).unflatten(-1, (n_heads, self.d_head)).diagonal(dim1=2, dim2=3).movedim(-1, 2)
         weight = readable(linear.weight, "a head's projection").unflatten(0, (n_heads, self.d_head))
         projected = torch.einsum("bphm,hdm->bphd", x, weight)
         return projected if linear.bias is None else projected + linear.bias.unflatten(0, (n_heads, self.d_head))
@@ -190,6 +193,11 @@ class Attention(nn.Module):
     def _output(self, z: Float[Tensor, "batch pos head d_head"]) -> Float[Tensor, "batch pos d_model"]:
         if not listened(self.hook_result):
             return self.o_proj(z.flatten(-2))
+        if isinstance(self.o_proj, Quantised):  # what its kernel gives, and what hooks change of the dequantised weight's results
+            W_O = self.o_proj.dequantised().T.unflatten(0, (self.n_heads, self.d_head))
+            result = torch.einsum("bphd,hdm->bphm", z, W_O)
+            unchanged = result.sum(-2)
+            return self.o_proj(z.flatten(-2)) + (self.hook_result(result).sum(-2) - unchanged)
         result = self.hook_result(torch.einsum("bphd,hdm->bphm", z, self.W_O))
         return result.sum(-2) + self.b_O
 

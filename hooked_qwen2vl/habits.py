@@ -15,6 +15,7 @@ from .hook_names import canonical, hooked, is_vision
 from .inputs import Inputs
 from .layers import HookPoint, on_its_own_prompts
 from .mixin import Mixin
+from .quantised import Quantised
 from .weights import OUR_ZEROS
 
 _NOT_THERE = {
@@ -111,7 +112,9 @@ class Habits(Mixin):
     @property
     def n_params_total(self) -> int:
         """Numbers in all weights, tower and biases included; tied ones count once, and `b_O`, which no checkpoint has, not at all."""
-        return sum(weight.numel() for name, weight in self.named_parameters() if not OUR_ZEROS.match(name))
+        layers = [module.layer for module in self.modules() if isinstance(module, Quantised)]
+        packed = {id(layer.weight): layer.in_features * layer.out_features for layer in layers}
+        return sum(packed.get(id(weight), weight.numel()) for name, weight in self.named_parameters() if not OUR_ZEROS.match(name))
 
     def to(self, *args: Any, print_details: bool = True, **kwargs: Any) -> Any:
         """torch's; nothing is printed, whatever print_details."""

@@ -48,6 +48,7 @@ from .layers import HookPoint, RMSNorm, listened, running_prompt
 from .overflow import finite_check
 from .processor import Processor
 from .processor_files import has_processor
+from .quantised import by_bitsandbytes, load_reference, quantised_layers, refuse_editing
 from .rope import text_rotation
 from .running import RunningPositions, running_at, running_positions
 from .tl_weights import Embed, TransformerLensWeights, Unembed
@@ -134,6 +135,12 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         if device_map is None and (max_memory is not None or offload_folder is not None):
             raise ValueError("max_memory= and offload_folder= belong to a device_map=, such as 'auto'.")
         checkpoint = open_checkpoint(name, revision, local_files_only, adapter)
+        if by_bitsandbytes(checkpoint.config):
+            if device_map is not None or checkpoint.adapter is not None:
+                asked = "device_map=" if device_map is not None else f"the adapter {checkpoint.adapter}"
+                raise ValueError(f"{checkpoint.name} is quantised by bitsandbytes: it stays on one device= and as it is, without {asked}.")
+            processor = Processor.from_folder(checkpoint.folder) if has_processor(checkpoint.folder) else None
+            return cls.from_hf(load_reference(checkpoint.folder, checkpoint.name, device, wanted), processor)
         refuse_quantised(checkpoint.config, checkpoint.name)
         cfg = convert_config(checkpoint.config, checkpoint.name, checkpoint.generation)
         processor = Processor.from_folder(checkpoint.folder) if has_processor(checkpoint.folder) else None
@@ -165,24 +172,33 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         if adapted:
             hf_model, adapter = adapted_model(hf_model)
         name = getattr(hf_model.config, "name_or_path", "") or type(hf_model).__name__
-        refuse_quantised(hf_model.config.to_dict(), name)
+        config, layers = hf_model.config.to_dict(), quantised_layers(hf_model)
+        if layers and by_bitsandbytes(config):
+            del config["quantization_config"]
+        refuse_quantised(config, name)
         check_storage_can_be_shared(hf_model, name)
         if processor is not None and not isinstance(processor, Processor):
             processor = Processor.from_hf(processor)
         generation = hf_model.generation_config.to_dict() if hf_model.generation_config is not None else {}
-        cfg = convert_config(hf_model.config, name, {k: v for k, v in generation.items() if v is not None})
+        cfg = convert_config(config, name, {k: v for k, v in generation.items() if v is not None})
         source = merged_weights(hf_model) if adapted else hf_model.state_dict()
         if adapter is not None:
             _say_adapted(cfg, adapter, source)
-        return cls._from_weights(cfg, source, processor, name)
+        return cls._from_weights(cfg, source, processor, name, layers=layers)
 
     @classmethod
     def _from_weights(
-        cls, cfg: HookedQwen2VLConfig, source: Any, processor: Processor | None, where: str, dtype: torch.dtype | None = None
+        cls,
+        cfg: HookedQwen2VLConfig,
+        source: Any,
+        processor: Processor | None,
+        where: str,
+        dtype: torch.dtype | None = None,
+        layers: dict[str, torch.nn.Module] | None = None,
     ) -> HookedQwen2VL:
         with torch.device("meta"):
             model = cls(cfg, processor)
-        load_weights(model, source, where, dtype)
+        load_weights(model, source, where, dtype, layers)
         model._follow_weights()
         return model
 
@@ -199,7 +215,8 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
             self.cfg.device = str(self.embed.weight.device)
 
     def _require_present(self, what: str) -> None:
-        """Raises RuntimeError when accelerate keeps weights elsewhere: the change would miss them, silently."""
+        """Raises RuntimeError when accelerate keeps weights elsewhere, ValueError when they are quantised: the change would miss them."""
+        refuse_editing(self, what)
         away = [name for name, weight in self.named_parameters() if weight.is_meta]
         if away:
             raise RuntimeError(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import HookedQwen2VLConfig, TextConfig
+from .quantised import put_in
 
 # HF name (new layout, without the prefix "model.") -> the parameters of ours that share its storage.
 TEXT_TABLE = {
@@ -223,7 +224,9 @@ def _quantised(where: str, what: str) -> str:
     )
 
 
-def load_weights(model: Any, source: Mapping[str, Tensor], where: str, dtype: torch.dtype | None = None) -> None:
+def load_weights(
+    model: Any, source: Mapping[str, Tensor], where: str, dtype: torch.dtype | None = None, layers: Mapping[str, nn.Module] | None = None
+) -> None:
     """Gives every parameter of the model the tensor the source holds for it, or changes nothing.
 
     Args:
@@ -231,6 +234,7 @@ def load_weights(model: Any, source: Mapping[str, Tensor], where: str, dtype: to
         source: HF name (either layout) -> tensor; the model's parameters share its storage.
         where: what to call the source in errors.
         dtype: what the model is cast to afterwards; None: to nothing, and then all weights must have one dtype.
+        layers: HF module name -> a layer quantised by bitsandbytes, which takes the place of ours.
     Raises:
         ValueError: the weights are quantised, of several dtypes, or of a wrapped model; or keys are missing, unused or
             misshapen: the first ten are listed. A stored `lm_head.weight` under tied embeddings is accepted only when it
@@ -238,6 +242,12 @@ def load_weights(model: Any, source: Mapping[str, Tensor], where: str, dtype: to
     """
     tensors = canonical_tensors(model.cfg, source, where)
     table = conversion_table(model.cfg)
+    if layers:
+        quantised = {canonical(f"{name}."): layer for name, layer in layers.items()}
+        rest = [name for name in tensors if not name.startswith(tuple(quantised))]
+        put_in(model, {name[:-1]: layer for name, layer in quantised.items()}, table, tensors[EMBEDDING].dtype)
+        table = {name: ours for name, ours in table.items() if not name.startswith(tuple(quantised))}
+        tensors = {name: tensors[name] for name in rest}
     if packed := _packed(tensors, table):
         more = f", and {len(packed) - 3} more" if len(packed) > 3 else ""
         raise ValueError(_quantised(where, ", ".join(packed[:3]) + more))

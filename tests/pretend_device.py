@@ -135,12 +135,11 @@ def pretended(float64: bool = True) -> Iterator[Pretence]:
     """Within it torch has a device cuda:0, on which only `on_device` and `.to("cuda")` put tensors."""
     torch._C._ensureCUDADeviceGuardSet()  # does nothing in a CPU build
     mode = Pretence(float64)
-    nothing = lambda *args, **kwargs: None  # noqa: E731
-    replaced = {
-        (torch.cuda, "_lazy_init"): nothing,
+    replaced = {  # each by a function of its own: torch.compile's tables refuse one that stands for two
+        (torch.cuda, "_lazy_init"): lambda: None,
         (torch.cuda, "get_rng_state"): lambda device="cuda": torch.get_rng_state(),
-        (torch.cuda, "set_rng_state"): nothing,
-        (torch.cuda, "manual_seed_all"): nothing,
+        (torch.cuda, "set_rng_state"): lambda state, device="cuda": None,
+        (torch.cuda, "manual_seed_all"): lambda seed: None,
         (Tensor, "to"): _moved(Tensor.to),
         (Tensor, "cuda"): lambda tensor, *args: tensor.to(CUDA),
         (torch, "tensor"): _made_by(torch.tensor),

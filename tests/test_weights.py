@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -168,14 +169,17 @@ QUANTISED = {
 
 
 @pytest.mark.parametrize("named", QUANTISED)
-def test_a_quantised_configuration_is_refused_by_name(named, tmp_path):
+def test_a_quantised_configuration_is_refused_by_name(named, tmp_path, monkeypatch):
+    """Plain weights under such a configuration; what bitsandbytes itself has quantised runs: test_quantised.py."""
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     expected = rf"is quantised \(quantization_config: {named}\).*nothing was loaded.*in bfloat16"
     hf = tiny_hf(n_layers=1)
     old_layout(tmp_path, hf, 1)
     config = json.loads((tmp_path / "config.json").read_text())
     for change in ({"quantization_config": QUANTISED[named]}, {"text_config": {"quantization_config": QUANTISED[named]}}):
         (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
-        with pytest.raises(ValueError, match=expected):
+        without = "bitsandbytes" in named and "quantization_config" in change
+        with pytest.raises(ValueError, match=r"quantised by bitsandbytes: pip install.*in bfloat16" if without else expected):
             HookedQwen2VL.from_pretrained(tmp_path)
     hf.config.quantization_config = QUANTISED[named]
     with pytest.raises(ValueError, match=expected):

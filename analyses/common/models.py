@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from hooked_qwen2vl.protocols import Model
+from hooked_qwen2vl.quantised import Quantised
 
 
 def describe_model(model: Model) -> dict[str, Any]:
@@ -38,3 +39,6 @@ def _numbers(model: Model) -> Iterator[tuple[str, Any]]:
             held, inner = away[name]
             weight = held[inner]
         yield name, weight
+    for prefix, module in model.named_modules():
+        if isinstance(module, Quantised):  # packed numbers mean nothing without their scales
+            yield from ((f"{prefix}.{name}", held) for name, held in module.layer.state_dict().items() if isinstance(held, torch.Tensor))
