@@ -131,7 +131,8 @@ def test_the_command_refuses(capsys, tmp_path):
     out = ["--out", str(tmp_path)]
     assert main(["ablate", "--find", "--heads", "1.1", *out]) == 2 and "one of them" in capsys.readouterr().err
     assert main(["ablate", "--share", "2", *out]) == 2 and "--share" in capsys.readouterr().err
-    assert main(["ablate", "--find", "--dry-run", *out]) == 2 and "one process" in capsys.readouterr().err
+    for apart in (["--dry-run"], ["--cluster", "auto"]):
+        assert main(["ablate", "--find", *apart, *out]) == 2 and "one process" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["ablate", "--heads", "1-1", *out])
     assert "layer.head" in capsys.readouterr().err
