@@ -30,11 +30,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from analyses.common.prompts import Prompt
 from analyses.common.result import Result
 from analyses.data.examples import Example
 from analyses.interventions import Interventions, Where
 from hooked_qwen2vl.files import whole_files
 from hooked_qwen2vl.geometry import Place
+from hooked_qwen2vl.protocols import Model
 
 ACTIVATIONS = ("relu", "topk", "jumprelu", "gated")
 NORMALISATIONS = ("none", "constant_norm_rescale", "layer_norm")
@@ -341,14 +343,14 @@ def _flat(activation: Tensor, width: int, hook: Any) -> Float[Tensor, "batch pos
 
 
 @torch.no_grad()
-def feature_activations(model: Any, inputs: Any, dictionary: Dictionary) -> Float[Tensor, "batch pos feature"]:
+def feature_activations(model: Model, inputs: Prompt, dictionary: Dictionary) -> Float[Tensor, "batch pos feature"]:
     """Activations of all features at every position; padding holds numbers that mean nothing."""
     _, cache = model.run_with_cache(inputs, names_filter=dictionary.hook, return_type=None)
     return dictionary.encode(cache[dictionary.hook].flatten(2))
 
 
 def feature_maps(
-    model: Any, inputs: Any, dictionary: Dictionary, features: Sequence[int], row: int = 0, image: int = 0
+    model: Model, inputs: Prompt, dictionary: Dictionary, features: Sequence[int], row: int = 0, image: int = 0
 ) -> dict[int, Tensor]:
     """feature -> [rows cols] activations over an image's tokens."""
     _editing(dictionary, dict.fromkeys(features, 0.0))
@@ -359,7 +361,12 @@ def feature_maps(
 
 @torch.no_grad()
 def top_activating(
-    model: Any, data: Iterable[Example], dictionary: Dictionary, features: Sequence[int] | None = None, top: int = 9, progress: bool = True
+    model: Model,
+    data: Iterable[Example],
+    dictionary: Dictionary,
+    features: Sequence[int] | None = None,
+    top: int = 9,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """One row a feature and rank: the image tokens on which it is most active, one an image: id, image token, box in original pixels, activation.
 
@@ -387,8 +394,8 @@ def top_activating(
 
 
 def attribute_features(
-    model: Any,
-    inputs: Any,
+    model: Model,
+    inputs: Prompt,
     dictionary: Dictionary,
     target: str | int,
     against: str | int | None = None,

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from hooked_qwen2vl.geometry import Place, PromptShape
 from hooked_qwen2vl.layers import require_prompt
+from hooked_qwen2vl.protocols import Model
 from hooked_qwen2vl.running import attention_positions, query_positions, running_positions
 
 How = Literal["zero", "mean", "resample"]
@@ -47,7 +48,7 @@ class Interventions(list):
         return Interventions([*other, *self])
 
     @contextmanager
-    def on(self, model: Any) -> Iterator[Any]:
+    def on(self, model: Model) -> Iterator[Any]:
         """Within this context the model runs with these interventions."""
         with model.hooks(fwd_hooks=self):
             yield model
@@ -359,7 +360,7 @@ def _fitting(vector: Tensor, stream: Tensor, hook: Any) -> Tensor:
 
 
 @torch.no_grad()
-def contrast_direction(model: Any, positive: Any, negative: Any, layer: int, where: Place = "last") -> Float[Tensor, "d_model"]:
+def contrast_direction(model: Model, positive: Any, negative: Any, layer: int, where: Place = "last") -> Float[Tensor, "d_model"]:
     """Mean residual stream of some prompts minus that of others, where it enters a block; of images, words, or both.
 
     Args:
@@ -380,7 +381,7 @@ def contrast_direction(model: Any, positive: Any, negative: Any, layer: int, whe
 
 
 @torch.no_grad()
-def token_direction(model: Any, token: str | int, against: str | int | None = None) -> Float[Tensor, "d_model"]:
+def token_direction(model: Model, token: str | int, against: str | int | None = None) -> Float[Tensor, "d_model"]:
     """The direction of the residual stream that raises a token's logit: its unembedding through the final norm's weight.
 
     Args:

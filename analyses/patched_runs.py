@@ -96,7 +96,7 @@ class DecoderRuns:
 
 
 @contextmanager
-def entering(model: Any, layers: Sequence[int]) -> Iterator[dict[int, Float[Tensor, "batch pos d_model"]]]:
+def entering(model: Model, layers: Sequence[int]) -> Iterator[dict[int, Float[Tensor, "batch pos d_model"]]]:
     """layer -> the stream that a run within this context brings to the block, before any hook: those act when it is run again.
 
     Raises:

@@ -32,9 +32,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from analyses.common.attention import attention_patterns
+from analyses.common.prompts import Prompt
 from analyses.common.result import Result
 from analyses.patched_runs import entering, key_value_names, keys_and_values_before
 from hooked_qwen2vl.image_embeddings import merge
+from hooked_qwen2vl.protocols import Model
 
 METHODS = ("knockout", "occlusion", "integrated gradients", "attention × gradient", "rollout", "attention", "random")
 
@@ -134,8 +136,8 @@ class Curves(Result):
 
 
 def token_effects(
-    model: Any,
-    inputs: Any,
+    model: Model,
+    inputs: Prompt,
     row: int = 0,
     target: str | int | None = None,
     layers: Sequence[int] | None = None,
@@ -147,8 +149,8 @@ def token_effects(
 
 
 def saliency(
-    model: Any,
-    inputs: Any,
+    model: Model,
+    inputs: Prompt,
     method: str = "knockout",
     row: int = 0,
     target: str | int | None = None,
@@ -205,8 +207,8 @@ def saliency(
 
 @torch.no_grad()
 def curves(
-    model: Any,
-    inputs: Any,
+    model: Model,
+    inputs: Prompt,
     order: Saliency | Float[Tensor, "image_token"],
     by: str = "keys",
     row: int = 0,
@@ -252,7 +254,7 @@ class Scene:
         reads: the positions that predict them.
     """
 
-    def __init__(self, model: Any, inputs: Any, row: int, target: str | int | None):
+    def __init__(self, model: Model, inputs: Prompt, row: int, target: str | int | None):
         self.model, item = model, model.as_inputs(inputs)
         self.item = item = model.encode(item[row])
         if not item.visuals or len(item.video_grids):

@@ -25,8 +25,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from analyses.common.attention import attention_patterns
+from analyses.common.prompts import Prompt
 from analyses.common.result import Result
 from analyses.saliency import Saliency
+from hooked_qwen2vl.protocols import Model
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ class Sinks(Result):
 
 
 @torch.no_grad()
-def find_sinks(model: Any, inputs: Any, row: int = 0, received: float = 5.0, ratio: float = 1000.0, from_layer: int = 1) -> Sinks:
+def find_sinks(model: Model, inputs: Prompt, row: int = 0, received: float = 5.0, ratio: float = 1000.0, from_layer: int = 1) -> Sinks:
     """Massive activations and attention sinks of one prompt.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Int
@@ -13,6 +13,9 @@ from torch import Tensor
 from hooked_qwen2vl import HookedQwen2VL, Inputs
 from hooked_qwen2vl.geometry import PromptShape, resolve_positions
 from hooked_qwen2vl.protocols import Model
+
+# What an analysis takes as its prompt: `Inputs`, a string, several strings, or token ids [pos] or [batch pos] without padding.
+Prompt: TypeAlias = Inputs | str | Sequence[str] | Tensor
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class TextPrompt:
         return int(found[0])
 
 
-def as_prompt(model: Model, inputs: Any) -> Inputs | TextPrompt:
+def as_prompt(model: Model, inputs: Prompt) -> Inputs | TextPrompt:
     """What a model is called with, as something that knows its tokens and places.
 
     Args:

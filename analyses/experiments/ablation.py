@@ -32,13 +32,14 @@ from analyses.data.examples import Example, examples, image_key, in_batches
 from analyses.experiments.experiment import Done, Experiment
 from analyses.interventions import Interventions, ablate, hook_names
 from analyses.runs.engine import opened
+from hooked_qwen2vl.protocols import Model
 
 KINDS = ("heads", "attentions", "mlps", "layers")
 ALL = "(nothing)"  # the name of the run in which nothing is ablated
 Head = tuple[int, int]
 
 
-def every_part(model: Any, kind: str) -> dict[str, dict[str, list]]:
+def every_part(model: Model, kind: str) -> dict[str, dict[str, list]]:
     """Name -> the arguments of `ablate`, for every part of a kind: heads, attentions, mlps, or layers (both of them).
 
     Raises:
@@ -51,7 +52,7 @@ def every_part(model: Any, kind: str) -> dict[str, dict[str, list]]:
     return {f"{kind[:-1]} {l}": {kind: [l]} for l in range(model.cfg.n_layers)}
 
 
-def sets_of_heads(model: Any, heads: Sequence[Head], n_random: int = 20, seed: int = 0) -> dict[str, dict[str, list]]:
+def sets_of_heads(model: Model, heads: Sequence[Head], n_random: int = 20, seed: int = 0) -> dict[str, dict[str, list]]:
     """A set of heads, and as many other random sets of the same size, for `Ablation`.
 
     Raises:
@@ -70,7 +71,7 @@ def sets_of_heads(model: Any, heads: Sequence[Head], n_random: int = 20, seed: i
 
 
 @torch.no_grad()
-def reference_of(model: Any, data: Any = "scenes:train", limit: int = 64, kind: str = "heads", seed: int = 0) -> dict[str, Tensor]:
+def reference_of(model: Model, data: Any = "scenes:train", limit: int = 64, kind: str = "heads", seed: int = 0) -> dict[str, Tensor]:
     """The activations of a kind of parts at all tokens of some questions, for mean and resample ablation.
 
     Returns:
@@ -89,7 +90,7 @@ def reference_of(model: Any, data: Any = "scenes:train", limit: int = 64, kind: 
 
 
 @torch.no_grad()
-def answer_log_probs(model: Any, inputs: Any, hooks: Interventions | None = None) -> tuple[Float[Tensor, "batch"], list[bool]]:
+def answer_log_probs(model: Model, inputs: Any, hooks: Interventions | None = None) -> tuple[Float[Tensor, "batch"], list[bool]]:
     """(log p of each row's answer, summed over its tokens, in nats; whether every token of it is the model's first choice)."""
     logits = model.run_with_hooks(inputs, fwd_hooks=hooks or [])
     totals, rights = [], []
@@ -154,7 +155,7 @@ class Ablation(Experiment):
 
     name = "ablation"
 
-    def __init__(self, model: Any, parts: Mapping[str, Mapping[str, Any]], how: str = "zero", reference: Any = None, seed: int = 0):
+    def __init__(self, model: Model, parts: Mapping[str, Mapping[str, Any]], how: str = "zero", reference: Any = None, seed: int = 0):
         self.hooks = {name: ablate(**part, how=cast(Any, how), reference=reference, seed=seed) for name, part in parts.items()}
         sums = {} if reference is None else {name: float(values.cpu().double().abs().sum()) for name, values in sorted(reference.items())}
         about = {
@@ -183,7 +184,7 @@ class Ablation(Experiment):
         return AblationEffects(done.rows, done.settings, done.model_name)
 
 
-def _inputs(model: Any, batch: Sequence[Example]) -> Any:
+def _inputs(model: Model, batch: Sequence[Example]) -> Any:
     answers = [example.answer for example in batch]
     return model.encode(model.to_inputs([e.question for e in batch], images=[list(e.images) for e in batch], answers=answers))
 
@@ -233,7 +234,7 @@ class HeadSet(Result):
 
 @torch.no_grad()
 def find_heads(
-    model: Any,
+    model: Model,
     search: Iterable[Example],
     held_out: Iterable[Example],
     share: float = 0.8,

@@ -185,7 +185,7 @@ class Experiment:
         return Done(gathered, tuple(ids), 0, self.settings, name, lambda: describe_model(self.model)["weights"])
 
 
-def _of(kind: type[Experiment], args: tuple, kwargs: dict, model: Any) -> Experiment:
+def _of(kind: type[Experiment], args: tuple, kwargs: dict, model: Model) -> Experiment:
     return kind(model, *args, **kwargs)
 
 

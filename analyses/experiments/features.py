@@ -37,6 +37,7 @@ from analyses.common.tables import write_csv
 from analyses.data.examples import Example, examples, image_key, in_batches
 from analyses.dictionaries import Dictionary, save_dictionary, train_dictionary
 from analyses.probes import TRUTHS, things
+from hooked_qwen2vl.protocols import Model
 
 UNITS = ("feature", "neuron", "dimension", "probe")
 FEWEST = 8  # objects with a label, in each half, for it to be judged
@@ -73,7 +74,7 @@ class FeatureJudgement(Result):
         return judgement_plot(self, path)
 
 
-def image_activations(model: Any, data: Iterable[Example], hook: str, batch_size: int = 16) -> Float[Tensor, "row d"]:
+def image_activations(model: Model, data: Iterable[Example], hook: str, batch_size: int = 16) -> Float[Tensor, "row d"]:
     """The activation at every image token, each image once."""
     rows, seen = [], set()
     with torch.no_grad():
@@ -98,7 +99,7 @@ def shuffled_batches(rows: Float[Tensor, "row d"], size: int, n: int, seed: int 
 
 @torch.no_grad()
 def judge_features(
-    model: Any, dictionary: Dictionary, data: Iterable[Example], layer: int, seed: int = 0, progress: bool = True
+    model: Model, dictionary: Dictionary, data: Iterable[Example], layer: int, seed: int = 0, progress: bool = True
 ) -> FeatureJudgement:
     """AUROC of the best feature, neuron and dimension, and of a probe, for everything that objects of the embedded world are.
 

@@ -27,6 +27,7 @@ from analyses.data.examples import Example, image_key
 from analyses.experiments.experiment import Done, Experiment
 from analyses.experiments.grounding import figures, mask_of
 from analyses.saliency import METHODS, curves, saliency
+from hooked_qwen2vl.protocols import Model
 
 FIGURES = {
     "deletion_keys": "deletion by keys (small)",
@@ -90,7 +91,7 @@ class SaliencyRun(Experiment):
     name = "saliency"
     gradients = True
 
-    def __init__(self, model: Any, methods: Sequence[str] = METHODS, steps: int = 10, cells: int = 16, seed: int = 0):
+    def __init__(self, model: Model, methods: Sequence[str] = METHODS, steps: int = 10, cells: int = 16, seed: int = 0):
         super().__init__(model, {"methods": list(methods), "steps": steps, "cells": cells, "seed": seed}, seed)
 
     def __call__(self, batch: Sequence[Example]) -> Iterable[Mapping[str, Any]]:
