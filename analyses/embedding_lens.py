@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from analyses.common.prompts import as_prompt
+from analyses.common.prompts import Prompt, as_prompt
 from analyses.common.result import Result
 from analyses.common.vocabulary import characters, largest
 from analyses.logit_lens import residual_stack
@@ -106,7 +106,7 @@ class TextBank:
 
 @torch.no_grad()
 def embedding_lens(
-    model: Model, inputs: Any, positions: Any = "image", top_k: int = 5, row: int = 0, layers: Sequence[int] | None = None
+    model: Model, inputs: Prompt, positions: Any = "image", top_k: int = 5, row: int = 0, layers: Sequence[int] | None = None
 ) -> Neighbours:
     """The input embeddings nearest to the residual stream; the images' own vectors are at layer 0.
 
@@ -169,7 +169,7 @@ def text_bank(model: Model, sentences: Sequence[str], layers: Sequence[int] | No
 @torch.no_grad()
 def contextual_neighbours(
     model: Model,
-    inputs: Any,
+    inputs: Prompt,
     bank: TextBank,
     positions: Any = "image",
     top_k: int = 5,
@@ -208,7 +208,7 @@ def _in_context(model: Model, bank: TextBank, item: int) -> str:
 
 
 def _vectors(
-    model: Model, inputs: Any, positions: Any, row: int, layers: Sequence[int] | None
+    model: Model, inputs: Prompt, positions: Any, row: int, layers: Sequence[int] | None
 ) -> tuple[Float[Tensor, "layer pos d_model"], tuple[int, ...], tuple[int, ...]]:
     layers = _checked_layers(model, range(model.cfg.n_layers + 1) if layers is None else layers)
     stack, _ = residual_stack(model, inputs)

@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.tools.analysis._model_state import to_token_ids
 
-from analyses.common.prompts import as_prompt
+from analyses.common.prompts import Prompt, as_prompt
 from analyses.common.result import Result
 from analyses.common.vocabulary import Predictions, predictions_of
 from hooked_qwen2vl import HookedQwen2VL
@@ -144,7 +144,7 @@ class LogitLens(Result):
 @torch.no_grad()
 def logit_lens(
     model: Model,
-    inputs: Any,
+    inputs: Prompt,
     positions: Place = "last",
     top_k: int = 5,
     targets: str | int | Sequence[str | int] | None = None,
@@ -238,7 +238,7 @@ def _result(
     )
 
 
-def residual_stack(model: Model, inputs: Any) -> tuple[Float[Tensor, "layer batch pos d_model"], list[str]]:
+def residual_stack(model: Model, inputs: Prompt) -> tuple[Float[Tensor, "layer batch pos d_model"], list[str]]:
     """The residual stream before every block and after the last, un-normed, and TransformerLens's labels."""
     names = [_hook(layer, model.cfg.n_layers) for layer in range(model.cfg.n_layers + 1)]
     _, cache = model.run_with_cache(inputs, names_filter=names)
@@ -247,7 +247,7 @@ def residual_stack(model: Model, inputs: Any) -> tuple[Float[Tensor, "layer batc
 
 @torch.no_grad()
 def residual_at(
-    model: Model, inputs: Any, layers: Sequence[int], chosen: Sequence[int], row: int
+    model: Model, inputs: Prompt, layers: Sequence[int], chosen: Sequence[int], row: int
 ) -> tuple[dict[int, Float[Tensor, "pos d_model"]], Int[Tensor, "pos"]]:
     """(layer -> the stream there, the token that the model's own logits put first) at the chosen positions of a row.
 

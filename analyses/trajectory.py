@@ -39,7 +39,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from analyses.common.prompts import TextPrompt, as_prompt
+from analyses.common.prompts import Prompt, TextPrompt, as_prompt
 from analyses.common.result import Result
 from analyses.common.vocabulary import final_norm, logits_of, predictions_of
 from analyses.logit_lens import residual_at
@@ -348,7 +348,7 @@ def doubt_beside_control(table: pd.DataFrame) -> pd.Series:
 @torch.no_grad()
 def answer_trajectory(
     model: Model,
-    inputs: Any,
+    inputs: Prompt,
     answer: str,
     candidates: Sequence[str] = (),
     position: Place = "last",
@@ -400,7 +400,7 @@ def answer_trajectory(
 
 
 @torch.no_grad()
-def answer_log_probs(model: Model, inputs: Any, answer: str, position: Place = "last", row: int = 0) -> Float[Tensor, "layer token"]:
+def answer_log_probs(model: Model, inputs: Prompt, answer: str, position: Place = "last", row: int = 0) -> Float[Tensor, "layer token"]:
     """The lens's log-probability of every token of an answer, spelt as given, each read behind those before it; nats.
 
     Of any answer, also one that no trajectory can follow. log p(answer) by layer is the sum over its tokens.
@@ -676,7 +676,7 @@ def _normed_once_more(model: Model, last: Float[Tensor, "row d_model"]) -> tuple
     return normed, ""
 
 
-def _one_row(model: Model, inputs: Any, position: Place, row: int) -> tuple[Any, Int[Tensor, "pos"], int, int]:
+def _one_row(model: Model, inputs: Prompt, position: Place, row: int) -> tuple[Any, Int[Tensor, "pos"], int, int]:
     """(what to run, the row's tokens, the position in them, the row's number); a text's row is run without its padding."""
     prompt = as_prompt(model, inputs)
     at = prompt.position(position, row)
