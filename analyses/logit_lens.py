@@ -6,9 +6,9 @@
 3. Keep the top k tokens, the entropy (nats) and the targets; logits of all layers × positions × d_vocab never exist.
 4. Compare the top token of layer L with the model's own.
 
-Layer L *is* the model's own prediction, read in float32. A half-precision model multiplies in its own precision, where
-the best tokens often tie or change places: `differs` says at which positions. Norming layer L twice, as notebooks on
-HF's hidden states do, is the classic mistake: here the stream is always the un-normed one.
+Layer L *is* the model's own prediction, read in float32. A half-precision model computes its logits in its own precision,
+where the best tokens often tie or swap ranks: `differs` says at which positions. HF's last hidden state is already normed, and
+notebooks that norm it again read layer L wrongly; here the stream is always the residual stream before any norm.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ from hooked_qwen2vl.protocols import Model
 
 __getattr__ = moved_names(__name__)
 
-CHUNK = 128  # positions whose own logits exist at once
+CHUNK = 128  # positions whose logits, the model's own, are computed at once
 
 
 @dataclass(frozen=True)
 class LogitLens(Result):
-    """What every layer reads at the chosen positions of one prompt.
+    """The most probable tokens at every layer, at the chosen positions of one prompt.
 
     Attributes:
-        top_ids: [layer pos k] token ids by falling probability.
+        top_ids: [layer pos k] token ids, the most probable first.
         top_probs: [layer pos k] their probabilities.
         entropy: [layer pos] of the whole distribution, nats.
-        final_probs: [layer pos] probability of the token that the last layer puts first.
+        final_probs: [layer pos] probability of the token that layer L puts first.
         final_ranks: [layer pos] its rank, 0 the most probable.
-        target_ids: [target] ids asked for, if any.
+        target_ids: [target] the tokens asked for, if any.
         target_probs: [layer pos target] their probabilities.
         target_ranks: [layer pos target] their ranks, 0 the most probable.
         positions: positions in the prompt.
@@ -83,13 +83,13 @@ class LogitLens(Result):
 
     @property
     def n_differs(self) -> int:
-        """At how many positions layer L puts another token first than the model's own logits; see `differs`."""
+        """Number of positions where layer L puts another token first than the model's own logits; see `differs`."""
         return 0 if self.differs is None else int(self.differs.sum())
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row for each layer, position and rank; probabilities in 0..1, entropy in nats.
 
-        `differs_from_model` is of the position: whether its last layer puts another token first than the model.
+        `differs_from_model` is about the position, at every layer alike: whether layer L puts another token first than the model.
         """
         rows = []
         for layer, label in enumerate(self.layer_labels):
@@ -112,12 +112,15 @@ class LogitLens(Result):
         return pd.DataFrame(rows)
 
     def plot_image(self, image: Any, path: Any = None, every_token: bool = False) -> Any:
-        """The image with what its tokens read as, at some layers: a word in each cell, or, of a photograph's hundreds of
-        tokens, regions of one reading named once, a key of the most frequent, and a part of it close up.
+        """The image with the top token of each image token drawn over it, at some layers.
+
+        A small image has a word in each cell. A photograph has hundreds of cells: neighbours with the same top token are one
+        region, named once, with a legend of the most frequent tokens and an enlarged part.
 
         Args:
             image: the picture, in original pixels.
-            every_token: a word in every cell of a photograph too, at its last layer; the picture is as large as that needs: save it as PDF.
+            every_token: write a word into every cell of a photograph too, at its last layer; the figure is as large as that
+                needs, so save it as PDF.
         Raises:
             ValueError: the lens was not read at one whole image, or not at one of these proportions.
         """
@@ -126,9 +129,9 @@ class LogitLens(Result):
         return image_overlay(self, image, path, every_token)
 
     def page(self, path: Any = None, images: Sequence[Any] = ()) -> Any:
-        """A circuitsvis page that opens without network: top-k tokens by layer, tokens coloured by probability.
+        """A circuitsvis page that opens without a network: top-k tokens by layer, coloured by their probability.
 
-        A notebook shows it as the last expression of a cell; `path` writes it, `images` stand above.
+        A notebook shows it if it is the last expression of a cell. `path` writes it to a file; `images` are shown above it.
         """
         from analyses.views.circuits import lens_page
 
@@ -155,7 +158,7 @@ def logit_lens(
 ) -> LogitLens:
     """Reads the residual stream of any TransformerLens model through its own final norm and unembedding.
 
-    Only what is asked for is kept, read and paid for: `positions` × `layers` vectors, and chunk_size × d_vocab logits.
+    Memory: `positions` × `layers` vectors of d_model, and chunk_size × d_vocab logits at a time.
 
     Args:
         inputs: one prompt: `Inputs`, a string or token ids.
@@ -164,7 +167,7 @@ def logit_lens(
         row: which prompt of a batch.
         chunk_size: how many vectors are read at once; their logits take 4 bytes × d_vocab each.
         layers: which to read, 0 (the embedding) … L (after the last block), negative from the end; None reads all.
-        translator: a tuned lens (`analyses.tuned_lens`): what each layer becomes before it is read.
+        translator: a tuned lens (`analyses.tuned_lens`), applied to each layer before the norm and the unembedding.
     Raises:
         ValueError: no such row, segment, position or layer, more top_k than tokens, or a tuned lens of another model.
     """
@@ -183,7 +186,7 @@ def logit_lens(
         streams = {layer: translator.translate(vectors, layer) for layer, vectors in streams.items()}
     wanted = [] if targets is None else to_token_ids(model, targets)
     shared = torch.tensor(wanted, dtype=torch.long).expand(len(chosen), -1)
-    # The last layer is read first: what it puts first is followed through the others.
+    # Layer L is read first, because its top token is followed through the other layers.
     last = predictions_of(model, streams[model.cfg.n_layers], shared, top_k, chunk_size)
     followed = torch.cat((last.ids[:, :1], shared), dim=1)
     last = replace(
@@ -211,7 +214,7 @@ def _result(
     positions: Any,
     row: int,
 ) -> LogitLens:
-    """The readouts of the layers, stacked and labelled."""
+    """The predictions of all layers as one `LogitLens`, with labels and text."""
     ids, probs, entropy, target_probs, target_ranks = (
         torch.stack([getattr(part, name) for part in read]) for name in ("ids", "probs", "entropy", "target_probs", "target_ranks")
     )
@@ -239,7 +242,7 @@ def _result(
 
 
 def residual_stack(model: Model, inputs: Prompt) -> tuple[Float[Tensor, "layer batch pos d_model"], list[str]]:
-    """The residual stream before every block and after the last, un-normed, and TransformerLens's labels."""
+    """(the residual stream before every block and after the last, without the final norm; TransformerLens's labels)."""
     names = [_hook(layer, model.cfg.n_layers) for layer in range(model.cfg.n_layers + 1)]
     _, cache = model.run_with_cache(inputs, names_filter=names)
     return cache.accumulated_resid(return_labels=True)
@@ -249,9 +252,9 @@ def residual_stack(model: Model, inputs: Prompt) -> tuple[Float[Tensor, "layer b
 def residual_at(
     model: Model, inputs: Prompt, layers: Sequence[int], chosen: Sequence[int], row: int
 ) -> tuple[dict[int, Float[Tensor, "pos d_model"]], Int[Tensor, "pos"]]:
-    """(layer -> the stream there, the token that the model's own logits put first) at the chosen positions of a row.
+    """(layer -> the residual stream, the token that the model's own logits put first), at the chosen positions of a row.
 
-    Of our models nothing else is kept, and no other position's logits are computed.
+    A `HookedQwen2VL` caches only these positions and computes no other logits; other models cache the whole prompt.
     """
     names = {layer: _hook(layer, model.cfg.n_layers) for layer in layers}
     if not isinstance(model, HookedQwen2VL):
@@ -279,7 +282,7 @@ def _layers(layers: Sequence[int] | None, n_layers: int) -> list[int]:
 
 
 def _texts(model: Model, ids: Tensor) -> Any:
-    """Token ids as text, nested as they come; the ids themselves where there is no tokenizer."""
+    """Token ids as text, nested like the tensor; the ids as strings if the model has no tokenizer."""
     if ids.ndim > 1:
         return tuple(_texts(model, part) for part in ids)
     tokenizer = getattr(model, "tokenizer", None)

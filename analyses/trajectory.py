@@ -3,25 +3,25 @@
 For one position, z_l = W_U · norm(h_l) for the layers l = 0..L (h_0 the embedding, h_L after the last block),
 read as the logit lens reads them (`common.vocabulary`: W_U in float32); p_l = softmax(z_l). Natural logarithms.
 
-1. A, the answer's first tokens: of every variant {as given, lower, Capitalised} × {with, without a leading space},
-   tokens of whole characters that are not blank; ids that another candidate shares are dropped and counted. Where a
-   variant is longer than its first token, what is followed is how the answer begins (`first_token_only`, `label`).
+1. A is the set of the answer's first tokens: one for each variant {as given, lower, Capitalised} × {with, without a leading
+   space}, without blank tokens and tokens that are parts of characters. Ids that another candidate shares are dropped and
+   counted. If a variant has several tokens, only its first is followed (`first_token_only` and `label` say so).
 2. Birth: B_k = min{l : best rank of A < k}, k = 1, 5; B_half = min{l : Σ_A p_l ≥ 0.5}; None if never.
-3. Stages of confidence: before B_5 none, from B_5 guess, from B_half sure.
-4. Stability S = min{l : the top-1 is the final one from l on} (prediction depth, Baldock et al. 2021).
-5. Flips: layers l ≥ 1 whose top-1 differs from that of l−1; *form* flips change only case or space of the word,
-   *content* flips the word.
-6. Outcome. Right: straight (once top-1, always) or wavered. Wrong: held then lost (doubt), settled early (S ≤ L/2)
-   or settled late. Beside doubt, how often a control is held and lost: one candidate that is neither the answer nor what
-   the model says, drawn once.
-7. Last-layer shift: KL(p_L‖p_{L−1}), JS, total variation and its split, beside the double-norm control: what a
-   notebook sees that norms HF's last hidden state, which is already normed, once more. On folded weights that takes the
-   weight that was folded; where it is not known, the control is not reported.
+3. Stages of confidence: "none" before B_5, "guess" from B_5, "sure" from B_half.
+4. Stability S = min{l : every layer from l on has the same top-1 as layer L} (prediction depth, Baldock et al. 2021).
+5. Flips: layers l ≥ 1 whose top-1 differs from that of l−1. A *form* flip changes only the case or the spaces of the
+   word, a *content* flip changes the word.
+6. Outcome. If the model is right: straight (A stays top-1 once it is) or wavered. If it is wrong: held then lost (doubt:
+   A was top-1 at some layer), settled early (S ≤ L/2) or settled late. Doubt is compared with a control: how often one
+   candidate drawn at random, neither the answer nor what the model says, is held then lost.
+7. Last-layer shift: KL(p_L‖p_{L−1}), JS, total variation and its split. The double-norm control repeats this with the final
+   norm applied twice, as in notebooks that norm HF's last hidden state, which is already normed. On folded weights it
+   needs the norm weight that was folded in; if that was not kept, the control is not reported.
 8. The whole answer: log p(answer) at layer l is the sum over its tokens, spelt as given, each read at its own position
-   behind those before it (teacher-forced).
+   with the tokens before it in the prompt (teacher-forced).
 
-z_L is the model's own prediction. In half precision the model's logits tie or change places where those in float32 do
-not: whether the top-1 is another is told (`differs_from_model`).
+z_L is the model's own prediction, read in float32. A half-precision model computes its logits in its own precision, where
+tokens can tie or swap ranks: `differs_from_model` says whether its top-1 is another token.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ from hooked_qwen2vl.protocols import Model
 SURE = 0.5
 DOUBT = "held then lost"
 OUTCOMES = ("straight", "wavered", DOUBT, "settled early", "settled late")
-UNCLASSED = 1e-6  # of the total variation may stay without a class: it is spread over thousands of tokens
-# What a sentence needs and no picture shows; for the split of the last layer's shift.
+UNCLASSED = 1e-6  # total variation that may stay unclassified: it is spread over thousands of tokens
+# Function words, which describe nothing in an image; used to split the last layer's shift.
 FUNCTION_WORDS = frozenset(
     "a an the is are was were be been it its this that these those there here of in on at to for from by with and or "
     "not no yes as so".split()
@@ -61,26 +61,26 @@ FUNCTION_WORDS = frozenset(
 
 @dataclass(frozen=True)
 class Trajectory(Result):
-    """One answer token's way through the layers.
+    """What the logit lens says of one answer at every layer, at one position.
 
     Attributes:
-        answer: as given; question: what was asked, where known.
-        answer_ids: A. dropped: how many ids were shared with another candidate.
-        top1: [layer] token id; top1_tokens: their text.
+        answer: the answer followed, as given. question: the question asked, if known.
+        answer_ids: A, the answer's first tokens. dropped: how many more were shared with another candidate.
+        top1: [layer] id of the most probable token. top1_tokens: their text.
         answer_prob: [layer] Σ_A p. answer_rank: [layer] how many tokens have a larger logit than the best of A.
-        rival_prob: [layer] of the most probable token that is not in A at the end. rival: its text.
+        rival: text of the token outside A that is most probable at layer L. rival_prob: [layer] its probability.
         margin: [layer] max_A z − max_{not A} z, in logits: positive iff the top-1 is in A, 0 where the two tie.
         entropy: [layer] nats. input_rank: [layer] rank of the position's own input token.
         candidates_top: [layer] index of the most probable candidate, -1 without candidates.
-        last_shift, double_norm_shift: see `shift_of_logits`; the latter NaN where `no_double_norm` says why.
-        d_vocab, model_name.
-        rest: log-probabilities of the answer's tokens after its first, at the output.
+        last_shift, double_norm_shift: see `shift_of_logits`; the latter is NaN if `no_double_norm` gives a reason.
+        d_vocab: size of the vocabulary. model_name: of the model.
+        rest: log-probabilities of the answer's tokens after its first, at layer L, nats.
         answer_tokens: text of answer_ids.
-        token_log_probs: [layer token] of the whole answer, spelt as given, each token read behind those before it, nats; NaN
-            where no answer can follow the position (the middle of the images); None where it was not run.
-        model_top1: what the model's own logits put first; model_top1_token: its text. None: not known.
-        control: the candidate drawn as a control for doubt, "" where none is left. control_ids: its first tokens.
-        no_double_norm: why there is no double-norm control; "" where there is one.
+        token_log_probs: [layer token] log-probabilities of the whole answer's tokens, spelt as given, teacher-forced, nats. NaN
+            if no answer can follow the position (image tokens come after it); None if they were not computed.
+        model_top1: id of the token that the model's own logits put first; None if not known. model_top1_token: its text.
+        control: the candidate drawn as a control for doubt, "" if none is left. control_ids: its first tokens.
+        no_double_norm: why there is no double-norm control; "" if there is one.
     """
 
     question: str
@@ -119,12 +119,12 @@ class Trajectory(Result):
 
     @property
     def first_token_only(self) -> bool:
-        """Whether none of A is the whole answer: then all figures but `answer_log_prob` are of how it begins."""
+        """Whether no token of A spells the whole answer: then all figures but the log-probabilities describe its first token only."""
         return bool(self.answer and self.answer_tokens) and not any(same_word(t, self.answer) for t in self.answer_tokens)
 
     @property
     def label(self) -> str:
-        """What is followed, for legends and tables: the answer, or the first tokens of forms that are longer."""
+        """What is followed, for legends and tables: the answer, or its first tokens where variants have several."""
         starts = dict.fromkeys(token.strip() for token in self.answer_tokens if not same_word(token, self.answer))
         if not (self.answer and starts):
             return self.answer
@@ -133,7 +133,7 @@ class Trajectory(Result):
 
     @property
     def answer_log_prob(self) -> Float[Tensor, "layer"]:
-        """[layer] log-probability of the whole answer, spelt as given, nats; NaN where it is not known."""
+        """[layer] log-probability of the whole answer, spelt as given, nats; NaN if it was not computed."""
         return torch.full((len(self.top1),), torch.nan) if self.token_log_probs is None else self.token_log_probs.sum(-1)
 
     @property
@@ -147,32 +147,32 @@ class Trajectory(Result):
 
     @property
     def birth_sure(self) -> int | None:
-        """B_half: first layer at which A has half of the probability."""
+        """B_half: first layer at which the probability of A is at least one half."""
         return _first(self.answer_prob >= SURE)
 
     @property
     def stability(self) -> int:
-        """S: from this layer on the top-1 is the final one."""
+        """S: first layer from which the top-1 no longer changes."""
         return stability(self.top1.tolist())
 
     @property
     def flips(self) -> list[int]:
-        """Entries whose top-1 differs from the one before."""
+        """Layers whose top-1 differs from the layer before."""
         return flips(self.top1.tolist())
 
     @property
     def content_flips(self) -> list[int]:
-        """Flips that change the word, not only its case or space."""
+        """Flips that change the word, not only its case or spaces."""
         return [l for l in self.flips if not same_word(self.top1_tokens[l], self.top1_tokens[l - 1])]
 
     @property
     def candidate_flips(self) -> list[int]:
-        """Entries whose most probable candidate differs from the one before."""
+        """Layers whose most probable candidate differs from the layer before."""
         return flips(self.candidates_top.tolist()) if self.candidates else []
 
     @property
     def eligible_flips(self) -> list[int]:
-        """Content flips between two candidates, once the answer is among the top five."""
+        """Content flips from one candidate to another, at B_5 or later."""
         words = {word(candidate) for candidate in self.candidates}
         born = self.birth(5)
         return [
@@ -183,27 +183,27 @@ class Trajectory(Result):
 
     @property
     def held(self) -> list[int]:
-        """Entries at which the top-1 is in A."""
+        """Layers whose top-1 is in A."""
         return _where(self.top1, self.answer_ids)
 
     @property
     def control_held(self) -> list[int]:
-        """Entries before the last at which the top-1 is the control's: it was held, then lost."""
+        """Layers before the last whose top-1 is a first token of the control."""
         return _where(self.top1[:-1], self.control_ids)
 
     @property
     def right(self) -> bool:
-        """Whether the last top-1 is in A."""
+        """Whether the top-1 at layer L is in A."""
         return int(self.top1[-1]) in self.answer_ids
 
     @property
     def outcome(self) -> str:
-        """One of OUTCOMES."""
+        """The outcome class, one of OUTCOMES (step 6 above)."""
         return outcome([l in set(self.held) for l in range(self.n_layers + 1)], self.stability)
 
     @property
     def stages(self) -> list[str]:
-        """ "none", "guess" or "sure" at each layer."""
+        """The stage of confidence at each layer: "none", "guess" or "sure"."""
         guess, sure = self.birth(5), self.birth_sure
         return [
             "sure" if sure is not None and l >= sure else "guess" if guess is not None and l >= guess else "none"
@@ -212,11 +212,11 @@ class Trajectory(Result):
 
     @property
     def mean_log_prob(self) -> float:
-        """Mean log-probability of the whole answer's tokens, spelt as given, at the output; nats."""
+        """Mean log-probability of the whole answer's tokens, spelt as given, at layer L; nats; NaN if it was not computed."""
         return float("nan") if self.token_log_probs is None else float(self.token_log_probs[-1].mean())
 
     def summary(self) -> dict[str, Any]:
-        """The figures of this trajectory, one value each; depths also as a fraction of L."""
+        """One number or label for each figure of this trajectory; depths also as a fraction of L."""
         L = self.n_layers
         figures = {
             "question": self.question,
@@ -274,7 +274,7 @@ class Trajectory(Result):
         )
 
     def plot(self, path: Any = None) -> Any:
-        """Probability of answer and rival and entropy by layer, flips marked."""
+        """Probability of the answer and its rival, and the entropy, by layer; flips are marked."""
         from analyses.views.trajectories import trajectory_plot
 
         return trajectory_plot(self, path)
@@ -282,16 +282,16 @@ class Trajectory(Result):
 
 @dataclass(frozen=True)
 class Trajectories(Result):
-    """A data set's trajectories."""
+    """The trajectories of a data set."""
 
     items: tuple[Trajectory, ...]
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row an item: its figures."""
+        """One row an item: its `Trajectory.summary`."""
         return pd.DataFrame([item.summary() for item in self.items])
 
     def by_category(self) -> pd.DataFrame:
-        """Share of each outcome, doubt beside its control, and mean depths, by category; see `outcomes_by_category`."""
+        """Share of each outcome, doubt and its control, and mean depths, by category; see `outcomes_by_category`."""
         return outcomes_by_category(self.to_dataframe())
 
     def plot(self, path: Any = None) -> Any:
@@ -302,13 +302,13 @@ class Trajectories(Result):
 
 
 def outcomes_by_category(table: pd.DataFrame) -> pd.DataFrame:
-    """Share of each outcome, doubt beside its control, and mean depths as a fraction of L, by category.
+    """Share of each outcome, doubt and its control, and mean depths as a fraction of L, by category.
 
     Args:
         table: one row an item (`Trajectory.summary`).
     Returns:
-        items; the shares of OUTCOMES; the columns of `doubt_beside_control`; birth_1_depth and stability_depth;
-        `differs_from_model`, how many items' last top-1, read in float32, is not the model's own.
+        one row a category: the number of items; the shares of OUTCOMES; the columns of `doubt_beside_control`; birth_1_depth
+        and stability_depth; `differs_from_model`, for how many items the top-1 of layer L, read in float32, is not the model's own.
     """
     groups = table.groupby("category")
     shares = pd.crosstab(table["category"], table["outcome"], normalize="index").reindex(columns=OUTCOMES).fillna(0.0)
@@ -321,18 +321,18 @@ def outcomes_by_category(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def doubt_beside_control(table: pd.DataFrame) -> pd.Series:
-    """How often the answer was held then lost, beside the same for a control candidate, on the same items.
+    """How often the answer, and a control candidate, was top-1 at some layer but not at the last, on the same items.
 
-    The control is neither the answer nor what the model says (`Trajectory.control`), so it can always be lost, the answer
-    only where the model is wrong: compare the two over the wrong items. Of two candidates (yes, no) a wrong item leaves
-    none for a control.
+    The control (`Trajectory.control`) is neither the answer nor what the model says, so on every item it can be held then lost.
+    The answer can be lost only on items that the model gets wrong: compare the two on those. With two candidates (yes, no), a
+    wrong item has no control, because both candidates are taken.
 
     Args:
-        table: one row an item (`Trajectory.summary`); one of an earlier version has no control.
+        table: one row an item (`Trajectory.summary`); a table of an earlier version has no control.
     Returns:
-        with_control: items that have a control; doubt, control_doubt: shares of them whose answer, whose control was on top
-        before the last layer and is not there. wrong_with_control, doubt_if_wrong, control_doubt_if_wrong: the same of
-        those that are answered wrongly. NaN where there is no item.
+        with_control: how many items have a control. doubt, control_doubt: the share of them whose answer (whose control) was
+        held then lost. wrong_with_control, doubt_if_wrong, control_doubt_if_wrong: the same for the items answered wrongly. A
+        share of no items is NaN.
     """
     with_control = table[table["control_layers_held"].notna()] if "control_layers_held" in table else table[:0]
     figures = {}
@@ -359,17 +359,19 @@ def answer_trajectory(
 ) -> Trajectory:
     """Follows an answer through the layers of any TransformerLens model.
 
-    An answer of several tokens is followed by its first, and a warning says so; `answer_log_prob` is of all of it, spelt as
-    given. To know it, the answer is put behind the prompt up to the position, in place of what stands there.
+    Of an answer of several tokens only the first is followed, and a warning says so; `answer_log_prob` is the log-probability
+    of all of them, spelt as given. To compute it, the prompt is cut after the position and the answer is appended there.
 
     Args:
         inputs: `Inputs`, a string or token ids.
         candidates: the category's possible answers (the answer may be among them).
         position: where the answer's first token is predicted: a place that is one position (see `Inputs.resolve`).
-        seed: of the draw of the control candidate, with the question, the answer and the candidates.
+        row: the prompt of a batch.
+        category, question: labels kept in the result; the question is also part of the control's seed.
+        seed: for drawing the control candidate, together with the question, the answer and the candidates.
     Raises:
-        ValueError: no variant of the answer begins with a token of whole characters, or none is left once ids shared with
-            other candidates are dropped.
+        ValueError: no variant of the answer begins with a token of whole characters, or every first token is shared with
+            another candidate.
     """
     ids, dropped = answer_ids(model, answer, candidates)
     inputs, tokens, at, row = _one_row(model, inputs, position, row)
@@ -401,9 +403,9 @@ def answer_trajectory(
 
 @torch.no_grad()
 def answer_log_probs(model: Model, inputs: Prompt, answer: str, position: Place = "last", row: int = 0) -> Float[Tensor, "layer token"]:
-    """The lens's log-probability of every token of an answer, spelt as given, each read behind those before it; nats.
+    """The logit lens's log-probability of every token of an answer, spelt as given, teacher-forced; nats.
 
-    Of any answer, also one that no trajectory can follow. log p(answer) by layer is the sum over its tokens.
+    It works for every answer, also for those that `answer_trajectory` refuses. The sum over tokens is log p(answer) by layer.
 
     Args:
         inputs, position, row: as `answer_trajectory`.
@@ -434,12 +436,14 @@ def trajectory_of_logits(
     no_double_norm: str = "",
     seed: int = 0,
 ) -> Trajectory:
-    """All figures from the lens's logits at one position.
+    """The trajectory computed from the logit lens's logits at one position.
 
     Args:
-        twice: those of the double norm; None where it is not known, for the reason `no_double_norm`.
-        text: a token's text by its id.
+        twice: logits of layer L with the final norm applied twice; None if they are not known, and `no_double_norm` says why.
+        ids: A, the answer's first tokens. candidate_ids: the same for each of `candidates`.
+        text: token id -> its text.
         own: the position's input token.
+        seed: for drawing the control candidate, together with the question, the answer and the candidates.
     """
     inside = torch.zeros(logits.shape[1], dtype=torch.bool)
     inside[list(ids)] = True
@@ -484,16 +488,16 @@ def trajectory_of_logits(
 
 
 def shift_of_logits(logits: Float[Tensor, "layer d_vocab"], last: Float[Tensor, "d_vocab"], text: Callable[[int], str]) -> dict[str, float]:
-    """How far the last layer is from the one before it; from log-softmax in float64.
+    """Distances between the distributions of the last layer and of the layer before it, computed in float64.
 
     Args:
-        logits: of every layer. last: what to take as the last (the model's own, or the double norm's).
-        text: a token's text by its id.
+        logits: of every layer. last: logits to compare layer L−1 with: those of layer L, or those normed twice.
+        text: token id -> its text.
     Returns:
-        kl (nats), js (nats, in [0, ln 2]), tv (in [0, 1]) and its parts: `tv_form` (other forms of the final word),
-        `tv_function` (function words, punctuation and template tokens), `tv_content` (rival words and parts of
-        characters); `js_ratio`, the JS over the median JS of neighbouring layers before; `argmax_changed`, 1 where the
-        top-1 differs from p_L's.
+        kl (nats), js (nats, in [0, ln 2]), tv (total variation, in [0, 1]) and its parts: `tv_form` (the final word and its
+        other forms), `tv_function` (function words, punctuation and template tokens), `tv_content` (other words and parts of
+        characters); `js_ratio`, js over the median JS of earlier neighbouring layers; `argmax_changed`, 1 if the top-1 of
+        `last` is not that of layer L, else 0.
     """
     log_probs, last = logits.double().log_softmax(-1), last.double().log_softmax(-1)
     before, final = log_probs[-2], int(logits[-1].argmax())
@@ -511,16 +515,16 @@ def shift_of_logits(logits: Float[Tensor, "layer d_vocab"], last: Float[Tensor, 
 
 
 def shift(probs: Float[Tensor, "layer d_vocab"], last: Float[Tensor, "d_vocab"], text: Callable[[int], str]) -> dict[str, float]:
-    """`shift_of_logits` from probabilities: as exact as those are, which in float32 end at 1e-45."""
+    """`shift_of_logits` from probabilities; less exact, because float32 has no probabilities under 1e-45."""
     return shift_of_logits(probs.double().log(), last.double().log(), text)
 
 
 class NoFirstToken(ValueError):
-    """An answer that no first token of its own tells from others."""
+    """Raised for an answer without a first token that tells it from others."""
 
 
 def answer_ids(model: Model, answer: str, candidates: Sequence[str] = ()) -> tuple[list[int], int]:
-    """A: first-token ids of every variant of the answer, and how many were dropped as another candidate's too.
+    """(A, the first-token ids of the answer's variants; how many were dropped because another candidate shares them).
 
     Raises:
         ValueError: an empty answer. NoFirstToken: no variant begins with a token of whole characters, or none is left.
@@ -544,7 +548,7 @@ def answer_ids(model: Model, answer: str, candidates: Sequence[str] = ()) -> tup
 
 
 def stability(top1: Sequence[int]) -> int:
-    """S of a top-1 sequence."""
+    """S: the first layer from which the top-1 no longer changes."""
     start = len(top1) - 1
     while start > 0 and top1[start - 1] == top1[-1]:
         start -= 1
@@ -552,12 +556,12 @@ def stability(top1: Sequence[int]) -> int:
 
 
 def flips(sequence: Sequence[int]) -> list[int]:
-    """Entries that differ from the one before."""
+    """Indices of the elements that differ from the element before."""
     return [l for l in range(1, len(sequence)) if sequence[l] != sequence[l - 1]]
 
 
 def outcome(holds: Sequence[bool], settled: int) -> str:
-    """The outcome class.
+    """The outcome class, one of OUTCOMES.
 
     Args:
         holds: whether the answer is top-1 at each layer.
@@ -573,17 +577,17 @@ def outcome(holds: Sequence[bool], settled: int) -> str:
 
 
 def word(token: str) -> str:
-    """A token without case and surrounding space."""
+    """A token's text in lower case, without surrounding spaces."""
     return token.strip().lower()
 
 
 def whole(token: str) -> bool:
-    """Whether a token's text is of whole characters: parts of characters decode to \ufffd, ids without text to nothing."""
+    """Whether a token's text is of whole characters: a part of a character decodes to \ufffd, an id without text to ""."""
     return bool(token) and "\ufffd" not in token
 
 
 def same_word(token: str, other: str) -> bool:
-    """Whether two tokens are one word but for case and space; parts of characters and ids without text are no words."""
+    """Whether two tokens differ in case and spaces at most; never true of parts of characters or ids without text."""
     return whole(token) and whole(other) and word(token) == word(other)
 
 
@@ -597,8 +601,8 @@ def _text(tokenizer: Any, token: int) -> str:
 
 
 def _variants(model: Model, answer: str) -> set[int]:
-    """First tokens of an answer's forms; those that are blank (Qwen2 splits a space off before digits) or parts of
-    characters say nothing and are left out."""
+    """First tokens of an answer's variants, without blank ones (Qwen2 splits a space off before digits) and parts of
+    characters, which many other words share."""
     bare = answer.strip()
     strings = {prefix + form for form in (bare, bare.lower(), bare[:1].upper() + bare[1:]) for prefix in ("", " ")}
     texts = {token: model.tokenizer.decode([token]) for token in (_spelt(model, string)[0] for string in strings)}
@@ -606,7 +610,7 @@ def _variants(model: Model, answer: str) -> set[int]:
 
 
 def _spelt(model: Model, answer: str) -> list[int]:
-    """The tokens of an answer as it is written."""
+    """Token ids of an answer, spelt as given."""
     return [int(token) for token in text_ids(model.tokenizer, answer)]
 
 
@@ -619,7 +623,7 @@ def _control(
     text: Callable[[int], str],
     key: str,
 ) -> int | None:
-    """Which candidate is the control for doubt: neither the answer nor what the model says, drawn by the key."""
+    """Index of the candidate that is the control for doubt: neither the answer nor what the model says, drawn with `key` as seed."""
     left = [
         number
         for number, (candidate, own) in enumerate(zip(candidates, candidate_ids))
@@ -634,7 +638,7 @@ def _first(holds: Bool[Tensor, "layer"]) -> int | None:
 
 
 def _kl(p: Float[Tensor, "d_vocab"], q: Float[Tensor, "d_vocab"]) -> float:
-    """KL(p‖q) of log-probabilities; a token of no probability in p adds nothing."""
+    """KL(p‖q) from log-probabilities; a token of probability 0 in p adds nothing."""
     return float(torch.where(p == float("-inf"), 0.0, p.exp() * (p - q)).sum())
 
 
@@ -644,7 +648,8 @@ def _js(p: Float[Tensor, "d_vocab"], q: Float[Tensor, "d_vocab"]) -> float:
 
 
 def _classed(moved: Float[Tensor, "d_vocab"], final: int, text: Callable[[int], str]) -> dict[str, float]:
-    """A total variation by what the tokens are, the largest first; what is left at the end is counted as content."""
+    """The total variation split by class of token: form, function, content. Tokens are classified from the largest change
+    down; the rest, under UNCLASSED in all, is counted as content."""
     parts, last = {"form": 0.0, "function": 0.0, "content": 0.0}, text(final)
     amounts, order = moved.sort(descending=True)
     left = moved.sum() - amounts.cumsum(0)
@@ -665,7 +670,7 @@ def _is_function(token: str) -> bool:
 
 
 def _normed_once_more(model: Model, last: Float[Tensor, "row d_model"]) -> tuple[Float[Tensor, "row d_model"] | None, str]:
-    """(the last layer normed once, which the lens norms again; "") or (None, why it is not known)."""
+    """(the last layer after one norm, for the lens to norm again; "") or (None, why it is not known)."""
     normed = final_norm(model, last)
     folded = getattr(getattr(model, "ln_final", None), "folded_w", None)
     if folded is not None:
@@ -677,7 +682,7 @@ def _normed_once_more(model: Model, last: Float[Tensor, "row d_model"]) -> tuple
 
 
 def _one_row(model: Model, inputs: Prompt, position: Place, row: int) -> tuple[Any, Int[Tensor, "pos"], int, int]:
-    """(what to run, the row's tokens, the position in them, the row's number); a text's row is run without its padding."""
+    """(what to run, the row's tokens, the position in them, the row's index); a row of plain text is run without its padding."""
     prompt = as_prompt(model, inputs)
     at = prompt.position(position, row)
     if isinstance(prompt, TextPrompt):
@@ -688,7 +693,7 @@ def _one_row(model: Model, inputs: Prompt, position: Place, row: int) -> tuple[A
 def _run(
     model: Model, inputs: Any, tokens: Int[Tensor, "pos"], spelt: list[int], at: int, row: int
 ) -> tuple[Float[Tensor, "layer d_model"], int, Float[Tensor, "layer token"]]:
-    """(the stream at the position, what the model's own logits put first there, the whole answer's log-probabilities)."""
+    """(the residual stream at the position, the top-1 of the model's own logits there, the whole answer's log-probabilities)."""
     prompt, row, spelt = _teacher_forced(inputs, tokens, spelt, at, row)
     layers = range(model.cfg.n_layers + 1)
     streams, model_ids = residual_at(model, prompt, layers, list(range(at, at + max(1, len(spelt)))), row)
@@ -697,9 +702,10 @@ def _run(
 
 
 def _teacher_forced(inputs: Any, tokens: Int[Tensor, "pos"], spelt: list[int], at: int, row: int) -> tuple[Any, int, list[int]]:
-    """(the prompt that ends at the position and goes on with the answer, its row, the answer's tokens).
+    """(the prompt cut after the position with the answer appended, its row, the answer's tokens).
 
-    The last token is not needed. No tokens where none can follow: in the middle of the images.
+    The answer's last token predicts nothing, so it is not appended. If image tokens come after the position no answer can
+    follow it: the prompt stays as it is, and the answer has no tokens.
     """
     if len(spelt) == 1:
         return inputs, row, spelt
@@ -723,7 +729,7 @@ def _teacher_forced(inputs: Any, tokens: Int[Tensor, "pos"], spelt: list[int], a
 
 
 def _token_log_probs(model: Model, stack: Float[Tensor, "layer token d_model"], spelt: list[int]) -> Float[Tensor, "layer token"]:
-    """The lens's log-probability of each token at the position before it; NaN without tokens."""
+    """The logit lens's log-probability of each token at the position before it; NaN if there are no tokens."""
     if not spelt:
         return torch.full((len(stack), 1), torch.nan)
     targets = torch.tensor(spelt).repeat(len(stack))[:, None]
