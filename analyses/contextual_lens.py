@@ -1,15 +1,15 @@
 """The contextual lens: an answer is grounded where its contextual embedding is close to an image token's.
 
-1. Run prompt and answer. h^l is the residual stream at layer l of 0..L (before block l; L: after the last).
-2. Average the answer's tokens at a late layer, raw, not normalised: a = mean_t h^{l_T}(a_t). The positions are those of
-   the answer's own tokens; end tokens are left out (ours).
-3. Score = max_n cos(a, h^{l_I}(v_n)) over the image tokens v_n at a middle layer. Low: hallucinated.
+1. Run the prompt with its answer. h^l is the residual stream at layer l of 0..L (before block l; L: after the last).
+2. Average it over the answer's tokens at a late layer, without any norm: a = mean_t h^{l_T}(a_t). The positions are those
+   of the answer's own tokens, without end tokens (our choice).
+3. Score = max_n cos(a, h^{l_I}(v_n)) over the image tokens v_n at a middle layer. A low score suggests a hallucination.
    Defaults l_I = round(0.5 L), l_T = round(0.75 L); `sweep_layers` picks them by AUROC on a validation split.
 4. Grounding. Heat map: max_{l ≥ 1} cos(h^l(a), h^l(v_n)). Box: the rectangle of image tokens whose mean vector, at the
-   layer l_I, has the largest cosine with a, among all rectangles, by integral image in float64. Taking the score's own
-   two layers for the box is ours: so the box's cosine is never below the score.
+   layer l_I, has the largest cosine with a; all rectangles are compared, by integral image in float64. Using the score's
+   two layers for the box is our choice: the box's cosine is then never below the score.
 
-Source: Beyond Logit Lens (arXiv 2411.19187). Its tables were not at hand: no reproduction of its numbers is claimed.
+Source: Beyond Logit Lens (arXiv 2411.19187). Its tables were not available: no reproduction of its numbers is claimed.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ Span = str | slice | Sequence[int] | Tensor
 
 @dataclass(frozen=True)
 class ContextualScore(Result):
-    """How close each span's contextual embedding comes to an image token's.
+    """The largest cosine of each span's contextual embedding with an image token's.
 
     Attributes:
-        scores: [span] cosine with the closest image token, in [-1, 1]; low: hallucinated.
-        similarity: [span image_token] cosine with each, in [-1, 1]; all images of the row, in order.
-        names: of the spans. texts: what they say.
+        scores: [span] cosine with the closest image token, in [-1, 1]; a low score suggests a hallucination.
+        similarity: [span image_token] cosine with each image token, in [-1, 1]; all images of the row, in order.
+        names: of the spans. texts: the text of each span.
         images: [image_token] which image each token belongs to.
         boxes: [image_token 4] (x0, y0, x1, y1) in that image's original pixels.
-        image_layer, text_layer: layers compared.
+        image_layer, text_layer: l_I and l_T, the layers compared.
         model_name: of the model.
     """
 
@@ -76,7 +76,7 @@ class ContextualScore(Result):
         return float(self.scores[0])
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a span: its score, and the closest image token's image and box in original pixels."""
+        """One row a span: its score, and the image and box (in original pixels) of the closest image token."""
         best = self.similarity.argmax(-1)
         table = pd.DataFrame({"span": self.names, "text": self.texts, "score": self.scores.tolist()})
         table["image"] = self.images[best].tolist()
@@ -84,7 +84,7 @@ class ContextualScore(Result):
         return table
 
     def plot(self, path: Any = None) -> Any:
-        """A bar for each span."""
+        """The score of each span as a bar."""
         from analyses.views.grounding import score_plot
 
         return score_plot(self, path)
@@ -92,12 +92,12 @@ class ContextualScore(Result):
 
 @dataclass(frozen=True)
 class LayerSweep(Result):
-    """AUROC of the score for "correct" at every pair of layers.
+    """For every pair of layers, the AUROC with which the score tells correct answers from wrong ones.
 
     Attributes:
         auroc: [image_layer text_layer], in [0, 1].
-        image_layer, text_layer: of the best pair (the first of equals). Report it on other items than these.
-        n_items, n_correct: what it was measured on.
+        image_layer, text_layer: the best pair (the first of equals). Report its AUROC on other items than these.
+        n_items, n_correct: how many items it was measured on, and how many of them are correct.
         model_name: of the model.
     """
 
@@ -123,15 +123,15 @@ class LayerSweep(Result):
 
 @dataclass(frozen=True)
 class Grounding(Result):
-    """Where in its images an answer is.
+    """Where an answer is in the images: heat maps and boxes.
 
     Attributes:
-        heat: for each image [rows cols], max over layers ≥ 1 of the cosine with the answer, in [-1, 1]: the paper's heat map.
-        similarity: for each image [rows cols], the cosine at the box's layers; its maximum is the contextual score. The box
-            belongs to this map; it need not hold the hottest token of `heat`.
-        cells: for each image its best rectangle (row0, col0, row1, col1) in image tokens, ends excluded.
+        heat: for each image [rows cols], the largest cosine with the answer over layers ≥ 1, in [-1, 1]: the paper's heat map.
+        similarity: for each image [rows cols], the cosine at the box's two layers; its maximum is the contextual score. The box
+            is computed from these layers, so it need not contain the maximum of `heat`.
+        cells: for each image its best rectangle (row0, col0, row1, col1) in image tokens, row1 and col1 excluded.
         boxes: [image 4] the same rectangles (x0, y0, x1, y1) in original pixels of their image.
-        box_scores: [image] their cosines.
+        box_scores: [image] cosine of each rectangle's mean vector with the answer.
         sizes: (width, height) of each image in original pixels.
         text: the answer. image_layer, text_layer: the layers compared for the box.
         model_name: of the model.
@@ -159,7 +159,7 @@ class Grounding(Result):
         return tuple(self.boxes[self.image].tolist())
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row an image token: its place, its box in original pixels, its cosines, whether the best box covers it."""
+        """One row an image token: row and column, box in original pixels, cosines, whether its image's best box covers it."""
         rows = []
         for image, (heat, similarity, (r0, c0, r1, c1)) in enumerate(zip(self.heat, self.similarity, self.cells)):
             (height, width), (w, h) = heat.shape, self.sizes[image]
@@ -180,7 +180,7 @@ class Grounding(Result):
         return pd.DataFrame(rows)
 
     def plot(self, path: Any = None, images: Sequence[Any] | None = None, truth: Sequence[Any] = (), note: str = "") -> Any:
-        """For each image its picture where given, the cosine at the two layers with the box, and the maximum over layers.
+        """For each image: the picture if given, the cosine at the two layers with the box, and the maximum over layers.
 
         Args:
             images: PIL images, one for each of the row's.
@@ -201,13 +201,13 @@ def contextual_score(
     span: Span | Mapping[str, Span] = "answer",
     stack: Float[Tensor, "layer pos d_model"] | None = None,
 ) -> ContextualScore:
-    """Scores an answer, or several spans of one prompt; high = more likely correct.
+    """The contextual score of an answer, or of several spans of one prompt; a high score: more likely correct.
 
     Args:
         inputs: prompts with images and a teacher-forced answer: `model.to_inputs(question, images=[im], answers="red")`.
         image_layer, text_layer: layers, 0..L; None takes round(0.5 L) and round(0.75 L).
         span: "answer" or another segment, positions, or a slice; or name -> span for several (see `word_spans`).
-        stack: the row's residual stream, if it is at hand: saves the run.
+        stack: the row's residual stream, if it was computed before: then the model is not run.
     Raises:
         ValueError: no such row, segment, position or layer, or the row has no image.
     """
@@ -243,10 +243,10 @@ def yes_no_score(
     text_layer: int | None = None,
     stack: Float[Tensor, "layer pos d_model"] | None = None,
 ) -> float:
-    """The score of a yes/no answer: that of the question's noun, its sign flipped when the answer is no.
+    """The score of a yes/no answer: the score of the question's noun, negated if the answer is no.
 
     Args:
-        noun: a word of the question, such as "dog" of "Is there a dog in the image?"; its last mention is meant.
+        noun: a word of the question, such as "dog" in "Is there a dog in the image?"; if it occurs twice, the last one counts.
     Raises:
         ValueError: the question has no such word, or the answer is neither yes nor no.
     """
@@ -255,7 +255,7 @@ def yes_no_score(
 
 
 def yes_no_subject(model: Model, inputs: Any, noun: str, row: int = 0) -> tuple[list[int], int]:
-    """Positions of the noun in the question, and +1 for an answer yes, -1 for no."""
+    """(positions of the noun in the question, +1 if the answer is yes, -1 if it is no)."""
     answer = _text(model, inputs, row, span_positions(model, inputs, "answer", row)).strip().lower()
     said = re.match(r"(yes|no)\b", answer)
     if said is None:
@@ -271,7 +271,7 @@ def sweep_layers(model: Model, items: Iterable[Any], labels: Sequence[bool], spa
         items: `Inputs` of one row each, with image and teacher-forced answer; may be a generator.
         labels: whether each answer is correct.
     Raises:
-        ValueError: as many labels as items are wanted, of both kinds.
+        ValueError: the labels are not one for each item, or all the same.
     """
     labels = [bool(label) for label in labels]
     if len(set(labels)) < 2:
@@ -301,11 +301,11 @@ def ground(
     span: Span = "answer",
     stack: Float[Tensor, "layer pos d_model"] | None = None,
 ) -> Grounding:
-    """The answer's heat map over each image of the row, and its best box in each.
+    """The answer's heat map over each image of the row, and the box in each image that fits the answer best.
 
     Args:
         inputs, row, span, stack: as `contextual_score`.
-        image_layer, text_layer: layers compared for the box; the heat map goes over all layers ≥ 1.
+        image_layer, text_layer: layers compared for the box; the heat map takes the maximum over all layers ≥ 1.
     Raises:
         ValueError: as `contextual_score`.
     """
@@ -342,15 +342,15 @@ def ground(
 
 @renamed_arguments
 def word_spans(model: Model, inputs: Any, words: Sequence[str], row: int = 0, segment: str = "answer") -> dict[str, list[int]]:
-    """Where each word stands in a segment of the prompt: "star", "star (2)", … -> its positions.
+    """Positions of each occurrence of some words in a segment of the prompt: "star", "star (2)", … -> positions.
 
-    For a caption, pass its nouns: which words are nouns is for the caller (or a tagger) to say.
+    For a caption, pass its nouns; finding the nouns is left to the caller (or a tagger).
 
     Args:
-        words: matched whole, in any case; scripts that put no space between words (Chinese, Japanese, Korean, Thai, …) are
-            matched wherever they stand. A token that is only partly in a word belongs to it, every part of a character too.
+        words: matched as whole words, in any case; in scripts without spaces between words (Chinese, Japanese, Korean, Thai,
+            …) any occurrence matches. Every token that overlaps a word belongs to it, also one that is part of a character.
     Raises:
-        ValueError: a word is not there, or is empty.
+        ValueError: a word does not occur in the segment, or is empty.
     """
     if not all(word.strip() for word in words):
         raise ValueError(f"expected words to find, got an empty one among {list(words)}.")
@@ -368,7 +368,7 @@ def word_spans(model: Model, inputs: Any, words: Sequence[str], row: int = 0, se
 
 
 def _whole_word(word: str) -> str:
-    """A pattern for the word alone: neither side goes on with a letter, where its script puts spaces between words."""
+    """A regular expression for the whole word: no letter on either side, if the word's script puts spaces between words."""
     before, after = (re.match(r"\w", edge) is None or re.match(_SPACED, edge) is not None for edge in (word[0], word[-1]))
     return (f"(?<!{_SPACED})" if before else "") + re.escape(word) + (f"(?!{_SPACED})" if after else "")
 
@@ -377,10 +377,10 @@ def _whole_word(word: str) -> str:
 
 
 def default_layers(model: Model, image_layer: int | None, text_layer: int | None) -> tuple[int, int]:
-    """(l_I, l_T), the defaults where they are None.
+    """(l_I, l_T), with the defaults for None.
 
     Raises:
-        ValueError: not in 0..L.
+        ValueError: a layer is not in 0..L.
     """
     n_layers = model.cfg.n_layers
     image_layer = round(0.5 * n_layers) if image_layer is None else image_layer
@@ -392,10 +392,10 @@ def default_layers(model: Model, image_layer: int | None, text_layer: int | None
 
 
 def row_stack(model: Model, inputs: Any, row: int, stack: Float[Tensor, "layer pos d_model"] | None = None) -> Tensor:
-    """The residual stream of one row, run alone, un-normed, on the CPU: [layer pos d_model]; or the one at hand.
+    """The residual stream [layer pos d_model] of one row, without the final norm, on the CPU: `stack`, or else from a run.
 
     Raises:
-        ValueError: no such row, or the stack at hand is not one of these prompts and this model.
+        ValueError: no such row, or `stack` has another shape than this model and these prompts give.
     """
     expected = (model.cfg.n_layers + 1, inputs.shape[1], model.cfg.d_model)
     if stack is not None and tuple(stack.shape) != expected:
@@ -404,10 +404,10 @@ def row_stack(model: Model, inputs: Any, row: int, stack: Float[Tensor, "layer p
 
 
 def span_positions(model: Model, inputs: Any, span: Span, row: int) -> list[int]:
-    """Positions of a span; of an answer, without its end tokens.
+    """Positions of a span; an answer's end tokens are left out.
 
     Raises:
-        ValueError: no such segment, no such position, or nothing is left.
+        ValueError: no such segment, no such position, or an answer with nothing but end tokens.
     """
     found = inputs.resolve(span, row).tolist()
     if isinstance(span, str) and span == "answer":
@@ -419,13 +419,13 @@ def span_positions(model: Model, inputs: Any, span: Span, row: int) -> list[int]
 
 
 def cosines(targets: Float[Tensor, "target d"], vectors: Float[Tensor, "n d"]) -> Float[Tensor, "target n"]:
-    """Cosine of every target with every vector, in float64; 0 where one of them is zero."""
+    """Cosine of every target with every vector, in float64; 0 if one of the two is the zero vector."""
     unit = [x.double() / x.double().norm(dim=-1, keepdim=True).clamp_min(1e-300) for x in (targets, vectors)]
     return (unit[0] @ unit[1].T).clamp(-1.0, 1.0)
 
 
 def n_images(inputs: Any, row: int) -> int:
-    """How many images the row has."""
+    """Number of images in the row."""
     return sum(name.startswith("image[") for name in inputs.segment_names(row))
 
 

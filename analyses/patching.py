@@ -1,15 +1,15 @@
 """Activation patching sweeps, exact and fast (Heimersheim & Nanda 2024; Zhang & Nanda 2024).
 
-Three runs: clean, corrupted, and corrupted with one clean activation put in. `transformer_lens.patching` runs the
-whole model for every cell; this gives the same numbers from a fraction of the arithmetic, because in a causal
-decoder a patch at (layer l, position p) leaves layers before l and positions before p as they were:
+Three runs: clean, corrupted, and corrupted with one clean activation patched in. `transformer_lens.patching` runs the
+whole model for every cell. This gives the same numbers with a fraction of the computation, because in a causal
+decoder a patch at (layer l, position p) changes nothing in layers before l or at positions before p:
 
-1. Run the clean prompt and keep the activation that is swept; run the corrupted prompt once and keep the residual
-   stream before every block and the rotated keys and values.
+1. Run the clean prompt and keep the activation to patch; run the corrupted prompt once and keep the residual
+   stream before every block, the rotated keys and the values.
 2. For a cell, start at block l from the corrupted stream at positions ≥ p, with the corrupted keys and values of the
-   positions before p; a hook puts the clean activation in. Cells of one layer run as one batch (`patched_runs`).
-3. Read only the metric's position: final norm and unembedding there, nowhere else. The tower never runs again, unless
-   it is the tower that is patched; then it starts at the patched block.
+   positions before p; a hook patches the clean activation in. Cells of one layer run in batches (`patched_runs`).
+3. Apply the final norm and the unembedding at the metric's position only. The vision tower does not run again, unless its
+   own activations are patched; then it starts at the patched block.
 
 Rows of the sweep are positions, or named spans (the image, an object's patches, the question, the last position).
 """
@@ -47,11 +47,12 @@ Positions = Sequence[Place] | Mapping[str, Place] | Place | None
 
 @dataclass
 class Sweep(PatchingResult):
-    """TransformerLens's result, and what its recovery is measured by.
+    """TransformerLens's `PatchingResult`, with the direction and the second unpatched metric that `recovery` needs.
 
     Attributes:
         direction: "denoise" or "noise".
-        source_metric: [batch] of the run whose activations were put in; `baseline` is that of the run they were put into.
+        source_metric: [batch] metric of the unpatched run that activations are taken from; `baseline` is the metric of the
+            unpatched run that they are patched into.
     """
 
     direction: str = "denoise"
@@ -60,7 +61,7 @@ class Sweep(PatchingResult):
 
 @dataclass(frozen=True)
 class _Plan:
-    """What a sweep patches: its axes, and where its cells go."""
+    """What a sweep patches: its axes, and the cells on them."""
 
     activation: str
     tower: bool
@@ -75,10 +76,10 @@ class _Plan:
         return [Cell(i, tuple(places), head) for i, (places, head) in enumerate(pairs)]
 
     def result(self, values: Float[Tensor, "layer cell batch"], baselines: Float[Tensor, "2 batch"], direction: str) -> Sweep:
-        """Cells back on their axes.
+        """The values as a `Sweep`, with the cells on their axes.
 
         Args:
-            baselines: the metric of the two unpatched runs: that which is patched, and that whose activations are put in.
+            baselines: the metric of the two unpatched runs: first the one patched into, then the one that activations come from.
         """
         has_heads = self.heads != [None]
         names = ["layer", "pos", "head_index"] if has_heads else ["layer", "pos"]
@@ -115,30 +116,30 @@ def patch_sweep(
     checkpoint: str | Path | None = None,
     progress: bool = True,
 ) -> Sweep:
-    """Patches every (layer, position[, head]) cell and evaluates the metric.
+    """Patches each (layer, position[, head]) cell by itself and evaluates the metric.
 
     Args:
-        clean, corrupted: `Inputs` of one shape and one padding, a batch of pairs row by row; for images, of one grid.
+        clean, corrupted: `Inputs` with the same shape, padding and image grids; row i of one is paired with row i of the other.
         metric: logits at the metric's position, [batch 1 d_vocab], to one number an example [batch] (or a scalar
             for one pair), such as `lambda logits: logits[:, -1, a] - logits[:, -1, b]`.
-        activation: one of STREAMS, or of HEADS (then there is a head axis; keys and values have key-value heads;
-            a pattern's position is the query's). With "vision_encoder." before it, the tower's: layers and heads are
-            the tower's, and a position is an image token, all of its patches (for a pattern, as queries).
-        layers, heads: which; None for all.
-        positions: None for every position (in the tower: every image token); or places (see `Inputs.resolve`), each a row of
-            the sweep: a list of them, one name or box, a mapping of labels to them, or a slice, tensor or mask of positions,
-            each then a row.
-        metric_position: the place that the metric reads, one position, the same in every row.
-        direction: "denoise" puts clean activations into the corrupted run, "noise" the other way round.
-        batch_size: prompts in one forward at most: bounds the memory. Cells of one forward start at the first one's
-            position, so large batches compute more in vain.
-        checkpoint: a file that holds what is done, so that an interrupted sweep goes on; the same call again continues. Another
-            sweep is refused: other prompts, cells, weights, or a metric that has other values on the two unpatched runs.
-    Memory: streams and keys of the two runs, positions × ((streams swept + activations swept) × width + layers × 2
-        key-value heads × d_head) numbers, and the activations of one forward of `batch_size` prompts, keys included.
+        activation: one of STREAMS, or one of HEADS, which adds a head axis (keys and values have key-value heads; the
+            position of a pattern is the query's). With the prefix "vision_encoder." it is the tower's: layers and heads are
+            then the tower's, and a position is an image token with all of its patches (for a pattern, the queries).
+        layers, heads: which ones; None for all.
+        positions: None for every position (in the tower: every image token). Otherwise places (see `Inputs.resolve`): a list
+            of them, a single name or box, or a mapping of labels to places, where each place is one row of the sweep; or a
+            slice, tensor or mask of positions, where each position is one row.
+        metric_position: the one position whose logits the metric gets, the same in every row of the batch.
+        direction: "denoise" patches clean activations into the corrupted run, "noise" the other way round.
+        batch_size: largest number of prompts in one forward; it bounds the memory. All cells of one forward start at the
+            earliest position of any of them, so a large batch recomputes more positions than it needs.
+        checkpoint: a file of the finished layers: the same call continues an interrupted sweep. A file of another sweep is
+            refused: other prompts, cells or weights, or a metric with other values on the two unpatched runs.
+    Memory: positions × ((streams + activations swept) × width + layers × 2 key-value heads × d_head) numbers for the two runs,
+        and the activations of one forward of `batch_size` prompts, keys included.
     Returns:
-        TransformerLens's PatchingResult: values [layer pos (head) batch], axes, index table, and the metric of the two
-        unpatched runs, `baseline` and `source_metric` [batch].
+        TransformerLens's PatchingResult: values [layer pos (head) batch], axis names, an index table, and the metric of the
+        two unpatched runs, `baseline` and `source_metric` [batch].
     Raises:
         ValueError: prompts that do not align, unknown names, or a checkpoint that is damaged or of another sweep.
     """
@@ -165,7 +166,7 @@ def patch_sweep(
 
 
 def _key(model: Model, plan: _Plan, direction: str, *prompts: Any) -> str:
-    """Tells sweeps apart by their cells, prompts and weights."""
+    """A digest of the sweep's cells, prompts and weights, which tells it from other sweeps."""
     digest = hashlib.sha256(json.dumps([vars(plan), direction, describe_model(model)], default=str).encode())
     for prompt in prompts:
         digest.update(prompt.tokens.cpu().numpy().tobytes())
@@ -174,7 +175,7 @@ def _key(model: Model, plan: _Plan, direction: str, *prompts: Any) -> str:
 
 
 class _Record:
-    """What is done of a sweep, on disk; written whole or not at all.
+    """The checkpoint file: the values of the finished layers. A write replaces the file as a whole or leaves it as it was.
 
     Raises:
         ValueError: the file is damaged, or holds another sweep.
@@ -214,15 +215,15 @@ class _Record:
 
 
 def recovery(result: PatchingResult, clean_metric: Tensor | None = None, epsilon: float = 1e-3) -> dict[str, Any]:
-    """(patched − corrupted) / (clean − corrupted), per example, and its two averages: 1 is the clean run, 0 the corrupted.
+    """(patched − corrupted) / (clean − corrupted) for each example, and two averages: 1 is the clean run, 0 the corrupted one.
 
-    So where nothing changes it is 0 in a "denoise" sweep, and 1 in a "noise" sweep.
+    A patch without effect therefore gives 0 in a "denoise" sweep and 1 in a "noise" sweep.
 
     Args:
-        result: of `patch_sweep`, which knows its direction and both unpatched metrics; or TransformerLens's own, of clean
-            activations in the corrupted run with its baseline, and then `clean_metric` is needed.
-        clean_metric: [batch] of the clean run.
-        epsilon: pairs whose clean and corrupted metrics differ by less are skipped and counted.
+        result: of `patch_sweep`, which has both unpatched metrics; or a result of TransformerLens's own functions, with clean
+            activations patched into the corrupted run and its baseline, which also needs `clean_metric`.
+        clean_metric: [batch] metric of the clean run.
+        epsilon: examples whose clean and corrupted metrics differ by less are skipped and counted.
     Returns:
         `per_example` [… batch] (NaN where skipped), `mean_of_ratios`, `ratio_of_means`, `skipped`.
     Raises:
@@ -242,7 +243,7 @@ def recovery(result: PatchingResult, clean_metric: Tensor | None = None, epsilon
 
 
 def _clean_and_corrupted(result: PatchingResult, clean_metric: Tensor | None) -> tuple[Float[Tensor, "batch"], Float[Tensor, "batch"]]:
-    """The metric of the two unpatched runs."""
+    """The metric of the clean and of the corrupted run, unpatched."""
     given = None if clean_metric is None else torch.as_tensor(clean_metric).to(result.values).reshape(-1)
     if isinstance(result, Sweep):
         ends: Any = (result.source_metric, result.baseline)
@@ -307,7 +308,7 @@ def _rows(inputs: Any, positions: Positions) -> list[tuple[Any, list[int]]]:
 
 
 def _image_rows(inputs: Any, positions: Positions) -> list[tuple[Any, list[int]]]:
-    """The same in the tower: only image tokens, of every row of the batch."""
+    """As `_rows`, for the tower: positions must be image tokens in every row of the batch."""
     everywhere = (inputs.token_types > 0).all(0).cpu()
     rows = _rows(inputs, everywhere.nonzero().flatten().tolist() if positions is None else positions)
     for label, places in rows:
@@ -332,7 +333,7 @@ def _one_position(inputs: Any, place: Place) -> int:
 
 
 def _groups(cells: Sequence[Cell], size: int) -> Iterator[list[Cell]]:
-    """Batches of cells that start at like positions, so that little is computed in vain."""
+    """Batches of cells sorted by their first position, so that a batch recomputes few positions it does not need."""
     ordered = sorted(cells, key=lambda cell: min(cell.positions))
     for first in range(0, len(ordered), size):
         yield ordered[first : first + size]
