@@ -1,20 +1,20 @@
-"""Where an answer flips: which heads and which MLP of the block that made the flip, and whether they cause it.
+"""Where an answer flips: how much each head and the MLP of the flip's block contribute to it, and whether they cause it.
 
-A flip at layer l, from token b to token a, is made by block l−1; the residual stream h_l already contains it.
+A flip at layer l, where the top-1 changes from token b to token a, is made by block l−1: h_l is the residual stream after it.
 With u = W_U[a] − W_U[b], γ the final norm's weight, r = rms(h) and LD_l = z_l(a) − z_l(b):
 
     LD_l − LD_{l−1} = Σ_c (γ ⊙ c / r_l) · u + LD_{l−1} (r_{l−1} / r_l − 1)          exactly,
 
-over what block l−1 adds: each head's output, the attention's bias, and the MLP's output.
+where c runs over what block l−1 adds to the stream: each head's output, the attention's output bias and the MLP's output.
 
 1. Direct attribution: the terms of that sum (`attribute_flip`).
-2. Causal effect on the final logit difference of each component at the answer's position: put in from a
-   counterfactual prompt, or ablated (set to 0) (`component_effects`).
-3. Test of the ranking (`ablate_flip`): ablate the components that the attribution puts first, and as often as many
-   random components of the same kinds from the blocks before the flip. The flip is *removed* if the lens at layer l
-   no longer prefers a to b, and *reversed at the output* if the sign of the final logit difference changes.
+2. Causal effect of each component, at the answer's position, on the final logit difference: its output is patched in from
+   a counterfactual prompt, or ablated (set to 0) (`component_effects`).
+3. Test of the ranking (`ablate_flip`): ablate the components with the highest attribution, and for comparison several random
+   sets with as many heads and MLPs, from blocks 0..l−1. The flip is *removed* if the logit lens at layer l no longer
+   prefers a to b, and *reversed at the output* if the final logit difference changes sign.
 
-Source: ours (docs/methods.md); direct attribution as in TransformerLens; ablation as in Wang et al. 2022 (IOI).
+Source: our own method (docs/methods.md); direct attribution as in TransformerLens; ablation as in Wang et al. 2022 (IOI).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from hooked_qwen2vl.protocols import Model
 
 
 class Component(NamedTuple):
-    """A head or (head None) the MLP of a block."""
+    """A head of a block, or its MLP (then `head` is None)."""
 
     layer: int
     head: int | None
@@ -49,13 +49,14 @@ class Component(NamedTuple):
 @renamed_attributes
 @dataclass(frozen=True)
 class FlipAttribution(Result):
-    """The direct attribution of one flip; all in logits of (a − b).
+    """The direct attribution of one flip; all values are logit differences z(a) − z(b).
 
     Attributes:
-        flip_layer: l, the first layer that prefers a. gained, lost: tokens a and b, as text; ids beside them.
+        flip_layer: l, the first layer that prefers a. gained, lost: tokens a and b, as text. gained_id, lost_id: their ids.
         before, after: LD_{l−1} and LD_l.
-        heads: [head] of block l−1. bias: the attention's output bias. mlp. norm: the rescaling of what was there.
-        position: where the lens is read. row: of which prompt of the batch.
+        heads: [head] contribution of each head of block l−1. bias: of the attention's output bias. mlp: of the MLP.
+            norm: of the change of the norm's scale, LD_{l−1} (r_{l−1} / r_l − 1).
+        position: where the logit lens is read. row: the prompt of the batch.
     """
 
     flip_layer: int
@@ -79,22 +80,22 @@ class FlipAttribution(Result):
 
     @property
     def total(self) -> float:
-        """Sum of all parts: `after − before` up to rounding."""
+        """Sum of all contributions: `after − before` up to rounding."""
         return float(self.heads.sum()) + self.bias + self.mlp + self.norm
 
     def ranked(self) -> list[tuple[Component, float]]:
-        """Heads and MLP by falling contribution."""
+        """Heads and MLP, the largest contribution first."""
         parts = [(Component(self.block, head), float(value)) for head, value in enumerate(self.heads)]
         return sorted([*parts, (Component(self.block, None), self.mlp)], key=lambda part: -part[1])
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a part, by falling contribution; the last two are the bias and the norm."""
+        """One row a head or MLP, the largest contribution first; the last two rows are the bias and the norm."""
         rows = [(str(component), value) for component, value in self.ranked()]
         table = pd.DataFrame([*rows, ("bias", self.bias), ("norm", self.norm)], columns=["component", "attribution"])
         return table.assign(flip=f"{self.lost} → {self.gained}", layer=self.flip_layer)
 
     def plot(self, path: Any = None) -> Any:
-        """The parts of the change, largest first."""
+        """The contributions, the largest first."""
         from analyses.views.experiments import attribution_plot
 
         return attribution_plot(self, path)
@@ -103,11 +104,11 @@ class FlipAttribution(Result):
 @renamed_attributes
 @dataclass(frozen=True)
 class FlipTest:
-    """What ablating the found components did to a flip, beside random ones.
+    """What happens to a flip when the components found by attribution are ablated, compared with random ones.
 
     Attributes:
-        components: those found. lens_difference, final_difference: LD_l and LD_L of (a − b) as the model is.
-        ablated: (LD_l, LD_L) with the components at 0. random: [draw 2] the same for random components.
+        components: the components found. lens_difference, final_difference: LD_l and LD_L without any ablation.
+        ablated: (LD_l, LD_L) with the components set to 0. random: [draw 2] the same for random components.
     """
 
     attribution: FlipAttribution
@@ -119,17 +120,17 @@ class FlipTest:
 
     @property
     def removed(self) -> bool:
-        """Without them, the lens at the flip's layer does not prefer a."""
+        """Whether the logit lens at the flip's layer no longer prefers a once the components are ablated."""
         return self.ablated[0] <= 0
 
     @property
     def reversed(self) -> bool:
-        """Without them, the output prefers the other of the two."""
+        """Whether the final logit difference changes sign once the components are ablated."""
         return self.ablated[1] * self.final_difference < 0
 
     @property
     def removed_by_random(self) -> float:
-        """Share of random draws that remove it."""
+        """Share of random draws that remove the flip."""
         return float((self.random[:, 0] <= 0).float().mean())
 
     @property
@@ -163,14 +164,14 @@ class FlipTest:
 def attribute_flip(
     model: Model, inputs: Any, layer: int, gained: int, lost: int, position: Place = "last", row: int = 0
 ) -> FlipAttribution:
-    """The exact direct attribution of the flip at `layer` to the parts of the block before it.
+    """The exact direct attribution of the flip at layer l to the components of block l−1.
 
     Args:
         layer: l in 1..L. gained, lost: token ids a and b.
-        position: where the lens is read: a place that is one position (see `Inputs.resolve`).
+        position: where the logit lens is read: a place that is one position (see `Inputs.resolve`).
     Raises:
-        ValueError: a layer that no block made, or an image's position behind a block after which DeepStack adds to it
-            (Qwen3-VL): what it adds is no component of the block.
+        ValueError: a layer outside 1..L, or an image token's position and a block after which DeepStack adds to image tokens
+            (Qwen3-VL): what it adds is not part of the block.
     """
     if not 1 <= layer <= model.cfg.n_layers:
         raise ValueError(f"a flip is made by a block: its layer must be in 1..{model.cfg.n_layers}, got {layer}.")
@@ -207,14 +208,14 @@ def attribute_flip(
 
 @torch.no_grad()
 def component_effects(model: Model, inputs: Any, flip: FlipAttribution, counterfactual: Any = None) -> pd.DataFrame:
-    """Each component of the flip's block: direct attribution, and causal effect on the final logit difference.
+    """For each component of the flip's block: its direct attribution and its causal effect on the final logit difference.
 
     Args:
-        inputs: the prompts that the flip was attributed in; its row is read. counterfactual: prompts of the same shape whose
-            activations are put in; None leaves that column out.
+        inputs: the prompts in which the flip was attributed. counterfactual: prompts of the same shape, whose activations
+            are patched in; None leaves that column out.
     Returns:
-        component, attribution, ablated and patched: the change of z_L(a) − z_L(b) when the component at the flip's
-        position is set to 0, and when it is the counterfactual's.
+        one row a component: component, attribution, and the change of z_L(a) − z_L(b) when the component's output at the
+        flip's position is set to 0 (`ablated`) or replaced by the counterfactual's (`patched`).
     """
     inputs = _its_row(model, inputs, flip)
     base = _differences(model, inputs, flip, [])[1]
@@ -228,11 +229,11 @@ def component_effects(model: Model, inputs: Any, flip: FlipAttribution, counterf
 
 @torch.no_grad()
 def ablate_flip(model: Model, inputs: Any, flip: FlipAttribution, n_components: int = 2, n_random: int = 10, seed: int = 0) -> FlipTest:
-    """Ablates the components with the highest attribution, and random ones of the same kinds.
+    """Ablates the components with the highest attribution and, as a control, random ones of the same kinds.
 
     Args:
-        n_components: at most so many of those whose attribution is positive.
-        n_random: draws of the control.
+        n_components: the largest number of components to ablate; only those with a positive attribution are taken.
+        n_random: number of random draws. seed: of the draws.
     """
     inputs = _its_row(model, inputs, flip)
     found = [component for component, value in flip.ranked() if value > 0][:n_components]
@@ -243,7 +244,7 @@ def ablate_flip(model: Model, inputs: Any, flip: FlipAttribution, n_components: 
 
 
 def ablation_hooks(components: Sequence[Component], position: int) -> list[tuple[str, Callable]]:
-    """Hooks that set components to 0 at one position."""
+    """Hooks that set the outputs of components to 0 at one position."""
 
     def of_head(head: int) -> Callable:
         def zero(z: Float[Tensor, "batch pos head d_head"], hook: Any) -> Tensor:
@@ -263,12 +264,12 @@ def ablation_hooks(components: Sequence[Component], position: int) -> list[tuple
 
 
 def _its_row(model: Model, inputs: Any, flip: FlipAttribution) -> Any:
-    """The prompt that the flip was attributed in, encoded: its row of a batch, or the one there is."""
+    """The prompt in which the flip was attributed, encoded: that row of a batch, or the only row."""
     return model.encode(inputs if len(inputs) == 1 else inputs.row(flip.row))
 
 
 def _differences(model: Model, inputs: Any, flip: FlipAttribution, ablated: Sequence[Component]) -> tuple[float, float]:
-    """LD of (a − b) at the flip's layer and at the output, with components set to 0."""
+    """(LD at the flip's layer, LD at the output), with some components set to 0."""
     stream = {}
     keep = (f"blocks.{flip.block}.hook_resid_post", lambda x, hook: stream.update(post=x[:, flip.position : flip.position + 1]))
     hooks = [*ablation_hooks(ablated, flip.position), keep]
@@ -279,7 +280,7 @@ def _differences(model: Model, inputs: Any, flip: FlipAttribution, ablated: Sequ
 
 
 def _patched(model: Model, inputs: Any, flip: FlipAttribution, counterfactual: Any) -> dict[Component, float]:
-    """Final logit difference with each component from the counterfactual, by the exact fast sweep."""
+    """Final logit difference with each component patched in from the counterfactual (`patch_sweep`)."""
     place = {"layers": [flip.block], "positions": [flip.position], "metric_position": flip.position, "progress": False}
 
     def metric(logits: Tensor) -> Tensor:
@@ -291,7 +292,7 @@ def _patched(model: Model, inputs: Any, flip: FlipAttribution, counterfactual: A
 
 
 def _random_like(model: Model, found: Sequence[Component], layer: int, rng: Random) -> list[Component]:
-    """As many heads and MLPs, from blocks 0..layer, other than those found."""
+    """Random components of blocks 0..layer, as many heads and MLPs as were found, and none of those found."""
     heads = [Component(l, h) for l in range(layer + 1) for h in range(model.cfg.n_heads)]
     mlps = [Component(l, None) for l in range(layer + 1)]
     drawn = []
@@ -302,7 +303,7 @@ def _random_like(model: Model, found: Sequence[Component], layer: int, rng: Rand
 
 
 def _direction(model: Model, gained: int, lost: int) -> Float[Tensor, "d_model"]:
-    """γ ⊙ (W_U[a] − W_U[b]), in double precision, on the CPU (a Mac's GPU has none)."""
+    """γ ⊙ (W_U[a] − W_U[b]) in float64, on the CPU (a Mac's GPU has no float64)."""
     gained_row, lost_row, weight = (tensor.cpu().double() for tensor in (model.W_U[:, gained], model.W_U[:, lost], model.ln_final.w))
     return (gained_row - lost_row) * weight
 

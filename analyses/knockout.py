@@ -1,7 +1,7 @@
-"""Attention knockout: which flows of information does the answer need, and in which layers?
+"""Attention knockout: which attention between segments of the prompt does the answer need, and in which layers?
 
-1. Choose a flow: from some positions (keys) to others (queries), such as image → last.
-2. In a window of layers centred on each layer, set those attention scores to −inf before the softmax.
+1. Choose a flow: attention from some positions (keys) to others (queries), such as image → last.
+2. For each layer, set the flow's attention scores to −inf before the softmax, in a window of layers centred on that layer.
 3. Effect: 100 · (p_new − p_base) / p_base on the answer's first token, for items the model answers correctly.
 
 Source: Geva et al. 2023 (Dissecting Recall); Cross-modal information flow in multimodal LLMs (CVPR 2025).
@@ -32,14 +32,14 @@ FLOWS = {"image→question": ("image", "question"), "image→last": ("image", "l
 
 @dataclass(frozen=True)
 class Knockout(Result):
-    """Effects of blocking flows.
+    """How the answer's probability changes when a flow of attention is blocked.
 
     Attributes:
         effects: [flow layer item] percent change of the answer's probability; the layer is the window's centre.
-        baseline: [item] the answer's probability unblocked.
-        flows: names. window: layers blocked at once. skipped: items answered wrongly, left out.
+        baseline: [item] the answer's probability with nothing blocked.
+        flows: their names. window: number of layers blocked at once. skipped: how many items were left out as answered wrongly.
         model_name: of the model.
-        images: [item] the same for items about one image; () where each item has its own.
+        images: [item] a key of the item's image, equal for items about one image; () if each item has its own.
         left_out: reason -> how many items could not be used at all.
     """
 
@@ -53,7 +53,7 @@ class Knockout(Result):
     left_out: Mapping[str, int] = field(default_factory=dict)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a flow and layer: mean effect in percent, its standard error over images (with all their items), items."""
+        """One row a flow and layer: mean effect in percent, its standard error (clustered by image), number of items."""
         n = self.effects.shape[-1]
         return pd.DataFrame(
             {
@@ -69,10 +69,10 @@ class Knockout(Result):
 
     @classmethod
     def join(cls, parts: Sequence[Knockout]) -> Knockout:
-        """The items of several results of the same model, flows and window.
+        """One result with the items of several, of the same model, flows and window.
 
         Raises:
-            ValueError: none with an item in it, results of other flows, windows or models, or the images of only some are named.
+            ValueError: no result has an item, they differ in flows, window or model, or only some of them name their images.
         """
         if len(measured := {(part.flows, part.window, part.model_name) for part in parts}) > 1:
             said = "; ".join(f"{', '.join(flows)} in windows of {window} of {name}" for flows, window, name in sorted(measured))
@@ -110,16 +110,16 @@ def attention_knockout(
     only_correct: bool = True,
     progress: bool = True,
 ) -> Knockout:
-    """Blocks each flow in a window around each layer.
+    """Effect on the answer's probability of blocking each flow, in a window of layers around each layer.
 
     Args:
-        inputs: one prompt or a batch; each row is run on its own (its spans are its own).
+        inputs: one prompt or a batch; each row is run by itself, and its flows are resolved in that row.
         answers: for each row, the token id (or single-token string) whose probability is followed.
-        flows: name -> (from, to), two places (see `Inputs.resolve`).
-        window: layers blocked at once, clipped at the ends; None takes max(1, round(L / 4)). The paper has 9.
+        flows: name -> (keys, queries), two places (see `Inputs.resolve`); None takes FLOWS.
+        window: number of layers blocked at once, fewer at the ends; None takes max(1, round(L / 4)). The paper has 9.
         only_correct: leave out rows whose top-1 is not the answer, and count them.
     Raises:
-        ValueError: as many answers as rows are wanted; a span is not there; or blocking leaves a query no key.
+        ValueError: the answers are not one for each row, a place is not in the prompt, or blocking leaves a query no key.
     """
     if len(answers) != len(inputs):
         raise ValueError(f"expected one answer for each of {len(inputs)} rows, got {len(answers)}.")
@@ -153,14 +153,14 @@ def attention_knockout(
 def knockout_hooks(
     inputs: Any, source: Place, target: Place, layers: Sequence[int], row: int = 0, generated: bool = False
 ) -> list[tuple[str, Callable]]:
-    """Hooks that stop attention from `source` (keys) to `target` (queries), in a plain run and in cached generation.
+    """Hooks that block attention from the queries `target` to the keys `source`, in a plain run and in cached generation.
 
     Args:
-        row: the prompt whose spans are meant; the hooks act on every row of what is run, so all must be laid out like it.
-        generated: also block every token generated after the prompt from seeing `source`.
+        row: the row in which the places are resolved. The hooks act on every row of the run, so all rows need its layout.
+        generated: also block attention to `source` from every token generated after the prompt.
     Raises:
-        ValueError: (when run) a query is left without any key, or the prompts that are run do not begin as `inputs[row]` does:
-            other padding, or images of another grid or place.
+        ValueError: (when run) a query is left without any key, or the prompts that are run have not the layout of
+            `inputs[row]`: other padding, or images with other grids or at other positions.
     """
     keys, queries = inputs.resolve(source, row).cpu(), inputs.resolve(target, row).cpu()
     prompt, shape = inputs.shape[1], inputs.prompt_shape.rows(row)
@@ -182,6 +182,6 @@ def knockout_hooks(
 
 
 def layers_around(centre: int, window: int, n_layers: int) -> range:
-    """The window's layers, clipped to the model."""
+    """The layers of the window around a layer, without those that the model does not have."""
     start = centre - (window - 1) // 2
     return range(max(0, start), min(n_layers, start + window))
