@@ -1,16 +1,16 @@
-"""Domain-specific neurons: which neurons serve one visual domain? (MMNeuron, Huo et al., EMNLP 2024)
+"""Domain-specific neurons: which neurons fire mostly in one visual domain? (MMNeuron, Huo et al., EMNLP 2024)
 
 1. Run every example of every domain. A neuron fires at a token where its activation is above 0; count firings
-   M[l, i, k] and tokens N[k] of domain k, in constant memory.
-2. p = M / N;  q = p / Σ_k p (0/0 is 0);  DAPE = −Σ_k q ln q, in nats, from 0 (one domain) to ln K (all alike).
-3. τ = the ⌈95 %⌋-th smallest of all p; a neuron that no domain fires more often than τ has DAPE +∞.
+   M[l, i, k] of neuron i of layer l and tokens N[k] of domain k, in constant memory.
+2. p = M / N;  q = p / Σ_k p (0/0 is 0);  DAPE = −Σ_k q ln q, in nats, from 0 (one domain) to ln K (all K domains alike).
+3. τ = the 95 % quantile of all p (one of the values, its rank rounded); a neuron whose p exceeds τ in no domain gets DAPE +∞.
 4. S = the 1 % of neurons of lowest DAPE; a neuron of S belongs to the domains k with p[l, i, k] > τ.
-5. Switch them off: activation 0 (or its mean) before the product with W_out, in the prompt and in decoding.
+5. Disable them: set their activations before W_out to 0 (or to their means), in the prompt and in decoding.
 
-The modules are treated apart. Sites: the decoder's gate (`mlp.hook_pre`; silu(x) > 0 iff x > 0), the tower's MLP and
-the projector, before their activation functions (which keep the sign of what they are given). Tokens are the prompt's
-positions in the decoder, patches in the tower (14 pixels; 16 in Qwen3-VL), image tokens in the projector; padding never counts.
-(ours) Counts are kept apart for image tokens, the prompt's text and the answer's tokens, so that each can be analysed alone.
+Each module is analysed by itself: the decoder's gate (`mlp.hook_pre`; silu(x) > 0 iff x > 0), the tower's MLP and the
+projector, all before their activation functions (which keep the sign). A token is a position of the prompt in the decoder,
+a patch in the tower (14 pixels; 16 in Qwen3-VL) and an image token in the projector; padding is not counted.
+Our addition: image tokens, the prompt's text and the answer's tokens are counted separately, so that each can be analysed alone.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ _CHUNK = 2**17  # numbers compared at a time
 Masks = Mapping[str, Bool[Tensor, "layer neuron"]]
 
 
-# ---- selection: numbers only ------------------------------------------------------------------------
+# ---- selection: from firing rates alone -------------------------------------------------------------
 
 
 def domain_entropy(rates: Float[Tensor, "layer neuron domain"]) -> Float[Tensor, "layer neuron"]:
-    """DAPE in nats: how evenly a neuron's firing is spread over the domains; 0 for one that never fires.
+    """DAPE in nats, before the filter: how evenly a neuron's firing is spread over the domains; 0 if it never fires.
 
-    Source: MMNeuron, equation 3; before the filter.
+    Source: MMNeuron, equation 3.
     """
     total = rates.sum(-1, keepdim=True)
     share = torch.where(total > 0, rates / total, 0.0)
@@ -62,11 +62,11 @@ class Selection(Result):
     """The domain-specific neurons of one module.
 
     Attributes:
-        rates: [layer neuron domain] p, firings a token.
-        dape: [layer neuron] nats; +inf where the filter left the neuron out.
-        belongs: [layer neuron domain] which domains each selected neuron serves; False for all others.
+        rates: [layer neuron domain] p, firings per token.
+        dape: [layer neuron] nats; +inf for neurons that the filter (step 3) left out.
+        belongs: [layer neuron domain] whether the neuron is selected and belongs to the domain.
         threshold: τ.
-        wanted: how many were to be selected; fewer are, if the filter left fewer.
+        wanted: how many neurons were to be selected; fewer are selected if the filter left fewer.
     """
 
     rates: Float[Tensor, "layer neuron domain"]
@@ -77,7 +77,7 @@ class Selection(Result):
 
     @property
     def selected(self) -> Bool[Tensor, "layer neuron"]:
-        """S: a neuron that passes the filter serves one domain at least."""
+        """S, the selected neurons; each of them belongs to at least one domain."""
         return self.belongs.any(-1)
 
 
@@ -85,7 +85,7 @@ def select_neurons(rates: Float[Tensor, "layer neuron domain"], share: float = 0
     """Steps 2 to 4 of the method on one module's firing rates; ties go to the lower layer and neuron.
 
     Args:
-        share: of the module's neurons to select. quantile: of all rates, below which no rate counts.
+        share: of the module's neurons, how many to select. quantile: of all rates, which is taken as τ.
     Raises:
         ValueError: share or quantile outside (0, 1), or fewer than two domains.
     """
@@ -106,12 +106,12 @@ def select_neurons(rates: Float[Tensor, "layer neuron domain"], share: float = 0
 
 @dataclass(frozen=True)
 class DomainNeurons(Result):
-    """Which neurons serve which domains.
+    """Which neurons belong to which domains.
 
     Attributes:
-        modules: the selection in each module.
+        modules: module -> its selection.
         domains: names, in the order of the domain axis.
-        sources: whose tokens were counted.
+        sources: which tokens were counted, of `SOURCES`.
         model_name: of the model.
     """
 
@@ -121,7 +121,7 @@ class DomainNeurons(Result):
     model_name: str
 
     def masks(self, domain: str | None = None, modules: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """module -> [layer neuron], the neurons of a domain (None: of any), as `disable_neurons` takes them.
+        """module -> [layer neuron], a mask of the neurons of a domain (None: of any domain), as `disable_neurons` takes it.
 
         Raises:
             ValueError: no such domain or module.
@@ -147,7 +147,7 @@ class DomainNeurons(Result):
         return pd.DataFrame(rows, columns=columns)
 
     def by_layer(self) -> pd.DataFrame:
-        """One row a module, layer and domain: how many neurons serve it."""
+        """One row a module, layer and domain: how many neurons belong to the domain."""
         return pd.DataFrame(
             {"module": module, "layer": layer, "domain": domain, "neurons": count}
             for module, selection in self.modules.items()
@@ -156,7 +156,7 @@ class DomainNeurons(Result):
         )
 
     def overlaps(self) -> pd.DataFrame:
-        """One row a module and pair of domains: how many neurons serve both (with itself: the domain's own)."""
+        """One row a module and pair of domains: how many neurons belong to both (a domain with itself: how many it has)."""
         rows = []
         for module, selection in self.modules.items():
             flat = selection.belongs.flatten(0, 1).long()
@@ -167,7 +167,7 @@ class DomainNeurons(Result):
         return pd.DataFrame(rows)
 
     def plot(self, path: Any = None) -> Any:
-        """Neurons by layer and domain, a panel a module."""
+        """Number of neurons by layer and domain, one panel for each module."""
         from analyses.views.neurons import layers_plot
 
         return layers_plot(self.by_layer(), self.model_name, path)
@@ -178,11 +178,11 @@ class DomainNeurons(Result):
 
 @dataclass(frozen=True)
 class Firings(Result):
-    """Counts of firings: all that the selection needs, without the model.
+    """How often each neuron fired in each domain; neurons are selected from it without the model.
 
     Attributes:
-        fired: module -> [domain source layer neuron] tokens at which the neuron fired.
-        tokens: module -> [domain source] tokens seen.
+        fired: module -> [domain source layer neuron] number of tokens at which the neuron fired.
+        tokens: module -> [domain source] number of tokens counted.
         domains: names, in the order of the domain axis; sources are `SOURCES`.
         model_name: of the model.
     """
@@ -194,7 +194,7 @@ class Firings(Result):
 
     @classmethod
     def from_sums(cls, sums: Sums, model_name: str) -> Firings:
-        """The counts of added terms (`analyses.common.sums`); domains in alphabetical order.
+        """The counts from sums by domain, source, module and layer (`analyses.common.sums`); domains in alphabetical order.
 
         Raises:
             ValueError: nothing was counted.
@@ -244,7 +244,7 @@ class Firings(Result):
 
         Args:
             share, quantile: see `select_neurons`.
-            sources: whose tokens count; tower and projector know images only and are left out without "image".
+            sources: which tokens count; the tower and the projector see images only and are left out without "image".
             modules: None for all that were counted.
         Raises:
             ValueError: see `rates` and `select_neurons`.
@@ -258,10 +258,10 @@ class Firings(Result):
 
 
 class FiringCounter:
-    """Counts firings while a model runs: a fixed number of integers, however long the data.
+    """Counts firings while a model runs, in memory that does not grow with the data.
 
     Attributes:
-        domains: those seen so far, in order of appearance.
+        domains: the domains seen so far, in order of appearance.
     """
 
     def __init__(self, model: Model, modules: Sequence[str] | None = None):
@@ -273,20 +273,20 @@ class FiringCounter:
 
     @torch.no_grad()
     def add(self, model: Model, inputs: Any, domains: Sequence[str]) -> None:
-        """Runs the prompts and counts.
+        """Runs the prompts and counts their firings.
 
         Args:
             inputs: `Inputs`, or token ids [batch pos] without padding for a model that takes nothing else.
-            domains: of each row.
+            domains: the domain of each row.
         Raises:
-            ValueError: a domain for each row is wanted.
+            ValueError: the domains are not one for each row.
         """
         with self.counting(model, inputs, domains):
             model(inputs, return_type=None)
 
     @contextmanager
     def counting(self, model: Model, inputs: Any, domains: Sequence[str], modules: Sequence[str] | None = None) -> Iterator[None]:
-        """Within this context, one forward of these prompts is counted (in these modules only, if named)."""
+        """Within this context, one forward of these prompts is counted; `modules`: in which modules, None for all."""
         codes = self._codes(inputs, domains)
         sites = {name: site for name, site in self.sites.items() if modules is None or site[0] in modules}
         groups = {module: codes[module].unique(return_inverse=True) for module, _ in sites.values()}
@@ -298,7 +298,7 @@ class FiringCounter:
             yield
 
     def _codes(self, inputs: Any, domains: Sequence[str]) -> dict[str, Int[Tensor, "token"]]:
-        """module -> the group of each of its tokens: domain × source, or the first of all for those that do not count."""
+        """module -> the group of each of its tokens: 0 for tokens that are not counted, then one for each domain × source."""
         if len(domains) != len(inputs) or not all(domains):
             raise ValueError(f"expected a domain for each of {len(inputs)} rows, got {list(domains)}.")
         self.domains += [domain for domain in dict.fromkeys(domains) if domain not in self.domains]
@@ -317,8 +317,8 @@ class FiringCounter:
         flat = pre.detach().flatten(0, -2)
         if len(flat) != len(group):
             raise ValueError(f"{hook.name} has {len(flat)} tokens, the prompts have {len(group)}: count one forward.")
-        # Floats, because a comparison into floats and their sum are fast, and exact below 2²⁴; a few tokens at a time,
-        # so that they stay in the processor's cache.
+        # Comparison and sum are in float32, which is fast, and exact below 2²⁴. They take a few tokens at a time, so that
+        # these stay in the processor's cache.
         n_neurons = flat.shape[1]
         step = len(flat) if flat.is_cuda else max(1, _CHUNK // n_neurons)
         sums, buffer = (torch.zeros(n, n_neurons, device=flat.device) for n in (len(present), min(step, len(flat))))
@@ -330,7 +330,7 @@ class FiringCounter:
         total[present] += sums.long()
 
     def terms(self) -> Iterator[dict[str, Any]]:
-        """The counts so far as terms of a sum (`analyses.common.sums`): the firings of a domain, source and layer."""
+        """The counts so far, one term for each domain, source, module and layer, to be added up by `analyses.common.sums`."""
         for (module, layer), fired in self._fired.items():
             counts, tokens = self._counted(fired).cpu().numpy(), self._counted(self._tokens[module]).tolist()
             for group, n in enumerate(tokens):
@@ -344,7 +344,7 @@ class FiringCounter:
 
     @property
     def _n_groups(self) -> int:
-        """Domains × sources, and before them one for the tokens that do not count."""
+        """Number of groups: one for tokens that are not counted, then domains × sources."""
         return 1 + len(SOURCES) * len(self.domains)
 
     def _counted(self, counts: Int[Tensor, "group *rest"]) -> Int[Tensor, "group *rest"]:
@@ -354,9 +354,9 @@ class FiringCounter:
 def firing_terms(
     model: Model, generate: int = 0, modules: Sequence[str] | None = None
 ) -> Callable[[Sequence[Example]], Iterator[dict[str, Any]]]:
-    """A function that gives a batch's firings as terms of a sum (`analyses.common.sums`), each with an id of its domain.
+    """A function from a batch of examples to its counts as terms (`FiringCounter.terms`), each with the id of an example of its domain.
 
-    The tower runs once an image, however many questions are asked about it; each question counts its tokens.
+    The tower runs once for each image, also if several questions are about it; the image's tokens count once for each question.
 
     Args:
         generate, modules: see `count_firings`.
@@ -388,7 +388,7 @@ def firing_terms(
 
 
 def _decoder_terms(model: Model, inputs: Any, domains: Sequence[str], generate: int) -> Iterator[dict[str, Any]]:
-    """The prompt, with an answer first generated if asked for, is counted in one forward."""
+    """The decoder's counts, in one forward of the prompt; with `generate`, an answer is generated first and counted too."""
     if generate:
         inputs = model.generate(inputs, max_new_tokens=generate, do_sample=False, return_type="inputs", verbose=False)
     counter = FiringCounter(model, ["decoder"])
@@ -398,7 +398,7 @@ def _decoder_terms(model: Model, inputs: Any, domains: Sequence[str], generate: 
 
 @contextmanager
 def _tower_firings(model: Model, modules: Sequence[str], inputs: Any) -> Iterator[list[Int[Tensor, "layer neuron"]]]:
-    """Of each module, while its one image is encoded."""
+    """Within this context one image is encoded; afterwards the list holds its firings [layer neuron] in each module."""
     found: list[Tensor] = []
     if not modules:
         yield found
@@ -419,18 +419,18 @@ def count_firings(
     generate: int = 0,
     progress: bool = True,
 ) -> Firings:
-    """Streams a data set through the model and counts firings by domain, in memory.
+    """Runs a data set through the model and counts firings by domain, in memory.
 
-    For thousands of examples, in a folder that can be gone on with: `analyses.experiments.neurons.count_firings`.
+    For thousands of examples, with results in a folder and runs that can be resumed: `analyses.experiments.neurons.count_firings`.
 
     Args:
-        data: see `analyses.data.examples`, or examples themselves.
-        limit: examples in all, spread over the domains; what is left out is said in a warning.
+        data: see `analyses.data.examples`, or the examples themselves.
+        limit: largest number of examples, spread over the domains; a warning says how many are left out.
         modules: of "decoder", "vision", "projector"; None for all that the model has.
-        generate: tokens the model answers greedily, at most; the prompt with its answer is then counted in one
-            forward, the answer (without its end token) under "generated". 0 counts the prompt only.
+        generate: largest number of tokens of an answer that is generated greedily; the prompt with its answer is then
+            counted in one forward, the answer (without its end token) as "generated". 0 counts the prompt only.
     Raises:
-        ValueError: no example, one without a domain, or a module that the model does not have.
+        ValueError: no example, an example without a domain, or a module that the model does not have.
     """
     bar = tqdm(examples(data, limit, "train"), desc="counting", unit="example", disable=not progress, delay=2)
     terms_of = firing_terms(model, generate, modules)
@@ -447,7 +447,7 @@ def find_domain_neurons(
     sources: Sequence[str] = SOURCES,
     **counting: Any,
 ) -> DomainNeurons:
-    """Counts, then selects: the neurons that serve one domain, or a few.
+    """The domain-specific neurons of a model: counts firings (`count_firings`), then selects (`Firings.select`).
 
     Args:
         data, limit, counting: see `count_firings`.
@@ -456,23 +456,23 @@ def find_domain_neurons(
     return count_firings(model, data, limit, **counting).select(share, quantile, sources)
 
 
-# ---- switching off ----------------------------------------------------------------------------------
+# ---- disabling neurons ------------------------------------------------------------------------------
 
 
 @contextmanager
 def disable_neurons(
     model: Model, neurons: Masks | Iterable[tuple[str, int, int]], values: Mapping[str, Float[Tensor, "layer neuron"]] | None = None
 ) -> Iterator[None]:
-    """Within this context the neurons write nothing: in plain runs, with a cache, and in generation.
+    """Within this context the neurons' activations are 0: in plain runs, with a cache, and in generation.
 
-    The activation before W_out (`hook_post`; in the decoder the product of gate and up) is set to 0, which is the same as
-    zeroing the neuron's row of W_out.
+    The activation before W_out (`hook_post`; in the decoder the product of gate and up) is set to 0, which has the same effect
+    as setting the neuron's row of W_out to 0.
 
     Args:
         neurons: module -> [layer neuron] masks (`DomainNeurons.masks`), or (module, layer, neuron) triples.
-        values: module -> [layer neuron], what to put there instead of 0 (`mean_activations`).
+        values: module -> [layer neuron], activations to set instead of 0 (such as `mean_activations`).
     Raises:
-        ValueError: no such module, or masks of another shape than the model's neurons.
+        ValueError: no such module, or a mask that has not the shape of the model's neurons.
     """
     chosen = _by_site(model, neurons)
     hooks = []
@@ -490,7 +490,7 @@ def mean_activations(
     modules: Sequence[str] | None = None,
     batch_size: int = 8,
 ) -> dict[str, Float[Tensor, "layer neuron"]]:
-    """module -> the mean of each neuron's activation before W_out over all tokens of the prompts; float32.
+    """module -> [layer neuron] mean activation before W_out over all tokens of the prompts, in float32.
 
     Args:
         data, limit, modules, batch_size: see `count_firings`.
@@ -527,7 +527,7 @@ def _replace(post: Float[Tensor, "batch pos neuron"], hook: Any, mask: Bool[Tens
 
 
 def _by_site(model: Model, neurons: Any) -> dict[tuple[str, int], Bool[Tensor, "neuron"]]:
-    """(module, layer) -> mask, where there is anything to switch off."""
+    """(module, layer) -> mask, for the layers with at least one neuron to disable."""
     depth: dict[str, int] = {}
     for module, layer in hook_sites(model, "hook_post").values():
         depth[module] = max(layer + 1, depth.get(module, 0))
@@ -561,13 +561,13 @@ def masks_of(model: Model, neurons: Iterable[tuple[str, int, int]]) -> dict[str,
 
 
 def module_shape(model: Model, module: str) -> tuple[int, int]:
-    """(layers, neurons a layer) of a module."""
+    """(number of layers, neurons per layer) of a module."""
     names = list(hook_sites(model, "hook_post", [module]))
     return len(names), write_weights(model, module, 0).shape[0]
 
 
 def write_weights(model: Model, module: str, layer: int) -> Float[Tensor, "neuron d"]:
-    """W_out of a module's layer: row j is what neuron j writes, times its activation."""
+    """W_out of a module's layer: neuron j adds row j times its activation to the output."""
     _known(module, SITES, "module")
     return model.get_submodule(SITES[module].format(layer)).W_out
 
@@ -576,10 +576,12 @@ def write_weights(model: Model, module: str, layer: int) -> Float[Tensor, "neuro
 
 
 def hook_sites(model: Model, point: str, modules: Sequence[str] | None = None) -> dict[str, tuple[str, int]]:
-    """hook name -> (module, layer), of the modules that this model has.
+    """hook name -> (module, layer), for the modules that this model has.
 
+    Args:
+        point: "hook_pre" or "hook_post". modules: None for all.
     Raises:
-        ValueError: a module asked for is not there.
+        ValueError: the model does not have one of the modules.
     """
     found: dict[str, tuple[str, int]] = {}
     for module, site in SITES.items():
@@ -593,7 +595,7 @@ def hook_sites(model: Model, point: str, modules: Sequence[str] | None = None) -
 
 
 def token_sources(inputs: Any, ends: Sequence[int] = ()) -> Int[Tensor, "batch pos"]:
-    """Index into `SOURCES` of each position; −1 for padding and for an answer's end token, which decoding never runs.
+    """Index into `SOURCES` of each position; −1 for padding and for an answer's end token, which is not run in decoding.
 
     Args:
         ends: ids of the end tokens.
@@ -611,7 +613,7 @@ def token_sources(inputs: Any, ends: Sequence[int] = ()) -> Int[Tensor, "batch p
 
 
 def _grown(counts: Int[Tensor, "group *rest"], n_groups: int) -> Int[Tensor, "group *rest"]:
-    """With rows of zeros for groups that have come since."""
+    """The counts with rows of zeros added for new groups."""
     missing = n_groups - len(counts)
     return torch.cat((counts, counts.new_zeros(missing, *counts.shape[1:]))) if missing > 0 else counts
 

@@ -1,10 +1,10 @@
-"""Qwen2-VL and its line as a hooked model: a vision prefix before a TransformerLens decoder.
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL as a hooked model: a vision tower and projector before a TransformerLens decoder.
 
     pixels ─► vision_encoder ─► vision_projector ─► (image embeddings) ┐      (and in Qwen3-VL DeepStack ┐)
     tokens ─► embed ────────────────────────────────────────────────► merge ─► blocks, the first of them + ─► ln_final ─► unembed
 
-The configuration chooses the parts: which tower (`TOWERS`), how many DeepStack mergers, which norms and biases. Nothing is
-kept between forwards. Source of the architecture: technical reports of Qwen2-VL (Wang et al., 2024), Qwen2.5-VL (Bai et al.,
+The configuration chooses the modules: which tower (`TOWERS`), how many DeepStack mergers, which norms and biases. The model
+keeps no state between forwards. Source of the architecture: technical reports of Qwen2-VL (Wang et al., 2024), Qwen2.5-VL (Bai et al.,
 2025) and Qwen3-VL (2025), and `modeling_qwen2_vl.py`, `modeling_qwen2_5_vl.py` and `modeling_qwen3_vl.py` of transformers.
 """
 
@@ -68,7 +68,7 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
     """Qwen2-VL, Qwen2.5-VL or Qwen3-VL with TransformerLens's hooks, names and shapes.
 
     Attributes:
-        cfg: a TransformerLensConfig that carries the numbers of both halves.
+        cfg: a TransformerLensConfig with the settings of the decoder and, in `cfg.vision`, of the tower.
         processor: tokenizer, chat template and image settings; None for bare weights.
     """
 
@@ -109,24 +109,23 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         adapter: str | Path | bool | None = None,
         **of_transformer_lens: Any,
     ) -> HookedQwen2VL:
-        """Loads "scenes" (the embedded model), a folder of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL, or a hub id, straight from safetensors.
+        """Loads "scenes" (the embedded model), or a Qwen2-VL, Qwen2.5-VL or Qwen3-VL from a folder or hub id, from safetensors.
 
-        A folder with a LoRA adapter in it, beside weights or by itself, is the tuned model: `model.cfg.adapter` says which
-        adapter is merged.
+        If the folder has a LoRA adapter, with or without the base weights, the adapter is merged: `model.cfg.adapter` names it.
 
         Args:
-            dtype: of the weights; None keeps the checkpoint's own, and then nothing is copied.
-            device: where to; device_map: how accelerate spreads the model over GPUs, CPU and disk: "auto",
-                "balanced", "sequential", or a map from modules (blocks whole) to devices.
-            max_memory: for a device_map that is not a map: device -> bytes or "10GiB".
-            offload_folder: an empty or new folder for what the device_map puts on "disk".
+            dtype: of the weights; None keeps the checkpoint's own and copies nothing.
+            device: where the model goes. device_map: how accelerate spreads it over GPUs, CPU and disk: "auto",
+                "balanced", "sequential", or a map from modules (blocks are not split) to devices.
+            max_memory: device -> bytes or "10GiB", for a device_map given as a name.
+            offload_folder: an empty or new folder for the weights that the device_map puts on "disk".
             revision, local_files_only: for hub ids, as in transformers.
-            adapter: a PEFT folder or hub id, merged by peft (`pip install hooked-qwen2vl[adapters]`) into the weights, in the
-                dtype that is asked for; False leaves out an adapter that lies in the folder.
-            of_transformer_lens: `fold_ln=…` and the like, as versions 2 and 3 took them: an error that says the way here.
+            adapter: a PEFT folder or hub id, merged into the weights by peft (`pip install hooked-qwen2vl[adapters]`), in the
+                dtype asked for; False ignores an adapter in the folder.
+            of_transformer_lens: arguments of TransformerLens 2 and 3, such as `fold_ln=…`: an error that says what to call here.
         Raises:
             ValueError: another architecture, an unsupported configuration, missing, unused, misshapen or quantised
-                weights, damaged files, no network, an unknown dtype, or a device_map that cannot be had.
+                weights, damaged files, no network, an unknown dtype, or a device_map that cannot be satisfied.
         """
         refuse_old_arguments(of_transformer_lens)
         wanted = _as_dtype(dtype)
@@ -157,10 +156,10 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
 
     @classmethod
     def from_hf(cls, hf_model: Any, processor: Any = None) -> HookedQwen2VL:
-        """Hooks a Qwen2VL-, Qwen2_5_VL- or Qwen3VLForConditionalGeneration in memory; the weights are shared, not copied.
+        """The hooked model of a Qwen2VL-, Qwen2_5_VL- or Qwen3VLForConditionalGeneration in memory; it shares the weights.
 
-        Of a model with LoRA adapters (a PeftModel, or transformers' own `add_adapter`) those at work are merged, in copies;
-        `model.cfg.adapter` has their names.
+        If the model has LoRA adapters (a PeftModel, or transformers' own `add_adapter`), the active ones are merged into copies
+        of the weights; `model.cfg.adapter` has their names.
 
         Args:
             processor: transformers' Qwen2VLProcessor or a `Processor`; without one, pass `Inputs` or tokens.
@@ -203,7 +202,7 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         return model
 
     def _apply(self, fn: Callable, recurse: bool = True) -> HookedQwen2VL:
-        """Every change of device or dtype comes through here; cfg follows."""
+        """Called by torch for every change of device or dtype; keeps `cfg.device` and `cfg.dtype` up to date."""
         self._require_present("moving or casting the model")
         super()._apply(fn, recurse)
         self._follow_weights()
@@ -215,7 +214,7 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
             self.cfg.device = str(self.embed.weight.device)
 
     def _require_present(self, what: str) -> None:
-        """Raises RuntimeError when accelerate keeps weights elsewhere, ValueError when they are quantised: the change would miss them."""
+        """Raises RuntimeError if accelerate has offloaded weights, ValueError if weights are quantised: the change would miss them."""
         refuse_editing(self, what)
         away = [name for name, weight in self.named_parameters() if weight.is_meta]
         if away:
@@ -240,22 +239,22 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         fps: float | Sequence[float] | None = None,
         special_tokens: bool = False,
     ) -> Inputs:
-        """One prompt, several, or chat messages, with their images and videos.
+        """`Inputs` from a prompt, several prompts, or chat messages, with their images and videos.
 
         Args:
             prompt: a question, or several (then padded on the left).
-            images: for one prompt its images, for several a list for each; PIL images, paths or arrays.
-            videos: the same, each a list of frames or an array [t, h, w, 3]; frames are taken as they come.
-            answers: text the model is made to answer (teacher-forced); only its own tokens follow, no end token.
-            messages: a chat in HF's format (or several), which carries its own images.
-            template: whether to use the chat template (a name: that one of several); without it the images come first, then the text.
-            system: system prompt; None takes the template's own.
-            min_pixels, max_pixels: areas in pixels between which each image is resized, as Qwen2-VL has them; of a video in
-                Qwen3-VL, all its frames together.
-            fps: how many of the given frames there are a second, one number for all videos or one for each: Qwen2.5-VL and
-                Qwen3-VL are told when a frame is shown, and ask for it. Qwen2-VL is not, and refuses it.
-            special_tokens: whether special tokens in what is passed count. By default text is text: `<|im_end|>` in a question is
-                spelt by plain tokens and ends no turn. With True, placeholders (`<|image_pad|>`) in a prompt say where its images go.
+            images: the prompt's images, or one list of images for each prompt; PIL images, paths or arrays.
+            videos: the same; a video is a list of frames or an array [t, h, w, 3]. All frames are used, none is resampled.
+            answers: answers to append to the prompts (teacher-forced), without an end token.
+            messages: a chat in HF's format (or several), which contains its own images.
+            template: True for the chat template, or its name if there are several; with False the images come first, then the text.
+            system: system prompt; None takes the template's default.
+            min_pixels, max_pixels: smallest and largest area in pixels to which an image is resized, as in Qwen2-VL; for a video
+                in Qwen3-VL, the area of all its frames together.
+            fps: frames per second of the given frames, one number for all videos or one for each. Qwen2.5-VL and Qwen3-VL
+                require it, because they encode the time of each frame; Qwen2-VL does not, and refuses it.
+            special_tokens: whether special tokens in the text count as such. By default they do not: `<|im_end|>` in a question is
+                tokenized as plain text and ends no turn. With True, placeholders (`<|image_pad|>`) in a prompt say where its images go.
         Raises:
             ValueError: an empty prompt, images and placeholders that do not match, an unreadable or
                 extreme image, a prompt past the context, or a model without a processor.
@@ -277,15 +276,15 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         prepend_bos: bool | None = None,
         padding_side: str | None = None,
     ) -> Inputs:
-        """Whatever the model is called with, as Inputs.
+        """Anything that the model can be called with (Inputs, a string, strings, token ids), as Inputs.
 
         Args:
-            attention_mask: of bare tokens; None reads the padding off the ids (see `inputs.padding_mask`).
+            attention_mask: for token ids only; None infers the padding from the ids (see `inputs.padding_mask`).
             prepend_bos: True warns once and prepends nothing: Qwen has no BOS.
-            padding_side: to which side strings and Inputs are padded (None: strings to the tokenizer's, Inputs stay as they
-                are); of bare tokens, on which side the padding id is padding.
+            padding_side: the side on which strings and Inputs are padded (None: the tokenizer's side for strings; Inputs stay as
+                they are). For token ids, the side on which the padding id is padding.
         Raises:
-            ValueError: none of what it takes, bare tokens with image placeholders, or padding that could be text.
+            ValueError: another type of input, token ids with image placeholders, or padding that could be text.
         """
         self._explain_bos(prepend_bos)
         _check_side(padding_side)
@@ -328,19 +327,19 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         past_kv_cache: TransformerLensKeyValueCache | None = None,
         past_key_values: TransformerLensKeyValueCache | None = None,
     ) -> Any:
-        """Runs the model.
+        """Runs the model and returns logits, the loss, or a residual stream.
 
         Args:
-            input: prompts; or, with `start_at_layer`, the residual stream that enters that block, and then
-                `inputs` says what prompts it belongs to (positions, padding, targets).
-            return_type: "logits" [batch pos d_vocab], "loss" (mean next-token cross-entropy in nats), "both",
-                "logits_and_cache" (with a past_kv_cache to go on from), or None to run only for the hooks.
-            loss_per_token: [batch pos-1] instead of the mean; 0 where there is no target.
+            input: prompts; or, with `start_at_layer`, the residual stream before that block. Then `inputs` are the prompts
+                that it belongs to, for positions, padding and targets.
+            return_type: "logits" [batch pos d_vocab], "loss" (mean next-token cross-entropy in nats), "both" (logits, loss),
+                "logits_and_cache" (logits, past_kv_cache), or None to run only for the hooks.
+            loss_per_token: return the loss of each token [batch pos-1] instead of the mean; 0 where there is no target.
             prepend_bos, padding_side, attention_mask: see `as_inputs`.
-            stop_at_layer: return the residual stream that would enter this block, instead of logits.
-            logits_at: unembed only these positions (an int keeps its axis); the whole sequence still runs.
-            past_kv_cache: keys and values of the tokens before these (`TransformerLensKeyValueCache.init_cache(model.cfg, device,
-                batch)`, empty at first); those of these tokens are added unless it is frozen. `past_key_values` is its other name.
+            stop_at_layer: return the residual stream before this block instead of logits.
+            logits_at: compute logits at these positions only (an int keeps the axis); the blocks still run on all positions.
+            past_kv_cache: keys and values of the tokens before the input (`TransformerLensKeyValueCache.init_cache(model.cfg,
+                device, batch)`, empty at first); the input's are appended unless it is frozen. `past_key_values` is an alias.
         Raises:
             ValueError: placeholders without images, a layer out of range, an unknown return type, or arguments that exclude
                 each other.
@@ -372,7 +371,7 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
             return self.read_out(residual, inputs, return_type, loss_per_token, logits_at)
 
     def _go_on(self, new: Inputs, past: TransformerLensKeyValueCache | None, return_type: ReturnType, logits_at: int | slice | None) -> Any:
-        """The forward of tokens that come after those of a cache of keys and values."""
+        """The forward of tokens that follow those of a key-value cache."""
         past = TransformerLensKeyValueCache.init_cache(self.cfg, self.cfg.device, len(new)) if past is None else past
         whole, start = said_so_far(past, new), past.previous_attention_mask.shape[1]
         with self.watched_run(whole):
@@ -386,10 +385,10 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
 
     @contextmanager
     def watched_run(self, inputs: Inputs) -> Iterator[None]:
-        """Within this context these prompts are run, and what must not happen in silence is an error.
+        """The context in which prompts are run, with checks for faults that would otherwise pass unnoticed.
 
         Raises:
-            ValueError: numbers that are not finite, or (from hooks) a cached activation of prompts of another shape.
+            ValueError: numbers that are not finite, or a hook that reads a cached activation of prompts of another shape.
             RuntimeError: another thread has hooks on this model, which would act on this run.
         """
         if others := set(self._hooking_threads) - {threading.get_ident()}:
@@ -406,10 +405,10 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
 
     @contextmanager
     def hooks(self, fwd_hooks: Any = (), bwd_hooks: Any = (), *args: Any, **kwargs: Any) -> Iterator[HookedQwen2VL]:
-        """TransformerLens's context of temporary hooks. They are the model's: one thread at a time may run it meanwhile.
+        """TransformerLens's context of temporary hooks. While they are on, only the thread that added them may run the model.
 
         Raises:
-            ValueError: a name that no hook point has.
+            ValueError: there is no hook point of a name.
         """
         forward, backward = (
             [(own, hook) for name, hook in hooks for own in hooked(name, self.hook_dict)] for hooks in (fwd_hooks, bwd_hooks)
@@ -425,7 +424,7 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
     def embed_prompts(
         self, inputs: Inputs
     ) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, "stream image_token d_model"] | None]:
-        """The stream that enters the first block, and what the projector wrote (see `image_streams`)."""
+        """(the residual stream before the first block, the image embeddings and DeepStack terms: see `image_streams`)."""
         images = self.image_streams(inputs)
         embedded = merge(self.embed(inputs.tokens), None if images is None else images[0], inputs)
         return self.hook_embed(embedded), images
@@ -440,18 +439,18 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         images: Float[Tensor, "stream image_token d_model"] | None = None,
         hidden: Bool[Tensor, "rows pos"] | None = None,
     ) -> Float[Tensor, "rows pos d_model"]:
-        """The residual stream after these blocks of the decoder, with what DeepStack adds to it after the first.
+        """The residual stream after some blocks of the decoder, DeepStack's additions to the first blocks included.
 
         Args:
-            residual: the stream that enters the first of them, at positions `start`, `start` + 1, … of the prompts. The batch
-                may come several times over, one copy after another (a sweep's cells).
-            layers: None runs all blocks.
+            residual: the stream before the first of these blocks, at positions `start`, `start` + 1, … of the prompts. It may
+                hold several copies of the batch, one after another (such as the cells of a patching sweep).
+            layers: the blocks to run; None for all.
             past: keys and values of the positions before `start`.
-            images: what the projector wrote for these prompts, or for every copy of them; None takes the prompts' own (encoded,
-                or from the tower), where DeepStack needs it.
-            hidden: positions, from the prompts' first to the stream's last, that nobody else in the row sees.
+            images: image embeddings and DeepStack terms of these prompts, or of every copy of them; None takes them from the
+                prompts, or runs the tower, if DeepStack needs them.
+            hidden: mask over positions 0 up to the stream's last: positions to which no other position attends.
         Raises:
-            ValueError: the stream is not finite; the first block after which it was not is named.
+            ValueError: the stream is not finite; the error names the first block after which it was not.
         """
         running = RunningPositions(start, start + residual.shape[1], self.cfg.n_layers, hidden)
         layers = range(self.cfg.n_layers) if layers is None else layers
@@ -473,7 +472,7 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         return running.restored(residual)
 
     def _surroundings(self, residual: Float[Tensor, "rows pos d_model"], inputs: Inputs, running: RunningPositions) -> tuple[Any, Causal]:
-        """The rotation of the positions that the stream holds, and which keys each of them may see."""
+        """(rotary embeddings of the stream's positions, the causal mask: which keys each of them may attend to)."""
         text, copies = self.cfg.text, len(residual) // len(inputs)
         position_ids = running.kept(inputs.position_ids[..., running.start : running.stop], -1).repeat(1, copies, 1).to(residual.device)
         rotation = text_rotation(position_ids, text.rotary_base, text.d_head, text.mrope_section, residual.dtype, text.mrope_interleaved)
@@ -493,7 +492,8 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         positions: slice,
         images: Float[Tensor, "stream image_token d_model"] | None,
     ) -> dict[int, Float[Tensor, "rows pos d_model"]]:
-        """Layer -> what is added after it; nothing where no image lies among the positions, unless somebody listens."""
+        """Layer -> what DeepStack adds after the block. Without image tokens among the positions there is nothing to add: zeros
+        for blocks whose `hook_deepstack` has a hook, no entry for the others."""
         merged = [layer for layer in layers if layer < len(self.cfg.vision.deepstack_layers)]
         if not merged:
             return {}
@@ -511,10 +511,10 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         loss_per_token: bool = False,
         logits_at: int | slice | None = None,
     ) -> Any:
-        """The final norm, the unembedding, and what is asked of the logits; arguments as `forward` has them.
+        """Applies the final norm and the unembedding and returns logits or loss; other arguments as in `forward`.
 
         Args:
-            residual: the stream after the last block, un-normed.
+            residual: the stream after the last block, without the final norm.
             inputs: the prompts, which the loss needs.
         """
         if logits_at is not None:
@@ -543,7 +543,7 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         and padding are never targets.
 
         Args:
-            tokens: the prompts that the logits are of, as the model takes them, with their mask.
+            tokens: the prompts that gave the logits, in any form that the model takes. attention_mask: for token ids only.
         Raises:
             ValueError: there is no target, or the logits are not of these prompts.
         """
@@ -572,7 +572,7 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
     def _resume(
         self, residual: Any, inputs: Inputs | None, attention_mask: Tensor | None, padding_side: str | None
     ) -> tuple[Inputs, Tensor]:
-        """A residual stream to go on from; copied, because hooks may write in place."""
+        """(the prompts, the residual stream to start from); the stream is copied, because hooks may write in place."""
         if not isinstance(residual, Tensor) or residual.ndim != 3 or residual.shape[-1] != self.cfg.d_model:
             raise ValueError(f"start_at_layer takes a residual stream [batch, pos, {self.cfg.d_model}].")
         if inputs is None:
@@ -602,17 +602,17 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         pos_slice: Slice | SliceInput = None,
         **kwargs: Any,
     ) -> tuple[Any, HookedCache | dict[str, Tensor]]:
-        """Runs the model and returns what it returns, and the activations.
+        """Runs the model; returns (the result of `forward`, the cached activations).
 
         Args:
-            names_filter: which activations (a name, names, or a predicate). None takes the text side and the
+            names_filter: which activations to cache (a name, names, or a predicate). None caches the text side and the
                 projector, without `hook_result` and the split inputs unless their `cfg.use_*` flag is set.
-            vision: with names_filter=None, the tower too.
-            pos_slice: positions to keep, on the text side; the tower's activations are never sliced.
+            vision: with names_filter=None, also cache the tower.
+            pos_slice: positions to keep, on the text side only; the tower's activations are never sliced.
             return_cache_object, remove_batch_dim, device, incl_bwd, reset_hooks_end, clear_contexts: as in
                 TransformerLens.
         Raises:
-            ValueError: the cache will not fit in what the machine has free (see `cache_size`).
+            ValueError: the cache will not fit in the free memory (see `cache_size`).
         """
         kwargs = inspect.signature(self.forward).bind(input, *args, **kwargs).arguments
         input = kwargs.pop("input")
@@ -624,7 +624,7 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         self._require_hooks(names_filter)
         if isinstance(input, Inputs):
             require_room(self.cache_size(input, names_filter, pos_slice=pos_slice), device or str(self.cfg.device))
-        # What is spread over several devices is brought together, so that the cache can stack it.
+        # Activations of a model on several devices are moved to one, so that the cache can stack them.
         device = self.cfg.device if device is None and n_devices(self) > 1 else device
         result, cache = super().run_with_cache(
             input,
@@ -649,7 +649,7 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
     def cache_size(
         self, input: Any, names_filter: NamesFilter = None, vision: bool = False, pos_slice: Slice | SliceInput = None
     ) -> CacheSize:
-        """Bytes that `run_with_cache` would keep, from shapes alone: a number that knows its parts (`by_hook`).
+        """Bytes that `run_with_cache` would cache, computed from shapes without a run; `by_hook` has the bytes of each hook.
 
         Args:
             names_filter, vision, pos_slice: as `run_with_cache` takes them.
@@ -667,7 +667,7 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         cache: dict[str, Tensor] | None = None,
         pos_slice: Slice | SliceInput = None,
     ) -> tuple[dict[str, Tensor], list, list]:
-        """As TransformerLens's; positions and batch are those of the text side, the tower's are kept whole."""
+        """As in TransformerLens; `pos_slice` and `remove_batch_dim` apply to the text side only, the tower's activations stay whole."""
         cache = {} if cache is None else cache
         positions = Slice.unwrap(pos_slice)
 
@@ -698,7 +698,7 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         remove_batch_dim: bool = False,
         cache: dict[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """Caching hooks that stay until `reset_hooks`; the names are those of `run_with_cache`."""
+        """Adds caching hooks that stay until `reset_hooks`; `names_filter` as in `run_with_cache`."""
         cache, forward, backward = self.get_caching_hooks(names_filter, incl_bwd, device, remove_batch_dim, cache)
         for hooks, direction in ((forward, "fwd"), (backward, "bwd")):
             for name, hook in hooks:
@@ -706,7 +706,7 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         return cache
 
     def _default_names(self, input: Any, vision: bool) -> Callable[[str], bool]:
-        """What is cached when nothing is asked for: all that costs little."""
+        """Which activations are cached with names_filter=None; see `run_with_cache`."""
         flags, prefix = self.cfg, [hook.name for hook in self.vision_projector.out_hooks]
         encoded = isinstance(input, Inputs) and self.is_encoded(input)  # pyright: ignore[reportArgumentType, reportCallIssue] (torch.compiler.disable)
 
@@ -740,14 +740,15 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         center_writing_weights: bool | None = None,
         refactor_factored_attn_matrices: bool = False,
     ) -> None:
-        """The same log-probabilities from weights easier to read; in place, on copies. See `weight_processing`.
+        """Folds and centres weights; the log-probabilities stay the same. The model is changed in place, shared tensors are not.
 
         Args:
-            verbose: a progress bar over the blocks.
-            center_writing_weights: True warns and does nothing, as in TransformerLens: an RMS norm takes no mean away, so weights
-                without their mean would be another model.
+            fold_ln, center_unembed, fold_value_biases: as in TransformerLens; see `weight_processing`.
+            verbose: show a progress bar over the blocks.
+            center_writing_weights: True warns and does nothing, as in TransformerLens: an RMS norm does not subtract the mean, so
+                centring the weights would change the model.
         Raises:
-            ValueError: refactor_factored_attn_matrices=True, which TransformerLens, too, refuses where positions are rotations.
+            ValueError: refactor_factored_attn_matrices=True, which TransformerLens refuses too for rotary positions.
         """
         if refactor_factored_attn_matrices:
             raise ValueError(
@@ -784,7 +785,7 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         self.cfg.use_attn_in = use_attn_in
 
     def set_use_hook_mlp_in(self, use_hook_mlp_in: bool) -> None:
-        """Whether a default cache holds the MLP's entry."""
+        """Whether a default cache holds the MLP's input (`hook_mlp_in`)."""
         self.cfg.use_hook_mlp_in = use_hook_mlp_in
 
     def _refuse_both(self, on: bool, flag: str, other: str) -> None:
@@ -793,7 +794,7 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
 
 
 def _say_adapted(cfg: HookedQwen2VLConfig, adapter: str, weights: dict[str, Tensor]) -> None:
-    """The configuration of a tuned model: its name tells it from its base, and a head of its own is no longer the embedding."""
+    """Writes a merged adapter into the configuration: into the model's name, and untied embeddings if the head is now another matrix."""
     cfg.adapter, cfg.model_name = adapter, f"{cfg.model_name} + {adapter}"
     head, embedding = weights.get("lm_head.weight"), weights["model.language_model.embed_tokens.weight"]
     if head is not None and head.data_ptr() != embedding.data_ptr() and not torch.equal(head, embedding):
