@@ -1,12 +1,12 @@
-"""The activation cache: TransformerLens's, with the tower's activations kept apart.
+"""The activation cache: TransformerLens's `ActivationCache`, with the vision tower's activations stored separately.
 
-`ActivationCache` infers the batch from the leading dimensions of what it holds and slices position axes
-of all of it; the tower's activations are packed over images ([1 patch …]) and have neither. They live in
-`cache.vision`, untouched by batch and position slicing.
+`ActivationCache` assumes that every activation has a batch axis and a position axis. The tower's activations are packed
+over images ([1 patch …]) and have neither, so they are in `cache.vision`, and slicing by batch or position leaves them
+as they are.
 
-On disk a cache is one safetensors file: the activations under their hooks' names, each stored once also where two
-names share one tensor (`hook_resid_post` and the next `hook_resid_pre`), and in its header the order of the names,
-the settings, and the shape of the model, so that it is not read as another model's.
+On disk a cache is one safetensors file. Activations are stored under the names of their hooks; two names of one tensor
+(`hook_resid_post` and the next `hook_resid_pre`) are stored once. The header has the order of the names, the settings, and
+the shape of the model, so that another model's cache is refused.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from .hook_names import canonical, is_vision
 from .layers import PROMPT, readable
 
 FORMAT = "hooked_qwen2vl cache 1"
-_PROMPT = "prompt."  # before the names of what tells the prompts' shape
+_PROMPT = "prompt."  # prefix of the tensors that describe the prompts' shape
 
 
 def heads_first(name: str) -> bool:
-    """Whether an activation is [batch head pos …]: scores and patterns, and (Qwen3-VL) normed queries and keys."""
+    """Whether an activation is [batch head pos …]: scores, patterns and (Qwen3-VL) normed queries and keys."""
     return name.endswith(("hook_attn_scores", "hook_pattern", "hook_q_normed", "hook_k_normed")) or bool(_HEAD_NORM.search(name))
 
 
 def position_axes(name: str) -> tuple[int, int | None]:
-    """The axis of an activation's positions, and that of its keys' positions where it has one."""
+    """(the axis of an activation's positions, the axis of its keys' positions or None)."""
     return -2 if heads_first(name) else 1, -1 if name.endswith(("hook_attn_scores", "hook_pattern")) else None
 
 
@@ -51,7 +51,7 @@ _HEAD_NORM = re.compile(r"\.[qk]_norm\.hook_\w+$")
 
 
 def _where_the_cache_is(method: Callable) -> Callable:
-    """The method with the weights that it reads, and the tensors that it is given, on the device of the cache."""
+    """The method, run on the cache's device: the weights that it reads and its tensor arguments are copied there."""
 
     @wraps(method)
     def run(self: HookedCache, *args: Any, **kwargs: Any) -> Any:
@@ -74,13 +74,13 @@ def _where_the_cache_is(method: Callable) -> Callable:
 class HookedCache(ActivationCache):
     """An `ActivationCache` of one run of a HookedQwen2VL.
 
-    It may be kept on another device than the model: what its methods compute is then computed there, and weights are copied for it.
+    The cache may be on another device than the model: its methods then compute there, with copies of the weights they need.
 
     Attributes:
         cache_dict: text side, hook name -> [batch pos …].
         vision: tower and projector, hook name -> [1 patch …] or [1 image_token …].
-        prompt_shape: that of the prompts they come from (`geometry.PromptShape`). TransformerLens's patching functions refuse to
-            put them into prompts of another shape; a hook written by hand, which reads the tensors itself, cannot be seen.
+        prompt_shape: layout of the prompts that were run (`geometry.PromptShape`). TransformerLens's patching functions refuse
+            to patch these activations into prompts of another layout; hooks of your own that copy tensors are not checked.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class HookedCache(ActivationCache):
         return f"{name!r} was not kept: name it in run_with_cache(inputs, names_filter=…)."
 
     def without_prompt(self) -> HookedCache:
-        """The same activations, free to be put into prompts of any shape, as Patchscopes does."""
+        """The same activations without `prompt_shape`: they can be patched into prompts of any layout, as in Patchscopes."""
         free = {name: value.view_as(value) for name, value in {**self.cache_dict, **self.vision}.items()}
         return HookedCache(free, self.model, self.has_batch_dim)
 
@@ -143,15 +143,15 @@ class HookedCache(ActivationCache):
         return self
 
     def save(self, path: str | Path) -> Path:
-        """Writes text and vision activations to one safetensors file, every dtype as it is.
+        """Writes text and vision activations to one safetensors file, in their own dtypes.
 
-        A file that is there is replaced at once when the new one is whole. Activations that are not contiguous
-        are copied for writing, at most the size of the cache.
+        An existing file is replaced only when the new one is complete. Activations that are not contiguous are copied
+        for writing, which takes at most the memory of the cache once more.
 
         Returns:
             the path.
         Raises:
-            ValueError: the cache holds nothing.
+            ValueError: the cache is empty.
         """
         path, activations = Path(path), {**self.cache_dict, **self.vision}
         if not activations:
@@ -159,7 +159,7 @@ class HookedCache(ActivationCache):
         first: dict[tuple, str] = {}
         stored = {name: first.setdefault(_place(value), name) for name, value in activations.items()}
         tensors = {name: activations[name].detach().contiguous() for name in first.values()}
-        # Parts of one tensor are written as tensors of their own: safetensors refuses them otherwise.
+        # Views of a larger tensor are copied: safetensors refuses them otherwise.
         tensors = {name: value if _whole(value) else value.clone() for name, value in tensors.items()}
         if self.prompt_shape is not None:
             tensors |= {f"{_PROMPT}{name}": getattr(self.prompt_shape, name).contiguous() for name in ("position_ids", "attention_mask")}
@@ -177,13 +177,13 @@ class HookedCache(ActivationCache):
 
     @classmethod
     def load(cls, path: str | Path, model: Any, device: str | torch.device = "cpu") -> HookedCache:
-        """The cache that `save` wrote, for the same model or one of its shape.
+        """Reads a cache that `save` wrote, for the same model or another of the same shape.
 
-        On the CPU the activations are mapped from the file and read when first used; writing into them does not
-        change it.
+        On the CPU the activations are memory-mapped and read when first used; writing into them does not
+        change the file.
 
         Raises:
-            ValueError: no such file, not a cache's, or of a model of another shape.
+            ValueError: no such file, not the file of a cache, or a cache of a model of another shape.
         """
         try:
             open_regular(path).close()
@@ -209,19 +209,19 @@ class HookedCache(ActivationCache):
         return cls(activations, model, said["has_batch_dim"], prompt_shape=shape)
 
     def apply_slice_to_batch_dim(self, batch_slice: Slice | SliceInput) -> HookedCache:
-        """A cache of the chosen rows; the tower's activations stay packed over all images."""
+        """A cache of some rows; `cache.vision` keeps the activations of all images."""
         sliced = super().apply_slice_to_batch_dim(batch_slice)
         prompt = None if self.prompt_shape is None else self.prompt_shape.rows(batch_slice)
         return HookedCache(sliced.cache_dict, self.model, sliced.has_batch_dim, self.vision, prompt)
 
-    # TransformerLens's methods that read weights
+    # methods of TransformerLens that read weights
     _ensure_head_results = _where_the_cache_is(ActivationCache._ensure_head_results)
     get_neuron_results = _where_the_cache_is(ActivationCache.get_neuron_results)
     stack_neuron_results = _where_the_cache_is(ActivationCache.stack_neuron_results)
     logit_attrs = _where_the_cache_is(ActivationCache.logit_attrs)
 
     def logit_lens(self, **settings: Any) -> Any:
-        """TransformerLens's, of the residual stream brought to the model's device, where it is read through the vocabulary."""
+        """As in TransformerLens; the residual stream is copied to the model's device, where the unembedding is."""
         stream = {name: value for name, value in self.cache_dict.items() if "hook_resid" in name}
         here = {name: value.to(self.model.cfg.device) for name, value in stream.items()}
         return ActivationCache.logit_lens(HookedCache(here, self.model, self.has_batch_dim), **settings)
@@ -236,7 +236,7 @@ class HookedCache(ActivationCache):
         incl_embeds: bool = True,
         return_labels: bool = False,
     ) -> Tensor | tuple[Tensor, list[str]]:
-        """TransformerLens's; with mode="all" what DeepStack adds is a component too, `{l}_deepstack`, after block l's MLP."""
+        """As in TransformerLens; with mode="all", what DeepStack adds is a component `{l}_deepstack`, after block l's MLP."""
         found: Any = super().decompose_resid(layer, mlp_input, mode, False, pos_slice, incl_embeds, True)
         stack, labels = found
         added = self._deepstack(layer, pos_slice) if mode == "all" else {}
@@ -259,7 +259,7 @@ class HookedCache(ActivationCache):
         return_labels: bool = False,
         project_output_onto: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, list[str]]:
-        """TransformerLens's; what DeepStack adds comes last, `{l}_deepstack`."""
+        """As in TransformerLens; what DeepStack adds comes last, as components `{l}_deepstack`."""
         found: Any = super().get_full_resid_decomposition(layer, mlp_input, expand_neurons, apply_ln, pos_slice, True, project_output_onto)
         stack, labels = found
         added = self._deepstack(layer, pos_slice)
@@ -275,7 +275,7 @@ class HookedCache(ActivationCache):
         return self.model.cfg.n_layers if layer in (None, -1) else layer
 
     def _deepstack(self, layer: int | None, pos_slice: Slice | SliceInput) -> dict[str, Float[Tensor, "*batch_and_pos d_model"]]:
-        """Label -> what DeepStack has added to the stream before block `layer`."""
+        """Label -> what DeepStack adds to the residual stream, for each addition before block `layer`."""
         merged = range(min(self._up_to(layer), len(cast(Any, self.model.cfg).vision.deepstack_layers)))
         positions = Slice.unwrap(pos_slice)
         return {f"{l}_deepstack": positions.apply(self[f"blocks.{l}.hook_deepstack"], dim=-2) for l in merged}
@@ -291,10 +291,10 @@ class HookedCache(ActivationCache):
         has_batch_dim: bool = True,
         recompute_ln: bool = False,
     ) -> Float[Tensor, "component *batch_and_pos d_model"]:
-        """TransformerLens's, times the norm's weight where it has not been folded.
+        """As in TransformerLens, and multiplied by the norm's weight if that has not been folded.
 
         With cached scales TransformerLens divides by the scale and leaves the weight out, which is
-        right only on folded weights; here the components sum to the normalised stream raw and processed.
+        right only on folded weights. Here the components sum to the normalised stream with folded and unfolded weights.
         """
         scaled = super().apply_ln_to_stack(residual_stack, layer, mlp_input, pos_slice, batch_slice, has_batch_dim, recompute_ln)
         if recompute_ln and layer in (None, -1, self.model.cfg.n_layers):  # that path ran the norm itself
@@ -304,12 +304,12 @@ class HookedCache(ActivationCache):
     def _stack_neuron_results_apply_ln_projected(
         self, layer: int, pos_slice: Slice, neuron_slice: Slice, project_2d: Tensor, mlp_input: bool = False
     ) -> Tensor:
-        """TransformerLens's fused path (scale, then direction) leaves the norm's weight out too."""
+        """As in TransformerLens, and with the norm's weight, which its fused path (scale, then direction) leaves out too."""
         weighted = project_2d * self._norm_weight(layer, mlp_input).to(project_2d)[:, None]
         return super()._stack_neuron_results_apply_ln_projected(layer, pos_slice, neuron_slice, weighted, mlp_input)
 
     def _norm_weight(self, layer: int | None, mlp_input: bool) -> Float[Tensor, "d_model"]:
-        """The weight of the norm that reads the stream at this layer; the final one at the end."""
+        """The weight of the norm applied to the residual stream at this layer: ln1, ln2 (mlp_input), or ln_final at the end."""
         if layer in (None, -1, self.model.cfg.n_layers):
             return readable(self.model.ln_final.w, "the norm's weight")
         block = self.model.blocks[layer]
@@ -317,17 +317,17 @@ class HookedCache(ActivationCache):
 
 
 def _place(value: Tensor) -> tuple:
-    """The same for two names of one tensor, and for no others; empty tensors have no place, so each is its own."""
+    """A key that is equal for two names of one tensor and for nothing else; an empty tensor equals only itself."""
     return (value.data_ptr() or id(value), value.dtype, value.shape, value.stride())
 
 
 def _whole(value: Tensor) -> bool:
-    """Whether the tensor is all of its storage."""
+    """Whether the tensor covers its whole storage."""
     return value.untyped_storage().nbytes() == value.nbytes
 
 
 def _model_shape(model: Any) -> dict[str, int]:
-    """The numbers that the shapes of activations depend on, and how many words, which names them."""
+    """The sizes that activations' shapes depend on, and d_vocab."""
     text, vision = model.cfg.text, model.cfg.vision
     names = ("n_layers", "n_heads", "d_head", "d_mlp")
     return {
@@ -337,7 +337,7 @@ def _model_shape(model: Any) -> dict[str, int]:
 
 
 def _header(path: str | Path, header: Mapping[str, str]) -> dict[str, Any]:
-    """What `save` said of the cache, each field of the kind it wrote."""
+    """The fields of the header that `save` wrote, parsed and checked for their types."""
     kinds = {"model_shape": dict, "stored": dict, "has_batch_dim": bool, "sliced": bool}
     try:
         said = {name: json.loads(header[name]) for name in kinds}
@@ -364,14 +364,14 @@ def _require_shape(path: str | Path, name: str, theirs: Mapping[str, Any], model
 
 
 def cache_image(cache: HookedCache, name: str, inputs: Any, row: int = 0, image: int = 0) -> Float[Tensor, "rows cols ..."]:
-    """One image's activations of the tower or projector, unpacked and in raster order.
+    """One image's activations of the tower or projector, as a grid in raster order.
 
     Args:
         name: a hook of the tower ([1 patch …] gives the grid of patches: 14 pixels, 16 in Qwen3-VL) or of the projector's
-            image tokens ([1 image_token …] gives the grid of image tokens, 28 or 32 pixels).
-        row, image: which image of which prompt.
+            image tokens ([1 image_token …] gives the grid of image tokens: 28 pixels, 32 in Qwen3-VL).
+        row: the prompt. image: which of its images.
     Raises:
-        ValueError: an activation that has no patch axis first (scores and patterns: index `cache.vision`).
+        ValueError: an activation whose first axis is not patches (scores and patterns: index `cache.vision`).
         KeyError: the activation was not cached (`run_with_cache(..., vision=True)` caches the tower).
     """
     if name not in cache.vision:

@@ -1,11 +1,11 @@
-"""`Inputs`: a frozen batch of multimodal prompts that quacks like a token tensor.
+"""`Inputs`: an immutable batch of multimodal prompts with the interface of a token tensor.
 
-TransformerLens's functions take it where they expect tokens; the images travel with the rows, and
-nothing can separate them: rows are indexed, repeated and moved with their own images, positions are not
-sliced, and a model given bare tokens with image placeholders refuses them.
+TransformerLens's functions take it where they expect tokens. Prompts and images cannot be separated: rows are
+indexed, repeated and moved together with their images, positions cannot be sliced, and a model refuses token ids
+with image placeholders but no images.
 
-It is not a `torch.Tensor`: what torch would make of one (a cut, a concatenation, a cast) could only be ids
-without their images, so torch refuses it by type, and `.tokens` says when ids alone are meant.
+It is not a `torch.Tensor`: torch's functions (slicing, concatenation, casts) would return ids without their images, so
+torch refuses it as a type error. Use `.tokens` for the ids alone.
 """
 
 from __future__ import annotations
@@ -39,15 +39,16 @@ class Inputs(Geometry):
         attention_mask: [batch pos] 1 where there is a token, 0 where there is padding.
         token_types: [batch pos] 0 text, 1 image, 2 video.
         position_ids: [3 batch pos] M-RoPE positions (t, row, col).
-        rope_delta: [batch] what decoding adds to a row's token count to get the next position.
-        segments: for each row, the name of the segment each position belongs to (see `resolve`).
-        visuals: images and videos in order of appearance, row by row.
+        rope_delta: [batch] the next position in decoding is the row's number of tokens + rope_delta.
+        segments: for each row, the name of the segment that each position belongs to (see `resolve`).
+        visuals: grid, size and row of each image and video, in order of appearance, row by row.
         pixels: [patch d_patch] normalised patches of all visuals, packed in that order, each in the
-            tower's order; None when there are none.
-        image_embeds: [image_token d_model], once `model.encode` has computed them.
-        deepstack_embeds: [merger image_token d_model], with them: what DeepStack adds in the decoder; None where a model has none.
-        encoded_by: which weights computed them; another model's are computed anew.
-        encoded_pixels: a digest of each image's pixels that they were computed from.
+            tower's order; None without visuals.
+        image_embeds: [image_token d_model] the projector's output; None until `model.encode` has computed it.
+        deepstack_embeds: [merger image_token d_model] what DeepStack adds in the decoder, computed with image_embeds; None for
+            models without DeepStack.
+        encoded_by: identifies the weights that computed image_embeds; a model with other weights computes them again.
+        encoded_pixels: a checksum of each image's pixels from which image_embeds were computed.
     """
 
     tokens: Int[Tensor, "batch pos"]
@@ -76,11 +77,11 @@ class Inputs(Geometry):
         pixels: Float[Tensor, "patch d_patch"] | None = None,
         segments: Sequence[Sequence[str]] | None = None,
     ) -> Inputs:
-        """Checks tokens against images and derives types and positions.
+        """Inputs from tokens and preprocessed images: checks that they match and computes token types and positions.
 
         Args:
             visuals, pixels: in order of appearance, row by row.
-            segments: the name of each position's; without them the ids tell (see `segments.segments_from_ids`).
+            segments: the segment's name for each position; None infers them from the ids (see `segments.segments_from_ids`).
         Raises:
             ValueError: no tokens, ids outside the vocabulary, more positions than the context, a mask of
                 another shape or with padding in the middle, or placeholders, images and pixels that do
@@ -129,10 +130,10 @@ class Inputs(Geometry):
         """Text-only prompts from token ids.
 
         Args:
-            attention_mask: None reads the padding off the ids (see `padding_mask`).
-            padding_side: on which side a run of the padding id is padding, where that is not plain from the batch.
+            attention_mask: None infers the padding from the ids (see `padding_mask`).
+            padding_side: the side on which the padding id is padding, if the batch leaves that open.
         Raises:
-            ValueError: the tokens hold image or video placeholders: their images are not here. Or the padding id could be text.
+            ValueError: there are image or video placeholders, which need their images, or the padding id could be text.
         """
         tokens = tokens[None] if tokens.ndim == 1 else tokens
         if attention_mask is None:
@@ -146,13 +147,13 @@ class Inputs(Geometry):
         cfg: HookedQwen2VLConfig,
         image_sizes: Sequence[tuple[float, float]] | None = None,
     ) -> Inputs:
-        """The mapping that HF's processor of the model returns (`return_tensors="pt"`); Qwen2.5-VL's `second_per_grid_ts` included.
+        """Inputs from what HF's processor of the model returns (`return_tensors="pt"`), Qwen2.5-VL's `second_per_grid_ts` included.
 
-        The segments of a prompt are read off its ids (see `segments.segments_from_ids`).
+        The segments of a prompt are inferred from its ids (see `segments.segments_from_ids`).
 
         Args:
-            image_sizes: (width, height) of each image before it was resized, in order: the processor does not
-                keep them, and without them boxes are in pixels of the resized image.
+            image_sizes: (width, height) of each image before it was resized, in order. The processor does not
+                return them; without them boxes are in pixels of the resized image.
         Raises:
             ValueError: keys missing, or pixels, grids or sizes that do not match the placeholders.
         """
@@ -197,7 +198,7 @@ class Inputs(Geometry):
 
     @classmethod
     def stack(cls, rows: Sequence[Inputs], cfg: HookedQwen2VLConfig, pad_id: int) -> Inputs:
-        """Several batches as one, padded on the left to the longest."""
+        """One batch with the rows of several, padded on the left to the longest."""
         width = max(row.shape[1] for row in rows)
         tokens = torch.cat([_pad_left(row.tokens, width, pad_id) for row in rows])
         mask = torch.cat([_pad_left(row.attention_mask, width, 0) for row in rows])
@@ -215,19 +216,19 @@ class Inputs(Geometry):
         encoded_by: tuple,
         deepstack_embeds: Float[Tensor, "merger image_token d_model"] | None = None,
     ) -> Inputs:
-        """The same batch with its image embeddings computed, and what DeepStack adds where there are mergers for it."""
+        """A copy of the batch with these image embeddings and DeepStack terms (None, or no merger: no DeepStack)."""
         added = deepstack_embeds if deepstack_embeds is not None and len(deepstack_embeds) else None
         return replace(self, image_embeds=image_embeds, encoded_by=encoded_by, encoded_pixels=self._pixel_digests(), deepstack_embeds=added)
 
     @property
     def image_streams(self) -> Float[Tensor, "stream image_token d_model"]:
-        """The image embeddings, then what DeepStack adds, as they were encoded."""
+        """The image embeddings (stream 0), then the DeepStack term of each merger."""
         images = self.image_embeds[None]
         return images if self.deepstack_embeds is None else torch.cat((images, self.deepstack_embeds))
 
     @property
     def has_image_embeddings(self) -> bool:
-        """Whether there are image embeddings, made of these very pixels."""
+        """Whether there are image embeddings that were computed from the present pixels."""
         return self.image_embeds is not None and self.encoded_pixels == self._pixel_digests()
 
     def _pixel_digests(self) -> tuple[int, ...]:
@@ -240,14 +241,15 @@ class Inputs(Geometry):
 
     @cached_property
     def has_padding(self) -> bool:
-        """Whether any position is padding; the device is asked once."""
+        """Whether any position is padding; computed once, because it waits for the device."""
         return not bool(self.attention_mask.all())
 
     def extend(self, tokens: Int[Tensor, "batch"], running: Bool[Tensor, "batch"], alive: Sequence[bool] | None = None) -> Inputs:
-        """One generated token more for each row: text, whatever its id, and of the `answer`.
+        """The batch with one generated token appended to each row, of type text whatever its id, in the segment `answer`.
 
         Args:
-            running: False where a row has ended: its token is padding. alive: the same on the host, where it is known there.
+            running: False for rows that have ended: their token is padding. alive: the same as a list, if known, which saves
+                waiting for the device.
         """
         alive = running.tolist() if alive is None else alive
         mask = running.long()[:, None]
@@ -265,15 +267,15 @@ class Inputs(Geometry):
         return longer
 
     def left_padded(self) -> Inputs:
-        """The same rows with all their padding on the left, as decoding needs them; positions stay the tokens' own."""
+        """The same rows with all padding on the left, as decoding needs it; each token keeps its M-RoPE position."""
         return self._in_order(self.attention_mask.argsort(dim=-1, stable=True))
 
     def right_padded(self) -> Inputs:
-        """The same rows with all their padding on the right."""
+        """The same rows with all padding on the right; each token keeps its M-RoPE position."""
         return self._in_order((1 - self.attention_mask).argsort(dim=-1, stable=True))
 
     def _in_order(self, order: Int[Tensor, "batch pos"]) -> Inputs:
-        """Each row with its positions in another order; M-RoPE positions stay the tokens' own."""
+        """Each row with its tokens in another order; each token keeps its M-RoPE position."""
         if torch.equal(order, torch.arange(self.shape[1], device=self.device).expand_as(order)):
             return self
         segments = tuple(tuple(row[place] for place in places) for row, places in zip(self.segments, order.tolist()))
@@ -320,13 +322,13 @@ class Inputs(Geometry):
         return (self[row] for row in range(len(self)))
 
     def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> Inputs:
-        """Rows with their own images, by an int, a slice, a list, an integer tensor or a mask of rows.
+        """Some rows with their images, chosen by an int, a slice, a list, an integer tensor or a mask.
 
-        An int gives a batch of one row, [1 pos]: an image needs its row.
+        An int gives a batch of one row, [1 pos], not a prompt without a batch axis.
 
         Raises:
-            IndexError: a row that is not there, or an index into positions: those cannot be cut out of a
-                prompt without its images; slice the results instead.
+            IndexError: no such row, or an index into positions: a prompt with images cannot be sliced along
+                positions; slice the results instead.
         """
         if index is None or index is Ellipsis or isinstance(index, (bool, tuple)):
             raise IndexError(
@@ -371,7 +373,7 @@ class Inputs(Geometry):
         )
 
     def row(self, row: int) -> Inputs:
-        """One row with its images, a batch of one, [1 pos].
+        """One row with its images, as a batch of one, [1 pos].
 
         Raises:
             ValueError: no such row.
@@ -379,10 +381,10 @@ class Inputs(Geometry):
         return self[self._row(row)]
 
     def repeat(self, *sizes: int) -> Inputs:
-        """The batch n times over, as `tensor.repeat(n, 1)`.
+        """The batch repeated n times along rows, as by `tensor.repeat(n, 1)`.
 
         Raises:
-            ValueError: anything but the row axis repeated.
+            ValueError: another axis than that of the rows is repeated.
         """
         if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
             sizes = tuple(sizes[0])
@@ -391,10 +393,10 @@ class Inputs(Geometry):
         return self[torch.arange(len(self)).repeat(sizes[0])]
 
     def to(self, device: torch.device | str | None) -> Inputs:
-        """Everything on the device; the model casts pixels to its own dtype.
+        """All tensors on the device; the dtypes stay (the model casts pixels to its own).
 
         Raises:
-            ValueError: a dtype: ids are integers.
+            ValueError: a dtype was passed.
         """
         if isinstance(device, torch.dtype):
             raise ValueError(f"Inputs move between devices; their ids stay integers: drop .to({device}).")
@@ -421,25 +423,25 @@ class Inputs(Geometry):
         return self.to("cuda")
 
     def clone(self) -> Inputs:
-        """A copy that shares no storage."""
+        """A copy that shares no storage with the original."""
         return self[:]
 
     def __deepcopy__(self, memo: dict) -> Inputs:
-        """A copy that shares nothing, without the graph of its image embeddings: a copy cannot have it."""
+        """A copy that shares no storage; its image embeddings are detached, because an autograd graph cannot be copied."""
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(self, **{name: part.detach().clone() for name, part in parts.items() if isinstance(part, Tensor)})
 
     def detach(self) -> Inputs:
-        """Without the graph of its pixels and image embeddings."""
+        """The same batch with pixels and image embeddings detached from the autograd graph."""
         parts = {name: getattr(self, name) for name in ("pixels", "image_embeds", "deepstack_embeds")}
         return replace(self, **{name: None if part is None else part.detach() for name, part in parts.items()})
 
     def numpy(self) -> np.ndarray:
-        """The token ids alone."""
+        """The token ids, without images."""
         return self.tokens.cpu().numpy()
 
     def __eq__(self, other: Any) -> bool:
-        """Equal only if tokens, padding, images and what the positions are called are equal."""
+        """True if tokens, padding, images and segments are all equal."""
         if not isinstance(other, Inputs):
             return NotImplemented
         same = (
@@ -463,7 +465,7 @@ class Inputs(Geometry):
 
 
 def padding_left(tokenizer: Any) -> Any:
-    """The tokenizer, or a copy of it, that pads on the left until its `padding_side` is set."""
+    """The tokenizer if it pads on the left, else a copy of it that does."""
     if tokenizer.padding_side != "left":
         tokenizer = copy.copy(tokenizer)
         tokenizer.padding_side = "left"
@@ -471,13 +473,14 @@ def padding_left(tokenizer: Any) -> Any:
 
 
 def padding_mask(tokens: Int[Tensor, "batch pos"], pad: int | None, padding_side: str | None = None) -> Int[Tensor, "batch pos"]:
-    """1 where a row has a token, 0 where the padding id stands at its ends.
+    """The attention mask inferred from the ids: 0 for padding ids at the ends of a row, 1 elsewhere.
 
     Args:
-        pad: the padding id; None: nothing is padding.
-        padding_side: "left" or "right" where only that end is padded, and is, whatever else the batch looks like.
+        pad: the padding id; None: there is no padding.
+        padding_side: "left" or "right": padding ids at that end are padding, without the checks below; at the other end they
+            are text.
     Raises:
-        ValueError: the id could be text: it stands at the same end of every row, or inside a row too.
+        ValueError: the padding id could be text: every row begins with it, every row ends with it, or a row has it inside.
     """
     mask = torch.ones_like(tokens)
     if pad is None or tokens.ndim != 2:
@@ -502,7 +505,8 @@ def padding_mask(tokens: Int[Tensor, "batch pos"], pad: int | None, padding_side
 def _positions(
     types: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], visuals: Sequence[Visual], cfg: HookedQwen2VLConfig
 ) -> tuple[Int[Tensor, "3 batch pos"], Int[Tensor, "batch"]]:
-    """M-RoPE positions and deltas; a video in real time, or frame by frame where each stands behind its timestamp."""
+    """(M-RoPE positions, rope deltas). Video frames take their time in seconds (Qwen2.5-VL), or count as images of their own if
+    each has a timestamp in the text (Qwen3-VL)."""
     grids: dict[int, list[tuple[int, int, int]]] = {IMAGE: [], VIDEO: []}
     steps: list[float] = []
     rate = cfg.vision.tokens_per_second
@@ -517,7 +521,7 @@ def _positions(
     return mrope_positions(types, mask, image_grids, video_grids, cfg.vision.spatial_merge_size, steps)
 
 
-# torch.load, by default, makes only what it knows: these are numbers and names.
+# torch.load only makes objects of classes that it knows to be safe; these hold tensors, numbers and names.
 torch.serialization.add_safe_globals([Inputs, Visual])
 
 
@@ -588,7 +592,7 @@ def _segment_rows(
     segments: Sequence[Sequence[str]] | None,
     cfg: HookedQwen2VLConfig,
 ) -> tuple[tuple[str, ...], ...]:
-    """The segment of every position; where none are given, they are read off the ids."""
+    """The segment of every position, as given or else inferred from the ids."""
     named = []
     for row, seen in enumerate(mask.bool()):
         kinds = types[row][seen].tolist()
@@ -611,7 +615,7 @@ def _rectangle(values: Any, key: str) -> Int[Tensor, "batch pos"]:
 
 
 def _end_of(visual: Visual, kinds: Sequence[int], start: int) -> int:
-    """The position after a visual's last placeholder; other tokens may stand between a video's frames."""
+    """The position after a visual's last placeholder; there may be other tokens between a video's frames."""
     left = visual.n_tokens
     for position in range(start, len(kinds)):
         left -= kinds[position] == visual.kind
@@ -621,14 +625,14 @@ def _end_of(visual: Visual, kinds: Sequence[int], start: int) -> int:
 
 
 def _seconds(batch: Mapping[str, Any], n_videos: int, cfg: HookedQwen2VLConfig) -> list[float | None]:
-    """Seconds that each frame (of the grid) of each video lasts; None where the model's positions know no time."""
+    """For each video, seconds per frame of its grid; None if the model's positions do not depend on time."""
     given = batch.get("second_per_grid_ts")
     if cfg.vision.tokens_per_second is None:
         if given is not None:
             raise ValueError("second_per_grid_ts came with the batch, but this model's positions know no time: it is Qwen2.5-VL's.")
         return [None] * n_videos
     if given is None:
-        return [1.0] * n_videos  # what the reference takes it for
+        return [1.0] * n_videos  # transformers' default
     seconds = torch.as_tensor(given).flatten().tolist()
     if len(seconds) != n_videos or not all(0 < second < float("inf") for second in seconds):
         raise ValueError(f"expected second_per_grid_ts to be {n_videos} numbers above 0, one for each video, got {seconds}.")
@@ -636,7 +640,7 @@ def _seconds(batch: Mapping[str, Any], n_videos: int, cfg: HookedQwen2VLConfig) 
 
 
 def _unpack(batch: Mapping[str, Any], pixels: str, grids: str) -> list[tuple[tuple[int, int, int], Tensor]]:
-    """(grid, patches) of each visual of a processor's batch."""
+    """(grid, patches) of each image, or each video, of a processor's batch."""
     if batch.get(pixels) is None and batch.get(grids) is None:
         return []
     if batch.get(pixels) is None or batch.get(grids) is None:
