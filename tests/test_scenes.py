@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -17,16 +18,18 @@ from transformers import AutoTokenizer, Qwen2Tokenizer, Qwen2VLForConditionalGen
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from hooked_qwen2vl.scenes import CHECKPOINT, SAMPLES, contact_sheet, counterfactual_pairs, load_split, sample, to_frame
-from hooked_qwen2vl.scenes.batches import Packer, patchify
+from hooked_qwen2vl.scenes.batches import Asked, Mix, Packer, draw_batch, patchify, start_levels
 from hooked_qwen2vl.scenes.card import MARKS
+from hooked_qwen2vl.scenes.cells import LABELS, cell_embeddings, cell_labels
 from hooked_qwen2vl.scenes.domains import DOMAINS
 from hooked_qwen2vl.scenes.drawing import draw, render
-from hooked_qwen2vl.scenes.evaluate import best_without_image, evaluate
+from hooked_qwen2vl.scenes.evaluate import best_without_image, evaluate, relations_beside_shortcuts
 from hooked_qwen2vl.scenes.folder import CELL, SPECIAL_TOKENS, build_config, build_tokenizer
 from hooked_qwen2vl.scenes.forward import forward
-from hooked_qwen2vl.scenes.train import Settings, learning_rate, train
-from hooked_qwen2vl.scenes.words import ANSWERS, SHAPES, vocabulary
-from hooked_qwen2vl.scenes.world import make_scene, typical_color
+from hooked_qwen2vl.scenes.questions import in_words, touches
+from hooked_qwen2vl.scenes.train import Settings, Trainer, learning_rate, seeing_loss, train
+from hooked_qwen2vl.scenes.words import ABSENT, ANSWERS, RELATIONS, SHAPES, vocabulary
+from hooked_qwen2vl.scenes.world import dialogue, make_scene, shortcuts, single_hops, typical_color
 
 PATCH_TOLERANCE = 1e-6  # measured 4.8e-7
 PACKING_TOLERANCE = 1e-5  # measured 1.1e-6, of logits that spread by 0.45
@@ -117,6 +120,115 @@ def test_boxes_and_masks_hold_the_object_and_nothing_else(items):
                 assert differs[row * CELL : (row + 1) * CELL, col * CELL : (col + 1) * CELL].mean() > 0.02
             covered |= inside
         assert not (differs & ~covered).any()
+
+
+# ---- what is not there, hops, sentences, dialogues -----------------------------------------------------
+
+
+@pytest.mark.parametrize("domain", list(DOMAINS))
+def test_what_is_asked_for_is_not_there(domain, items):
+    """Answered again by hand: no thing has what the question names, or nothing touches the anchor."""
+    assert all(item.category not in ("absence", "caption") for item in items)  # they come on request only
+    for item in sample(40, seed=4, domain=domain, category="absence"):
+        assert item.answer == ABSENT and ABSENT in item.candidates and item.counterfactual.answer in item.candidates[:-1]
+        words = set(item.question.rstrip("?").split())
+        side = next((side for side in RELATIONS if f" {side} " in item.question), None)
+        if side:
+            (anchor,) = item.depends_on
+            assert {anchor.kind, anchor.color} & words and not any(touches(thing, anchor, side) for thing in item.objects)
+        else:
+            names = {name for name in words if any(name in group for group in (*ANSWERS.values(), ("arrow",)))}
+            assert names and not any(names <= {t.kind, t.color} for t in item.objects)
+
+
+def test_single_hops_are_of_the_things_of_the_relation():
+    for item in sample(60, seed=2, category="relation"):
+        neighbor, anchor = item.depends_on
+        first, second = single_hops(item)
+        for hop, thing in ((first, anchor), (second, neighbor)):
+            assert {(t.kind, t.color) for t in hop.depends_on} == {(thing.kind, thing.color)} and hop.scene == item.scene
+        assert second.answer in (item.answer, "yes") and first.category in ("attribute", "existence")
+    with pytest.raises(ValueError, match="expected a relation question"):
+        single_hops(sample(1, category="count")[0])
+
+
+def test_shortcuts_by_hand():
+    for item in sample(60, seed=5, category="relation"):
+        side = next((side for side in RELATIONS if f" {side} " in item.question), None)
+        found = shortcuts(item.scene, item.depends_on, item.question)
+        target, anchor = item.depends_on
+        assert all(target in things and anchor not in things for things in found.values())
+        if side:
+            axis, sign = (1 if side in ("left of", "right of") else 0), (-1 if side in ("left of", "above") else 1)
+            places = np.array(sorted(anchor.cells))[:, axis] * sign
+            for thing in item.objects:
+                beyond = bool((np.array(sorted(thing.cells))[:, axis] * sign).min() > places.max())
+                assert (thing in found["on that side"]) == beyond
+
+
+def test_the_shortcuts_scores_are_shares_of_things_with_the_right_answer():
+    items = [item for item in sample(100, seed=9, domain="charts", category="relation")][:20]
+    table = relations_beside_shortcuts(CHECKPOINT, items)
+    by_hand = np.mean([np.mean([t.color == i.answer for t in i.objects if t != i.depends_on[1]]) for i in items])
+    assert table.loc["all", "any other thing"] == pytest.approx(by_hand) and table.loc["all", "items"] == 20 == table.loc["charts", "items"]
+    assert table.loc["all", "accuracy"] == evaluate(items).right.mean()
+
+
+@pytest.mark.parametrize(
+    "question, answer, sentence",
+    [
+        ("What color is the star?", "red", "The star is red."),
+        ("What color are the dots?", "blue", "The dots are blue."),
+        ("What color is the star?", "none", "There is none."),
+        ("What shape is left of the circle?", "heart", "A heart is left of the circle."),
+        ("What digit is red?", "4", "The digit 4 is red."),
+        ("How many hearts are there?", "2", "The number of hearts is 2."),
+        ("Is there an orange bar?", "no", "No, there is no orange bar."),
+        ("Are there red dots?", "yes", "Yes, there are red dots."),
+        ("Which bar is tallest?", "red", "The red bar is tallest."),
+        ("Which way does the red arrow point?", "up", "The red arrow points up."),
+    ],
+)
+def test_answers_in_words(question, answer, sentence):
+    assert in_words(question, answer) == (f"{question} Answer in words.", sentence)
+    assert in_words("Read the text.", "K83") is None
+
+
+def test_a_dialogue_ends_with_the_items_own_question(items):
+    for item in items[:20]:
+        earlier = dialogue(item, 3)
+        assert len(earlier) == 2 and item.question not in [question for question, _ in earlier]
+        assert dialogue(item, 3) == earlier
+    with pytest.raises(ValueError, match="at least 2 turns"):
+        dialogue(items[0], 1)
+
+
+# ---- cells ------------------------------------------------------------------------------------------
+
+
+def test_cells_say_what_is_drawn_in_them(items):
+    for item in items[:60]:
+        labels = cell_labels(item.scene).reshape(*item.grid, -1)
+        for head, field in enumerate(("kind", "color")):
+            named = np.array(LABELS[field])[labels[..., head]]
+            for thing in item.objects:
+                assert set(named[thing.mask(*item.grid)]) == {getattr(thing, field)}
+            covered = np.logical_or.reduce([thing.mask(*item.grid) for thing in item.objects])
+            assert set(named[~covered]) <= {"nothing"}
+        assert set(np.array(LABELS["background"])[labels[..., -1]].ravel()) == {item.scene.background}
+
+
+def test_written_cells_are_sums_of_word_embeddings():
+    tokenizer = build_tokenizer()
+    embedding = torch.randn(len(tokenizer), 16, generator=torch.Generator().manual_seed(0))
+    word = {w: embedding[tokenizer.convert_tokens_to_ids(w)] for w in ("red", "star", "big", "top", "left", "small", "gray")}
+    empty = {name: 0 for name in LABELS} | {"background": LABELS["background"].index("gray")}
+    star = empty | {"kind": LABELS["kind"].index("star"), "color": LABELS["color"].index("red")}
+    cells = [empty, star | {"part": LABELS["part"].index("whole")}, star | {"part": LABELS["part"].index("top left")}]
+    written = cell_embeddings(embedding, tokenizer, torch.tensor([[cell[name] for name in LABELS] for cell in cells]))
+    thing = word["red"] + word["star"] + word["gray"] / 2
+    by_hand = torch.stack([word["gray"] / 2, thing + word["small"] / 2, thing + (word["big"] + word["top"] + word["left"]) / 2])
+    assert torch.allclose(written, by_hand, atol=1e-6)
 
 
 # ---- counterfactuals --------------------------------------------------------------------------------
@@ -257,12 +369,12 @@ def test_a_packed_question_is_a_single_turn_prompt():
     tokenizer = build_tokenizer()
     model = Qwen2VLForConditionalGeneration(build_config(tokenizer)).eval()
     scene = make_scene(Random(0), "shapes", "train", (4, 6))
-    asked = [("What color is the star?", "red", "attribute"), ("How many hearts are there?", "2", "count")]
+    asked = [Asked("What color is the star?", "red", "attribute"), Asked("How many hearts are there?", "2", "count")]
     batch = Packer(tokenizer).pack([scene], [asked])
     pixels = Qwen2VLImageProcessorPil.from_pretrained(CHECKPOINT)(images=[render(scene)], return_tensors="pt")
     with torch.no_grad():
         packed = forward(model, batch) @ model.lm_head.weight.T
-        for (row, at, _, _), (question, _, _) in zip(batch.labels, asked):
+        for (row, at, _, _), (question, _, _) in zip(batch.labels, [one[:3] for one in asked]):
             content = [{"type": "image"}, {"type": "text", "text": question}]
             text = tokenizer.apply_chat_template(
                 [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
@@ -274,22 +386,76 @@ def test_a_packed_question_is_a_single_turn_prompt():
             assert (packed[row, at - 1] - alone).abs().max() > 100 * PACKING_TOLERANCE
 
 
+def test_a_dialogue_is_packed_as_the_chat_template_has_it(tokenizer):
+    scene = make_scene(Random(0), "shapes", "train", (4, 4))
+    one = Asked("How many shapes are there?", "2", "count", (("Is there a star?", "no"), ("What shape is red?", "heart")))
+    batch = Packer(tokenizer).pack([scene], [[one]])
+    image = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Is there a star?"}]}
+    turns = [image, *({"role": role, "content": text} for role, text in (
+        ("assistant", "no"), ("user", "What shape is red?"), ("assistant", "heart"), ("user", one.question), ("assistant", "2"),
+    ))]  # fmt: skip
+    text = tokenizer.apply_chat_template(turns, tokenize=False).removesuffix("\n").replace("<|image_pad|>", "<|image_pad|>" * 16)
+    assert batch.tokens[0].tolist() == tokenizer(text)["input_ids"]
+    ends = [tokenizer.decode(batch.targets[0, at : at + 2]) for at in (batch.targets[0] >= 0).nonzero().flatten().tolist()[::2]]
+    assert ends == ["no<|im_end|>", "heart<|im_end|>", "2<|im_end|>"]
+    ((row, at, *_),) = batch.labels
+    assert tokenizer.decode(batch.targets[row, at]) == "2"
+
+
+def test_crowded_relations_cannot_be_answered_by_half_a_hop(tokenizer):
+    mix = Mix(dict.fromkeys(DOMAINS, 5), {}, relation=1.0, crowded=True)
+    batch = draw_batch(Packer(tokenizer), Random(3), mix, (6, 6), 15, 3, pictures=False)
+    categories = [category for *_, category in batch.labels if category != "caption"]
+    assert categories.count("relation") > 0.7 * len(categories) and batch.pixels.numel() == 0
+    plain = draw_batch(Packer(tokenizer), Random(3), Mix(start_levels(), {}), (6, 6), 5, 2)
+    assert plain.pixels.shape[0] == 5 * 36 * 4 and len(plain.cells) == 5 * 36
+
+
 def test_learning_rate_warms_up_and_ends_at_zero():
     settings = Settings(minutes=10, decay=0.5)
-    assert learning_rate(settings, 0, 0) < settings.lr / 100
-    assert learning_rate(settings, 1000, 100) == settings.lr
-    assert learning_rate(settings, 1000, 450) == pytest.approx(settings.lr / 2)
-    assert learning_rate(settings, 1000, 600) == 0
+    assert learning_rate(settings, "together", 0, 0) < settings.lr / 100
+    assert learning_rate(settings, "together", 1000, 100) == settings.lr
+    assert learning_rate(settings, "together", 1000, 450) == pytest.approx(settings.lr / 2)
+    assert learning_rate(settings, "together", 1000, 600) == 0
+    assert learning_rate(settings, "reading", 1000, 600) == settings.lr
+
+
+def test_what_is_seen_is_measured_against_what_is_written():
+    """0 for the written cells themselves (but for what the heads say), and more the farther off."""
+    written = torch.randn(12, 8, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([[1, 1, 1, 0, 0]] * 6 + [[0, 0, 0, 0, 1]] * 6)
+    heads = torch.nn.ModuleList(torch.nn.Linear(8, len(classes)) for classes in LABELS.values())
+    for head in heads:
+        torch.nn.init.zeros_(head.weight)
+        torch.nn.init.zeros_(head.bias)
+    exact, off = (float(seeing_loss(tokens, written, heads, labels)[0].detach()) for tokens in (written, 2 * written))
+    assert exact == pytest.approx(sum(np.log(len(classes)) for classes in LABELS.values()), rel=1e-5) and off > exact + 3
 
 
 def test_training_goes_on_from_where_it_stopped(tmp_path):
     state, out = tmp_path / "state.pt", tmp_path / "out"
-    small = Settings(minutes=0.01, tower_minutes=0.01, images=5, questions=2)
+    small = Settings(reading_minutes=0.005, seeing_minutes=0.005, minutes=0.005, images=5, questions=2)
     first = train(small, state, out)
-    assert first.step >= 1 and (out / "model.safetensors").exists()
-    second = train(dataclasses.replace(small, minutes=first.seconds / 60 + 0.01), state, out)
-    assert second.step > first.step and second.seconds > first.seconds
-    assert (out / "training.json").exists() and second.seeing == first.seeing
+    assert min(first.steps.values()) >= 1 and (out / "model.safetensors").exists()
+    more = dataclasses.replace(small, minutes=first.seconds["together"] / 60 + 0.005)
+    second = train(more, state, out)
+    assert second.steps["together"] > first.steps["together"] and second.steps["reading"] == first.steps["reading"]
+    record = json.loads((out / "training.json").read_text())
+    assert record["steps"] == second.steps and "First the decoder alone" in record["how"]
+
+
+def test_each_stage_trains_what_it_is_for(tmp_path):
+    """Reading leaves the tower alone, seeing the decoder; together moves both."""
+    trainer = Trainer(Settings(images=5, questions=2, weight_decay=0.0), tmp_path / "state.pt", tmp_path / "out")
+    parts = {
+        "tower": trainer.model.model.visual.blocks[0].mlp.fc1.weight,
+        "decoder": trainer.model.model.language_model.layers[0].mlp.up_proj.weight,
+    }
+    for stage, moved in (("reading", {"decoder"}), ("seeing", {"tower"}), ("together", {"tower", "decoder"})):
+        trainer.optimizer.zero_grad(set_to_none=True)
+        before = {name: weight.detach().clone() for name, weight in parts.items()}
+        trainer.step(stage)
+        assert {name for name, weight in parts.items() if not torch.equal(weight, before[name])} == moved, stage
 
 
 # ---- the checkpoint ---------------------------------------------------------------------------------

@@ -47,6 +47,7 @@ from analyses.contextual_lens import ground, span_positions, word_spans
 from analyses.logit_lens import residual_stack
 from hooked_qwen2vl.files import whole_file
 from hooked_qwen2vl.protocols import Model
+from hooked_qwen2vl.scenes.words import ABSENT
 
 FIGURES = {"pointing": "pointing game (share of hits)", "ap": "average precision of the heat map", "iou": "IoU of the box"}
 OWN_BOX = "contextual lens, its box"
@@ -166,7 +167,7 @@ def centre_heat(rows: int, cols: int) -> Float[Tensor, "rows cols"]:
 def _usable(items: list[Any]) -> tuple[list[Any], dict[str, int]]:
     kept, skipped = [], {}
     for item in items:
-        reason = "says that nothing is there" if item.answer in ("no", "0") else None
+        reason = "says that nothing is there" if item.answer in ("no", "0", ABSENT) else None
         if reason is None and not 0 < mask_of(item).mean() < 1:
             reason = "depends on no cell or on every cell"
         if reason is None:

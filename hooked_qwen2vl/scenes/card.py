@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .evaluate import best_without_image, evaluate
+from .evaluate import best_without_image, beyond_short_answers, evaluate, readable_tokens, relations_beside_shortcuts
 from .folder import CHECKPOINT
 from .world import load_split, sample
 
@@ -40,7 +40,8 @@ def write_card(folder: Path = CHECKPOINT, n: int = 2000) -> pd.DataFrame:
     domains.insert(0, "all", seen.groupby("domain").right.mean())
     domains["caption, word for word"] = captions.groupby("domain").right.mean()
     figure_depths(seen, folder / FIGURE)
-    (folder / "README.md").write_text(_text(folder, seen, blind, prior, table, domains))
+    extra = relations_beside_shortcuts(folder, items), beyond_short_answers(folder), readable_tokens(folder)
+    (folder / "README.md").write_text(_text(folder, seen, blind, prior, table, domains, *extra))
     return table
 
 
@@ -65,7 +66,7 @@ def figure_depths(seen: pd.DataFrame, path: Path) -> None:
     figure.savefig(path)
 
 
-def _text(folder: Path, seen, blind, prior, table, domains) -> str:
+def _text(folder: Path, seen, blind, prior, table, domains, relations, beyond, readable) -> str:
     right = seen[seen.right]
     depth = right.groupby("category").depth.agg(["median", "mean"]).loc[[c for c in MARKS if c in set(right.category)]]
     typical = seen[seen.typical.notna()].groupby("typical").right.agg(["size", "mean"])
@@ -99,6 +100,28 @@ with the image: {seen.right.mean():.1%}.
 ## By domain
 
 {_markdown(domains)}
+
+## Relations beside the shortcuts
+
+Accuracy of relation questions by how many things the picture holds, beside what a model would score that chose at
+random among the things on the asked side of the anchor, among its neighbours on any side, or among all other things.
+Single hops: both hops of the question asked for themselves (see `world.single_hops`).
+
+{_markdown(relations)}
+
+## Beyond short answers
+
+Questions whose image does not hold what they ask for ("none" is right), answers in words, and the last turn of a
+dialogue of three, with how often the model, asked for what is not there, says "none".
+
+{_markdown(beyond)}
+
+## Image tokens
+
+How often the lens's top-1 at an image token is the colour or the kind of the thing there, at the best layer of the
+validation split, beside the same count for the things of another picture of the grid.
+
+{_markdown(readable)}
 
 ## Typical and atypical colours
 
@@ -139,19 +162,9 @@ def _training(folder: Path) -> str:
     if not path.exists():
         return "No training record beside this checkpoint."
     record = json.loads(path.read_text())
-    settings, last = record["settings"], (record["log"] or [{}])[-1]
-    levels = ", ".join(f"{domain} {level}" for domain, level in last.get("levels", {}).items())
     curve = pd.DataFrame(record["log"][:: max(1, len(record["log"]) // 12)]).drop(columns="levels", errors="ignore")
-    seen, seeing_steps = record.get("seeing", (0, 0))
-    return f"""`python -m hooked_qwen2vl.scenes.train`. First the tower alone, {settings["tower_minutes"]:.0f} minutes ({seeing_steps} steps): linear heads, thrown
-away afterwards, tell what is in each cell ({seen:.1%} of the kinds right at the end). Then all of the model, {record["steps"]} steps in {record["seconds"] / 60:.0f} minutes on {record["device"]} ({record["threads"]} threads, shared with other work),
-seed {settings["seed"]}. AdamW, peak learning rate {settings["lr"]}, {settings["warmup"]} steps of warm-up, linear to 0 over the last {settings["decay"]:.0%} of
-the time; {settings["images"]} pictures × {settings["questions"]} questions a step, each question with the positions and the view of a single-turn prompt,
-loss on the answers only; one batch in four with captions. A domain's scenes get one more object when its running
-accuracy passes {settings["pass_mark"]:.0%}; harder categories are drawn more often. Levels at the end (of 5): {levels}.
-{record.get("notes", "")}
-
-{_markdown(curve.set_index("step")) if len(curve) else ""}"""
+    table = _markdown(curve.set_index("step")) if len(curve) else ""
+    return f"{record['how']}\n{record.get('notes', '')}\n\n{table}"
 
 
 def _markdown(table: pd.DataFrame, digits: int = 3) -> str:

@@ -9,7 +9,7 @@ from random import Random
 from . import questions as q
 from .questions import Question
 from .scene import BACKGROUND, Cell, Scene, Thing, typical_color
-from .words import BACKGROUNDS, COLORS, DIGITS, DIRECTIONS, LETTERS, ORIENTATIONS, PATTERNS, PLURAL, SHAPES
+from .words import ABSENT, BACKGROUNDS, COLORS, DIGITS, DIRECTIONS, LETTERS, ORIENTATIONS, PATTERNS, PLURAL, RELATIONS, SHAPES
 
 TYPICAL_RATE = 0.7  # how often a shape is given its typical colour; chance adds a sixth of the rest
 Ask = Callable[[Scene, Random], Question | None]
@@ -23,11 +23,13 @@ class Domain:
         build: (rng, rows, cols, level) -> things; level 1..5 bounds their number.
         asks: category -> the forms of question it has; each returns None where the scene has nothing to ask.
         edits: (scene, thing) -> the same thing with one attribute changed, in every way.
+        hops: forms that `sample` never asks, for things that no other form singles out (see `world.single_hops`).
     """
 
     build: Callable[[Random, int, int, int], list[Thing]]
     asks: dict[str, tuple[Ask, ...]]
     edits: Callable[[Scene, Thing], list[Thing]]
+    hops: tuple[Ask, ...] = ()
 
 
 def edits(scene: Scene, thing: Thing) -> list[Thing]:
@@ -73,11 +75,6 @@ def _resized(scene: Scene, thing: Thing) -> list[Thing]:
 
 def _background(scene: Scene, rng: Random) -> Question:
     return q.background()
-
-
-def _a(words: str) -> str:
-    """With its indefinite article."""
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 def _any(scene: Scene, rng: Random) -> Thing:
@@ -134,7 +131,7 @@ def _ask_shape_exists(scene: Scene, rng: Random) -> Question:
         near = [(k, c) for k, c in absent if (k == kind) != (c == color)]
         plain = [(k, c) for k, c in absent if c == typical_color(k)]
         kind, color = rng.choice(rng.choice([group for group in (near, plain, absent) if group]))
-    return q.existence(f"Is there {_a(color)} {kind}?", kind=kind, color=color)
+    return q.existence(f"Is there {q.a(color)} {kind}?", kind=kind, color=color)
 
 
 def _ask_kind_exists(scene: Scene, rng: Random) -> Question | None:
@@ -179,6 +176,26 @@ def _ask_bigger_shape(scene: Scene, rng: Random) -> Question | None:
     return q.bigger(f"Is the {a.kind} bigger than the {b.kind}?", {"kind": a.kind}, {"kind": b.kind})
 
 
+def _ask_missing_shape(scene: Scene, rng: Random) -> Question | None:
+    kinds = [k for k in SHAPES if not q.matching(scene, kind=k)]
+    colors = [c for c in COLORS if not q.matching(scene, color=c)]
+    if kinds and (rng.random() < 0.5 or not colors):
+        kind = rng.choice(kinds)
+        return q.absence(f"What color is the {kind}?", "color", "color", kind=kind)
+    if not colors:
+        return None
+    color = rng.choice(colors)
+    return q.absence(f"What shape is {color}?", "shape", "kind", color=color)
+
+
+def _ask_no_shape_beside(scene: Scene, rng: Random) -> Question | None:
+    anchor, side = _any(scene, rng), rng.choice(RELATIONS)
+    if any(q.touches(t, anchor, side) for t in scene.things) or not q.only(scene, kind=anchor.kind):
+        return None
+    text = f"What shape is {side} the {anchor.kind}?"
+    return q.no_neighbor(q.relation(text, "shape", "kind", side, kind=anchor.kind), side, kind=anchor.kind)
+
+
 def _edit_shape(scene: Scene, thing: Thing) -> list[Thing]:
     return _recolored(thing) + [replace(thing, kind=kind) for kind in SHAPES] + _resized(scene, thing)
 
@@ -208,7 +225,7 @@ def _sort(glyph: str) -> str:
 
 
 def _glyph_phrase(thing: Thing) -> str:
-    return f"{_a(thing.color)} {thing.kind}"
+    return f"{q.a(thing.color)} {thing.kind}"
 
 
 def _kin(glyph: str) -> tuple[str, ...]:
@@ -306,6 +323,22 @@ def _ask_greater_digit(scene: Scene, rng: Random) -> Question:
     return Question(f"Which digit is {'highest' if largest else 'lowest'}?", "comparison", "digit", solve)
 
 
+def _ask_missing_glyph(scene: Scene, rng: Random) -> Question | None:
+    if rng.random() < 0.5:
+        kind = rng.choice([k for k in LETTERS + DIGITS if not q.matching(scene, kind=k)])
+        return q.absence(f"What color is the {_sort(kind)} {kind}?", "color", "color", kind=kind)
+    colors = [c for c in COLORS if not q.matching(scene, color=c)]
+    if not colors:
+        return None
+    color, sort = rng.choice(colors), rng.choice(("letter", "digit"))
+    asked = _read(f"What {sort} is {color}?", sort, color=color)
+
+    def solve(scene: Scene) -> q.Finding | None:
+        return asked.solve(scene) if q.matching(scene, color=color) else (ABSENT, ())
+
+    return replace(asked, category="absence", solve=solve)
+
+
 def _edit_glyph(scene: Scene, thing: Thing) -> list[Thing]:
     others = [k for k in _kin(thing.kind) if not q.matching(scene, kind=k)]
     return _recolored(thing) + [replace(thing, kind=kind) for kind in others] + _resized(scene, thing)
@@ -358,7 +391,7 @@ def _ask_bar_exists(scene: Scene, rng: Random) -> Question:
     present = [t.color for t in scene.things]
     absent = [c for c in COLORS if c not in present]
     color = rng.choice(absent if absent and rng.random() < 0.5 else present)
-    return q.existence(f"Is there {_a(color)} bar?", color=color)
+    return q.existence(f"Is there {q.a(color)} bar?", color=color)
 
 
 def _ask_bar_beside(scene: Scene, rng: Random) -> Question | None:
@@ -370,8 +403,23 @@ def _ask_bar_beside(scene: Scene, rng: Random) -> Question | None:
     return q.relation(text, "color", "color", side, color=anchor.color)
 
 
+def _ask_missing_bar(scene: Scene, rng: Random) -> Question | None:
+    colors = [c for c in COLORS if not q.matching(scene, color=c)]
+    if not colors:
+        return None
+    color = rng.choice(colors)
+    return q.absence(f"How tall is the {color} bar?", "number", "rows", color=color)
+
+
+def _ask_no_bar_beside(scene: Scene, rng: Random) -> Question | None:
+    side = rng.choice(("left of", "right of"))
+    color = (min if side == "left of" else max)(scene.things, key=lambda t: t.col).color
+    asked = q.relation(f"What color is the bar {side} the {color} bar?", "color", "color", side, color=color)
+    return q.no_neighbor(asked, side, color=color)
+
+
 def _bar_phrase(thing: Thing) -> str:
-    return f"{_a(thing.color)} bar"
+    return f"{q.a(thing.color)} bar"
 
 
 def _edit_bar(scene: Scene, thing: Thing) -> list[Thing]:
@@ -452,6 +500,18 @@ def _ask_bigger_texture(scene: Scene, rng: Random) -> Question | None:
         return None
     text = f"Is the {a.color} patch bigger than the {b.color} patch?"
     return q.bigger(text, {"color": a.color}, {"color": b.color})
+
+
+def _ask_missing_texture(scene: Scene, rng: Random) -> Question | None:
+    kinds = [k for k in PATTERNS if not q.matching(scene, kind=k)]
+    colors = [c for c in COLORS if not q.matching(scene, color=c)]
+    if kinds and (rng.random() < 0.5 or not colors):
+        kind = rng.choice(kinds)
+        return q.absence(f"What color are the {kind}?", "color", "color", kind=kind)
+    if not colors:
+        return None
+    color = rng.choice(colors)
+    return q.absence(f"What pattern is {color}?", "pattern", "kind", color=color)
 
 
 def _edit_texture(scene: Scene, thing: Thing) -> list[Thing]:
@@ -543,6 +603,15 @@ def _ask_path_end(scene: Scene, rng: Random) -> Question:
     return Question(f"{what} at the {'end' if end else 'start'} of the path?", "relation", noun, solve)
 
 
+def _ask_end_shape(scene: Scene, rng: Random) -> Question | None:
+    if not (ends := [t for t in scene.things if t.kind in SHAPES]):
+        return None
+    t = rng.choice(ends)
+    if rng.random() < 0.5:
+        return q.attribute(f"What color is the {t.kind}?", "color", "color", kind=t.kind)
+    return q.attribute(f"What shape is {t.color}?", "shape", "kind", color=t.color)
+
+
 def _ask_turns(scene: Scene, rng: Random) -> Question:
     return q.attribute("How many turns does the path take?", "number", "turns", category="count", kind="path")
 
@@ -556,11 +625,19 @@ def _ask_arrow_exists(scene: Scene, rng: Random) -> Question | None:
         return None
     present = [t.color for t in arrows]
     color = rng.choice(present if rng.random() < 0.5 else [c for c in COLORS if c not in present] or present)
-    return q.existence(f"Is there {_a(color)} arrow?", kind="arrow", color=color)
+    return q.existence(f"Is there {q.a(color)} arrow?", kind="arrow", color=color)
+
+
+def _ask_missing_arrow(scene: Scene, rng: Random) -> Question | None:
+    colors = [c for c in COLORS if not q.matching(scene, kind="arrow", color=c)]
+    if not q.matching(scene, kind="arrow") or not colors:
+        return None
+    color = rng.choice(colors)
+    return q.absence(f"Which way does the {color} arrow point?", "direction", "facing", kind="arrow", color=color)
 
 
 def _route_phrase(thing: Thing) -> str:
-    return f"{_a(thing.color)} {thing.kind}"
+    return f"{q.a(thing.color)} {thing.kind}"
 
 
 def _edit_route(scene: Scene, thing: Thing) -> list[Thing]:
@@ -591,6 +668,7 @@ DOMAINS: dict[str, Domain] = {
             "comparison": (_ask_bigger_shape,),
             "environment": (_background,),
             "caption": _caption(_shape_phrase),
+            "absence": (_ask_missing_shape, _ask_no_shape_beside),
         },
         _edit_shape,
     ),
@@ -605,6 +683,7 @@ DOMAINS: dict[str, Domain] = {
             "comparison": (_ask_greater_digit,),
             "environment": (_background,),
             "caption": _caption(_glyph_phrase),
+            "absence": (_ask_missing_glyph,),
         },
         _edit_glyph,
     ),
@@ -618,6 +697,7 @@ DOMAINS: dict[str, Domain] = {
             "relation": (_ask_bar_beside,),
             "environment": (_background,),
             "caption": _caption(_bar_phrase),
+            "absence": (_ask_missing_bar, _ask_no_bar_beside),
         },
         _edit_bar,
     ),
@@ -631,6 +711,7 @@ DOMAINS: dict[str, Domain] = {
             "comparison": (_ask_bigger_texture,),
             "environment": (_background,),
             "caption": _caption(_texture_phrase),
+            "absence": (_ask_missing_texture,),
         },
         _edit_texture,
     ),
@@ -643,7 +724,9 @@ DOMAINS: dict[str, Domain] = {
             "existence": (_ask_arrow_exists,),
             "environment": (_background,),
             "caption": _caption(_route_phrase),
+            "absence": (_ask_missing_arrow,),
         },
         _edit_route,
+        hops=(_ask_end_shape,),
     ),
 }

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from .scene import Scene, Thing
-from .words import RELATIONS
+from .words import ABSENT, RELATIONS
 
 Finding = tuple[str, tuple[Thing, ...]]  # an answer, and the things it depends on
 
@@ -58,6 +59,16 @@ def touches(thing: Thing, anchor: Thing, relation: str) -> bool:
     }[relation]
 
 
+def on_side(thing: Thing, anchor: Thing, relation: str) -> bool:
+    """Whether `thing` lies wholly on that side of `anchor`, near or far, in whatever row (or column)."""
+    return {
+        "left of": thing.col + thing.cols <= anchor.col,
+        "right of": anchor.col + anchor.cols <= thing.col,
+        "above": thing.row + thing.rows <= anchor.row,
+        "below": anchor.row + anchor.rows <= thing.row,
+    }[relation]
+
+
 # ---- question forms that several domains share ------------------------------------------------------
 
 
@@ -71,6 +82,32 @@ def attribute(text: str, group: str, field: str, category: str = "attribute", **
     return Question(text, category, group, solve)
 
 
+def absence(text: str, group: str, field: str, **wanted) -> Question:
+    """The attribute of the one thing that matches, asked where there may be none: "none", which depends on what matches in part."""
+    asked = attribute(text, group, field, category="absence", **wanted)
+
+    def solve(scene: Scene) -> Finding | None:
+        return asked.solve(scene) if matching(scene, **wanted) else (ABSENT, _in_part(scene, wanted))
+
+    return Question(text, "absence", group, solve)
+
+
+def no_neighbor(asked: Question, side: str, **anchor) -> Question:
+    """A relation asked where nothing may touch the anchor on that side: "none", which depends on the anchor."""
+
+    def solve(scene: Scene) -> Finding | None:
+        start = only(scene, **anchor)
+        if start and not any(touches(thing, start, side) for thing in scene.things):
+            return ABSENT, (start,)
+        return asked.solve(scene)
+
+    return Question(asked.text, "absence", asked.group, solve)
+
+
+def _in_part(scene: Scene, wanted: dict) -> tuple[Thing, ...]:
+    return tuple(t for t in scene.things if any(getattr(t, k) == v for k, v in wanted.items()))
+
+
 def existence(text: str, **wanted) -> Question:
     """Asks whether anything matches; a "no" depends on the things that match in part."""
 
@@ -78,7 +115,7 @@ def existence(text: str, **wanted) -> Question:
         found = matching(scene, **wanted)
         if found:
             return "yes", tuple(found)
-        return "no", tuple(t for t in scene.things if any(getattr(t, k) == v for k, v in wanted.items()))
+        return "no", _in_part(scene, wanted)
 
     return Question(text, "existence", "truth", solve)
 
@@ -137,3 +174,44 @@ def beside(scene: Scene) -> list[tuple[Thing, Thing, str]]:
         for side in RELATIONS
         if touches(thing, anchor, side)
     ]
+
+
+# ---- answers in sentences ---------------------------------------------------------------------------
+
+IN_WORDS = "Answer in words."  # what a question ends with that is to be answered by a sentence
+
+
+def a(words: str) -> str:
+    """With its indefinite article."""
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def in_words(question: str, answer: str) -> tuple[str, str] | None:
+    """The question that asks for a sentence, and that sentence; None for a form of question that has none.
+
+    "What color is the star?", "red" -> "What color is the star? Answer in words.", "The star is red."
+    """
+    for pattern, sentence in _SENTENCES:
+        if found := re.fullmatch(pattern, question):
+            said = "There is none." if answer == ABSENT else sentence(answer, *found.groups())
+            return f"{question} {IN_WORDS}", said
+    return None
+
+
+def _there(answer: str, verb: str, article: str | None, what: str) -> str:
+    verb = verb.lower()
+    return f"Yes, there {verb} {article or ''}{what}." if answer == "yes" else f"No, there {verb} no {what}."
+
+
+_SENTENCES: tuple[tuple[str, Callable[..., str]], ...] = (
+    (r"What (?:color|size) (is|are) the (.+)\?", lambda answer, verb, what: f"The {what} {verb} {answer}."),
+    (r"How tall is the (.+)\?", lambda answer, what: f"The {what} is {answer} high."),
+    (r"What shape is (.+)\?", lambda answer, where: f"A {answer} is {where}."),
+    (r"What pattern is (.+)\?", lambda answer, where: f"The {answer} are {where}."),
+    (r"What (letter|digit) is (.+)\?", lambda answer, sort, where: f"The {sort} {answer} is {where}."),
+    (r"How many (.+) are there\?", lambda answer, what: f"The number of {what} is {answer}."),
+    (r"(Is|Are) there (an? )?(.+)\?", _there),
+    (r"Which way does the (.+) point\?", lambda answer, what: f"The {what} points {answer}."),
+    (r"Which bar is (.+)\?", lambda answer, how: f"The {answer} bar is {how}."),
+    (r"Which digit is (.+)\?", lambda answer, how: f"The digit {answer} is {how}."),
+)

@@ -19,8 +19,9 @@ PLURAL = {"circle": "circles", "square": "squares", "triangle": "triangles", "st
           "diamond": "diamonds"}  # fmt: skip
 
 DOMAINS = ("shapes", "glyphs", "charts", "textures", "routes")
-CATEGORIES = ("attribute", "existence", "count", "relation", "comparison", "ocr", "environment", "caption")
+CATEGORIES = ("attribute", "existence", "count", "relation", "comparison", "ocr", "environment", "caption", "absence")
 
+ABSENT = "none"  # the answer to a question about what is not in the picture
 ANSWERS = {
     "color": COLORS, "background": BACKGROUNDS, "shape": SHAPES, "size": SIZES, "pattern": PATTERNS,
     "orientation": ORIENTATIONS, "direction": DIRECTIONS, "side": SIDES, "letter": LETTERS, "digit": DIGITS,

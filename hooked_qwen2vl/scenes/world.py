@@ -15,9 +15,9 @@ from PIL import Image
 
 from .domains import DOMAINS, edits
 from .drawing import render
-from .questions import Question
+from .questions import Question, on_side, touches
 from .scene import Scene, Thing, typical_color
-from .words import ANSWERS, BACKGROUNDS, CATEGORIES
+from .words import ABSENT, ANSWERS, BACKGROUNDS, CATEGORIES, RELATIONS
 from .words import DOMAINS as DOMAIN_NAMES
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 SPLITS = ("train", "validation", "test")
 GRIDS = ((6, 6), (4, 4), (4, 6), (6, 4), (5, 5), (5, 7), (7, 5), (6, 8), (4, 8))  # rows, cols
 MAX_LEVEL = 5
+ON_REQUEST = ("caption", "absence")  # categories that `sample` gives only where asked for
 _TRIES = 400
 
 
@@ -46,7 +47,8 @@ class Item:
             answer different; None where no single change does that ("How many bars are there?").
         changed: (before, after): the object that differs from the original, on counterfactuals only.
         caption: the objects truly there, in words.
-        candidates: the answers of this kind; () for texts and captions.
+        candidates: the answers of this kind, "none" among them where the thing asked for may be absent; () for texts
+            and captions.
         unseen: whether it depends on a combination of kind, colour and quadrant kept out of training.
         split: the split the scene belongs to.
         grid: (rows, cols) in cells.
@@ -86,7 +88,8 @@ def sample(
     Args:
         start: number of the first item, so that a long list can be made in pieces.
         split: "train", "validation" or "test"; no scene is in two.
-        domain, category: restrict to one; captions come only where asked for.
+        domain, category: restrict to one; captions, and questions about what is not there ("absence", answered by
+            "none"), come only where asked for.
         grid: (rows, cols) in cells; by default half are 6×6 and half of other, mostly non-square sizes.
         level: 1 (one object) to 5 (up to six).
     Raises:
@@ -98,7 +101,7 @@ def sample(
     for index in range(start, start + n):
         rng = Random(f"{seed} {index} {split} {domain} {category} {grid} {level}")
         name = domains[(index + seed) % len(domains)]
-        kinds = [k for k in DOMAINS[name].asks if k != "caption"]
+        kinds = [k for k in DOMAINS[name].asks if k not in ON_REQUEST]
         kind = category or kinds[((index + seed) // len(domains)) % len(kinds)]
         items.append(_make_item(rng, name, kind, split, grid, level))
     return items
@@ -156,6 +159,89 @@ def to_frame(items: Sequence[Item]) -> pd.DataFrame:
         }
         for item in items
     )
+
+
+def single_hops(item: Item, seed: int = 0) -> tuple[Item, Item]:
+    """The hops of a relation question, asked for themselves: the anchor is found, and its neighbour is read.
+
+    First an attribute of the anchor, then what the relation asks, of the neighbour named by itself ("What shape is
+    blue?"). Where no attribute question of the world singles a thing out (bars have only a colour and a height), it is
+    asked whether it is there.
+
+    Raises:
+        ValueError: not a relation question.
+    """
+    if item.category != "relation":
+        raise ValueError(f"expected a relation question, which has two hops, got one of category {item.category!r}: {item.question}")
+    neighbor, anchor = item.depends_on
+    rng = Random(f"{seed} {item.question} {item.scene.key}")
+    first, second = (_ask_of(rng, item.scene, thing, answer) for thing, answer in ((anchor, None), (neighbor, item.answer)))
+    return first, second
+
+
+def _ask_of(rng: Random, scene: Scene, thing: Thing, answer: str | None) -> Item:
+    """A question that depends on this thing (and on nothing unlike it), with this answer where there is one."""
+    domain = DOMAINS[scene.domain]
+    forms = [domain.asks[c] for c in ("attribute", "ocr") if c in domain.asks] + [domain.hops, domain.asks["existence"]]
+    for some in forms:
+        for ask in list(some) * 100:
+            question = ask(scene, rng)
+            found = question and question.solve(scene)
+            alike = found and {(t.kind, t.color) for t in found[1]} == {(thing.kind, thing.color)}
+            if question and found and alike and found[0] in ("yes", answer or found[0]):
+                return _item(scene, question, None, None)
+    raise ValueError(f"no question of {scene.domain} scenes singles out the {thing.color} {thing.kind}.")
+
+
+def shortcuts(scene: Scene, depends_on: tuple[Thing, ...], question: str) -> dict[str, list[Thing]]:
+    """What a model might choose among that took half of a relation question: the things on the asked side of the
+    anchor, its neighbours on any side, and all other things of the scene (for a path: the shapes at its ends).
+
+    Args:
+        depends_on: the thing asked for, and the anchor.
+    """
+    target, anchor = depends_on
+    others = [t for t in scene.things if t != anchor]
+    side = next((side for side in RELATIONS if f" {side} " in question), None)
+    if side is None:
+        return {"on that side": [target], "neighbors": others, "others": others}
+    return {
+        "on that side": [t for t in others if on_side(t, anchor, side)],
+        "neighbors": [t for t in others if any(touches(t, anchor, each) for each in RELATIONS)],
+        "others": others,
+    }
+
+
+def tempting(scene: Scene, question: Question) -> bool:
+    """Whether a relation question cannot be answered by its side or by its neighbourhood alone."""
+    solved = question.solve(scene)
+    assert solved is not None  # the question was asked because it has an answer here
+    found = shortcuts(scene, solved[1], question.text)
+    return len(found["on that side"]) > 1 or len(found["neighbors"]) > 1
+
+
+def dialogue(item: Item, turns: int = 3, seed: int = 0) -> tuple[tuple[str, str], ...]:
+    """The (question, answer) pairs of a dialogue about the item's picture that come before its own question.
+
+    Raises:
+        ValueError: fewer than two turns, of which the item's question is the last.
+    """
+    if turns < 2:
+        raise ValueError(f"a dialogue has at least 2 turns, the item's own question being the last; got {turns}.")
+    rng = Random(f"{seed} {item.question} {item.scene.key}")
+    asked = make_dialogue(rng, item.scene, item.question, turns)
+    return tuple((question.text, found[0]) for question in asked if (found := question.solve(item.scene)))
+
+
+def make_dialogue(rng: Random, scene: Scene, last: str, turns: int) -> list[Question]:
+    """turns - 1 questions about the scene, none of them the last one."""
+    categories = [c for c in DOMAINS[scene.domain].asks if c not in ON_REQUEST]
+    earlier: list[Question] = []
+    while len(earlier) < turns - 1:
+        question = make_question(rng, scene, rng.choice(categories))
+        if question and question.text != last and question.group in ANSWERS:
+            earlier.append(question)
+    return earlier
 
 
 # ---- scenes -----------------------------------------------------------------------------------------
@@ -228,7 +314,7 @@ def _item(scene: Scene, question: Question, counterfactual: Item | None, changed
     assert found is not None  # the question was asked because it has an answer here
     answer, depends_on = found
     first = depends_on[0] if depends_on else None
-    absent = answer in ("no", "0")
+    absent = answer in ("no", "0", ABSENT)
     usual = typical_color(first.kind) if first and not absent and scene.domain == "shapes" else None
     return Item(
         image=render(scene),
@@ -242,7 +328,7 @@ def _item(scene: Scene, question: Question, counterfactual: Item | None, changed
         counterfactual=counterfactual,
         changed=changed,
         caption=DOMAINS[scene.domain].asks["caption"][0](scene, Random(0)).solve(scene)[0],
-        candidates=ANSWERS.get(question.group, ()),
+        candidates=ANSWERS.get(question.group, ()) + ((ABSENT,) if question.category == "absence" else ()),
         unseen=any(scene.is_unseen(thing) for thing in depends_on),
         split=scene.split,
         grid=(scene.rows, scene.cols),
