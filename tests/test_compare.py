@@ -276,7 +276,7 @@ def test_patching_by_depth_equals_the_sweep_and_transformer_lens(model, bridges)
 def test_prompts_without_a_gap_have_no_recovery(model):
     prompt = ask(model, "is it red?")
     values, gap = patch_by_depth(model, prompt, prompt, lambda logits: logits[5], [-1])
-    assert gap == 0 and values.isnan().all()
+    assert gap == 0 and values.isnan().all() and values.shape == (model.cfg.n_layers + 1,)
 
 
 # ---- the twin -----------------------------------------------------------------------------------------
@@ -349,6 +349,29 @@ def test_planted_heads_are_found(model):
     table = planted.to_dataframe()
     assert table.loc[table["induction, image"].idxmax(), ["layer", "head"]].tolist() == [1, 1]
     assert set(planted.sharing()["kind"]) == set(KINDS)
+
+
+def test_scores_on_the_image_by_hand(model):
+    """Attention from the text after two pictures to them, and the token of theirs that gets most of it."""
+    image = picture(84, 56, 3)
+    heads = detect_heads(model, picture=image)
+    inputs = model.to_inputs("What is this?", images=[image, image])
+    with torch.no_grad():
+        _, cache = model.run_with_cache(inputs)
+    seen = inputs.positions("image").tolist()
+    after = range(max(seen) + 1, inputs.shape[1])
+    for layer in range(model.cfg.n_layers):
+        pattern = cache["pattern", layer][0]
+        for head in range(model.cfg.n_heads):
+            received = [sum(float(pattern[head, q, k]) for q in after) / len(after) for k in seen]
+            assert float(heads.image["image attention"][layer, head]) == pytest.approx(sum(received), rel=1e-4)
+            assert float(heads.image["image sink"][layer, head]) == pytest.approx(max(received), rel=1e-4)
+    even = sum(len(seen) / (q + 1) for q in after) / len(after)
+    assert heads.even_image["image attention"] == pytest.approx(even, rel=1e-5)
+    assert heads.even_image["image sink"] == pytest.approx(even / len(seen), rel=1e-5)
+    n_heads = model.cfg.n_layers * model.cfg.n_heads
+    for top in (0.01, 0.3, 1.0):
+        assert (heads.sharing(top)["best_heads"] == max(1, round(top * n_heads))).all()
 
 
 def test_placeholders_are_not_duplicates_of_each_other(model):

@@ -16,7 +16,8 @@ from tiny import byte_symbols
 from analyses.answer_scores import SCORES, Evidence, all_scores, blank_image, with_images
 from analyses.common.rectangles import best_rectangle, heaviest_rectangle, integral_image
 from analyses.contextual_lens import contextual_score, default_layers, ground, sweep_layers, word_spans, yes_no_score
-from analyses.experiments.grounding import METHODS, box_iou, figures, run_experiment
+from analyses.experiments import grounding as grounding_command
+from analyses.experiments.grounding import METHODS, box_iou, centre_heat, figures, run_experiment
 from hooked_qwen2vl.cli import main
 from hooked_qwen2vl.scenes import sample
 
@@ -423,7 +424,8 @@ def test_doubt(model):
 
     never = [(ids[1], 0.9), (ids[1], 0.8), (ids[1], 0.7)]
     assert doubt(never, rank=5) == 1.0 and doubt(never, rank=4) == pytest.approx(0.9)
-    assert doubt([(ids[1], 0.9), (ids[0], 0.8), (ids[0], 0.7)], rank=5) == 0.0  # before the answer is born nothing counts
+    for far in (5, 9):  # before the answer is born nothing counts
+        assert doubt([(ids[1], 0.9), (ids[0], 0.8), (ids[0], 0.7)], rank=far) == 0.0
     assert doubt([(ids[0], 0.6), (ids[0], 0.7), (ids[0], 0.9)]) == 0.0
     assert doubt([(ids[0], 0.6), (ids[1], 0.8), (ids[0], 0.9)]) == pytest.approx(0.8)
     assert doubt([(ids[0], 0.6), (ids[2], 0.8), (ids[0], 0.9)]) == 0.0  # only the space differs: the same word
@@ -531,6 +533,42 @@ def test_the_experiment_runs(model, tmp_path):
     result.plot(tmp_path / "a.png", "iou")
     with pytest.raises(ValueError, match="no item"):
         run_experiment(model, [item for item in items if item.category == "environment"])
+
+
+def test_the_shuffled_image_is_another_scenes_of_the_same_grid(model, monkeypatch):
+    items = [*sample(5, seed=3, grid=(4, 6)), *sample(5, seed=4, grid=(6, 4)), *sample(2, seed=5, grid=(5, 5))]
+    items.append(items[0])  # the same scene twice: no partner for itself
+    seen = []
+
+    def watch(model, item, other, *layers):
+        seen.append((item, other))
+        return heat_maps(model, item, other, *layers)
+
+    heat_maps = grounding_command._heat_maps
+    monkeypatch.setattr(grounding_command, "_heat_maps", watch)
+    result = run_experiment(model, items, progress=False)
+    assert all(item.grid == other.grid and item.scene.key != other.scene.key for item, other in seen)
+    usable = [i for i in items if i.answer not in ("no", "0", "none") and 0 < grounding_command.mask_of(i).mean() < 1]
+    assert result.skipped.get("says that nothing is there", 0) == sum(i.answer in ("no", "0", "none") for i in items)
+    alone = [i for i in usable if not any(o.grid == i.grid and o.scene.key != i.scene.key for o in usable)]
+    assert len(seen) == len(usable) - len(alone) and result.skipped.get("no other image of its grid", 0) == len(alone)
+
+
+@pytest.mark.parametrize("rows, cols", [(4, 4), (3, 5), (6, 2)])
+def test_the_centre_is_hottest_in_the_middle_by_squared_distance(rows, cols):
+    heat = centre_heat(rows, cols)
+    for row in range(rows):
+        for col in range(cols):
+            assert float(heat[row, col]) == pytest.approx(-(((row + 0.5) / rows - 0.5) ** 2) - ((col + 0.5) / cols - 0.5) ** 2)
+
+
+def test_the_experiments_command_writes_what_it_says(tmp_path, capsys):
+    grounding_command.main(["--n", "12", "--out", str(tmp_path / "out"), "--report", str(tmp_path / "report.md")])
+    said = capsys.readouterr().out
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"summary.csv", "items.csv", *(f"{figure}.png" for figure in grounding_command.FIGURES)}
+    assert (tmp_path / "report.md").read_text(encoding="utf-8").strip() in said and "contextual lens" in said
+    assert len(pd.read_csv(tmp_path / "out" / "items.csv")["item"].unique()) > 2
 
 
 def test_the_command(tmp_path, capsys):

@@ -401,6 +401,10 @@ def test_planted_in_tower_and_projector():
         assert found.modules[module].wanted == 2
         for domain, neuron in (("red", 11), ("blue", 60)):
             assert found.masks(domain)[module].nonzero().tolist() == [[layer, neuron]]
+        assert found.masks()[module].nonzero().tolist() == [[layer, 11], [layer, 60]]
+        table = found.to_dataframe().set_index(["module", "layer", "neuron"])
+        assert len(table) == 4 and table.loc[(module, layer, 11), ["domains", "dape_nats", "rate_blue"]].tolist() == ["red", 0, 0]
+        assert table.loc[(module, layer, 60), "rate_blue"] > 0
         assert found.modules[module].dape[layer, [11, 60]].tolist() == [0, 0]
 
 
@@ -532,6 +536,12 @@ def test_effects_are_derivatives():
             assert abs(slope) > 1e-6
 
 
+def test_effects_are_of_the_domains_that_were_asked_for(model):
+    for domains in (["a"], ["a", "b", "c"]):
+        with pytest.raises(ValueError, match="the items to attribute are of the domains a, b"):
+            experiment.ablation_effects(model, questions(4), domains, batch_size=4)
+
+
 def test_the_strongest_by_contrast():
     effects = torch.zeros(3, 2, 4)
     effects[:, 0, 1] = 5.0  # helps every domain alike
@@ -605,6 +615,20 @@ def test_answers_one_by_one(model, batches_of_questions):
     assert gap.abs().min() > 1e-3
 
 
+def test_an_answer_is_given_up_at_twice_the_right_ones_length_and_a_few_tokens(model, batches_of_questions, monkeypatch):
+    asked, generate = [], model.generate
+
+    def watch(*args, max_new_tokens, **options):
+        asked.append(max_new_tokens)
+        return generate(*args, max_new_tokens=max_new_tokens, **options)
+
+    monkeypatch.setattr(model, "generate", watch)
+    for batch in batches_of_questions:
+        experiment.answer(model, batch)
+        lengths = [model.to_tokens(text).shape[1] for text in batch.answers]
+        assert asked[-1] == 2 * max(lengths) + experiment._SPARE_TOKENS
+
+
 def test_right_is_the_whole_answer():
     assert experiment.same_answer(" Red. ", "red") and experiment.same_answer("2 red", "2 red")
     assert not experiment.same_answer("red red", "red") and not experiment.same_answer("reddish", "red")
@@ -636,7 +660,7 @@ def test_tables_by_hand(tmp_path):
     accuracy = table.accuracy().set_index(["selection", "module", "domain"])
     assert accuracy.loc[(NONE, "all", "a"), "accuracy"] == 0.75 and accuracy.loc[(FIRING, "decoder", "a"), "accuracy"] == 0.25
     assert accuracy.loc[(FIRING, "decoder", "a"), "change"] == -0.5 and accuracy.loc[(FIRING, "decoder", "b"), "change"] == 0
-    assert accuracy.loc[(FIRING, "decoder", "all"), ["items", "change"]].tolist() == [8, -0.25]
+    assert accuracy.loc[(FIRING, "decoder", "all"), ["items", "change", "neurons"]].tolist() == [8, -0.25, 7]
     excess = table.against_controls().set_index("domain")
     assert excess.loc["a", ["excess", "excess_log_prob"]].tolist() == [-0.5, -0.5]
     assert excess.loc["a", ["excess_low", "excess_high"]].tolist() == [-1, 0]  # the two that are lost are of one image

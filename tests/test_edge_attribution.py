@@ -107,6 +107,29 @@ def test_direct_paths(model, pair, component):
         assert (ours[1] - own).abs().max() > 1e-7
 
 
+@pytest.mark.parametrize("source", [(-1, 0), (2, 0), (3, 0), (0, -1), (0, 4), (5, 9)])
+def test_a_head_that_is_not_there_writes_no_path(model, pair, source):
+    clean, corrupted = pair
+    _, cache = model.run_with_cache(clean)
+    with pytest.raises(ValueError, match="there is no head"):
+        direct_path_patch(model, corrupted, cache, cache, metric, source)
+
+
+def test_the_first_head_writes_paths_and_the_last_layers_do_not(model, pair):
+    clean, corrupted = pair
+    (_, cache), (_, base) = (model.run_with_cache(x) for x in pair)
+    with torch.no_grad():
+        assert direct_path_patch(model, corrupted, cache, base, metric, (0, 0))[1].isfinite().all()
+        assert direct_path_patch(model, corrupted, cache, base, metric, (model.cfg.n_layers - 1, 3)).isnan().all()
+
+
+def test_the_table_is_numbered_and_the_title_names_integration(model, pair, tmp_path):
+    straight, integrated = (edge_attribution(model, *pair, metric, ig_steps=n, progress=False) for n in (1, 2))
+    assert straight.to_dataframe().index.tolist() == list(range(int(straight.edges.sum())))
+    titles = [found.plot(tmp_path / "edges.png").get_suptitle() for found in (straight, integrated)]
+    assert ["integrated" in title for title in titles] == [False, True]
+
+
 def test_the_picture(model, pair, tmp_path):
     figure = edge_attribution(model, *pair, metric).plot(tmp_path / "edges.png")
     assert (tmp_path / "edges.png").stat().st_size > 0 and figure.get_suptitle().startswith("Edge attribution")

@@ -283,6 +283,8 @@ def test_answers_of_a_batch_are_those_of_each_alone(model, items):
         assert answer.cut == cut and answer.text == model.tokenizer.decode(text)
     whole = model.tokenizer("red", add_special_tokens=False)["input_ids"]
     letters = [model.tokenizer(letter, add_special_tokens=False)["input_ids"][0] for letter in "red"]
+    spaced = "red , blue ."
+    assert _answer(model, model.tokenizer(spaced, add_special_tokens=False)["input_ids"]).text == spaced
     assert len(whole) < 3 and [_answer(model, ids) for ids in (whole, letters)] == [("red", True, False), ("red", True, True)]
 
 
@@ -414,6 +416,8 @@ def test_the_result():
     assert dataclasses.replace(result, claims=rows).table().loc["good", ALL] == "1.00 [–]"  # two hallucinated answers
     with pytest.raises(ValueError, match="expected a category of attribute"):
         result.of("ocr")
+    only = dataclasses.replace(result, claims=result.claims[result.claims["said"] != "no"])
+    assert "existence: said no" not in set(only.to_dataframe()["category"]) and len(only.of("existence: said yes"))
 
 
 def test_yes_is_compared_with_yes():

@@ -239,6 +239,10 @@ def test_edges_out_of_the_embedding_and_deepstack_sum_to_the_metric(qwen3):
     with torch.no_grad():
         ends = [difference(model(x))[0] for x in (clean, corrupted)]
     assert abs(direct - (ends[0] - ends[1])) < 0.02 * abs(ends[0] - ends[1])
+    for writer in given[1:]:  # what a merger adds after block k is first read by the heads of block k + 1
+        block = int("".join(filter(str.isdigit, result.writers[writer])))
+        readers = [reader for reader, edge in zip(result.readers, result.edges[writer]) if edge]
+        assert readers[0] == f"L{block + 1}H0.q", (result.writers[writer], readers[:2])
 
 
 def test_neurons_of_every_half_are_counted(model, pair):

@@ -33,6 +33,10 @@ def test_planted_labels_are_read_and_shuffled_ones_are_not(planted, tmp_path):
     direction = result.direction("told", "red", "blue")
     assert direction.abs().argsort(descending=True)[:2].tolist() in ([3, 5], [5, 3]) and direction[3] > 0 > direction[5]
     assert abs(float(direction.norm()) - 1) < 1e-5
+    for at, label in enumerate(result.labels):  # towards each label, away from the mean of all others
+        weights = result.weights["told"]
+        away = weights[at] - sum(weights[n] for n in range(3) if n != at) / 2
+        assert torch.allclose(result.direction("told", label), away / away.norm(), atol=1e-6)
     scores = planted.features["told"] @ result.weights["told"].T + result.biases["told"]
     said = np.array(result.labels)[scores.argmax(-1)]
     assert (said == np.array(planted.labels)).mean() > 0.8
@@ -95,5 +99,8 @@ def test_what_is_refused(planted, scenes):
         sparse_probe(planted, "told", "purple")
     with pytest.raises(ValueError, match="expected a site"):
         fit_probes(planted, controls=0, progress=False).direction("nowhere", "red")
+    for head in (-1, scenes.cfg.n_heads):
+        with pytest.raises(ValueError, match=f"has no head {head}"):
+            probe_data(scenes, list(examples("scenes", 1)), [("blocks.2.attn.hook_z", head)], progress=False)
     with pytest.raises(ValueError, match="nothing to probe"):
         probe_data(scenes, [], progress=False)

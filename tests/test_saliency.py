@@ -55,6 +55,14 @@ def test_the_knockout_by_hand(model, prompt):
         assert ours.values.std() > 1e-3
 
 
+def test_boxes_of_the_table_are_the_prompts(model, prompt):
+    item = prompt[1]
+    table = saliency(model, prompt, "random", 1, **QUIET).to_dataframe()
+    for image in range(2):
+        rows = table[(table["image"] == image) & (table["answer_token"] == 0)]
+        assert torch.allclose(torch.tensor(rows[["x0", "y0", "x1", "y1"]].to_numpy()).float(), item.boxes(image=image).float(), atol=1e-4)
+
+
 def test_occlusion_by_hand(model, prompt):
     item = prompt[1]
     ours = saliency(model, prompt, "occlusion", 1, batch_size=4, **QUIET)
@@ -131,6 +139,9 @@ def test_a_target_instead_of_an_answer(model):
     ours = saliency(model, item, target=7, **QUIET)
     assert torch.allclose(ours.log_probs, expected.double()[None], atol=SAME) and ours.values.shape == (1, 4)
     assert [tuple(m.shape) for m in ours.maps()] == [(2, 2)]
+    for wrong in (-1, model.cfg.d_vocab):
+        with pytest.raises(ValueError, match="target must be a token"):
+            saliency(model, item, target=wrong, **QUIET)
     again = saliency(model, item, "random", target=7, seed=1, **QUIET)
     assert torch.equal(again.values, saliency(model, item, "random", target=7, seed=1, **QUIET).values)
 

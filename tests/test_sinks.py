@@ -29,6 +29,30 @@ def test_attention_received_by_hand(model, prompt):
     assert torch.allclose(result.norms[1], cache["resid_pre", 1][0].norm(dim=-1))
 
 
+@pytest.mark.parametrize("from_layer", [0, 1, 2])
+def test_the_table_by_hand(model, prompt, from_layer):
+    """Means over the blocks that count; a threshold half-way between two positions' shares."""
+    assert (find_sinks(model, prompt).threshold, find_sinks(model, prompt).from_layer) == (5.0, 1)
+    shares = find_sinks(model, prompt).received[from_layer:].mean(0)[:-1].sort(descending=True).values
+    result = find_sinks(model, prompt, received=float(shares[1] + shares[2]) / 2, ratio=3.0, from_layer=from_layer)
+    assert int(result.is_sink.sum()) == 2 == len(result.to_dataframe())
+    table = result.to_dataframe(only_sinks=False)
+    assert len(table) == prompt.shape[1] and "index" not in table and table.index.tolist() == list(range(len(table)))
+    rows = table.set_index("position")
+    _, cache = model.run_with_cache(prompt)
+    streams = [cache["resid_pre", layer][0] for layer in range(model.cfg.n_layers)]
+    for position in (0, 3, prompt.shape[1] - 2):
+        norms = [float(stream[position].norm()) for stream in streams[from_layer:]]
+        beside = [norm / float(stream.norm(dim=-1).median()) for norm, stream in zip(norms, streams[from_layer:])]
+        assert rows.loc[position, "norm"] == pytest.approx(sum(norms) / len(norms), rel=1e-5)
+        assert rows.loc[position, "norm_over_median"] == pytest.approx(sum(beside) / len(beside), rel=1e-5)
+        assert rows.loc[position, "received"] == pytest.approx(float(result.received[from_layer:, position].mean()), rel=1e-5)
+    found = {(l, p, d) for l, s in enumerate(streams) for p, d in (s.abs() >= 3.0 * s.abs().median()).nonzero().tolist()}
+    assert found and found == set(map(tuple, result.massive[["layer", "position", "dimension"]].to_numpy().tolist()))
+    with pytest.raises(ValueError, match="image tokens"):
+        result.exclude(torch.ones(len(result.image) + 3))
+
+
 def test_planted_sinks_are_found(model, prompt, tmp_path):
     """All heads are made to look at one image token, and one of its numbers is made massive."""
     place = int(prompt.positions("image")[4])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 import torch
 
 from analyses.counterfactuals import check_pairs, scene_candidates
 from analyses.data.examples import examples
-from analyses.experiments.flips import flip_study
+from analyses.experiments.flips import flip_row, flip_study
 from analyses.experiments.knockout import knockout_study
 from analyses.experiments.locality import SPANS, locality_study
 from analyses.flip_patching import ablate_flip, attribute_flip
@@ -49,9 +51,17 @@ def test_flips_of_a_data_set(scenes, flips):
     summary = flips.summary().set_index(["flip is", "by ablating"])
     assert summary.loc[("removed", "found components"), "share"] == table["removed"].mean()
     assert summary.loc[("reversed", "random components"), "share"] == pytest.approx(table["reversed_by_random"].mean())
+    assert (flips.summary()["resampled"] == "image").all()
     shift = flips.last_shift()
     assert shift.loc["tv", "mean, as it is"] == pytest.approx(sum(item.last_shift["tv"] for item in items) / len(items))
     assert shift.loc["argmax_changed", "mean, as it is"] == 0
+
+
+def test_an_answer_without_a_first_token_of_its_own_is_left_out(scenes):
+    example = next(iter(examples("scenes", 1)))
+    assert flip_row(scenes, example, 1, 1, 0, scenes.encode) is not None
+    for wrong in (replace(example, answer="\N{SAUROPOD}"), replace(example, answer=" "), replace(example, candidates=())):
+        assert flip_row(scenes, wrong, 1, 1, 0, scenes.encode) is None
 
 
 def test_locality(scenes):
