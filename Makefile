@@ -19,7 +19,7 @@ test: install
 	.venv/bin/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
 
 # Tests of the port and the methods once more, with shapes and types in signatures checked at every call (tests/conftest.py).
-SHAPES := model logit_lens readouts flip_patching knockout
+SHAPES := positions model logit_lens readouts flip_patching knockout
 test-shapes: install
 	CHECK_SHAPES=1 .venv/bin/python -m pytest -m "not slow" -k "not compiled" -n auto --maxprocesses 4 --dist loadfile $(SHAPES:%=tests/test_%.py)
 

@@ -159,7 +159,7 @@ def test_padding_shifts_nobody(side):
     positions, delta = mrope_positions(types, mask, images, videos, MERGE)
     images_of, videos_of = images.split([1, 0, 2, 1]), videos.split([0, 0, 0, 1])
     for number, row in enumerate(rows):
-        one, ones = torch.tensor([row]), torch.ones(1, len(row))
+        one, ones = torch.tensor([row]), torch.ones(1, len(row), dtype=torch.long)
         alone, delta_alone = mrope_positions(one, ones, images_of[number], videos_of[number], MERGE)
         assert torch.equal(positions[:, number, mask[number].bool()], alone[:, 0])
         assert delta[number] == delta_alone[0]
@@ -173,7 +173,7 @@ def test_neighbouring_images_are_told_apart_by_their_grids(hf):
     theirs, _ = reference(hf, torch.tensor([apart]), torch.ones(1, len(apart)), images, NONE)
     between = 3 + 15
     expected = torch.cat((theirs[..., :between], theirs[..., between + 1 :] - 1), dim=-1)
-    ours, delta = mrope_positions(torch.tensor([together]), torch.ones(1, len(together)), images, NONE, MERGE)
+    ours, delta = mrope_positions(torch.tensor([together]), torch.ones(1, len(together), dtype=torch.long), images, NONE, MERGE)
     assert torch.equal(ours, expected)
     assert delta[0] == expected.max() + 1 - len(together)
 
