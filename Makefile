@@ -50,9 +50,9 @@ lint: install
 	.venv/bin/lint-imports
 	.venv/bin/pyright --pythonpath .venv/bin/python
 
-# The site, with an API reference of every public name; a dead link is an error: out/site.
+# The site, with an API reference of every public name; a dead link is an error (--quiet would hide it from --strict): out/site.
 docs: install
-	.venv/bin/mkdocs build --quiet --strict
+	.venv/bin/mkdocs build --strict
 
 # Would the module's own tests notice a fault? A seeded sample of them, in a copy of the tree: out/mutants.
 N ?= 30
