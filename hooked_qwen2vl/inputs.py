@@ -505,8 +505,8 @@ def padding_mask(tokens: Int[Tensor, "batch pos"], pad: int | None, padding_side
 def _positions(
     types: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], visuals: Sequence[Visual], cfg: HookedQwen2VLConfig
 ) -> tuple[Int[Tensor, "3 batch pos"], Int[Tensor, "batch"]]:
-    """(M-RoPE positions, rope deltas). Video frames take their time in seconds (Qwen2.5-VL), or count as images of their own if
-    each has a timestamp in the text (Qwen3-VL)."""
+    """(M-RoPE positions, rope deltas). A video's frames are placed by their number (Qwen2-VL), by their time (Qwen2.5-VL), or
+    each like an image after its timestamp in the text (Qwen3-VL)."""
     grids: dict[int, list[tuple[int, int, int]]] = {IMAGE: [], VIDEO: []}
     steps: list[float] = []
     rate = cfg.vision.tokens_per_second
