@@ -562,6 +562,7 @@ def test_the_centre_is_hottest_in_the_middle_by_squared_distance(rows, cols):
             assert float(heat[row, col]) == pytest.approx(-(((row + 0.5) / rows - 0.5) ** 2) - ((col + 0.5) / cols - 0.5) ** 2)
 
 
+@pytest.mark.slow
 def test_the_experiments_command_writes_what_it_says(tmp_path, capsys):
     grounding_command.main(["--n", "12", "--out", str(tmp_path / "out"), "--report", str(tmp_path / "report.md")])
     said = capsys.readouterr().out

@@ -31,7 +31,7 @@ from analyses.project_away import project_away_hooks
 from hooked_qwen2vl import HookedQwen2VL
 
 SAME = 1e-5  # float32; measured 3e-6
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+FAMILIES = ("qwen2_vl", pytest.param("qwen2_5_vl", marks=pytest.mark.slow), "qwen3_vl")  # all three in the slow half
 MODELS: dict[str, HookedQwen2VL] = {}
 
 

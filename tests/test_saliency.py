@@ -20,7 +20,7 @@ SAME = 2e-5  # float32, nats
 QUIET = {"progress": False}
 
 
-@pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.fixture(scope="module", params=["qwen2_vl", pytest.param("qwen2_5_vl", marks=pytest.mark.slow), "qwen3_vl"])
 def model(request, processor):
     family = request.param
     return HookedQwen2VL.from_hf(tiny_hf(family=family), tiny_processor3() if family == "qwen3_vl" else processor)
