@@ -18,12 +18,13 @@ from transformers import AutoTokenizer, Qwen2Tokenizer, Qwen2VLForConditionalGen
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from hooked_qwen2vl.scenes import CHECKPOINT, SAMPLES, contact_sheet, counterfactual_pairs, load_split, sample, to_frame
+from hooked_qwen2vl.scenes import evaluate as evaluate_module
 from hooked_qwen2vl.scenes.batches import Asked, Mix, Packer, draw_batch, patchify, start_levels
 from hooked_qwen2vl.scenes.card import MARKS
 from hooked_qwen2vl.scenes.cells import LABELS, cell_embeddings, cell_labels
 from hooked_qwen2vl.scenes.domains import DOMAINS
 from hooked_qwen2vl.scenes.drawing import draw, render
-from hooked_qwen2vl.scenes.evaluate import best_without_image, evaluate, relations_beside_shortcuts
+from hooked_qwen2vl.scenes.evaluate import best_without_image, evaluate, readable_tokens, relations_beside_shortcuts
 from hooked_qwen2vl.scenes.folder import CELL, SPECIAL_TOKENS, build_config, build_tokenizer
 from hooked_qwen2vl.scenes.forward import forward
 from hooked_qwen2vl.scenes.questions import in_words, touches
@@ -155,7 +156,7 @@ def test_single_hops_are_of_the_things_of_the_relation():
 def test_shortcuts_by_hand():
     for item in sample(25, seed=5, category="relation"):
         side = next((side for side in RELATIONS if f" {side} " in item.question), None)
-        found = shortcuts(item.scene, item.depends_on, item.question)
+        found = shortcuts(item.scene, item.depends_on, item.question, item.candidates)
         target, anchor = item.depends_on
         assert all(target in things and anchor not in things for things in found.values())
         if side:
@@ -163,7 +164,8 @@ def test_shortcuts_by_hand():
             places = np.array(sorted(anchor.cells))[:, axis] * sign
             for thing in item.objects:
                 beyond = bool((np.array(sorted(thing.cells))[:, axis] * sign).min() > places.max())
-                assert (thing in found["on that side"]) == beyond
+                asked = thing.color in item.candidates or thing.kind in item.candidates
+                assert (thing in found["on that side"]) == (beyond and asked)
 
 
 def test_the_shortcuts_scores_are_shares_of_things_with_the_right_answer():
@@ -229,6 +231,28 @@ def test_written_cells_are_sums_of_word_embeddings():
     thing = word["red"] + word["star"] + word["gray"] / 2
     by_hand = torch.stack([word["gray"] / 2, thing + word["small"] / 2, thing + (word["big"] + word["top"] + word["left"]) / 2])
     assert torch.allclose(written, by_hand, atol=1e-6)
+
+
+def test_image_tokens_that_read_as_their_things(monkeypatch, tokenizer):
+    """Planted in the embeddings: every cell of a thing reads as its kind, in one of two spellings. One picture a batch has no control."""
+    runs = evaluate_module._runs
+
+    def planted(model, *arguments):
+        for chunk, batch, streams in runs(model, *arguments):
+            image = batch.tokens[0] == model.config.image_token_id
+            kinds = [LABELS["kind"][label] for label in batch.cells[:, 0].tolist()]
+            ids = torch.tensor([tokenizer.convert_tokens_to_ids(("Ġ" if n % 2 else "") + kind) for n, kind in enumerate(kinds)])
+            word = torch.nn.functional.one_hot(ids, len(tokenizer)).float() @ torch.linalg.pinv(model.lm_head.weight.T)
+            streams[0][:, image] = word.view(len(chunk), -1, word.shape[-1])
+            yield chunk, batch, streams
+
+    monkeypatch.setattr(evaluate_module, "_runs", planted)
+    plain = lambda n, **restrictions: sample(n, **restrictions, domain="shapes", grid=(4, 4))  # noqa: E731
+    monkeypatch.setattr(evaluate_module, "sample", plain)
+    table = readable_tokens(CHECKPOINT, 12)
+    assert table.loc["embeddings", "read"] > 0.95 and table.loc["best layer", "layer"] == 0
+    assert table.loc["embeddings", "of another picture"] < 0.6
+    assert np.isnan(readable_tokens(CHECKPOINT, 1).loc["embeddings", "of another picture"])
 
 
 # ---- counterfactuals --------------------------------------------------------------------------------

@@ -81,6 +81,19 @@ def _any(scene: Scene, rng: Random) -> Thing:
     return rng.choice(scene.things)
 
 
+def _missing(scene: Scene, rng: Random, kinds: tuple[str, ...], of_kind: str, of_color: str, group: str) -> Question | None:
+    """The colour of a kind, or the kind of a colour, that is not in the picture; None where every one is."""
+    absent = [k for k in kinds if not q.matching(scene, kind=k)]
+    colors = [c for c in COLORS if not q.matching(scene, color=c)]
+    if absent and (rng.random() < 0.5 or not colors):
+        kind = rng.choice(absent)
+        return q.absence(of_kind.format(kind), "color", "color", kind=kind)
+    if not colors:
+        return None
+    color = rng.choice(colors)
+    return q.absence(of_color.format(color), group, "kind", color=color)
+
+
 # ---- shapes -----------------------------------------------------------------------------------------
 
 
@@ -177,15 +190,7 @@ def _ask_bigger_shape(scene: Scene, rng: Random) -> Question | None:
 
 
 def _ask_missing_shape(scene: Scene, rng: Random) -> Question | None:
-    kinds = [k for k in SHAPES if not q.matching(scene, kind=k)]
-    colors = [c for c in COLORS if not q.matching(scene, color=c)]
-    if kinds and (rng.random() < 0.5 or not colors):
-        kind = rng.choice(kinds)
-        return q.absence(f"What color is the {kind}?", "color", "color", kind=kind)
-    if not colors:
-        return None
-    color = rng.choice(colors)
-    return q.absence(f"What shape is {color}?", "shape", "kind", color=color)
+    return _missing(scene, rng, SHAPES, "What color is the {}?", "What shape is {}?", "shape")
 
 
 def _ask_no_shape_beside(scene: Scene, rng: Random) -> Question | None:
@@ -503,15 +508,7 @@ def _ask_bigger_texture(scene: Scene, rng: Random) -> Question | None:
 
 
 def _ask_missing_texture(scene: Scene, rng: Random) -> Question | None:
-    kinds = [k for k in PATTERNS if not q.matching(scene, kind=k)]
-    colors = [c for c in COLORS if not q.matching(scene, color=c)]
-    if kinds and (rng.random() < 0.5 or not colors):
-        kind = rng.choice(kinds)
-        return q.absence(f"What color are the {kind}?", "color", "color", kind=kind)
-    if not colors:
-        return None
-    color = rng.choice(colors)
-    return q.absence(f"What pattern is {color}?", "pattern", "kind", color=color)
+    return _missing(scene, rng, PATTERNS, "What color are the {}?", "What pattern is {}?", "pattern")
 
 
 def _edit_texture(scene: Scene, thing: Thing) -> list[Thing]:

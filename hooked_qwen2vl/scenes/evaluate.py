@@ -143,7 +143,7 @@ def relations_beside_shortcuts(folder: str | Path, items: Sequence[Item]) -> pd.
 
 def _chance(item: Item, kind: str) -> float:
     """The share of a shortcut's things that wear the right answer."""
-    things = shortcuts(item.scene, item.depends_on, item.question)[kind]
+    things = shortcuts(item.scene, item.depends_on, item.question, item.candidates)[kind]
     return sum(item.answer in (thing.color, thing.kind) for thing in things) / len(things)
 
 
@@ -182,6 +182,8 @@ def readable_tokens(folder: str | Path, n: int = 300, seed: int = 11) -> pd.Data
             filled = labels[..., 0] > 0
             for found, of in ((hits, labels), (controls, labels.roll(1, 0))):
                 also = filled & (of[..., 0] > 0)
+                if found is controls and len(of) == 1:  # no other picture in this batch
+                    also = torch.zeros_like(also)
                 found.append(_names(read[:, also], of[also], tokenizer))
         shares[split] = [torch.cat(found, 1).float().mean(1) for found in (hits, controls)]
     best = int(shares["validation"][0].argmax())

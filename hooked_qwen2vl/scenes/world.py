@@ -193,15 +193,17 @@ def _ask_of(rng: Random, scene: Scene, thing: Thing, answer: str | None) -> Item
     raise ValueError(f"no question of {scene.domain} scenes singles out the {thing.color} {thing.kind}.")
 
 
-def shortcuts(scene: Scene, depends_on: tuple[Thing, ...], question: str) -> dict[str, list[Thing]]:
+def shortcuts(scene: Scene, depends_on: tuple[Thing, ...], question: str, candidates: Sequence[str]) -> dict[str, list[Thing]]:
     """What a model might choose among that took half of a relation question: the things on the asked side of the
-    anchor, its neighbours on any side, and all other things of the scene (for a path: the shapes at its ends).
+    anchor, its neighbours on any side, and all other things of the scene (for a path: the shapes at its ends); only
+    such as the question could be about (no digit where a letter is asked for).
 
     Args:
         depends_on: the thing asked for, and the anchor.
+        candidates: the answers of this kind.
     """
     target, anchor = depends_on
-    others = [t for t in scene.things if t != anchor]
+    others = [t for t in scene.things if t != anchor and {t.kind, t.color} & set(candidates)]
     side = next((side for side in RELATIONS if f" {side} " in question), None)
     if side is None:
         return {"on that side": [target], "neighbors": others, "others": others}
@@ -216,7 +218,7 @@ def tempting(scene: Scene, question: Question) -> bool:
     """Whether a relation question cannot be answered by its side or by its neighbourhood alone."""
     solved = question.solve(scene)
     assert solved is not None  # the question was asked because it has an answer here
-    found = shortcuts(scene, solved[1], question.text)
+    found = shortcuts(scene, solved[1], question.text, ANSWERS[question.group])
     return len(found["on that side"]) > 1 or len(found["neighbors"]) > 1
 
 
