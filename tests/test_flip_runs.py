@@ -46,6 +46,7 @@ def same(study, other):
     assert study.skipped == other.skipped
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_it_gives_what_memory_gives(expected, tmp_path, capsys):
     command = [*FLIPS, "--limit", str(N), "--out", str(tmp_path)]
     arguments = [sys.executable, "-m", "hooked_qwen2vl.cli", *command]

@@ -71,6 +71,7 @@ def small_tree(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_what_is_tested_is_killed_and_the_rest_survives(small_tree, monkeypatch, capsys):
     before = (small_tree / "watched.py").read_text()
     found = mutants.judge("watched.py", 6, 0)

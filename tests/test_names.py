@@ -114,6 +114,7 @@ def test_the_command_says_its_version(capsys):
     assert done.value.code == 0 and capsys.readouterr().out == f"hooked-qwen2vl {hooked_qwen2vl.__version__}\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", RUN_AS_MODULES)
 def test_modules_that_are_run_say_their_usage(path):
     done = subprocess.run([sys.executable, "-m", path, "--help"], capture_output=True, text=True)
