@@ -1,18 +1,18 @@
-"""Attention heads by what they attend to, on text and among image tokens: are they the same heads?
+"""Previous-token, duplicate-token and induction heads, on text and among image tokens: are they the same heads?
 
-1. Text: a passage twice over. Image: one picture twice over, whose tokens are called by their place in the picture, so
-   that previous token, duplicate token and induction mean among image tokens what they mean among words.
-2. The pattern of each kind is TransformerLens's own (`head_detector`: previous token; the same token before;
-   the token after the same token before).
-3. Score: the share of a head's attention that lies on the pattern, over the queries that have one (ours:
-   `detect_head` divides by the attention of all queries, so that even a perfect induction head has at most half).
-4. Positions after the pictures: the share of attention on their tokens, and on the single image token that gets
-   most of it (a sink, if it is far above an even spread).
-5. Beside every score stands that of a head which spreads its attention evenly over all it can see: in a short passage
-   that is not small, and a score below it is no sign of the kind.
+1. Text: a passage, repeated once. Image: a picture, repeated once. For the image, tokens at the same place of the picture
+   count as the same token, so that the three kinds are defined among image tokens as they are in text.
+2. The pattern of each kind is TransformerLens's (`head_detector`): the previous token; an earlier occurrence of the
+   same token; the token after an earlier occurrence of the same token.
+3. Score: the share of a head's attention that is on the pattern, over the queries for which the pattern has a key (our choice:
+   `detect_head` divides by the attention of all queries, so that even a perfect induction head has at most 0.5).
+4. For the positions after the pictures: the share of attention on image tokens, and on the single image token that gets
+   most of it (a sink, if far above an even spread).
+5. Each score is given together with that of a head that spreads its attention evenly over all visible keys. In a short passage
+   that baseline is not small, and a score below it is no evidence for the kind.
 
-All image placeholders have one token id: `detect_head` itself, on a prompt with an image, takes any attention from image
-token to image token for duplicate tokens. Here every place of a picture has an id of its own.
+All image placeholders have one token id, so `detect_head` itself counts any attention between image tokens as attention to
+duplicate tokens. Here every place of the picture has its own id.
 
 Source: TransformerLens's head_detector (Olsson et al. 2022); visual sinks: Kang et al. 2025.
 """
@@ -52,10 +52,10 @@ class AttentionHeads(Result):
 
     Attributes:
         text: kind -> [layer head], on the repeated passage.
-        image: kind -> [layer head], among the tokens of the repeated picture; and "image attention" and "image sink",
-            of the positions after it. Empty for a model that sees no images.
-        even_text, even_image: the same kinds, of a head that attends evenly to everything before it.
-        model_name: of the model.
+        image: kind -> [layer head], among the tokens of the repeated picture, and "image attention" and "image sink"
+            for the positions after it. Empty if there was no picture.
+        even_text, even_image: kind -> score of a head that attends evenly to all visible keys.
+        model_name: name of the model.
     """
 
     text: Mapping[str, Float[Tensor, "layer head"]]
@@ -65,7 +65,7 @@ class AttentionHeads(Result):
     model_name: str
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a head: its scores, on text and on images."""
+        """One row per head: its scores, on text and on images."""
         n_layers, n_heads = next(iter(self.text.values())).shape
         table = pd.DataFrame({"layer": layer, "head": head} for layer in range(n_layers) for head in range(n_heads))
         for where, scores in (("text", self.text), ("image", self.image)):
@@ -74,13 +74,14 @@ class AttentionHeads(Result):
         return table
 
     def sharing(self, top: float = 0.1) -> pd.DataFrame:
-        """One row a kind: do the heads that do it on text do it among image tokens?
+        """One row per kind: are the best heads on text also the best among image tokens?
 
         Args:
-            top: share of the heads that counts as the kind's best.
+            top: share of all heads that counts as the best.
         Returns:
-            rank_correlation (Spearman, over heads); the best head's score and that of an even spread, on each; the
-            number of best heads, how many of them are best on both, and how many would be by chance.
+            rank_correlation (Spearman, over heads); best_text, best_image: the best head's score; even_text, even_image: the
+            score of an even spread; best_heads: number of best heads; best_on_both: how many are the same on text and image;
+            by_chance: how many would be the same by chance.
         Raises:
             ValueError: the heads were not scored on an image.
         """
@@ -107,7 +108,7 @@ class AttentionHeads(Result):
         return pd.DataFrame(rows)
 
     def plot(self, path: Any = None) -> Any:
-        """A scatter of heads for each kind: score on text against score among image tokens."""
+        """One scatter plot per kind, a point per head: score on text against score among image tokens."""
         from analyses.views.compare import heads_plot
 
         return heads_plot(self, path)
@@ -115,13 +116,13 @@ class AttentionHeads(Result):
 
 @torch.no_grad()
 def detect_heads(model: Model, passage: str = PASSAGE, picture: Any = None) -> AttentionHeads:
-    """Scores the heads of any TransformerLens model on text, and those of a HookedQwen2VL on a picture as well.
+    """Scores the heads of any TransformerLens model on text, and the heads of a HookedQwen2VL also on a picture.
 
     Args:
-        passage: text that is shown twice over, in the model's own tokens.
-        picture: a PIL image that is shown twice over.
+        passage: a text; the prompt has it twice.
+        picture: a PIL image; the prompt has it twice.
     Raises:
-        ValueError: a picture for a model that sees none.
+        ValueError: a picture for a model that takes no images.
     """
     tokens = text_tokens(model, f" {passage} {passage}")
     patterns = {kind: pattern(tokens.cpu()) for kind, pattern in KINDS.items()}
@@ -135,8 +136,7 @@ def detect_heads(model: Model, passage: str = PASSAGE, picture: Any = None) -> A
 
 
 def text_tokens(model: Model, text: str) -> Int[Tensor, "1 pos"]:
-    """A text as the model's own tokenizer has it, with the special tokens that it adds itself and no others: what looks like one
-    in the text is text."""
+    """The token ids of a text, with the special tokens that the tokenizer adds; special tokens spelt in the text are read as text."""
     return model.tokenizer(text, return_tensors="pt", split_special_tokens=True)["input_ids"].to(model.cfg.device)
 
 
@@ -159,14 +159,14 @@ def _image_scores(model: Model, inputs: Any) -> tuple[dict[str, Tensor], dict[st
 
 
 def _places(inputs: Any, first: Tensor, second: Tensor) -> Int[Tensor, "1 pos"]:
-    """Ids in which only the places of the picture repeat."""
+    """A token id for every position; only image tokens at the same place of the picture share an id."""
     ids = torch.arange(inputs.shape[1])
     ids[second] = ids[first]
     return ids[None]
 
 
 def _even(patterns: Mapping[str, Float[Tensor, "pos key_pos"]]) -> dict[str, float]:
-    """Each pattern's share of attention that is spread evenly over all visible keys."""
+    """Each pattern's score for a head that attends evenly to all visible keys."""
     n = len(next(iter(patterns.values())))
     spread = torch.ones(n, n).tril()
     spread = spread / spread.sum(-1, keepdim=True)
@@ -174,15 +174,15 @@ def _even(patterns: Mapping[str, Float[Tensor, "pos key_pos"]]) -> dict[str, flo
 
 
 def _share(attention: Float[Tensor, "pos key_pos"], pattern: Float[Tensor, "pos key_pos"]) -> float:
-    """The pattern's share of attention, over the queries for which it has a key."""
+    """The share of attention that is on the pattern, over the queries for which the pattern has a key."""
     share = compute_head_attention_similarity_score(attention, pattern, exclude_bos=False, exclude_current_token=False, error_measure="mul")
-    return share * len(pattern) / int(pattern.any(-1).sum())  # rows sum to 1: from all queries to those with a key
+    return share * len(pattern) / int(pattern.any(-1).sum())  # from a mean over all queries to one over queries with a key
 
 
 def _scores(
     model: Model, prompt: Any, patterns: Mapping[str, Float[Tensor, "pos key_pos"]], look: Any = None
 ) -> dict[str, Float[Tensor, "layer head"]]:
-    """Each pattern's share of the attention of the queries it has keys for, by head; patterns are not kept."""
+    """kind -> [layer head], the scores of all heads in one forward; attention patterns are not kept."""
 
     def score(attention: Float[Tensor, "1 head pos key_pos"]) -> dict[str, Float[Tensor, "head"]]:
         attention = attention[0].float().cpu()

@@ -76,7 +76,7 @@ class ContextualScore(Result):
         return float(self.scores[0])
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a span: its score, and the image and box (in original pixels) of the closest image token."""
+        """One row per span: its score, and the image and box (in original pixels) of the closest image token."""
         best = self.similarity.argmax(-1)
         table = pd.DataFrame({"span": self.names, "text": self.texts, "score": self.scores.tolist()})
         table["image"] = self.images[best].tolist()
@@ -109,7 +109,7 @@ class LayerSweep(Result):
     model_name: str
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a pair of layers."""
+        """One row per pair of layers."""
         return pd.DataFrame(
             {"image_layer": i, "text_layer": t, "auroc": float(value)} for i, row in enumerate(self.auroc) for t, value in enumerate(row)
         )
@@ -159,7 +159,7 @@ class Grounding(Result):
         return tuple(self.boxes[self.image].tolist())
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row an image token: row and column, box in original pixels, cosines, whether its image's best box covers it."""
+        """One row per image token: row and column, box in original pixels, cosines, whether its image's best box covers it."""
         rows = []
         for image, (heat, similarity, (r0, c0, r1, c1)) in enumerate(zip(self.heat, self.similarity, self.cells)):
             (height, width), (w, h) = heat.shape, self.sizes[image]

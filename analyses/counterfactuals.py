@@ -108,7 +108,7 @@ class Pairs(Result):
         return dict(Counter(reason for _, reason in self.refused).most_common())
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a candidate: what was asked, the logit differences of a pair that was kept, or the reason."""
+        """One row per candidate: what was asked, the logit differences of a pair that was kept, or the reason."""
         kept = [
             {**_row(pair.source), "other": pair.source.other, "clean_difference": pair.clean_difference,
              "corrupted_difference": pair.corrupted_difference, "changed_tokens": len(pair.changed), "refused": ""}

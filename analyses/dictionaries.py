@@ -79,7 +79,7 @@ class Dictionary(Result):
         return self.W_enc.shape[1]
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a feature: norms of its encoder and decoder, its bias."""
+        """One row per feature: norms of its encoder and decoder, its bias."""
         columns = {"encoder_norm": self.W_enc.norm(dim=0), "decoder_norm": self.W_dec.norm(dim=1), "bias": self.b_enc}
         return pd.DataFrame({"feature": range(self.n_features), **{name: values.tolist() for name, values in columns.items()}})
 
@@ -368,7 +368,7 @@ def top_activating(
     top: int = 9,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """One row a feature and rank: the image tokens on which it is most active, one an image: id, image token, box in original pixels, activation.
+    """One row per feature and rank: the image tokens on which it is most active, one an image: id, image token, box in original pixels, activation.
 
     Args:
         features: None takes all.
@@ -454,7 +454,7 @@ def train_dictionary(
     Args:
         batches: activations, shuffled (`ActivationStore.shuffled`, or any tensors). dead_after: batches without firing. aux: its weight.
     Returns:
-        the dictionary, and one row a batch: share of variance not explained, dead features.
+        the dictionary, and one row per batch: share of variance not explained, dead features.
     Raises:
         ValueError: no batches, or k outside 1..n_features.
     """

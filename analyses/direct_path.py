@@ -1,9 +1,9 @@
-"""Direct path patching (Wang et al. 2022) into queries, keys and values, key-value heads included.
+"""Direct path patching (Wang et al. 2022) into query, key and value inputs, also with grouped-query attention.
 
-The path from head A to head B alone: A's clean-minus-corrupted write is added to B's own copy of the residual
-stream, before its norm, while everything else still sees A's corrupted output. TransformerLens's own function
-does this where every head has keys and values of its own; here the destination of a key or value path is a
-key-value head, which on a grouped-query model serves several heads.
+Only the path from head A to head B is patched: A's output, clean minus corrupted, is added to B's own copy of the residual
+stream, before its norm; everything else still gets A's corrupted output. TransformerLens's own function requires that
+every head has its own keys and values. Here the destination of a key or value path is a key-value head, which in a
+grouped-query model several heads share.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ def direct_path_patch(
     component: Literal["q", "k", "v"] = "q",
     progress: bool = True,
 ) -> Float[Tensor, "layer head"]:
-    """The metric with the path from one head into each later head's query, key or value input patched.
+    """The metric when the path from one head to each later head's query, key or value input is patched, one head at a time.
 
     Args:
-        clean_cache, corrupted_cache: must hold `attn.hook_z` of the source's layer.
-        source: (layer, head) that writes.
-        component: which input of the destination; for keys and values the second axis counts key-value heads.
+        clean_cache, corrupted_cache: caches with `attn.hook_z` of the source's layer.
+        source: (layer, head) of head A.
+        component: which input of head B is patched; for "k" and "v" the second axis of the result is key-value heads.
     Returns:
-        [layer head]; rows up to the source's layer are NaN: there is no such path.
+        [layer head]; NaN in the layers up to the source's, to which there is no path.
     Raises:
-        ValueError: a head that is not there, an unknown component, or caches and prompts whose positions do not correspond.
+        ValueError: no such head, an unknown component, or caches and prompts whose positions do not correspond.
     """
     layer, head = source
     cfg = model.cfg

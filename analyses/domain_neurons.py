@@ -135,7 +135,7 @@ class DomainNeurons(Result):
         return found
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a selected neuron: module, layer, neuron, DAPE (nats), its domains, its rate in each domain (0..1)."""
+        """One row per selected neuron: module, layer, neuron, DAPE (nats), its domains, its rate in each domain (0..1)."""
         rows = []
         for module, selection in self.modules.items():
             for layer, neuron in selection.selected.nonzero().tolist():
@@ -147,7 +147,7 @@ class DomainNeurons(Result):
         return pd.DataFrame(rows, columns=columns)
 
     def by_layer(self) -> pd.DataFrame:
-        """One row a module, layer and domain: how many neurons belong to the domain."""
+        """One row per module, layer and domain: how many neurons belong to the domain."""
         return pd.DataFrame(
             {"module": module, "layer": layer, "domain": domain, "neurons": count}
             for module, selection in self.modules.items()
@@ -156,7 +156,7 @@ class DomainNeurons(Result):
         )
 
     def overlaps(self) -> pd.DataFrame:
-        """One row a module and pair of domains: how many neurons belong to both (a domain with itself: how many it has)."""
+        """One row per module and pair of domains: how many neurons belong to both (a domain with itself: how many it has)."""
         rows = []
         for module, selection in self.modules.items():
             flat = selection.belongs.flatten(0, 1).long()

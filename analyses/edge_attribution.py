@@ -1,21 +1,20 @@
 """Edge attribution patching, with grouped heads and with integrated gradients.
 
-EAP (Syed, Rager and Conmy 2023) scores the edge from a writer u (the embedding, a head, an MLP, in Qwen3-VL what DeepStack
-adds) to a reader v
-(a head's query, key or value input, an MLP's input, the logits) to first order:
+EAP (Syed, Rager and Conmy 2023) estimates, to first order, the effect of the edge from a writer u (the embedding, a head, an
+MLP, or in Qwen3-VL what DeepStack adds) to a reader v (a head's query, key or value input, an MLP's input, or the logits):
 
     score(u → v) = Σ_pos (a_u^clean − a_u^corrupted) · ∂metric/∂(input of v)
 
-1. Run both prompts, keep what every writer writes; their difference is the writer's delta.
-2. Run the corrupted prompt with gradients, and take the metric's gradient at every reader's own input.
-3. Multiply. Edges that run backwards are 0 by construction.
+1. Run both prompts and cache the output of every writer; clean minus corrupted is the writer's delta.
+2. Run the corrupted prompt with gradients, and take the metric's gradient at the input of every reader.
+3. Multiply. If the reader comes before the writer there is no edge, and the score is 0.
 
-EAP-IG (Hanna, Pezzelle and Belinkov 2024): the gradients of step 2 are the mean over `ig_steps` embeddings on the
-straight line from corrupted to clean, and with them what DeepStack adds, which corrects saturation. Then the edges out of the
-embedding (and of DeepStack) sum to metric(clean) − metric(corrupted) as the steps grow (completeness).
+EAP-IG (Hanna, Pezzelle and Belinkov 2024): the gradient of step 2 is the mean over `ig_steps` points on the straight line
+from the corrupted to the clean embedding (what DeepStack adds moves along with it). This corrects for saturation. With many
+steps, the sum of the embedding's (and DeepStack's) contributions tends to metric(clean) − metric(corrupted) (completeness).
 
-Readers of keys and values are key-value heads, of which a grouped-query model has fewer than heads;
-TransformerLens's own tool refuses those.
+Readers of keys and values are key-value heads. Models with grouped-query attention have fewer of them than heads;
+TransformerLens's own tool refuses such models.
 """
 
 from __future__ import annotations
@@ -43,13 +42,13 @@ class EdgeAttribution(Result):
     """First-order effect of every edge on the metric.
 
     Attributes:
-        scores: [writer reader] in the metric's units, positive where restoring the edge raises it; 0 where
-            there is no edge.
-        edges: [writer reader] whether the writer is upstream of the reader.
+        scores: [writer reader] in the metric's units, positive if patching the clean value into the edge raises the metric;
+            0 if there is no edge.
+        edges: [writer reader] whether the writer comes before the reader.
         writers: "embed", (in Qwen3-VL) "DeepStack0" …, "L0H0" …, "MLP0" ….
         readers: "L0H0.q" …, "L0H0.k" … (key-value heads), "MLP0", "logits".
         ig_steps: 1 for plain EAP.
-        model_name: of the model.
+        model_name: name of the model.
     """
 
     scores: Float[Tensor, "writer reader"]
@@ -60,7 +59,7 @@ class EdgeAttribution(Result):
     model_name: str
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row an edge, largest effect first."""
+        """One row per edge, largest effect first."""
         rows, columns = self.edges.nonzero(as_tuple=True)
         table = pd.DataFrame(
             {
@@ -83,11 +82,11 @@ def edge_attribution(model: Model, clean: Any, corrupted: Any, metric: Metric, i
     """Scores every edge.
 
     Args:
-        clean, corrupted: prompts of one shape (for images: of one grid).
-        metric: logits to a scalar.
+        clean, corrupted: prompts with the same layout (images: the same grids).
+        metric: a function of the logits that returns a scalar.
         ig_steps: points on the line between the embeddings; 1 takes the gradient at the corrupted prompt.
     Raises:
-        ValueError: prompts whose positions do not correspond, no step, or a metric that is not a scalar.
+        ValueError: prompts whose positions do not correspond, ig_steps below 1, or a metric that is not a scalar.
     """
     clean, corrupted = as_prompt(model, clean), as_prompt(model, corrupted)
     refuse_unaligned(clean, corrupted, "the clean and the corrupted prompts")
@@ -96,9 +95,9 @@ def edge_attribution(model: Model, clean: Any, corrupted: Any, metric: Metric, i
     with torch.no_grad():
         ours, theirs = (_writes(model, inputs) for inputs in (clean, corrupted))
     delta = ours - theirs
-    begins = ["hook_embed", *_deepstack_hooks(model.cfg)]  # what the run is given; all else follows from it
+    begins = ["hook_embed", *_deepstack_hooks(model.cfg)]  # set in every run; the other activations follow
     total = torch.zeros(0)
-    # the gradient at the corrupted end for EAP; at the middle of each of the line's steps for EAP-IG
+    # EAP: the gradient at the corrupted end of the line; EAP-IG: at the middle of each step
     fractions = [0.0] if ig_steps == 1 else [(step + 0.5) / ig_steps for step in range(ig_steps)]
     for fraction in tqdm(fractions, desc="gradients", disable=not progress, delay=2):
         given = {name: theirs[n] + fraction * delta[n] for n, name in enumerate(begins)}
@@ -131,7 +130,7 @@ def _writes(model: Model, inputs: Any) -> Float[Tensor, "writer batch pos d_mode
 def _reader_gradients(
     model: Model, inputs: Any, metric: Metric, given: dict[str, Float[Tensor, "batch pos d_model"]]
 ) -> Float[Tensor, "reader batch pos d_model"]:
-    """The metric's gradient at every reader's own copy of the residual stream, where these hooks give what they are given."""
+    """The metric's gradient at every reader's own copy of the residual stream, in a run with the activations `given`."""
     layers = range(model.cfg.n_layers)
     names = [
         f"blocks.{layer}.{hook}"
@@ -158,7 +157,7 @@ def _reader_gradients(
 
 
 def _deepstack_hooks(cfg: Any) -> list[str]:
-    """Where DeepStack adds to the stream, in order of blocks; nowhere in most models."""
+    """Hook points of what DeepStack adds to the residual stream, in order of blocks; empty for models without DeepStack."""
     merged = getattr(getattr(cfg, "vision", None), "deepstack_layers", ())
     return [f"blocks.{layer}.hook_deepstack" for layer, _ in enumerate(merged)]
 
@@ -180,7 +179,7 @@ def _reader_names(cfg: Any) -> list[str]:
 
 
 def _edges(cfg: Any) -> Bool[Tensor, "writer reader"]:
-    """Writers by when they write, readers by when they read: an edge needs the write to come first."""
+    """Whether each writer comes before each reader, by a number for the depth at which they write and read."""
     written, read = [-1.0, *(number + 0.6 for number, _ in enumerate(_deepstack_hooks(cfg)))], []
     for layer in range(cfg.n_layers):
         written += [layer] * cfg.n_heads + [layer + 0.5]

@@ -55,7 +55,7 @@ class Neighbours(Result):
     model_name: str
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a layer, position and rank."""
+        """One row per layer, position and rank."""
         return pd.DataFrame(
             {
                 "layer": layer,

@@ -89,7 +89,7 @@ class FlipAttribution(Result):
         return sorted([*parts, (Component(self.block, None), self.mlp)], key=lambda part: -part[1])
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a head or MLP, the largest contribution first; the last two rows are the bias and the norm."""
+        """One row per head or MLP, the largest contribution first; the last two rows are the bias and the norm."""
         rows = [(str(component), value) for component, value in self.ranked()]
         table = pd.DataFrame([*rows, ("bias", self.bias), ("norm", self.norm)], columns=["component", "attribution"])
         return table.assign(flip=f"{self.lost} → {self.gained}", layer=self.flip_layer)
@@ -214,7 +214,7 @@ def component_effects(model: Model, inputs: Any, flip: FlipAttribution, counterf
         inputs: the prompts in which the flip was attributed. counterfactual: prompts of the same shape, whose activations
             are patched in; None leaves that column out.
     Returns:
-        one row a component: component, attribution, and the change of z_L(a) − z_L(b) when the component's output at the
+        one row per component: component, attribution, and the change of z_L(a) − z_L(b) when the component's output at the
         flip's position is set to 0 (`ablated`) or replaced by the counterfactual's (`patched`).
     """
     inputs = _its_row(model, inputs, flip)

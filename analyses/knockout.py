@@ -53,7 +53,7 @@ class Knockout(Result):
     left_out: Mapping[str, int] = field(default_factory=dict)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a flow and layer: mean effect in percent, its standard error (clustered by image), number of items."""
+        """One row per flow and layer: mean effect in percent, its standard error (clustered by image), number of items."""
         n = self.effects.shape[-1]
         return pd.DataFrame(
             {

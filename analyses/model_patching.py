@@ -1,13 +1,14 @@
-"""Activations of one model patched into another: where does fine-tuning change what is computed?
+"""Cross-model activation patching: where does fine-tuning change what is computed?
 
-1. Two models of one shape, such as a base and its fine-tuned version (LoRA merged into the weights, or full), read the
-   same prompts; each encodes the images with its own tower.
-2. At each place of the network, and for each span of positions, the source's activation is put into the target's run.
-3. explained = 1 − KL(p_source ‖ p_patched) / KL(p_source ‖ p_target), at the last position: 0 where the patch changes
-   nothing, 1 where the target now says what the source says.
+1. Two models of one shape, such as a base model and its fine-tuned version (LoRA merged into the weights, or full), run on the
+   same prompts; each encodes the images with its own vision tower.
+2. At each hook point, and for each span of positions, the source's activation is patched into the target's run.
+3. explained = 1 − KL(p_source ‖ p_patched) / KL(p_source ‖ p_target), at the last position: 0 if the patch changes
+   nothing, 1 if the target now predicts what the source predicts.
 
-The stream patched everywhere behind the last block that differs gives the source's logits exactly, before the first that
-differs it changes nothing. Source: Prakash et al. 2024 (cross-model activation patching); the measure is ours.
+Patching the residual stream at all positions gives the source's logits exactly after the last block that differs between the
+models, and changes nothing before the first one. Source: Prakash et al. 2024 (cross-model activation patching); `explained` is
+our measure.
 """
 
 from __future__ import annotations
@@ -28,21 +29,21 @@ from hooked_qwen2vl.geometry import Place
 from hooked_qwen2vl.segments import is_segment_name
 
 ACTIVATIONS = ("resid_pre", "attn_out", "mlp_out")
-_EPSILON = 1e-6  # nats: prompts on which the two models agree so closely say nothing
+_EPSILON = 1e-6  # nats; prompts with a smaller KL between the two models are skipped
 
 
 @dataclass(frozen=True)
 class ModelPatching(Result):
-    """Effects of putting one model's activations into another.
+    """Effects of patching one model's activations into another.
 
     Attributes:
         explained: [place span item]; NaN for items without such a span.
-        same_top: [place span item] 1 where the patched run's first token is the source's.
+        same_top: [place span item] 1 if the patched run's most probable token is the source's, else 0; NaN as in `explained`.
         difference: [item] KL(p_source ‖ p_target), nats.
-        top_agrees: [item] 1 where source and target have the same first token unpatched.
-        places: hook names. spans: names of positions. activation: what was patched.
-        skipped: prompts left out because the two models agree on them.
-        source_name, target_name: of the models.
+        top_agrees: [item] 1 if source and unpatched target have the same most probable token, else 0.
+        places: hook names. spans: as given. activation: what was patched.
+        skipped: number of prompts left out because the two models agree on them.
+        source_name, target_name: names of the models.
     """
 
     explained: Float[Tensor, "place span item"]
@@ -57,7 +58,7 @@ class ModelPatching(Result):
     target_name: str
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a place and span: means over items."""
+        """One row per place and span: means over items, and the number of items."""
         return pd.DataFrame(
             {
                 "place": place,
@@ -72,7 +73,7 @@ class ModelPatching(Result):
         )
 
     def plot(self, path: Any = None) -> Any:
-        """Explained difference of each span by place."""
+        """`explained` of each span by place."""
         from analyses.views.compare import model_patching_plot
 
         return model_patching_plot(self, path)
@@ -87,16 +88,16 @@ def patch_between_models(
     spans: Sequence[Place] = ("all", "image", "question", "last"),
     progress: bool = True,
 ) -> ModelPatching:
-    """Puts the source's activations into the target's run, place by place and span by span.
+    """Patches the source's activations into the target's run, one place and one span at a time.
 
     Args:
         source, target: HookedQwen2VLs of one shape.
         prompts: `Inputs` of one row each, from either model's `to_inputs` (their processors must agree).
-        activation: one of ACTIVATIONS; "resid_pre" also takes the stream after the last block.
-        spans: "all", or places (see `Inputs.resolve`); a prompt without a segment that others have gives NaN there.
+        activation: one of ACTIVATIONS; with "resid_pre" the stream after the last block is patched, too.
+        spans: "all", or places (see `Inputs.resolve`). A segment may be missing in some prompts, which then have NaN.
     Raises:
-        ValueError: models of other shapes, an unknown activation, prompts of several rows, or models that agree on
-            every prompt.
+        ValueError: models of different shapes, an unknown activation, no prompts, a prompt of several rows, a place that is
+            in no prompt, or models that agree on every prompt.
     """
     _check(source, target, prompts, activation)
     names = [get_act_name(activation, layer) for layer in range(target.cfg.n_layers)]
@@ -142,7 +143,7 @@ def _check(source: Any, target: Any, prompts: Sequence[Any], activation: str) ->
 
 
 def _places(prompt: Any, span: Place) -> Tensor | None:
-    """None where the prompt lacks a segment that others may have."""
+    """Positions of a span; None if it is a segment that this prompt does not have."""
     if isinstance(span, str) and is_segment_name(span) and not prompt.has_segment(span):
         return None
     return prompt.resolve(slice(None) if isinstance(span, str) and span == "all" else span)
@@ -161,5 +162,5 @@ def _log_probs(logits: Float[Tensor, "1 1 d_vocab"]) -> Float[Tensor, "d_vocab"]
 
 
 def _divergence(p: Float[Tensor, "d_vocab"], q: Float[Tensor, "d_vocab"]) -> float:
-    """KL(p ‖ q) of log-probabilities, nats."""
+    """KL(p ‖ q) in nats, of two vectors of log-probabilities."""
     return float((p.exp() * (p - q)).sum())

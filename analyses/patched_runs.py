@@ -1,8 +1,8 @@
-"""The patched runs of a sweep, from as little arithmetic as gives the same numbers (see `patching`).
+"""The patched runs of a sweep, computing only what a patch can change (see `patching`).
 
-`DecoderRuns` starts at the patched block and the first patched position, with the unpatched run's residual stream and
-its keys and values before that position. `TowerRuns` starts at the patched block of the tower, runs the cells' images
-side by side as the tower runs a batch, then the decoder from the first image token on. Both read one position.
+`DecoderRuns` starts at the patched block and the first patched position, from the unpatched run's residual stream and with
+its keys and values before that position. `TowerRuns` starts at the patched block of the vision tower with the images of
+several cells as one batch, then runs the decoder from the first image token on. Both compute logits at one position.
 """
 
 from __future__ import annotations
@@ -30,10 +30,12 @@ TOWER = "vision_encoder."
 
 @dataclass(frozen=True)
 class Cell:
-    """One patch: where it goes, and where its number goes.
+    """One patch of a sweep.
 
     Attributes:
-        index: of its column in the sweep. positions: of the prompt. head: or None for a stream.
+        index: column of the sweep that its result belongs to.
+        positions: patched positions of the prompt.
+        head: patched head; None for activations without a head axis.
     """
 
     index: int
@@ -45,7 +47,7 @@ class DecoderRuns:
     """Patches in the text decoder.
 
     Args:
-        source: prompts whose activation is put in. target: prompts that are run with it.
+        source: prompts that the patched activations come from. target: prompts that are run with them.
     """
 
     def __init__(self, model: Model, source: Any, target: Any, activation: str, layers: Sequence[int]):
@@ -66,7 +68,7 @@ class DecoderRuns:
         return self.model.read_out(self.final, logits_at=at)
 
     def reaches(self, cell: Cell, at: int) -> bool:
-        """Whether the patch can change what is read: a later position cannot."""
+        """Whether the patch can change the logits at this position: a patch at later positions cannot."""
         return min(cell.positions) <= at
 
     def patched(self, layer: int, cells: Sequence[Cell], at: int) -> Float[Tensor, "cell_batch 1 d_vocab"]:
@@ -78,7 +80,7 @@ class DecoderRuns:
             return run_suffix(self.model, self.target, self.cache, residual, layer, start, at)
 
     def _put(self, name: str, cells: Sequence[Cell], start: int, at: int) -> Callable:
-        """Puts the source's activations in; positions after the one that is read are not run."""
+        """A hook that patches in the source's activations; positions after `at` are not run."""
         source, by_query = self.source[name], self.activation == "pattern"
 
         def hook(activation: Tensor, hook: Any) -> Tensor:
@@ -97,10 +99,12 @@ class DecoderRuns:
 
 @contextmanager
 def entering(model: Model, layers: Sequence[int]) -> Iterator[dict[int, Float[Tensor, "batch pos d_model"]]]:
-    """layer -> the stream that a run within this context brings to the block, before any hook: those act when it is run again.
+    """layer -> the residual stream that enters the block in a run within this context, before any hook changes it.
+
+    Hooks are left out because they act when the block runs again, in the patched runs.
 
     Raises:
-        ValueError: (from the run) tokens have left the stream.
+        ValueError: (from the run) `drop_tokens` has removed tokens from the stream.
     """
     entered: dict[int, Tensor] = {}
 
@@ -108,7 +112,7 @@ def entering(model: Model, layers: Sequence[int]) -> Iterator[dict[int, Float[Te
         running = running_positions.get()
         if running is not None and running.left:
             raise ValueError(
-                "tokens leave the stream in this run (drop_tokens), and a sweep goes on from streams that hold all of them: hide the "
+                "drop_tokens removes tokens from the residual stream in this run, but a sweep needs the stream of all tokens: hide the "
                 "tokens' keys instead (analyses.interventions.hide), which gives the same numbers."
             )
         if layer in layers:
@@ -124,7 +128,7 @@ def entering(model: Model, layers: Sequence[int]) -> Iterator[dict[int, Float[Te
 
 
 class TowerRuns:
-    """Patches in the vision tower: a position is an image token, that is its 2×2 patches.
+    """Patches in the vision tower: to patch the position of an image token is to patch its 2×2 image patches.
 
     Raises:
         ValueError: prompts without images.
@@ -153,13 +157,13 @@ class TowerRuns:
         return self.model.read_out(self.final, logits_at=at)
 
     def reaches(self, cell: Cell, at: int) -> bool:
-        """Whether the patch can change what is read: images after the metric's position cannot."""
+        """Whether the patch can change the logits at this position: not if all images come after it."""
         return self.first <= at
 
     def patched(self, layer: int, cells: Sequence[Cell], at: int) -> Float[Tensor, "cell_batch 1 d_vocab"]:
-        """Of the patched runs of one layer, cell by cell.
+        """Logits of the patched runs of one layer, cell by cell.
 
-        A pattern is patched a cell at a time: written out, it has the square of all cells' patches.
+        Patterns are patched one cell at a time: a pattern's size is the square of the number of patches in the batch.
         """
         if self.activation == "pattern" and len(cells) > 1:
             return torch.cat([self.patched(layer, [cell], at) for cell in cells])
@@ -177,12 +181,12 @@ class TowerRuns:
         return TOWER + get_act_name(self.activation, layer)
 
     def _patches(self, positions: Sequence[int]) -> Int[Tensor, "patch"]:
-        """The packed patches of these positions, in every row."""
+        """Indices, in the packed order, of the image patches at these positions, over all rows."""
         is_image = self.target.token_types > 0
         order = (is_image.flatten().cumsum(0) - 1).view_as(is_image)
         tokens = order[:, list(positions)].flatten()
         vision = self.model.cfg.vision
-        if vision.window is not None:  # there an image token's patches lie where its window is
+        if vision.window is not None:  # Qwen2.5-VL's tower orders image tokens by attention window
             order, _ = window_order(self.target.grids, vision.spatial_merge_size, vision.window)
             tokens = order.argsort().to(tokens.device)[tokens]
         return patches_of(tokens, vision.spatial_merge_size)
@@ -216,12 +220,12 @@ def run_suffix(
     at: int,
     images: Float[Tensor, "stream image_token d_model"] | None = None,
 ) -> Float[Tensor, "cell_batch 1 d_vocab"]:
-    """Blocks from `layer` on over positions from `start` to `at`, with `cache`'s keys and values before them.
+    """Logits at `at` from the blocks `layer` … L−1 on the positions `start` … `at`, with `cache`'s keys and values before `start`.
 
-    Nothing after `at` can change what is read there, so it is not run.
+    Positions after `at` cannot change these logits and are not run.
 
     Args:
-        images: what the projector wrote in every cell; None: the prompts' own.
+        images: image embeddings (and DeepStack's) of every cell, from the projector; None: those of the prompts.
     """
     past = keys_and_values_before(model, inputs, cache, layer, start, len(residual) // len(inputs))
     layers = range(layer, model.cfg.n_layers)
@@ -247,7 +251,7 @@ def keys_and_values_before(model: Model, inputs: Any, cache: Any, layer: int, st
 
 
 def _repeated(x: Float[Tensor, "batch *rest"], n: int) -> Float[Tensor, "cell_batch *rest"]:
-    """x n times over; for a single example a view: each block copies its own when it appends."""
+    """x repeated n times; a view if x has one row, which is safe because a block copies keys and values when it appends."""
     return x[None].expand(n, *x.shape).flatten(0, 1)
 
 

@@ -54,7 +54,7 @@ class ProbeData(Result):
     model_name: str
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a label: how many items and images have it."""
+        """One row per label: how many items and images have it."""
         table = pd.DataFrame({"label": self.labels, "image": self.images})
         return table.groupby("label").agg(items=("image", "size"), images=("image", "nunique")).reset_index()
 
@@ -64,7 +64,7 @@ class Probes(Result):
     """Fitted probes and how well they read.
 
     Attributes:
-        table: one row a site: accuracy on the test images with its 95 % interval (images resampled), the control's mean and largest accuracy,
+        table: one row per site: accuracy on the test images with its 95 % interval (images resampled), the control's mean and largest accuracy,
             selectivity, the share of the most frequent label, items and images of the test.
         weights: site -> [label d] of the features as they are; biases: site -> [label]. labels: in that order.
         settings: C, test_share, controls, seed. model_name: of the model.

@@ -76,7 +76,7 @@ class Saliency(Result):
         return [part.reshape(grid) for part, grid in zip(parts, self.grids)]
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row an answer token and image token: its place, its box in original pixels, its value."""
+        """One row per answer token and image token: its place, its box in original pixels, its value."""
         rows = []
         for number, token in enumerate(self.tokens):
             for image, (values, size) in enumerate(zip(self.maps(self.values[number]), self.sizes)):
@@ -124,7 +124,7 @@ class Curves(Result):
         return deletion, insertion
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a step."""
+        """One row per step."""
         columns = {"share": self.shares, "deletion": self.deletion, "insertion": self.insertion}
         return pd.DataFrame({name: values.tolist() for name, values in columns.items()})
 

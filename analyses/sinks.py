@@ -38,7 +38,7 @@ class Sinks(Result):
     Attributes:
         norms: [layer pos] of the stream that enters each block.
         received: [layer pos] attention received, as a multiple of an even share; NaN for the last position, which no other query sees.
-        massive: one row a massive activation: layer, position, dimension, value, and ratio to the layer's median size.
+        massive: one row per massive activation: layer, position, dimension, value, and ratio to the layer's median size.
         tokens: [pos] texts. segments: [pos] the name of the segment each belongs to.
         image: positions of the image tokens. grids: (rows, cols) of each image.
         is_sink: [pos]. threshold: multiple of an even share. from_layer: first block that counts. ratio: of a massive activation.
@@ -64,7 +64,7 @@ class Sinks(Result):
         return self.is_sink[list(self.image)]
 
     def to_dataframe(self, only_sinks: bool = True) -> pd.DataFrame:
-        """One row a sink (or a position): its token, segment, place in its image, attention received, norm beside the median, and
+        """One row per sink (or a position): its token, segment, place in its image, attention received, norm beside the median, and
         massive activations, over the blocks that count."""
         medians = self.norms.median(1, keepdim=True).values
         places = {}

@@ -254,7 +254,7 @@ class Trajectory(Result):
         return figures | {"no_double_norm": self.no_double_norm}
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a layer."""
+        """One row per layer."""
         return pd.DataFrame(
             {
                 "layer": range(self.n_layers + 1),
@@ -287,7 +287,7 @@ class Trajectories(Result):
     items: tuple[Trajectory, ...]
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row an item: its `Trajectory.summary`."""
+        """One row per item: its `Trajectory.summary`."""
         return pd.DataFrame([item.summary() for item in self.items])
 
     def by_category(self) -> pd.DataFrame:
@@ -305,9 +305,9 @@ def outcomes_by_category(table: pd.DataFrame) -> pd.DataFrame:
     """Share of each outcome, doubt and its control, and mean depths as a fraction of L, by category.
 
     Args:
-        table: one row an item (`Trajectory.summary`).
+        table: one row per item (`Trajectory.summary`).
     Returns:
-        one row a category: the number of items; the shares of OUTCOMES; the columns of `doubt_beside_control`; birth_1_depth
+        one row per category: the number of items; the shares of OUTCOMES; the columns of `doubt_beside_control`; birth_1_depth
         and stability_depth; `differs_from_model`, for how many items the top-1 of layer L, read in float32, is not the model's own.
     """
     groups = table.groupby("category")
@@ -328,7 +328,7 @@ def doubt_beside_control(table: pd.DataFrame) -> pd.Series:
     wrong item has no control, because both candidates are taken.
 
     Args:
-        table: one row an item (`Trajectory.summary`); a table of an earlier version has no control.
+        table: one row per item (`Trajectory.summary`); a table of an earlier version has no control.
     Returns:
         with_control: how many items have a control. doubt, control_doubt: the share of them whose answer (whose control) was
         held then lost. wrong_with_control, doubt_if_wrong, control_doubt_if_wrong: the same for the items answered wrongly. A

@@ -44,7 +44,7 @@ def self_check(model: Any, hf: Any, image: Image.Image | None = None, question: 
         hf: transformers' model of the same architecture.
         image: None takes the synthetic picture. question: about it.
     Returns:
-        one row a stage, in the order of the computation: stage, error (relative to its spread), tolerance, ok.
+        one row per stage, in the order of the computation: stage, error (relative to its spread), tolerance, ok.
     """
     image = synthetic_image() if image is None else image
     inputs = model.to_inputs(question, images=[image])

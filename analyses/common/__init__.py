@@ -1,1 +1,1 @@
-"""What the methods share: results on disk, reading the vocabulary, statistics."""
+"""Code that several methods use: results on disk, reading through the vocabulary, statistics."""

@@ -1,4 +1,4 @@
-"""Attention patterns of a forward, of which only what is asked for is kept."""
+"""Attention patterns of a forward, each reduced to what the caller needs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from hooked_qwen2vl.protocols import Model
 
 @contextmanager
 def attention_patterns(model: Model, take: Callable[[Float[Tensor, "batch head pos key_pos"]], Any]) -> Iterator[dict[int, Any]]:
-    """layer -> what `take` makes of its pattern, for the forward run inside; whole patterns would fill memory."""
+    """layer -> `take(pattern)`, for the forward that runs inside this context.
+
+    Whole patterns are not kept: for many image tokens they would fill the memory.
+    """
     taken: dict[int, Any] = {}
 
     def see(layer: int, pattern: Float[Tensor, "batch head pos key_pos"], hook: Any) -> None:

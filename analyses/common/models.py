@@ -1,4 +1,4 @@
-"""What tells models apart."""
+"""Identification of a model: its name, dtype and a hash of its weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hooked_qwen2vl.quantised import Quantised
 
 
 def describe_model(model: Model) -> dict[str, Any]:
-    """Name, dtype, and a hash of every weight: the same name with other weights is another model."""
+    """The model's name, dtype and a hash over all its weights; models of one name with different weights differ in the hash."""
     hashed = hashlib.blake2b(digest_size=16)
     for name, weight in _numbers(model):
         hashed.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
@@ -26,7 +26,7 @@ def describe_model(model: Model) -> dict[str, Any]:
 
 
 def _numbers(model: Model) -> Iterator[tuple[str, Any]]:
-    """Every weight by name; what accelerate offloaded is read from where it lies."""
+    """(name, weight) for every weight; weights that accelerate offloaded are read from CPU memory or disk."""
     away: dict[str, Any] = {}
     for prefix, module in model.named_modules():
         hook = getattr(module, "_hf_hook", None)
@@ -40,5 +40,5 @@ def _numbers(model: Model) -> Iterator[tuple[str, Any]]:
             weight = held[inner]
         yield name, weight
     for prefix, module in model.named_modules():
-        if isinstance(module, Quantised):  # packed numbers mean nothing without their scales
+        if isinstance(module, Quantised):  # the scales belong to the weight, too
             yield from ((f"{prefix}.{name}", held) for name, held in module.layer.state_dict().items() if isinstance(held, torch.Tensor))

@@ -1,4 +1,4 @@
-"""Prompts of any TransformerLens model, looked at in one way: their tokens, their padding, and what a place means."""
+"""One interface to the prompts of any TransformerLens model: tokens, padding, and positions by name."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from hooked_qwen2vl import HookedQwen2VL, Inputs
 from hooked_qwen2vl.geometry import PromptShape, resolve_positions
 from hooked_qwen2vl.protocols import Model
 
-# What an analysis takes as its prompt: `Inputs`, a string, several strings, or token ids [pos] or [batch pos] without padding.
+# The prompts that an analysis takes: `Inputs`, a string, several strings, or token ids [pos] or [batch pos] without padding.
 Prompt: TypeAlias = Inputs | str | Sequence[str] | Tensor
 
 
 @dataclass(frozen=True)
 class TextPrompt:
-    """What `Inputs` says of a prompt, for a model that has none: tokens, and where they are.
+    """Text prompts of a model that does not use `Inputs`, with the part of the interface of `Inputs` that analyses need.
 
     Attributes:
-        tokens: [batch pos]. attention_mask: [batch pos], 1 where there is a token, 0 where there is padding.
+        tokens: [batch pos]. attention_mask: [batch pos], 1 for a token, 0 for padding.
     """
 
     tokens: Int[Tensor, "batch pos"]
@@ -35,23 +35,23 @@ class TextPrompt:
 
     @property
     def prompt_shape(self) -> PromptShape:
-        """As `Inputs.prompt_shape`."""
+        """See `Inputs.prompt_shape`."""
         return PromptShape((self.attention_mask.cumsum(-1) - 1).expand(3, -1, -1), self.attention_mask)
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def alone(self, row: int, position: int) -> tuple[TextPrompt, int, int]:
-        """(the row without its padding, where the position is in it, its number there)."""
+        """(the row as a batch of one without padding, the position's index in that, the row's index in that: 0)."""
         real = self.attention_mask[row].bool()
         tokens = self.tokens[row][real][None]
         return TextPrompt(tokens, torch.ones_like(tokens)), int(real[:position].sum()), 0
 
     def resolve(self, where: Any, row: int = 0) -> Int[Tensor, "n"]:
-        """Positions of a place in one row, as `Inputs.resolve`; a text has no segments but `last`, its last token.
+        """Positions of a place in one row, as `Inputs.resolve`; the only segment of a text is `last`, its last token.
 
         Raises:
-            ValueError: no such row or position, padding, or the name of a segment.
+            ValueError: no such row or position, a position in the padding, or the name of another segment.
         """
         if not -len(self) <= row < len(self):
             raise ValueError(f"there is no row {row}: the batch has {len(self)}.")
@@ -64,10 +64,10 @@ class TextPrompt:
         return resolve_positions(where, self.attention_mask[row], row)
 
     def position(self, where: Any, row: int = 0) -> int:
-        """`resolve` of a place that is one position.
+        """The position of a place that covers exactly one.
 
         Raises:
-            ValueError: as `resolve`, or it is several.
+            ValueError: as `resolve`, or the place does not cover one position.
         """
         found = self.resolve(where, row)
         if len(found) != 1:
@@ -76,7 +76,7 @@ class TextPrompt:
 
 
 def as_prompt(model: Model, inputs: Prompt) -> Inputs | TextPrompt:
-    """What a model is called with, as something that knows its tokens and places.
+    """The prompts as `Inputs`, or as a `TextPrompt` for a model that does not use `Inputs`.
 
     Args:
         inputs: `Inputs`, a string, a list of strings, or token ids [pos] or [batch pos] without padding.
@@ -93,7 +93,11 @@ def as_prompt(model: Model, inputs: Prompt) -> Inputs | TextPrompt:
 
 
 def _mask(model: Model, tokens: Int[Tensor, "batch pos"], strings: Sequence[str]) -> Int[Tensor, "batch pos"]:
-    """Where each string's own tokens lie in its row: a string that is tokenised alone has no padding."""
+    """The attention mask of a tokenised batch, found by tokenising each string alone, which adds no padding.
+
+    Raises:
+        ValueError: a string's tokens in the batch differ from its tokens alone.
+    """
     mask = torch.ones_like(tokens)
     if len(strings) == 1:
         return mask

@@ -1,8 +1,8 @@
-"""The best rectangle of a grid of image tokens, found exactly, by integral image.
+"""The best rectangle of a grid of image tokens, found exactly with an integral image.
 
-The sum over any rectangle is four look-ups in the table of cumulated sums (Crow 1984; Viola & Jones 2001), so all
-H(H+1)/2 · W(W+1)/2 rectangles are compared. Float64 throughout: sums over large areas cancel.
-Rectangles are in cells, (row0, col0, row1, col1), the ends excluded.
+The sum over any rectangle takes four look-ups in the integral image (Crow 1984; Viola & Jones 2001), so all
+H(H+1)/2 · W(W+1)/2 rectangles are compared. Everything is in float64, because differences of large sums lose precision.
+Rectangles are (row0, col0, row1, col1) in cells of the grid, row1 and col1 excluded.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ TIE = 1e-9  # scores this close count as equal
 def best_rectangle(vectors: Float[Tensor, "rows cols d"], target: Float[Tensor, "d"]) -> tuple[Cells, float]:
     """The rectangle whose mean vector has the largest cosine with the target, and that cosine.
 
-    Of rectangles that are equally good (ours: within 1e-9) the largest is taken, then the first in raster order. A
-    rectangle whose vectors cancel out has cosine 0.
+    If several are equally good (within 1e-9, our choice), the largest is taken; of equally large ones the first by
+    (row0, row1, col0, col1). A rectangle whose vectors sum to zero has cosine 0.
 
     Raises:
-        ValueError: the grid is empty, or the target is zero or has another width.
+        ValueError: the grid is empty, or the target is the zero vector or has another size.
     """
     if vectors.ndim != 3 or 0 in vectors.shape or target.shape != vectors.shape[-1:]:
         raise ValueError(f"expected [rows cols d] and [d], got {tuple(vectors.shape)} and {tuple(target.shape)}.")
@@ -31,7 +31,7 @@ def best_rectangle(vectors: Float[Tensor, "rows cols d"], target: Float[Tensor, 
         raise ValueError("the target is the zero vector: it has no direction to compare with.")
     direction = direction / direction.norm()
 
-    def cosine(sums: Float[Tensor, "n d"]) -> Float[Tensor, "n"]:  # of sums: the cosine of a mean is that of the sum
+    def cosine(sums: Float[Tensor, "n d"]) -> Float[Tensor, "n"]:  # a mean and a sum have the same cosine
         lengths = sums.norm(dim=-1)
         return torch.where(lengths > 0, (sums @ direction) / lengths.clamp_min(1e-300), 0.0).clamp(-1.0, 1.0)
 
@@ -39,7 +39,7 @@ def best_rectangle(vectors: Float[Tensor, "rows cols d"], target: Float[Tensor, 
 
 
 def heaviest_rectangle(heat: Float[Tensor, "rows cols"]) -> Cells:
-    """The rectangle with the largest sum of (heat − mean heat): a box for any heat map (ours).
+    """The rectangle with the largest sum of (heat − mean heat): a box for any heat map (our definition).
 
     Raises:
         ValueError: the grid is empty.
@@ -51,13 +51,13 @@ def heaviest_rectangle(heat: Float[Tensor, "rows cols"]) -> Cells:
 
 
 def integral_image(values: Float[Tensor, "rows cols d"]) -> Float[Tensor, "rows+1 cols+1 d"]:
-    """Cumulated sums, with a row and a column of zeros before them, in float64."""
+    """Cumulative sums over rows and columns, preceded by a row and a column of zeros, in float64."""
     sums = values.double().cumsum(0).cumsum(1)
     return torch.nn.functional.pad(sums, (0, 0, 1, 0, 1, 0))
 
 
 def _search(values: Float[Tensor, "rows cols d"], score) -> tuple[Cells, float]:
-    """Every rectangle's score; a pair of rows at a time, so that memory stays that of all pairs of columns."""
+    """The rectangle with the best score; one pair of rows at a time, so that memory grows with the pairs of columns only."""
     rows, cols, _ = values.shape
     table = integral_image(values)
     left, right = torch.triu_indices(cols + 1, cols + 1, 1, device=values.device)

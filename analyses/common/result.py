@@ -1,12 +1,12 @@
-"""Results on disk: one safetensors file each. Its header holds, as JSON, the fields; what JSON cannot hold lies beside it.
+"""Results on disk: one safetensors file per result. The fields are JSON in its header; these are stored as tensors:
 
     tensors   as they are
     tables    the bytes of a Parquet file
-    images    the bytes of a PNG file; pixels as they are where PNG has no such mode
-    prompts   everything but their image embeddings, which are computed again
+    images    the bytes of a PNG file, or the raw pixels if PNG does not support the image's mode
+    prompts   all fields but the image embeddings, which are computed again after loading
 
-Nothing in a file is code, and none is imported because a file names it: classes are found, by module and name, among those
-there are.
+Loading runs no code from a file and imports no module that a file names: a class is looked up, by module and name, among the
+classes that are imported already.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from hooked_qwen2vl.moved import current_fields, current_path, renamed_columns
 from hooked_qwen2vl.version import __version__
 
 FORMAT = "hooked_qwen2vl result 2"
-_BEFORE = {"hooked_qwen2vl result 1": "0.1"}  # formats of earlier versions, and the last version that wrote and reads each
+_BEFORE = {"hooked_qwen2vl result 1": "0.1"}  # earlier formats -> the last version that reads them
 
 
 class Result:
-    """What every analysis returns: a frozen dataclass that can be saved and loaded; a notebook shows it as a table."""
+    """Base class of what analyses return: frozen dataclasses that can be saved and loaded; notebooks show them as tables."""
 
     def _repr_html_(self) -> str:
-        """Its name, the shape of each field, and the first rows of its table."""
+        """HTML with the class name, a summary of each field, and the first 5 rows of `to_dataframe()`."""
         rows = "".join(
             f"<tr><th style='text-align:left'>{field.name}</th><td style='text-align:left'>{html.escape(_brief(getattr(self, field.name)))}</td></tr>"
             for field in fields(self)  # type: ignore[arg-type]
@@ -53,11 +53,10 @@ class Result:
         return f"<p><b>{type(self).__name__}</b></p><details><summary>fields</summary><table>{rows}</table></details>{shown}{more}"
 
     def save(self, path: str | Path) -> Path:
-        """Writes the result; a file that is there is replaced when the new one is whole.
+        """Writes the result to a file; an existing file is replaced only when the new one is complete.
 
         Raises:
-            ValueError: a field that is no tensor, number, text, table, image, prompt, or tuple, list, dictionary or result
-                of these.
+            ValueError: a field is not a tensor, number, text, table, image or prompt, or a tuple, list, dictionary or result of these.
         """
         tensors: dict[str, Tensor] = {}
         value = json.dumps(_encode(self, tensors))
@@ -68,10 +67,11 @@ class Result:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """The result that `save` wrote.
+        """Reads a result that `save` wrote.
 
         Raises:
-            ValueError: no such file, not a result, a damaged one, another kind of result, or one that another version wrote otherwise.
+            ValueError: no such file, not the file of a result, a damaged file, a result of another class, or a format or fields
+                that this version does not read.
         """
         try:
             open_regular(path).close()
@@ -92,7 +92,7 @@ class Result:
             raise ValueError(f"{path}, written by hooked_qwen2vl {header.get('version')}: {error}") from error
         except MemoryError:
             raise
-        except Exception as error:  # whatever a damaged header makes of it
+        except Exception as error:  # a damaged header can raise anything
             why = " ".join(str(error).split())[:200]
             raise ValueError(
                 f"{path} cannot be read as a result ({type(error).__name__}: {why}): it is damaged, compute it again."
@@ -100,11 +100,11 @@ class Result:
 
 
 class _Unknown(Exception):
-    """A class in a file that is not there, or has other fields now."""
+    """A file names a class that is not imported or whose fields have changed."""
 
 
 def _brief(value: Any) -> str:
-    """A value in at most 80 characters: a tensor's type and shape, how long a sequence is."""
+    """A summary of a value in at most 80 characters: dtype and shape of a tensor, length of a sequence."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     if isinstance(value, pd.DataFrame):
@@ -143,10 +143,10 @@ def _check_format(path: str | Path, header: Mapping[str, str]) -> None:
 def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         name = str(len(tensors))
-        tensors[name] = value.detach().cpu().contiguous().clone()  # no two fields may share storage in the file
+        tensors[name] = value.detach().cpu().contiguous().clone()  # safetensors refuses tensors that share storage
         return {"tensor": name}
     if isinstance(value, Inputs):
-        value = replace(value, image_embeds=None, deepstack_embeds=None, encoded_by=None)  # named after the weights of this process
+        value = replace(value, image_embeds=None, deepstack_embeds=None, encoded_by=None)  # encoded_by is valid in this process only
     if isinstance(value, (Result, Inputs, Visual)) and is_dataclass(value):
         encoded = {f.name: _encode(getattr(value, f.name), tensors) for f in fields(value)}
         return {"class": _name(type(value)), "fields": encoded}
@@ -202,7 +202,7 @@ def _name(kind: type) -> str:
 
 
 def _current(name: str) -> str:
-    """The name of a class now, whose module may have been moved since."""
+    """The current name of a class whose module may have been moved since the file was written."""
     module, _, qualname = name.partition(":")
     return f"{current_path(module)}:{qualname}"
 
@@ -222,7 +222,7 @@ def _decode_class(value: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
 
 
 def _derived(kind: type) -> Iterator[type]:
-    """All that is derived from a class, by however many steps."""
+    """All subclasses of a class, direct and indirect."""
     for derived in kind.__subclasses__():
         yield derived
         yield from _derived(derived)
@@ -232,7 +232,7 @@ def _derived(kind: type) -> Iterator[type]:
 
 
 def _encode_table(table: pd.DataFrame, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Parquet bytes, and the columns' names, which need not be text; cells of mixed type are JSON texts in it."""
+    """A table as Parquet bytes, with its column names apart (they need not be text); object columns are stored as JSON texts."""
     plain, mixed = table.copy(), []
     plain.columns = [str(number) for number in range(table.shape[1])]
     for name, (label, dtype) in zip(plain.columns, table.dtypes.items()):
@@ -274,7 +274,7 @@ def _encode_image(image: Image.Image, tensors: dict[str, Tensor]) -> dict[str, A
 
 
 def _as_png(image: Image.Image) -> bytes | None:
-    """PNG bytes; None where the image would come back with another mode, palette or pixels."""
+    """PNG bytes, or None if reading them would give another mode, palette, transparency or other pixels."""
     file = io.BytesIO()
     try:
         image.save(file, "PNG")
@@ -287,5 +287,5 @@ def _as_png(image: Image.Image) -> bytes | None:
 
 def _decode_image(about: dict[str, Any], tensors: dict[str, Tensor]) -> Image.Image:
     if "png" in about:
-        return Image.open(io.BytesIO(_decode(about["png"], tensors).numpy().tobytes())).copy()  # no file behind it
+        return Image.open(io.BytesIO(_decode(about["png"], tensors).numpy().tobytes())).copy()  # loads the pixels
     return Image.frombytes(about["mode"], tuple(about["size"]), _decode(about["pixels"], tensors).numpy().tobytes())

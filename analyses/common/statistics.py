@@ -1,18 +1,18 @@
-"""Intervals and detection figures. Every interval here resamples clusters: the images, captions or scenes that items share.
+"""Confidence intervals, AUROC and average precision. Intervals resample clusters: the images, captions or scenes that items share.
 
-1. Items that share an image (a caption, a scene) are not independent, so the bootstrap draws clusters with replacement, as
-   many as there are, each with all its items (Field & Welsh 2007, "Bootstrapping clustered data"). With one item a
+1. Items that share an image (a caption, a scene) are not independent. The bootstrap therefore draws clusters with replacement,
+   as many as there are, each with all its items (Field & Welsh 2007, "Bootstrapping clustered data"). With one item per
    cluster this is the ordinary bootstrap. Intervals are percentiles; equal seeds give equal intervals.
-2. A share whose items all agree (0 of n, n of n) would be resampled into an interval of width 0. It gets Wilson's interval
-   instead, with one observation a cluster, and so does any share with one yes/no item a cluster.
-3. AUROC is the chance that a right answer scores above a hallucinated one (ties count half). A score is higher for answers
-   more likely to be right: AP for "correct" ranks by the score, AP for "hallucinated" by its negative. A score that knows
-   nothing has AUROC 0.5 and an AP equal to the share of its class. Point values are scikit-learn's; the resamples are
-   weighted counts through the same formulas, all at once (equal to scikit-learn's `sample_weight`, see the tests).
-4. Where one of the two classes is missing there is nothing to tell apart: every figure is NaN beside the counts. A
-   resample without one of them is left out and counted. With right, or hallucinated, answers in fewer than five clusters
-   there is a value but no interval: resampling so few again and again would give a far too narrow one.
-5. Pooled over categories, a score can win by telling easy categories from hard ones. `within_groups` compares right and
+2. If all items agree (0 of n, n of n), resampling gives an interval of width 0. Such a share gets Wilson's interval instead,
+   with the number of clusters as n. So does a share with one yes/no item per cluster.
+3. AUROC is the probability that a right answer scores above a hallucinated one (ties count half). Scores are higher for answers
+   more likely to be right: AP for "correct" ranks by the score, AP for "hallucinated" by its negative. A random score has
+   AUROC 0.5 and an AP equal to the share of the class. Point values are scikit-learn's. Resamples use the same formulas
+   with weights, all draws at once (tests compare them with scikit-learn's `sample_weight`).
+4. Without right answers, or without hallucinated ones, all figures are NaN; the counts are given. A resample that lacks one of
+   the two classes is left out; `resamples` is the number kept. If a class occurs in fewer than five clusters there is a value
+   but no interval, because resampling so few clusters gives intervals that are far too narrow.
+5. Over pooled categories, a score can do well by telling easy categories from hard ones. `within_groups` compares right and
    hallucinated answers of one category only: the mean of the categories' AUROCs, weighted by their numbers of pairs.
 """
 
@@ -32,18 +32,18 @@ from hooked_qwen2vl.moved import moved_names
 __getattr__ = moved_names(__name__)
 
 FIGURES = ("auroc", "ap_correct", "ap_hallucinated")
-MIN_CLUSTERS = 5  # clusters with answers of a class, below which there is no interval
-_CHUNK = 2_000_000  # weights held at a time
+MIN_CLUSTERS = 5  # a class in fewer clusters gets no interval
+_CHUNK = 2_000_000  # weights in memory at a time
 
 
 # ---- clusters ---------------------------------------------------------------------------------------
 
 
 def cluster_codes(clusters: Sequence[Any] | None, n: int) -> Int[np.ndarray, "item"]:
-    """The number of each item's cluster, in order of appearance; None makes each item a cluster of its own.
+    """The index of each item's cluster, in order of appearance; None makes each item a cluster of its own.
 
     Raises:
-        ValueError: not one label an item, or a label that is missing.
+        ValueError: the labels are not one per item, or one is missing (None, NaN).
     """
     if clusters is None:
         return np.arange(n)
@@ -58,10 +58,10 @@ def cluster_codes(clusters: Sequence[Any] | None, n: int) -> Int[np.ndarray, "it
 def cluster_draws(
     n_clusters: int, n_boot: int, rng: np.random.Generator, n: int | None = None
 ) -> Iterator[Int[np.ndarray, "draw cluster"]]:
-    """How often each resample holds each cluster, some resamples at a time.
+    """How often each resample contains each cluster, in chunks of resamples.
 
     Args:
-        n: numbers that the caller will hold for each resample; None is the number of clusters.
+        n: how many numbers the caller needs per resample, which limits the size of the chunks; None: one per cluster.
     """
     step = max(1, _CHUNK // max(n or 0, n_clusters))
     for start in range(0, n_boot, step):
@@ -78,17 +78,16 @@ def mean_interval(
     level: float = 0.95,
     n_boot: int = 2000,
 ) -> tuple[float, float, float]:
-    """(mean, low, high): the mean over items and its bootstrap interval, resampling clusters with all their items.
+    """(mean, low, high): the mean over items and its bootstrap interval; clusters are resampled with all their items.
 
     Args:
-        values: a second axis (the seeds of a control, say) is resampled beside the clusters: its draws are common to all
-            items.
-        clusters: the image, caption or scene of each item; None makes each item its own.
+        values: a second axis (such as the seeds of a control) is resampled too, with the same draws for all items.
+        clusters: the image, caption or scene of each item; None makes each item a cluster.
     Returns:
-        all NaN without items or where every value is NaN; no interval with fewer than two clusters. Below about twenty
-        clusters percentile intervals are somewhat too narrow, so tables give the number of clusters.
+        three NaN if there are no items or all values are NaN; (mean, NaN, NaN) with fewer than two clusters. With fewer than
+        about twenty clusters percentile intervals are somewhat too narrow, so tables give the number of clusters.
     Raises:
-        ValueError: some values that are not finite, or not one cluster an item.
+        ValueError: some values, but not all, are NaN, a value is infinite, or the clusters are not one per item.
     """
     values = np.asarray(values, dtype=float)
     codes = cluster_codes(clusters, len(values))
@@ -116,9 +115,10 @@ def share_interval(
     level: float = 0.95,
     n_boot: int = 2000,
 ) -> tuple[float, float, float]:
-    """(share, low, high): `mean_interval` of hits in 0..1, but Wilson's interval where resampling would show no spread.
+    """(share, low, high): `mean_interval` of hits in 0..1, with Wilson's interval in two cases.
 
-    That is where all items agree (with one observation a cluster), and it is what one yes/no item a cluster gives.
+    Wilson's interval, with the number of clusters as n, is used if all items agree, where resampling gives an interval of
+    width 0, and if every cluster has one yes/no item.
 
     Raises:
         ValueError: a hit outside 0..1, or as `mean_interval`.
@@ -135,7 +135,7 @@ def share_interval(
 
 
 def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's interval of a share of n independent items; NaN without items."""
+    """(low, high) of Wilson's interval for a share of n independent items; NaN if n is 0."""
     if n == 0:
         return float("nan"), float("nan")
     interval = binomtest(successes, n).proportion_ci(confidence_level=level, method="wilson")
@@ -143,9 +143,9 @@ def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
 
 
 def standard_error(values: Float[np.ndarray, "item"], clusters: Sequence[Any] | None = None) -> float:
-    """Standard error of the mean over items, with whole clusters as the independent units; NaN with fewer than two.
+    """Standard error of the mean over items, clustered; NaN with fewer than two clusters.
 
-    √(C/(C−1) · Σ_c (Σ_{i in c} (x_i − x̄))²) / n over C clusters; with one item a cluster the ordinary one.
+    √(C/(C−1) · Σ_c (Σ_{i in c} (x_i − x̄))²) / n for C clusters and n items; with one item per cluster the ordinary formula.
     """
     values = np.asarray(values, dtype=float)
     codes = cluster_codes(clusters, len(values))
@@ -157,7 +157,7 @@ def standard_error(values: Float[np.ndarray, "item"], clusters: Sequence[Any] | 
 
 
 def n_different(codes: Int[np.ndarray, "item"]) -> int:
-    """How many clusters the codes name."""
+    """Number of different codes."""
     return len(np.unique(codes))
 
 
@@ -175,13 +175,13 @@ def detection(
     """AUROC and both APs of one score, with percentile bootstrap intervals that resample clusters.
 
     Args:
-        score: higher for answers more likely right; NaN where there is none, which are left out and counted.
-        clusters: the image or caption of each answer; None makes each answer its own.
+        score: higher for answers more likely to be right. Answers with the score NaN are left out and counted as `unscored`.
+        clusters: the image or caption of each answer; None makes each answer a cluster.
     Returns:
-        items, hallucinated, clusters (all among the scored), unscored, resamples, and for each figure its value,
-        `…_low` and `…_high`; NaN where they do not exist.
+        items, hallucinated and clusters (of the scored answers), unscored, resamples, and each figure with its `…_low` and
+        `…_high`; NaN for those that are undefined.
     Raises:
-        ValueError: not one score (or cluster) an answer, or an infinite one.
+        ValueError: the scores (or clusters) are not one per answer, or a score is infinite.
     """
     return _detection(correct, score, None, clusters, n_boot, seed, level)
 
@@ -195,9 +195,9 @@ def within_groups(
     level: float = 0.95,
     clusters: Sequence[Any] | None = None,
 ) -> dict[str, float]:
-    """AUROC over pairs of one group only; `detection`'s columns, without APs.
+    """AUROC over pairs of answers of the same group. Returns as `detection`, with NaN for the APs.
 
-    A cluster may have items in several groups (questions about one image, of several categories), so clusters are
+    A cluster may have items in several groups (questions of several categories about one image), so clusters are
     resampled over all groups together.
     """
     return _detection(correct, score, groups, clusters, n_boot, seed, level)
@@ -229,7 +229,7 @@ def _detection(correct, score, groups, clusters, n_boot: int, seed: int, level: 
 def weighted_figures(
     correct: Bool[np.ndarray, "item"], score: Float[np.ndarray, "item"], weights: Int[np.ndarray, "draw item"]
 ) -> Float[np.ndarray, "figure draw"]:
-    """AUROC, AP for correct and AP for hallucinated under each row of weights; NaN where a class has none."""
+    """AUROC, AP for correct and AP for hallucinated, for each row of weights; NaN if a class has no weight."""
     order = np.argsort(-score, kind="stable")
     true, false = _cumulative(correct, weights, order, score[order])
     turned = order[::-1]
@@ -244,7 +244,7 @@ def weighted_figures(
 
 
 def _cumulative(correct, weights, order, ranked) -> tuple[Float[np.ndarray, "draw threshold"], ...]:
-    """Weight of right and of hallucinated answers down to each distinct score."""
+    """Cumulative weight of right and of hallucinated answers, in the given order, at each distinct score."""
     ends = np.append(np.nonzero(np.diff(ranked))[0], len(ranked) - 1)
     picked = weights[:, order].astype(float)
     right = correct[order]
@@ -252,13 +252,13 @@ def _cumulative(correct, weights, order, ranked) -> tuple[Float[np.ndarray, "dra
 
 
 def _ap(true: Float[np.ndarray, "draw threshold"], false: Float[np.ndarray, "draw threshold"]) -> Float[np.ndarray, "draw"]:
-    """Σ (recall step) · precision; thresholds that no weight has reached add nothing."""
+    """Average precision: Σ (recall step) · precision; a threshold with no weight above it adds 0."""
     precision = np.nan_to_num(true / (true + false))
     return (np.diff(true, axis=1, prepend=0) * precision).sum(1) / true[:, -1]
 
 
 def _resampled(y, s, codes, parts, n_boot: int, seed: int) -> Float[np.ndarray, "figure draw"]:
-    """The figures of each resample of clusters, averaged over the parts (groups) inside which answers are compared."""
+    """The figures of each resample of clusters, averaged over `parts`: the groups within which answers are compared."""
     _, codes = np.unique(codes, return_inverse=True)
     found = []
     for drawn in cluster_draws(codes.max() + 1, n_boot, np.random.default_rng(seed), len(y)):
@@ -268,7 +268,7 @@ def _resampled(y, s, codes, parts, n_boot: int, seed: int) -> Float[np.ndarray, 
 
 
 def _average(parts: Sequence[tuple[Float[np.ndarray, "figure draw"], Float[np.ndarray, "draw"]]]) -> Float[np.ndarray, "figure draw"]:
-    """Mean of the parts' figures, weighted by their numbers of right-hallucinated pairs; NaN without a pair."""
+    """Mean of the parts' figures, weighted by their numbers of (right, hallucinated) pairs; NaN without a pair."""
     pairs = np.stack([pairs for _, pairs in parts]).astype(float)
     with np.errstate(invalid="ignore"):
         shares = pairs / pairs.sum(0)

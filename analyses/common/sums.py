@@ -1,6 +1,6 @@
-"""Sums by domain, source, module and layer: counts, and anything else that is added up over a data set.
+"""Sums over a data set by domain, source, module and layer: of counts or other arrays.
 
-A term is a row {domain, source, module, layer, n, values}, where `values` is an array and `n` what its sum will be divided by.
+A term is {domain, source, module, layer, n, values}: `values` is an array, and `n` is added up to divide its sum by.
 """
 
 from __future__ import annotations

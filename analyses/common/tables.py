@@ -1,7 +1,8 @@
-"""Tables as CSV that a spreadsheet shows and does not run.
+"""Tables as CSV files whose cells a spreadsheet does not run as formulas.
 
-A cell of text that a spreadsheet would take for a formula (=, +, -, @ before more text) gets an apostrophe before it, and so does
-one that begins with an apostrophe: `read_csv` takes one away from each, and gives what was written. Numbers stay numbers.
+`write_csv` puts an apostrophe before texts that a spreadsheet would take for a formula (texts that begin with =, +, -, @, a tab,
+a carriage return or a full-width form of these signs), and before texts that begin with an apostrophe. `read_csv` removes one
+apostrophe. Numbers are unchanged.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?(inf|nan)", re
 
 
 def write_csv(table: pd.DataFrame, path: str | Path) -> None:
-    """The table without its index, whole or not at all."""
+    """Writes the table without its index; an existing file is replaced only when the new one is complete."""
     safe = table.copy()
     for place, name in enumerate(safe.columns):
         if safe.dtypes.iloc[place].kind == "O":
@@ -30,7 +31,7 @@ def write_csv(table: pd.DataFrame, path: str | Path) -> None:
 
 
 def read_csv(path: str | Path, **options: Any) -> pd.DataFrame:
-    """A table that `write_csv` wrote: its texts as they were; options as pandas.read_csv takes them."""
+    """Reads a table that `write_csv` wrote, with its original texts; `options` are those of pandas.read_csv."""
     table = pd.read_csv(path, **options)
     for place in range(table.shape[1]):
         if table.dtypes.iloc[place].kind == "O":

@@ -1,19 +1,19 @@
-"""How the residual stream is read through the vocabulary: the one path of every lens, trajectory, margin and score.
+"""The residual stream through the final norm and the unembedding; every lens, trajectory, margin and score uses this module.
 
-`predictions_of` keeps of every whole-vocabulary distribution what is asked for: top tokens, entropy, and where given tokens stand.
-`logits_of` keeps all of it, for the few vectors of a trajectory. Both:
+`predictions_of` computes the distribution over the whole vocabulary and keeps the top tokens, the entropy, and the
+probabilities and ranks of given tokens. `logits_of` keeps all logits. Both work on chunks of vectors:
 
-1. Norm a chunk of vectors with the model's own final norm, in its own dtype, and multiply by W_U in float32
-   (half-precision weights are widened a block of tokens at a time; a product in half precision would tie tokens that
-   are not tied) into slices of the vocabulary, which every chunk uses again. Other TransformerLens models add b_U and what their
-   adapter does to logits (a soft cap, a scale).
-2. Of every slice z, a few rows at a time so that they stay in the processor's cache: the largest logit of every
-   block of 64 tokens; m = max z, S = Σ exp(z−m), E = Σ exp(z−m)(z−m); how many logits are above a target's.
-   The top k are in the k blocks with the largest maxima, ties to the lowest id.
-3. The slices joined: m = max mᵢ, S = Σ exp(mᵢ−m) Sᵢ, E = Σ exp(mᵢ−m) (Eᵢ + (mᵢ−m) Sᵢ), ranks summed.
-   log p = z − m − log S, and entropy = log S − E / S, nats. A token's rank is the number of tokens with a larger logit.
+1. Apply the model's own final norm in the model's dtype and multiply by W_U in float32, into one buffer per slice of the
+   vocabulary; the buffers are reused for every chunk. Half-precision weights are converted a block of tokens at a time (a
+   product in half precision would give different tokens equal logits). For other TransformerLens models, b_U is added and their
+   adapter's transform of the logits (a soft cap, a scale) is applied.
+2. For every slice z: the maximum of every block of 64 tokens; m = max z, S = Σ exp(z−m), E = Σ exp(z−m)(z−m); and the number of
+   logits above each target's. A few rows at a time, so that they stay in the CPU's cache. The top k tokens are in the k blocks
+   with the largest maxima; of equal logits the lowest id comes first.
+3. Combine the slices: m = max mᵢ, S = Σ exp(mᵢ−m) Sᵢ, E = Σ exp(mᵢ−m) (Eᵢ + (mᵢ−m) Sᵢ), ranks summed. Then
+   log p = z − m − log S, and entropy = log S − E / S, in nats. A token's rank is the number of tokens with a larger logit.
 
-A model that cannot be read so (an encoder, a head between norm and unembedding) is refused by TransformerLens's `logit_readout`.
+TransformerLens's `logit_readout` refuses models without a plain final norm and unembedding (an encoder, a head between the two).
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ from hooked_qwen2vl.protocols import Model
 
 __getattr__ = moved_names(__name__)
 
-BLOCK = 64  # tokens whose largest logit is kept
-SLICE = 32768  # tokens whose logits lie together, filled up to whole blocks; 16 MB for 128 rows
-ROWS_AT_ONCE = 4  # rows read at once on a CPU: with two copies of themselves they stay in its cache
-FLOAT32_TOKENS = 4096  # half-precision columns of W_U made float32 at a time, a part of a slice
+BLOCK = 64  # tokens per block; the maximum of each block is kept
+SLICE = 32768  # tokens per slice; a buffer is padded to whole blocks and takes 16 MB for 128 rows
+ROWS_AT_ONCE = 4  # rows summarised at once on a CPU: they and two copies of them fit in its cache
+FLOAT32_TOKENS = 4096  # half-precision columns of W_U converted to float32 at a time; divides SLICE
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What is kept of every row's distribution.
+    """Summary of the next-token distribution of every row.
 
     Attributes:
-        ids: [row k] by falling logit, ties by rising id.
+        ids: [row k] top tokens, by decreasing logit; of equal logits the lower id comes first.
         probs: [row k] their probabilities.
         entropy: [row] nats.
-        target_probs: [row target]; target_ranks: [row target], 0 the most probable.
+        target_probs: [row target]; target_ranks: [row target], 0 is the most probable token.
         target_log_probs: [row target] nats; finite also where the probability is too small for a float32.
     """
 
@@ -70,14 +70,14 @@ def predictions_of(
     top_k: int = 5,
     chunk_size: int = 128,
 ) -> Predictions:
-    """Reads vectors of the residual stream through the model's own final norm and unembedding; results on the CPU.
+    """Summaries of the distributions that the final norm and the unembedding give for vectors of the residual stream, on the CPU.
 
     Args:
-        vectors: un-normed.
-        targets: tokens to follow, any number for each row (none: [row 0]).
-        chunk_size: rows whose logits exist at once, in float32.
+        vectors: before the final norm.
+        targets: token ids whose probability and rank is wanted, equally many for each row (shape [row 0] for none).
+        chunk_size: number of rows whose logits are in memory at once, in float32.
     Raises:
-        ValueError: more top_k than tokens, or a target that is no token.
+        ValueError: top_k or a target is out of range.
     """
     d_vocab = model.W_U.shape[1]
     if not 1 <= top_k <= d_vocab:
@@ -95,10 +95,10 @@ def predictions_of(
 
 @torch.no_grad()
 def logits_of(model: Model, vectors: Float[Tensor, "*axes d_model"], chunk_size: int = 128) -> Float[Tensor, "*axes d_vocab"]:
-    """All logits of vectors of the residual stream, float32 on the CPU: 4 bytes × d_vocab for each vector.
+    """All logits of vectors of the residual stream, float32 on the CPU: 4 bytes × d_vocab per vector.
 
     Args:
-        vectors: un-normed.
+        vectors: before the final norm.
     """
     rows = vectors.flatten(0, -2)
     logits = _Logits(model, min(chunk_size, len(rows)))
@@ -110,7 +110,7 @@ def logits_of(model: Model, vectors: Float[Tensor, "*axes d_model"], chunk_size:
 
 
 def final_norm(model: Model, vectors: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_model"]:
-    """The vectors through the model's own final norm, in its own dtype; as they are where it has none."""
+    """The vectors after the model's own final norm, in the model's dtype; unchanged if it has none."""
     vectors = vectors.to(model.W_U.device, model.W_U.dtype)
     if getattr(model.cfg, "normalization_type", None) is None:
         return vectors
@@ -118,11 +118,11 @@ def final_norm(model: Model, vectors: Float[Tensor, "row d_model"]) -> Float[Ten
 
 
 def characters(model: Model, ids: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
-    """(the text of token ids, which of its characters each token is, or is a part of: from, to)."""
+    """(text of the token ids, for each token the half-open range of the characters it covers, wholly or in part)."""
     text, spans, before = model.tokenizer.decode(ids), [], 0
     for n in range(1, len(ids) + 1):
         so_far = model.tokenizer.decode(ids[:n])
-        agreed = len(os.path.commonprefix((text, so_far)))  # a character that is not whole yet shows as another
+        agreed = len(os.path.commonprefix((text, so_far)))  # an incomplete character decodes to a replacement character
         spans.append((before, min(len(text), agreed + (len(so_far) > agreed))))
         before = agreed
     return text, spans
@@ -130,11 +130,11 @@ def characters(model: Model, ids: Sequence[int]) -> tuple[str, list[tuple[int, i
 
 @dataclass(frozen=True)
 class _Slice:
-    """Logits of some tokens of the vocabulary for the rows of a chunk.
+    """Logits of one slice of the vocabulary for the rows of a chunk.
 
     Attributes:
-        z: [row token], filled up to whole blocks with −inf.
-        start, n_tokens: which tokens they are.
+        z: [row token], padded to whole blocks with −inf.
+        start, n_tokens: the slice has the token ids start … start + n_tokens − 1.
     """
 
     z: Float[Tensor, "row token"]
@@ -143,7 +143,7 @@ class _Slice:
 
 
 class _Logits:
-    """Logits of a chunk of vectors, slice by slice, in buffers that every chunk overwrites."""
+    """Logits of a chunk of vectors in slices of the vocabulary; every chunk overwrites the same buffers."""
 
     def __init__(self, model: Model, n_rows: int):
         self.model = model
@@ -151,7 +151,7 @@ class _Logits:
         self.bias = model.b_U if bool(model.b_U.any()) else None
         self.transform = getattr(getattr(model, "adapter", None), "apply_output_logits_transform", None)
         if not isinstance(model, HookedQwen2VL):
-            logit_readout(model, model.W_U.new_zeros(1, model.W_U.shape[0]), targets=[0])  # refuses what cannot be read so
+            logit_readout(model, model.W_U.new_zeros(1, model.W_U.shape[0]), targets=[0])  # refuses unsuitable models
         self.buffers = []
         for start in range(0, self.d_vocab, SLICE):
             n = min(SLICE, self.d_vocab - start)
@@ -159,12 +159,12 @@ class _Logits:
             self.buffers[-1][:, n:] = float("-inf")
 
     def slices(self, n_rows: int) -> list[_Slice]:
-        """The logits of the first rows, as computed last."""
+        """The logits that `compute` wrote last, for the first rows of the buffers."""
         starts = range(0, self.d_vocab, SLICE)
         return [_Slice(z[:n_rows], start, min(SLICE, self.d_vocab - start)) for z, start in zip(self.buffers, starts)]
 
     def compute(self, vectors: Float[Tensor, "row d_model"]) -> None:
-        """Fills the buffers, in float32 also from half-precision weights: exact products, and on many CPUs several times faster."""
+        """Fills the buffers; half-precision weights are multiplied in float32, which is exact and on many CPUs several times faster."""
         W_U, normalized = self.model.W_U, final_norm(self.model, vectors)
         narrow = W_U.dtype not in (torch.float32, torch.float64)
         normalized = normalized.float() if narrow else normalized
@@ -191,7 +191,7 @@ class _Logits:
 
 
 def _summary(slices: list[_Slice], targets: Int[Tensor, "row target"], top_k: int) -> tuple[Tensor, ...]:
-    """The fields of a `Predictions`, from every slice's own."""
+    """The fields of a `Predictions`, combined from all slices."""
     at_targets = _at(slices, targets)
     sums, values, ids = zip(*(_read(one, at_targets, top_k) for one in slices))
     tops, totals, weighted, larger = (torch.stack(column) for column in zip(*sums))  # [slice row], larger [slice row target]
@@ -200,14 +200,14 @@ def _summary(slices: list[_Slice], targets: Int[Tensor, "row target"], top_k: in
     scale = shift.exp()
     total = (scale * totals).sum(0)
     entropy = total.log() - (scale * (weighted + shift * totals)).sum(0) / total
-    values, ids = torch.cat(values, -1), torch.cat(ids, -1)  # of equal values, the lower id comes first
+    values, ids = torch.cat(values, -1), torch.cat(ids, -1)  # in order of ids among equal values
     best = largest(values, top_k)
     log_probs, target_log_probs = (z - top[:, None] - total.log()[:, None] for z in (values.gather(-1, best), at_targets))
     return ids.gather(-1, best), log_probs.exp(), entropy, target_log_probs.exp(), larger.sum(0).long(), target_log_probs
 
 
 def _at(slices: list[_Slice], ids: Int[Tensor, "row n"]) -> Float[Tensor, "row n"]:
-    """The logits of some tokens of each row."""
+    """The logits of the given tokens of each row."""
     found = torch.empty(ids.shape, device=ids.device)
     for one in slices:
         inside = (ids >= one.start) & (ids < one.start + one.n_tokens)
@@ -216,7 +216,7 @@ def _at(slices: list[_Slice], ids: Int[Tensor, "row n"]) -> Float[Tensor, "row n
 
 
 def _read(one: _Slice, at_targets: Float[Tensor, "row target"], top_k: int) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-    """Of one slice: (m, S, E, how many logits are above each target's), and its top k with their ids."""
+    """For one slice: (m, S, E, number of logits above each target's), the top k logits, and their ids."""
     few = ROWS_AT_ONCE if one.z.device.type == "cpu" else len(one.z)
     buffers = torch.empty((2, min(few, len(one.z)), one.n_tokens), device=one.z.device)
     parts = [_summarise_rows(z, one.n_tokens, t, buffers) for z, t in zip(one.z.split(few), at_targets.split(few))]
@@ -228,7 +228,7 @@ def _read(one: _Slice, at_targets: Float[Tensor, "row target"], top_k: int) -> t
 def _summarise_rows(
     z: Float[Tensor, "row filled"], n_tokens: int, at_targets: Float[Tensor, "row target"], buffers: Float[Tensor, "2 rows_at_once token"]
 ) -> tuple[Tensor, ...]:
-    """Every block's largest logit, S, E, and how many logits are above each target's."""
+    """For each row: the maximum of every block, S, E, and the number of logits above each target's."""
     maxima = z.view(len(z), -1, BLOCK).amax(-1)
     z, (shifted, weights) = z[:, :n_tokens], buffers[:, : len(z)]
     torch.sub(z, maxima.amax(-1, keepdim=True), out=shifted)
@@ -241,15 +241,17 @@ def _summarise_rows(
 
 
 def _top_ids(z: Float[Tensor, "row token"], maxima: Float[Tensor, "row block"], top_k: int) -> Int[Tensor, "row k"]:
-    """The k largest of each row. A token of the top k whose block were not among the k first would have k better
-    tokens before it, one in each of those."""
+    """Ids of the k largest logits of each row, looked for in the k blocks with the largest maxima.
+
+    That is enough: a token in any other block has at least k tokens before it, the maxima of those k blocks.
+    """
     blocks = largest(maxima, min(top_k, maxima.shape[1])).sort(-1).values
     ids = (blocks[..., None] * BLOCK + torch.arange(BLOCK, device=z.device)).flatten(1)
     return ids.gather(-1, largest(z.gather(-1, ids), top_k))
 
 
 def largest(values: Float[Tensor, "row n"], k: int) -> Int[Tensor, "row k"]:
-    """Where the k largest are, the largest first; of equal ones the first, which only a sort of all can tell."""
+    """Indices of the k largest values, in decreasing order; equal values keep their order, for which tied rows are sorted."""
     top = values.topk(k, dim=-1)
     tied = ((values >= top.values[:, -1:]).sum(-1) != k) | (top.values.diff(dim=-1) == 0).any(-1)
     if bool(tied.any()):

@@ -326,7 +326,7 @@ def yes_no_metrics(items: Sequence[Question], answers: Sequence[str], positive: 
         answers: raw answers, read by `parse_yes_no`.
         positive: "yes" for POPE, "no" for AMBER.
     Returns:
-        one row a category, then "all": items, the five figures (NaN where there is nothing to divide by), and
+        one row per category, then "all": items, the five figures (NaN where there is nothing to divide by), and
         `neither`, the answers that say neither yes nor no and count as yes.
     Raises:
         ValueError: another number of answers than items, none, or an item that is not a yes/no question.
@@ -361,7 +361,7 @@ class Chair(Result):
     """CHAIR over captions.
 
     Attributes:
-        mentions: one row a mention: image, word, object, start, end, hallucinated.
+        mentions: one row per mention: image, word, object, start, end, hallucinated.
         n_captions: captions read, those that name no object included.
     """
 

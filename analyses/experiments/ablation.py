@@ -110,7 +110,7 @@ class AblationEffects(Result):
     """Effects of ablating parts.
 
     Attributes:
-        table: one row a question and part: id, image, category, part, log_prob and right with it ablated, base_log_prob and base_right.
+        table: one row per question and part: id, image, category, part, log_prob and right with it ablated, base_log_prob and base_right.
         settings: parts, how. model_name: of the model.
     """
 
@@ -119,7 +119,7 @@ class AblationEffects(Result):
     model_name: str
 
     def to_dataframe(self, resamples: int = 1000, seed: int = 0, by_category: bool = True) -> pd.DataFrame:
-        """One row a part and category ("all" too), the largest loss first: mean change of log p in nats with its 95 % interval,
+        """One row per part and category ("all" too), the largest loss first: mean change of log p in nats with its 95 % interval,
         accuracy with and without it, and the change of accuracy with its interval."""
         table = self.table.assign(
             change=self.table["log_prob"] - self.table["base_log_prob"],
@@ -198,8 +198,8 @@ class HeadSet(Result):
 
     Attributes:
         heads: (layer, head), in the order in which they were given back.
-        search: one row a size: the head added, and the share carried on the questions of the search.
-        held_out: one row a set ("found", "random 0", …): the share carried on held-out questions, with its 95 % interval over images.
+        search: one row per size: the head added, and the share carried on the questions of the search.
+        held_out: one row per set ("found", "random 0", …): the share carried on held-out questions, with its 95 % interval over images.
         n_search, n_held_out: questions. settings: share asked for, how, candidates. model_name: of the model.
     """
 

@@ -83,7 +83,7 @@ class Run(Result):
         return np.linspace(0, 1, values.shape[1]), np.average(values.double().numpy(), axis=0, weights=weights)
 
     def summary(self) -> dict[str, Any]:
-        """One value a figure; depths as fractions of L, medians over the questions that have one."""
+        """One value per figure; depths as fractions of L, medians over the questions that have one."""
         table = self.trajectories.to_dataframe()
         items = self.trajectories.items
         named = [t for t in items if t.candidates]
@@ -123,11 +123,11 @@ class Comparison(Result):
     skipped: int
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a model and condition; the best head of each kind (score and depth) beside each of its model's rows."""
+        """One row per model and condition; the best head of each kind (score and depth) beside each of its model's rows."""
         return pd.DataFrame([run.summary() | _best_heads(self.heads[run.model]) for run in self.runs])
 
     def curves(self, depths: Sequence[float] | None = None) -> pd.DataFrame:
-        """One row a model, condition, measure and depth (0 the embedding, 1 the output): the mean over items.
+        """One row per model, condition, measure and depth (0 the embedding, 1 the output): the mean over items.
 
         Args:
             depths: a grid that all models are interpolated to, linearly; None keeps each model's own layers.
@@ -274,7 +274,7 @@ def text_agreement(model: Model, twin: Any, texts: Sequence[str], tolerance: flo
         twin: a TransformerLens model of the exported folder.
         tolerance: largest difference allowed, as a share of what is compared: its standard deviation.
     Returns:
-        one row a text and layer, and one for the logits: the largest absolute difference, the same as a share, `ok`.
+        one row per text and layer, and one for the logits: the largest absolute difference, the same as a share, `ok`.
     """
     rows = []
     for text in texts:

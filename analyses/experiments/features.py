@@ -48,7 +48,7 @@ class FeatureJudgement(Result):
     """How well single units tell what an object is.
 
     Attributes:
-        table: one row a truth, label and unit (one of UNITS): which unit (−1: the probe), AUROC on the held-out half with its 95 %
+        table: one row per truth, label and unit (one of UNITS): which unit (−1: the probe), AUROC on the held-out half with its 95 %
             interval, objects and images there, and the AUROC on the half it was chosen on.
         hook: of the dictionary. n_features: of it. model_name: of the model.
     """
@@ -63,7 +63,7 @@ class FeatureJudgement(Result):
         return self.table
 
     def summary(self) -> pd.DataFrame:
-        """One row a truth: labels, and for each kind of unit the mean held-out AUROC over its labels."""
+        """One row per truth: labels, and for each kind of unit the mean held-out AUROC over its labels."""
         means = self.table.pivot_table(index="truth", columns="unit", values="auroc", sort=False)[list(UNITS)]
         return means.assign(labels=self.table.groupby("truth")["label"].nunique()).reset_index()
 

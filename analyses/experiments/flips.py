@@ -26,7 +26,7 @@ from hooked_qwen2vl.protocols import Model
 
 __getattr__ = moved_names(__name__)
 
-FLIP = "flip_"  # columns that hold a list, one value a flip
+FLIP = "flip_"  # columns that hold a list, one value per flip
 FLIP_FIGURES = (
     "layer", "lost", "gained", "change", "attribution_error", "components", "lens_difference", "lens_difference_ablated",
     "lens_difference_random", "final_difference", "final_difference_ablated", "final_difference_random",
@@ -39,9 +39,9 @@ class FlipStudy(Result):
     """Trajectories of a data set, and a test of every eligible flip, as tables: what a run keeps is enough to make it.
 
     Attributes:
-        prompts: one row a prompt: id, image (the same for prompts about one image), L (the number of layers), and the
+        prompts: one row per prompt: id, image (the same for prompts about one image), L (the number of layers), and the
             figures of `Trajectory.summary`.
-        flips: one row a flip: its prompt (a row of `prompts`) and what belongs to that, the figures of
+        flips: one row per flip: its prompt (a row of `prompts`) and what belongs to that, the figures of
             `FlipTest.summary`, and `lens_difference_random`, `final_difference_random`, means over the random draws.
         skipped: questions without an answer or candidates, or whose answer has no first token of its own among them.
     """
@@ -68,7 +68,7 @@ class FlipStudy(Result):
         return cls(rows.drop(columns=nested), flips, skipped)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a flip."""
+        """One row per flip."""
         return self.flips
 
     def by_category(self) -> pd.DataFrame:

@@ -59,7 +59,7 @@ class GroundingExperiment(Result):
     """How well each method points at what the answers depend on.
 
     Attributes:
-        table: one row an item and method: item, scene (items of one scene share its picture), category, domain, right (the model answers it), share (of the cells that
+        table: one row per item and method: item, scene (items of one scene share its picture), category, domain, right (the model answers it), share (of the cells that
             count), pointing (0 or 1), ap, iou (NaN where the method has no such figure).
         skipped: items left out, by reason.
         settings: split, image_layer, text_layer, seed and the model's name.
@@ -70,7 +70,7 @@ class GroundingExperiment(Result):
     settings: dict[str, Any]
 
     def to_dataframe(self, resamples: int = 1000, seed: int = 0) -> pd.DataFrame:
-        """One row a category ("all" too) and method: items, scenes, and for each figure the mean and its 95 % interval,
+        """One row per category ("all" too) and method: items, scenes, and for each figure the mean and its 95 % interval,
         which resamples scenes (items, in tables that do not name them)."""
         groups = [("all", self.table), *self.table.groupby("category")]
         rows = []
@@ -86,7 +86,7 @@ class GroundingExperiment(Result):
         return pd.DataFrame(rows)
 
     def plot(self, path: Any = None, figure: str = "pointing") -> Any:
-        """One panel a category, each method's mean with its interval; `figure` is one of FIGURES."""
+        """One panel per category, each method's mean with its interval; `figure` is one of FIGURES."""
         from analyses.views.grounding import methods_plot
 
         table = self.to_dataframe().dropna(subset=[figure])

@@ -109,7 +109,7 @@ class Hallucinations(Result):
     """Every claim with every method's score.
 
     Attributes:
-        claims: one row a claim: key, id, image (the same for questions about one image), category, question, gold, answer, correct (None: needs a judge), judge, said,
+        claims: one row per claim: key, id, image (the same for questions about one image), category, question, gold, answer, correct (None: needs a judge), judge, said,
             noun, error (why scores are missing), a column a method (NaN where there is none), cut and other_tokens.
         methods: their names. data, model_name, weights: what was run; `weights` is their hash.
         layers: the contextual lens's layers, of its image and of its text side.
@@ -156,7 +156,7 @@ class Hallucinations(Result):
         return pd.DataFrame(rows)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a method and category: items, hallucinated, unscored, clusters, resamples, and auroc, ap_correct and
+        """One row per method and category: items, hallucinated, unscored, clusters, resamples, and auroc, ap_correct and
         ap_hallucinated with `_low` and `_high`: intervals that resample images (see `cluster`) with all their claims."""
         return self._metrics.copy()
 

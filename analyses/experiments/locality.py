@@ -69,7 +69,7 @@ class LocalityStudy(Result):
         )  # fmt: skip
 
     def plot(self, path: Any = None) -> Any:
-        """Recovery by layer, one line a span: how the answer's information moves."""
+        """Recovery by layer, one line per span: how the answer's information moves."""
         from analyses.views.experiments import locality_plot
 
         return locality_plot(self, path)

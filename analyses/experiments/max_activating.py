@@ -58,7 +58,7 @@ class TopImages(Result):
     writes: tuple[str, ...]
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row an example and patch (raster order): row, col, activation."""
+        """One row per example and patch (raster order): row, col, activation."""
         return pd.DataFrame(
             {"rank": rank, "id": e.id, "domain": e.domain, "question": e.question, "row": row, "col": col, "activation": value}
             for rank, e in enumerate(self.examples)

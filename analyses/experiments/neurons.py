@@ -410,7 +410,7 @@ class Ablations(Result):
     """What every question was answered under every condition.
 
     Attributes:
-        outcomes: one row a condition and question: selection, module, target (whose neurons), seed, neurons (how many were
+        outcomes: one row per condition and question: selection, module, target (whose neurons), seed, neurons (how many were
             off), id, image, domain (of the question), right, log_prob (nats, of the right answer's first token).
         model_name: of the model.
     """
@@ -419,7 +419,7 @@ class Ablations(Result):
     model_name: str
 
     def accuracy(self) -> pd.DataFrame:
-        """One row a selection, module and domain: accuracy on the domain when its own neurons are off (controls: over
+        """One row per selection, module and domain: accuracy on the domain when its own neurons are off (controls: over
         all seeds), and its change from none; intervals resample images (and seeds), whose number stands beside them.
 
         Domain "all" pools the questions, each with its own domain's neurons off.
@@ -440,7 +440,7 @@ class Ablations(Result):
         return pd.DataFrame(rows)
 
     def against_controls(self) -> pd.DataFrame:
-        """One row a selection, control, module and domain: how much more the own neurons cost than the control.
+        """One row per selection, control, module and domain: how much more the own neurons cost than the control.
 
         `excess` is accuracy(own off) − accuracy(control off): below 0, the domain needs its own neurons more. The
         same for the log-probability. Intervals: bootstrap over images and seeds, paired by question.
@@ -639,7 +639,7 @@ def stream_by_layer(model: Model, batches: Sequence[Batch], wanted: Sequence[Con
     Args:
         wanted: conditions, each run on its own domain's questions; the untouched run comes first.
     Returns:
-        one row a condition (selection, module, target, seed), domain, layer (0 = embeddings, n_layers = output) and
+        one row per condition (selection, module, target, seed), domain, layer (0 = embeddings, n_layers = output) and
         source (image, text, last: the position that predicts the answer): `deviation`, mean of ‖h' − h‖ / ‖h‖, and
         `entropy_nats`, mean of the lens's entropy.
     """

@@ -44,7 +44,7 @@ class SaliencyExperiment(Result):
     """How well each method's maps find what answers depend on.
 
     Attributes:
-        table: one row an item and method: id, image, category, method, and FIGURES (pointing and ap are NaN where the truth is unknown).
+        table: one row per item and method: id, image, category, method, and FIGURES (pointing and ap are NaN where the truth is unknown).
         skipped: items left out, by reason.
         settings: methods, steps, batch of cells, seed. model_name: of the model.
     """
@@ -55,7 +55,7 @@ class SaliencyExperiment(Result):
     model_name: str
 
     def to_dataframe(self, resamples: int = 1000, seed: int = 0) -> pd.DataFrame:
-        """One row a method: items, images, each figure's mean and 95 % interval, and its mean difference to the random order."""
+        """One row per method: items, images, each figure's mean and 95 % interval, and its mean difference to the random order."""
         rows = []
         random = self.table[self.table["method"] == "random"].set_index("id")
         for method in dict.fromkeys(self.table["method"]):

@@ -1,4 +1,4 @@
-"""Activations of a whole data set on disk, one row a position, for sparse autoencoders and probes.
+"""Activations of a whole data set on disk, one row per position, for sparse autoencoders and probes.
 
 Writing is a run (see `runs`): it can be killed at any moment, shared between processes, and it goes on. Each shard is
 one safetensors file:
@@ -106,7 +106,7 @@ class ActivationStore:
     Attributes:
         folder: where it is.
         names: of the activations.
-        items: one row a question: item, id, domain, category, answer, …: what probes need as labels.
+        items: one row per question: item, id, domain, category, answer, …: what probes need as labels.
         n_rows: positions stored.
         failures: questions that gave none, with the reason.
     """

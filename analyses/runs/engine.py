@@ -129,7 +129,7 @@ class Run:
     Attributes:
         out: the folder.
         manifest: as in `run.json`.
-        plan: one row a question (see `runs.plan.make_plan`).
+        plan: one row per question (see `runs.plan.make_plan`).
         rank: (k, n): this process does every n-th shard, from the k-th.
         done: shards that are written, by whichever process.
         memory: what the model's forward needs; None where no model was given.
@@ -251,7 +251,7 @@ def read_failures(out: str | Path, partial: bool = False) -> pd.DataFrame:
 
 
 def read_composition(out: str | Path, partial: bool = False) -> pd.DataFrame:
-    """The batches as they really ran, one row a forward: part (the shard's number), items."""
+    """The batches as they really ran, one row per forward: part (the shard's number), items."""
     rows = [(shard, items) for shard, _, kept in _written(Path(out), partial) for items in kept]
     return pd.DataFrame(rows, columns=["part", "items"])
 

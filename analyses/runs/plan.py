@@ -119,7 +119,7 @@ def _seen_size(image: Image.Image) -> tuple[int, int]:
 
 
 def make_plan(stream: Iterable[Example], size: Sizer, batch_size: int, batches_per_shard: int, window: int) -> pd.DataFrame:
-    """One row a question, in the order in which they will be run.
+    """One row per question, in the order in which they will be run.
 
     Returns:
         columns item (its place in the data), id, part (the shard's number), batch, size, digest (of all that the question is), domain,

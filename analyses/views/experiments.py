@@ -34,7 +34,7 @@ def locality_plot(study: Any, path: str | Path | None = None) -> Figure:
 
 
 def lines_by_span(axes: Any, table: Any, group: str, value: str) -> None:
-    """One line a group by layer, with a band of one standard error; the legend stands beside the plot."""
+    """One line per group by layer, with a band of one standard error; the legend stands beside the plot."""
     rule(axes, y=0)
     for place, (name, rows) in enumerate(table.groupby(group, sort=False)):
         colour, marker, style = (choice[place % 5] for choice in (_COLOURS, _MARKERS, _STYLES))
@@ -49,7 +49,7 @@ def flip_study_plot(table: Any, path: str | Path | None = None) -> Figure:
     """At which layer flips happen; the logit difference at the flip's layer, and at the output, as it is and ablated.
 
     Args:
-        table: one row a flip.
+        table: one row per flip.
     """
     figure = Figure(figsize=(11, 4.0), layout="constrained")
     panels = figure.subplots(1, 3)

@@ -99,7 +99,7 @@ def sweep_plot(result: Any, path: str | Path | None = None) -> Figure:
 
 
 def methods_plot(table: Any, value: str, label: str, path: str | Path | None = None) -> Figure:
-    """One panel a category: each method's mean with its interval.
+    """One panel per category: each method's mean with its interval.
 
     Args:
         table: rows with category, method, items, `value`, `value`_low and `value`_high.

@@ -81,7 +81,7 @@ def score_plot(result: Any, path: str | Path | None = None, category: str = "all
 
 
 def interval_plot(result: Any, path: str | Path | None = None) -> Figure:
-    """AUROC (dot) with its interval, one panel a category, one line a method; 0.5 knows nothing."""
+    """AUROC (dot) with its interval, one panel per category, one line per method; 0.5 knows nothing."""
     table, counts = result.to_dataframe(), result.counts()
     shown = [c for c in counts if table.loc[table["category"] == c, "auroc"].notna().any()]
     if not shown:

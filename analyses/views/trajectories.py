@@ -77,7 +77,7 @@ def trajectories_plot(table: Any, shares: Any, path: str | Path | None = None) -
     """Left: share of each outcome by category. Right: births and stability as a fraction of depth (medians marked).
 
     Args:
-        table: one row an item, its figures. shares: one row a category, a column an outcome.
+        table: one row per item, its figures. shares: one row per category, a column an outcome.
     """
     categories = list(shares.index)
     figure = Figure(figsize=(10, 0.9 + 0.5 * len(categories)), layout="constrained")
