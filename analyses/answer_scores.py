@@ -1,25 +1,25 @@
-"""Rival scores for "is this answer right?", each `score(model, inputs, row=0) -> float`, higher = more likely correct.
+"""Scores that estimate whether an answer is right: `score(model, inputs, row=0) -> float`, higher = more likely correct.
 
-1. Run the prompt with its teacher-forced answer once; keep the residual stream and the attention mass on the image.
-2. Every score reads that run; the blind one and the control need a run of their own, with another image.
+1. Run the prompt with its teacher-forced answer once; keep the residual stream and the attention to the image.
+2. Compute every score from that run. blind_difference and contextual_control need a second run, with another image.
 
-`inputs` may be the `Evidence` of step 1: then scores share it. `all_scores` does so.
+`inputs` may also be an `Evidence`, which holds the run of step 1, so that several scores share it. `all_scores` does this.
 
     probability            p(answer), the product over its tokens
     mean_log_prob          mean log-probability of its tokens, nats
-    neg_entropy            −mean entropy of the distributions that its tokens were taken from, nats
+    neg_entropy            −mean entropy of the distributions that predict its tokens, nats
     internal_confidence    max over layers and image tokens of the logit lens's p(token)  (Jiang et al., arXiv 2410.02762)
     blind_difference       p(answer | image) − p(answer | blank image)
-    attention_on_image     attention from where the answer is predicted to the image, mean over layers and heads
+    attention_on_image     attention from the positions that predict the answer to the image, mean over layers and heads
     contextual             the contextual lens (`analyses.contextual_lens`)
-    contextual_control     the contextual lens with another image: what the words alone give
+    contextual_control     the contextual lens with another image: a control for what the text alone gives
     neg_flips              −F of the answer's first token (`analyses.trajectory`)
-    neg_stability          −S / L of it
-    neg_doubt              −(how probable another word was, on top, once the answer was among the top five)
+    neg_stability          −S / L of the answer's first token
+    neg_doubt              −(largest probability of another top-1 word after the answer entered the top five)
     neg_overthinking       −the Overthinking Score (arXiv 2603.07619)
 
-For a yes/no question `Evidence(…, noun="dog")` makes the scores that look for something in the image (internal_confidence,
-contextual, contextual_control) look for the noun, with the sign flipped when the answer is no.
+For a yes/no question, `Evidence(…, noun="dog")` makes internal_confidence, contextual and contextual_control look for the noun in
+the image instead of the answer; the score is negated if the answer is no.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ from hooked_qwen2vl.protocols import Model
 
 @dataclass(frozen=True)
 class Evidence:
-    """One answer, and what the scores read; each part is computed once, when first asked for.
+    """One answer and the activations that the scores need; each is computed once, when first used.
 
     Attributes:
-        model, inputs, row: as the scores take them; the inputs carry a teacher-forced answer.
-        noun: for a yes/no question, what it asks for.
+        model, inputs, row: as for the scores; the inputs have a teacher-forced answer.
+        noun: for a yes/no question, the noun that it asks about.
         other: the same question and answer with another image (one row), for the control.
-        image_layer, text_layer: of the contextual lens; None takes its defaults.
+        image_layer, text_layer: of the contextual lens; None: its defaults.
     """
 
     model: Model
@@ -62,15 +62,15 @@ class Evidence:
 
     @cached_property
     def item(self) -> Any:
-        """The row alone, its image encoded once."""
+        """The row as a batch of one, with its image encoded."""
         return self.model.encode(self.inputs.row(self.row))
 
     @cached_property
     def answer(self) -> list[int]:
-        """Positions of the answer's tokens, end tokens left out.
+        """Positions of the answer's tokens, without its end tokens.
 
         Raises:
-            ValueError: there is no answer, or nothing before it predicts its first token.
+            ValueError: there is no answer, or no position before it that predicts its first token.
         """
         self.item.positions("last")
         return span_positions(self.model, self.item, "answer", 0)
@@ -81,23 +81,25 @@ class Evidence:
 
     @cached_property
     def subject(self) -> tuple[list[int], int]:
-        """What is looked for in the image: its positions, and the sign of finding it."""
+        """(positions of the tokens to look for in the image, sign of the score): the answer, or the noun of a yes/no question."""
         return (self.answer, 1) if self.noun is None else yes_no_subject(self.model, self.item, self.noun)
 
     @property
     def stack(self) -> Float[Tensor, "layer pos d_model"]:
-        """The residual stream at the layers 0..L."""
+        """The residual stream at layers 0..L, before the final norm."""
         return self._run[0]
 
     @property
     def image_attention(self) -> Float[Tensor, "layer head token"]:
-        """Attention mass on the image from the position that predicts each answer token, in [0, 1]."""
+        """Attention to the whole image from the position that predicts each answer token, in [0, 1]."""
         return self._run[1]
 
     @cached_property
     def lens(self) -> dict[str, Tensor]:
-        """The lens where each answer token is predicted, [layer token]: `top1` (id), `top1_prob`, `entropy` (nats), and
-        `rank` of the token itself, 0 the top."""
+        """The logit lens at the position that predicts each answer token, [layer token] each.
+
+        `top1` (token id), `top1_prob`, `entropy` (nats), and `rank` of the answer token, where 0 is the top.
+        """
         vectors = self.stack[:, [p - 1 for p in self.answer]]
         targets = self.answer_ids.repeat(len(vectors))[:, None]
         read = predictions_of(self.model, vectors.flatten(0, 1), targets, top_k=1)
@@ -106,7 +108,7 @@ class Evidence:
 
     @cached_property
     def token_log_probs(self) -> Float[Tensor, "token"]:
-        """The model's log-probability of each answer token, nats: the last layer."""
+        """The model's log-probability of each answer token, nats."""
         vectors = self.stack[-1, [p - 1 for p in self.answer]]
         return predictions_of(self.model, vectors, self.answer_ids[:, None], top_k=1).target_log_probs[:, 0]
 
@@ -127,7 +129,7 @@ SCORES: dict[str, Score] = {}
 
 
 def _score(function: Callable[[Evidence], float]) -> Score:
-    """Gives a function of evidence the common signature, and its place in SCORES."""
+    """Decorator: gives a function of an `Evidence` the signature of a score and adds it to SCORES."""
 
     def score(model: Model, inputs: Any, row: int = 0) -> float:
         with torch.no_grad():
@@ -151,7 +153,7 @@ def all_scores(
     """Several scores of one answer from shared runs.
 
     Args:
-        names: of SCORES; None takes all, the control only where `other` is given.
+        names: of SCORES; None: all, but contextual_control only if `other` is given.
         noun, other, image_layer, text_layer: see `Evidence`.
     Raises:
         ValueError: an unknown name, no teacher-forced answer, or no image.
@@ -180,7 +182,7 @@ def mean_log_prob(evidence: Evidence) -> float:
 
 @_score
 def neg_entropy(evidence: Evidence) -> float:
-    """−mean entropy (nats) of the distributions that the answer's tokens were taken from: high when the model is sure."""
+    """−mean entropy (nats) of the distributions that predict the answer's tokens: high when the model is sure."""
     return -float(evidence.lens["entropy"][-1].mean())
 
 
@@ -188,7 +190,7 @@ def neg_entropy(evidence: Evidence) -> float:
 def blind_difference(evidence: Evidence) -> float:
     """p(answer | image) − p(answer | blank image), in [-1, 1]: high when the answer comes from the image.
 
-    Blank: every pixel the mean colour that the processor subtracts (ours; `blank_image` also gives noise).
+    In the blank image every pixel is the mean colour that the processor subtracts (our choice; see `blank_image`).
     """
     blind = replace(evidence, inputs=blank_image(evidence.item), row=0)
     return probability(evidence.model, evidence) - probability(blind.model, blind)
@@ -199,9 +201,9 @@ def blind_difference(evidence: Evidence) -> float:
 
 @_score
 def internal_confidence(evidence: Evidence) -> float:
-    """Max over layers 0..L and image tokens of the logit lens's p(token), mean over the answer's tokens (ours); in [0, 1].
+    """Max over layers 0..L and image tokens of the logit lens's p(token), mean over the answer's tokens (our choice); in [0, 1].
 
-    With a noun: of the noun's tokens, the sign flipped when the answer is no; then in [-1, 1].
+    With a noun: for the noun's tokens, and negated if the answer is no; then in [-1, 1].
     """
     positions, sign = evidence.subject
     vectors = evidence.stack[:, evidence.item.positions("image")].flatten(0, 1)
@@ -223,10 +225,10 @@ def contextual(evidence: Evidence) -> float:
 
 @_score
 def contextual_control(evidence: Evidence) -> float:
-    """`contextual` of the same question and answer with another image: a score that ignores the image does as well here.
+    """`contextual` of the same question and answer with another image: a control, which shows what the text alone gives.
 
-    Takes `Evidence(…, other=model.to_inputs(question, images=[another], answers=answer))`, or the image of the batch's
-    next row with the same grid.
+    The other image comes from `Evidence(…, other=model.to_inputs(question, images=[another], answers=answer))`, or else from the
+    next row of the batch that has another image with the same grid.
 
     Raises:
         ValueError: there is no other image.
@@ -242,23 +244,23 @@ def contextual_control(evidence: Evidence) -> float:
 
 @_score
 def neg_flips(evidence: Evidence) -> float:
-    """−F: how often the top-1 changes from layer to layer, where the answer's first token is predicted."""
+    """−F: minus the number of changes of the top-1 token from layer to layer, where the answer's first token is predicted."""
     return -float(len(flips(_top1(evidence, 0))))
 
 
 @_score
 def neg_stability(evidence: Evidence) -> float:
-    """−S / L, in [-1, 0]: S is the layer from which the top-1 is the final one; high when the model settles early."""
+    """−S / L, in [-1, 0]: S is the first layer from which on the top-1 token is the final one; high when the model decides early."""
     return -stability(_top1(evidence, 0)) / evidence.model.cfg.n_layers
 
 
 @_score
 def neg_doubt(evidence: Evidence) -> float:
-    """−doubt (ours), in [-1, 0]: a rival word that was held, then lost, without knowing the right answer.
+    """−doubt (our definition), in [-1, 0]; the right answer need not be known.
 
-    From B_5, the layer at which the answer's first token is first among the top five, to L − 1: the largest probability
-    of a top-1 that is another word (other than in case or space). 0 where there is none, 1 where the answer is never
-    among the top five.
+    Doubt is the largest probability of a top-1 token that is another word than the answer's first token, over the layers from
+    B_5 to L − 1; words that differ only in case or space are the same. B_5 is the first layer at which the answer's first token is
+    among the top five. Doubt is 0 if no other word is top-1, and 1 if the answer is never among the top five.
     """
     first = {name: values[:, 0].tolist() for name, values in evidence.lens.items()}
     born = next((l for l, rank in enumerate(first["rank"]) if rank < 5), None)
@@ -274,11 +276,11 @@ def neg_doubt(evidence: Evidence) -> float:
 
 @_score
 def neg_overthinking(evidence: Evidence) -> float:
-    """−the Overthinking Score, at most 0, nats; mean over the answer's tokens (ours: the paper scores single tokens).
+    """−the Overthinking Score in nats, at most 0; mean over the answer's tokens (our choice: the paper scores single tokens).
 
     (mean over l = 1..L of the lens's entropy H_l) · (number of different top-1 tokens at l = 1..L) / L, at the position
     that predicts the token. Source: Shoby et al., Overthinking Causes Hallucination, arXiv 2603.07619; the formula is
-    that of the authors' code (`compute_overthinking`), which leaves out layer 0.
+    taken from the authors' code (`compute_overthinking`), which leaves out layer 0.
     """
     n_layers = evidence.model.cfg.n_layers
     entropy = evidence.lens["entropy"][1:].mean(0)
@@ -290,17 +292,18 @@ def neg_overthinking(evidence: Evidence) -> float:
 
 
 def blank_image(inputs: Any, noise: bool = False, seed: int = 0) -> Any:
-    """The same prompts with nothing to see: every pixel the mean colour, or (noise=True) normal noise of its spread."""
+    """The same prompts with blank images: every pixel the processor's mean colour, or with noise=True normal noise with the
+    processor's mean and standard deviation."""
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randn(inputs.pixels.shape, generator=generator) if noise else torch.zeros(inputs.pixels.shape)
     return replace(inputs, pixels=pixels.to(inputs.pixels), image_embeds=None, deepstack_embeds=None, encoded_by=None)
 
 
 def with_images(inputs: Any, donor: Any) -> Any:
-    """The same prompts with the images of `donor`, which has the same grids in the same order.
+    """The same prompts with the images of `donor`, which must have the same grids in the same order.
 
     Raises:
-        ValueError: other grids: build the prompt with `model.to_inputs` and the other image.
+        ValueError: other grids; then build the prompt with `model.to_inputs` and the other image.
     """
     ours, theirs = [v.grid for v in inputs.visuals], [v.grid for v in donor.visuals]
     if ours != theirs:
@@ -309,7 +312,7 @@ def with_images(inputs: Any, donor: Any) -> Any:
 
 
 def _next_images(evidence: Evidence) -> Any:
-    """The next row of the batch, cyclically, whose images have the same grids and are others."""
+    """The next row of the batch, cyclically, that has different images with the same grids."""
     batch = evidence.inputs
     grids = [visual.grid for visual in evidence.item.visuals]
     for step in range(1, len(batch)):

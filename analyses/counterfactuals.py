@@ -1,10 +1,10 @@
-"""Pairs of prompts for patching: one question, two images of one grid, two different right answers.
+"""Pairs of prompts for patching: one question, two images with the same grid, two different right answers.
 
 1. Make candidates: from the embedded world, from a table of image pairs, or by swapping or blurring a box of an image.
-2. Check each with the model: same grid and token count, answers that are single tokens and differ, the clean and the
-   corrupted prompt both answered rightly, and logit differences far enough apart. What is refused keeps its reason.
+2. Check each with the model: the grids and token counts are equal, the answers are different single tokens, the model answers
+   both prompts right, and the logit differences are far enough apart. Refused candidates are kept with the reason.
 
-Corruption is another image, never noise on the embeddings (Zhang & Nanda 2024; matched pairs as in NOTICE, 2024).
+The corrupted prompt has another image, never noise on the embeddings (Zhang & Nanda 2024; matched pairs as in NOTICE, 2024).
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ class Candidate(Result):
 
     Attributes:
         question; clean, corrupted: images (PIL or paths).
-        answer, other: right for the clean and for the corrupted image; `other` None means whatever the model
-            answers there (after a blur nobody knows what is right).
-        boxes: what was changed, original pixels; () where unknown.
+        answer, other: right answers for the clean and the corrupted image. `other` None: the model's own answer, for images
+            without a known right answer, such as blurred ones.
+        boxes: what was changed, original pixels; () if unknown.
         id, category, domain: for tables.
-        problem: of a row that is no pair: file, line and reason; it is refused with that.
+        problem: for a row of a file that is not a valid pair: file, line and reason. Such a candidate is refused.
     """
 
     question: str
@@ -64,12 +64,12 @@ class Candidate(Result):
 
 @dataclass(frozen=True)
 class Pair(Result):
-    """A pair that a model answers rightly on both sides.
+    """A pair of prompts that the model both answers right.
 
     Attributes:
-        clean, corrupted: encoded `Inputs` of one row. source: what it was made from.
-        answer_id, other_id: the single tokens followed.
-        changed: positions whose pixels differ. on_boxes: positions that `source.boxes` touch.
+        clean, corrupted: encoded `Inputs` of one row. source: the candidate.
+        answer_id, other_id: tokens of the two answers.
+        changed: image token positions whose pixels differ. on_boxes: those that `source.boxes` touch; without boxes: `changed`.
         clean_difference, corrupted_difference: z(answer) − z(other) at the last position, in logits.
     """
 
@@ -84,13 +84,13 @@ class Pair(Result):
     corrupted_difference: float
 
     def metric(self, logits: Float[Tensor, "batch 1 d_vocab"]) -> Float[Tensor, "batch"]:
-        """z(answer) − z(other): for `patch_sweep`."""
+        """The logit difference z(answer) − z(other), as a metric for `patch_sweep`."""
         return logits[:, -1, self.answer_id] - logits[:, -1, self.other_id]
 
 
 @dataclass(frozen=True)
 class Pairs(Result):
-    """The pairs kept, and why the others were not."""
+    """The pairs that were kept, and the refused candidates with their reasons."""
 
     kept: tuple[Pair, ...]
     refused: tuple[tuple[Candidate, str], ...]
@@ -104,11 +104,11 @@ class Pairs(Result):
 
     @property
     def reasons(self) -> dict[str, int]:
-        """How many were refused for each reason."""
+        """Number of refused candidates for each reason."""
         return dict(Counter(reason for _, reason in self.refused).most_common())
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per candidate: what was asked, the logit differences of a pair that was kept, or the reason."""
+        """One row per candidate: question and answers, then the logit differences, or the reason for refusing it."""
         kept = [
             {**_row(pair.source), "other": pair.source.other, "clean_difference": pair.clean_difference,
              "corrupted_difference": pair.corrupted_difference, "changed_tokens": len(pair.changed), "refused": ""}
@@ -117,7 +117,7 @@ class Pairs(Result):
         return pd.DataFrame(kept + [{**_row(candidate), "refused": reason} for candidate, reason in self.refused])
 
     def plot(self, path: Any = None) -> Any:
-        """The logit differences of the pairs kept, clean against corrupted, and why the others were not."""
+        """Logit differences of the kept pairs, clean against corrupted, and the reasons for refusing the others."""
         from analyses.views.experiments import pairs_plot
 
         return pairs_plot(self, path)
@@ -131,13 +131,13 @@ def check_pairs(
     n: int | None = None,
     progress: bool = True,
 ) -> Pairs:
-    """Runs each candidate and keeps those that patching can say something about.
+    """Runs the model on each candidate and keeps those that are suitable for patching.
 
     Args:
-        min_gap: least LD_clean − LD_corrupted, in logits.
-        n: stop when so many are kept.
+        min_gap: smallest allowed LD_clean − LD_corrupted, in logits (LD: logit difference).
+        n: stop when this many are kept.
     Returns:
-        the pairs kept; the others are in `refused`, with the reason: also an image that cannot be read, or a row that is no pair.
+        the kept pairs; the other candidates are in `refused` with their reasons, including unreadable images and invalid rows.
     """
     kept, refused = [], []
     with tqdm(total=n, desc="checking pairs", unit="pair", disable=not progress, delay=2) as bar:
@@ -157,7 +157,7 @@ def check_pairs(
 
 
 def scene_candidates(n: int, seed: int = 0, **restrictions: Any) -> list[Candidate]:
-    """n pairs of the embedded world: the same scene with one attribute of one object changed.
+    """n pairs of scenes of the embedded world; the corrupted scene differs from the clean one in one attribute of one object.
 
     Args:
         restrictions: as for `hooked_qwen2vl.scenes.sample` (split, domain, category, grid, level).
@@ -172,15 +172,16 @@ def scene_candidates(n: int, seed: int = 0, **restrictions: Any) -> list[Candida
 
 
 def read_candidates(path: str | Path, keep_bad: bool = False) -> list[Candidate]:
-    """Pairs from a table: CSV, or JSON lines, with columns question, clean, corrupted (images, relative to the file),
-    answer, other (may be left out), and optionally id, category, domain, and box as "x0,y0,x1,y1" or a list
-    (`analyses.data.schema.PAIR`; an empty cell of a CSV is left out).
+    """Reads candidates from a CSV or JSON lines file.
+
+    Columns: question, clean, corrupted (image files, relative to the table), answer, and optionally other, id, category, domain,
+    and box as "x0,y0,x1,y1" or a list (see `analyses.data.schema.PAIR`). Empty cells of a CSV count as missing.
 
     Args:
-        path: the file, or a folder that has pairs.csv or pairs.jsonl.
-        keep_bad: give a row that is no pair as a candidate that only has a `problem`, instead of raising.
+        path: the file, or a folder with pairs.csv or pairs.jsonl.
+        keep_bad: return an invalid row as a candidate that has only a `problem`, instead of raising.
     Raises:
-        ValueError: no such file, or a row that is not as described (it is named).
+        ValueError: no such file, or (unless keep_bad) an invalid row, which the message names.
     """
     path = Path(path)
     file = next((f for f in (path, path / "pairs.csv", path / "pairs.jsonl") if f.is_file()), None)
@@ -202,7 +203,7 @@ def read_candidates(path: str | Path, keep_bad: bool = False) -> list[Candidate]
 
 
 def _csv_rows(file: Path) -> Iterator[tuple[str, dict[str, Any] | ValueError]]:
-    """("row 1", its cells that are not empty); a box is a list."""
+    """("row 1", its non-empty cells), with box as a list; or ("row 1", the error)."""
     reader = csv.DictReader(io.StringIO(read_text(file), newline=""), strict=True)
     try:
         for number, row in enumerate(reader, 1):
@@ -226,7 +227,7 @@ def _json_rows(file: Path) -> Iterator[tuple[str, dict[str, Any] | ValueError]]:
 
 
 def _numbers(text: str) -> list[float] | str:
-    """ "x0,y0,x1,y1" as a list; as it is where it is something else."""
+    """ "x0,y0,x1,y1" as a list of numbers; other texts unchanged."""
     try:
         return [float(edge) for edge in text.split(",")]
     except ValueError:
@@ -234,10 +235,10 @@ def _numbers(text: str) -> list[float] | str:
 
 
 def swap_box(image: Any, box: Box, other: Any) -> Image.Image:
-    """The image with a box of another image of its size (both in original pixels).
+    """A copy of the image in which a box is replaced by the same box of another image; the box is in original pixels.
 
     Raises:
-        ValueError: images of different size, or a box that is not inside.
+        ValueError: images of different sizes, or a box that is not inside.
     """
     image, other = _rgb(image), _rgb(other)
     if image.size != other.size:
@@ -249,10 +250,10 @@ def swap_box(image: Any, box: Box, other: Any) -> Image.Image:
 
 
 def blur_box(image: Any, box: Box, radius: float | None = None) -> Image.Image:
-    """The image with a box blurred past recognition.
+    """A copy of the image with a blurred box; the box is in original pixels.
 
     Args:
-        radius: of the Gaussian, in pixels; None takes half of the box's longer side.
+        radius: of the Gaussian blur, in pixels; None: half of the box's longer side.
     Raises:
         ValueError: a box that is not inside.
     """
@@ -265,10 +266,10 @@ def blur_box(image: Any, box: Box, radius: float | None = None) -> Image.Image:
 
 
 def changed_positions(clean: Any, corrupted: Any, row: int = 0) -> Int[Tensor, "n"]:
-    """Positions of the image tokens any of whose patches differ between two prompts of one grid.
+    """Positions of the image tokens with at least one patch that differs between the two prompts.
 
     Raises:
-        ValueError: the prompts do not correspond position by position, hold no image, or have no such row.
+        ValueError: the prompts' positions do not correspond, a prompt has no image, or there is no such row.
     """
     refuse_unaligned(clean, corrupted, "the clean and the corrupted prompts")
     if clean.pixels is None or corrupted.pixels is None:
@@ -312,7 +313,7 @@ def _check(model: Model, candidate: Candidate, min_gap: float) -> Pair | str:
 
 
 def _token(model: Model, answer: str, logits: Float[Tensor, "d_vocab"]) -> int | None:
-    """The single token, among the answer's forms (case, leading space), that the model likes best; None where none is."""
+    """The answer's token with the largest logit, among its forms (case, leading space) that are single tokens; None without any."""
     bare = answer.strip()
     forms = {prefix + form for form in (bare, bare.lower(), bare[:1].upper() + bare[1:]) for prefix in ("", " ")}
     ids = [text_ids(model.tokenizer, form) for form in sorted(forms)]
@@ -341,7 +342,7 @@ def _candidate(row: dict[str, Any], file: Path, where: str, number: int) -> Cand
 
 
 def _rgb(image: Any) -> Image.Image:
-    """As the processor sees it: transparency on white."""
+    """The image as the processor reads it: RGB, with transparency on white."""
     return Image.fromarray(np.asarray(convert_to_rgb(open_image(image), return_numpy=True)))
 
 

@@ -1,14 +1,14 @@
-"""Dictionaries of features, sparse autoencoders and transcoders: load, splice, edit, map, attribute, train.
+"""Sparse autoencoders and transcoders: load, splice into a run, edit features, map, attribute, train.
 
-1. A dictionary encodes an activation x into feature activations f(x) ≥ 0, few of them not 0, and decodes them: x ≈ decode(f).
-   A transcoder decodes another activation than it encodes: an MLP's output from its input.
-2. Splicing with the error term puts h + decode(edit(f)) − decode(f) at the hook: without an edit the run is unchanged, to the bit.
-   Without the error term, the reconstruction itself.
-3. Attribution of a logit (or a difference) to features: activation × gradient through the rest of the model, the final norm's scale
-   held at its value. At the last block's output that is exact: features, the decoder's bias and the error sum to the logit.
+1. A dictionary encodes an activation x as sparse feature activations f(x) ≥ 0 and decodes them: x ≈ decode(f). A transcoder decodes
+   to another activation than it encodes: an MLP's output from its input.
+2. Splicing with the error term replaces the activation h by h + decode(edit(f)) − decode(f); without an edit the run is unchanged,
+   bit for bit. Splicing without the error term replaces h by decode(edit(f)).
+3. Attribution of a logit (or a logit difference) to features: activation × gradient through the rest of the model, with the final
+   norm's scale held constant. At the last block's output it is exact: features, the decoder's bias and the error sum to the logit.
 
-Layouts: SAELens (cfg.json and sae_weights.safetensors: standard, topk, jumprelu, gated, and the transcoders, of all versions) and
-EleutherAI's sparsify (cfg.json and sae.safetensors). Others are refused by name. Definitions follow those libraries.
+Formats: SAELens (cfg.json and sae_weights.safetensors: standard, topk, jumprelu, gated, and transcoders, of all versions) and
+EleutherAI's sparsify (cfg.json and sae.safetensors). Other formats are refused. Definitions follow those libraries.
 
 Sources: Bricken et al. 2023; Gao et al. 2024 (TopK); Rajamanoharan et al. 2024 (gated, JumpReLU); Dunefsky et al. 2024 (transcoders);
 Marks et al. 2024 (attribution with the error term).
@@ -48,13 +48,13 @@ class Dictionary(Result):
     """A sparse autoencoder or a transcoder.
 
     Attributes:
-        hook: the hook point that is encoded; hook_out: that which is decoded, another one in a transcoder.
+        hook: the hook point that is encoded; hook_out: the hook point that is reconstructed, another one for a transcoder.
         W_enc: [d_in feature]. b_enc: [feature]. W_dec: [feature d_out]. b_dec: [d_out].
         activation: one of ACTIVATIONS. k: of "topk". threshold: [feature] of "jumprelu".
         r_mag, b_mag: [feature] of "gated", whose b_enc is the gate's bias.
         W_skip: [d_in d_out] of a transcoder with a skip connection.
-        centred: whether b_dec is taken from the input. by_norm: whether "topk" chooses by activation × norm of the decoder's row.
-        normalisation: of the input, one of NORMALISATIONS. name: where it comes from.
+        centred: whether b_dec is subtracted from the input. by_norm: whether "topk" multiplies activations by the norms of W_dec's rows.
+        normalisation: of the input, one of NORMALISATIONS. name: name of the folder that it was loaded from.
     """
 
     hook: str
@@ -99,7 +99,7 @@ class Dictionary(Result):
         return pre.relu()
 
     def decode(self, features: Float[Tensor, "*axes feature"], x: Float[Tensor, "*axes d_in"]) -> Float[Tensor, "*axes d_out"]:
-        """The reconstruction; x is what was encoded, whose norm (and skip connection) it needs."""
+        """The reconstruction; x, the encoded activation, is needed to undo the normalisation and for a skip connection."""
         features = features / self.W_dec.norm(dim=-1) if self.by_norm else features
         out = features @ self.W_dec + self.b_dec
         x = x.to(out.dtype)
@@ -108,19 +108,19 @@ class Dictionary(Result):
         return self._normalised(x)[1](out) if self.hook == self.hook_out else out
 
     def direction(self, feature: int) -> Float[Tensor, "d_out"]:
-        """What a feature writes, for one of its activation."""
+        """What a feature adds to the reconstruction per unit of its activation."""
         if not 0 <= feature < self.n_features:
             raise ValueError(f"feature must be in 0..{self.n_features - 1}, got {feature}.")
         row = self.W_dec[feature]
         return row / row.norm() if self.by_norm else row
 
     def to(self, *args: Any) -> Dictionary:
-        """On another device, or in another dtype."""
+        """The dictionary on another device or in another dtype; arguments as `Tensor.to`."""
         moved = {name: value.to(*args) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **moved)
 
     def _normalised(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """The input normalised, and the way back."""
+        """(the normalised input, the function that undoes the normalisation)."""
         if self.normalisation == "constant_norm_rescale":
             scale = x.shape[-1] ** 0.5 / x.norm(dim=-1, keepdim=True)
             return x * scale, lambda out: out / scale
@@ -137,13 +137,14 @@ class Dictionary(Result):
 def load_dictionary(
     folder: str | Path, hook: str | None = None, hook_out: str | None = None, dtype: torch.dtype | None = None
 ) -> Dictionary:
-    """Reads a folder in SAELens's layout or in sparsify's.
+    """Reads a folder in the format of SAELens or sparsify.
 
     Args:
-        hook: the hook point; None takes that of the configuration (sparsify's has none). hook_out: of a transcoder, likewise.
-        dtype: None keeps the file's.
+        hook: the hook point; None: from the configuration (sparsify's has none). hook_out: the same for a transcoder's output.
+        dtype: None: the file's.
     Raises:
-        ValueError: another layout or kind, half a folder, weights of other shapes than the configuration says or not finite, or no hook.
+        ValueError: another format or kind of dictionary, missing or damaged files, weights that are not finite or whose shapes do not
+            fit, or no hook.
     """
     folder = Path(folder)
     files = {name: folder / name for name in ("sae_weights.safetensors", "sae.safetensors") if (folder / name).is_file()}
@@ -175,7 +176,11 @@ def load_dictionary(
 
 
 def save_dictionary(dictionary: Dictionary, folder: str | Path) -> None:
-    """Writes a folder in SAELens's layout, which `load_dictionary` and SAELens read."""
+    """Writes a folder in SAELens's format, which `load_dictionary` and SAELens read.
+
+    Raises:
+        ValueError: a gated dictionary.
+    """
     if dictionary.activation == "gated":
         raise ValueError("gated dictionaries are only read: save the other kinds.")
     kind = {"relu": "standard", "topk": "topk", "jumprelu": "jumprelu"}[dictionary.activation]
@@ -286,13 +291,14 @@ def splice(
     inputs: Any = None,
     generated: bool = False,
 ) -> Interventions:
-    """Puts a dictionary into the run; `edit` changes feature activations [batch pos feature].
+    """Splices a dictionary into the run.
 
     Args:
-        error: keep what the dictionary does not reconstruct: h + decode(edited) − decode(as they were). False: the reconstruction.
+        edit: function of the feature activations [batch pos feature] that returns the changed ones; None: no change.
+        error: True: keep the reconstruction error: h + decode(edited) − decode(unedited). False: h becomes decode(edited).
         positions, inputs, generated: see `analyses.interventions.ablate`.
     Raises:
-        ValueError: (when run) activations of another width than the dictionary's.
+        ValueError: when run: activations of another size than the dictionary's.
     """
     where, d, held = Where.of(inputs, positions, generated), dictionary, {}
 
@@ -314,12 +320,12 @@ def splice(
 
 
 def ablate_features(dictionary: Dictionary, features: Sequence[int], **where: Any) -> Interventions:
-    """Features are set to 0, the error term kept; positions, inputs, generated as in `splice`."""
+    """Sets features to 0 and keeps the error term; `where`: positions, inputs, generated of `splice`."""
     return splice(dictionary, _editing(dictionary, {feature: 0.0 for feature in features}), **where)
 
 
 def set_features(dictionary: Dictionary, values: Mapping[int, float], **where: Any) -> Interventions:
-    """Features are held at a value, the error term kept; positions, inputs, generated as in `splice`."""
+    """Sets features to values and keeps the error term; `where`: positions, inputs, generated of `splice`."""
     return splice(dictionary, _editing(dictionary, dict(values)), **where)
 
 
@@ -344,7 +350,7 @@ def _flat(activation: Tensor, width: int, hook: Any) -> Float[Tensor, "batch pos
 
 @torch.no_grad()
 def feature_activations(model: Model, inputs: Prompt, dictionary: Dictionary) -> Float[Tensor, "batch pos feature"]:
-    """Activations of all features at every position; padding holds numbers that mean nothing."""
+    """Activations of all features at every position; the values at padding are meaningless."""
     _, cache = model.run_with_cache(inputs, names_filter=dictionary.hook, return_type=None)
     return dictionary.encode(cache[dictionary.hook].flatten(2))
 
@@ -368,10 +374,15 @@ def top_activating(
     top: int = 9,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """One row per feature and rank: the image tokens on which it is most active, one an image: id, image token, box in original pixels, activation.
+    """The images on which each feature is most active. Questions with no image or several are skipped.
 
     Args:
-        features: None takes all.
+        features: None: all. top: number of images per feature; images on which the feature is 0 are left out.
+    Returns:
+        one row per feature and rank: feature, id, image_token (the image's most active token), activation, its box x0, y0, x1, y1 in
+        original pixels, rank.
+    Raises:
+        ValueError: no question has exactly one image.
     """
     chosen = list(range(dictionary.n_features)) if features is None else list(features)
     best: list[pd.DataFrame] = []
@@ -402,13 +413,16 @@ def attribute_features(
     where: Place = "last",
     row: int = 0,
 ) -> tuple[Float[Tensor, "pos feature"], dict[str, float]]:
-    """([pos feature] each feature's share of the target's logit, what else there is of it).
+    """Attribution of the target's logit (minus the logit of `against`) at one position to the features at every position.
 
-    Activation × gradient of the logit (minus that of `against`) at one position, the final norm's scale held at its value.
+    Activation × gradient, with the final norm's scale held constant.
 
     Returns:
-        the shares, and {"logit": its value, "features": their sum, "error": what the error term and the decoder's bias give}. At the last
-        block's output features and error sum to the logit; inside, the gradient is a linear approximation.
+        ([pos feature] attributions, {"logit": the logit or difference, "features": sum of the attributions, "error": attribution of
+        the error term and the decoder's bias}). At the last block's output "features" and "error" sum to "logit"; at earlier hook
+        points the gradient is a linear approximation.
+    Raises:
+        ValueError: a transcoder, or a text that is not one token.
     """
     item = model.encode(model.as_inputs(inputs)[row])
     at = item.position(where)
@@ -449,12 +463,13 @@ def train_dictionary(
     seed: int = 0,
     progress: bool = True,
 ) -> tuple[Dictionary, pd.DataFrame]:
-    """A TopK autoencoder, with Gao et al.'s auxiliary loss for features that no longer fire; decoder rows of length 1.
+    """Trains a TopK autoencoder with Gao et al.'s auxiliary loss for dead features; the rows of W_dec have norm 1.
 
     Args:
-        batches: activations, shuffled (`ActivationStore.shuffled`, or any tensors). dead_after: batches without firing. aux: its weight.
+        batches: shuffled activations (`ActivationStore.shuffled`, or any tensors).
+        dead_after: a feature is dead if it was 0 for more than this many batches. aux: weight of the auxiliary loss.
     Returns:
-        the dictionary, and one row per batch: share of variance not explained, dead features.
+        (the dictionary, one row per batch: `unexplained`, the unexplained share of the variance, and `dead`, the number of dead features).
     Raises:
         ValueError: no batches, or k outside 1..n_features.
     """

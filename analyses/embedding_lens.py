@@ -1,15 +1,14 @@
-"""What is an image token near? Its nearest input embeddings, and its nearest text tokens in context.
+"""Nearest neighbours of image tokens: input embeddings, and text tokens in context.
 
 Embedding lens
-1. Take the residual stream at the positions asked for, at every layer.
-2. Compare with every row of W_E by cosine; keep the k nearest tokens.
+1. Take the residual stream at some positions, at every layer.
+2. Compute the cosine with every row of W_E; keep the k nearest tokens.
 
 Contextual neighbours (LatentLens, arXiv 2602.00462)
-1. Run sentences through the model as plain text; keep the residual stream of every token, at several layers. A token
-   whose prefix was seen before is the same vector and is kept once; a sentence's first token, which has no context
-   and is an attention sink, is left out (ours: the authors leave out the first two).
-2. Compare an image token with all of them, whatever their layer, by cosine; the k nearest say, with their sentence,
-   what it is near.
+1. Run sentences through the model as plain text; keep the residual stream of every token, at several layers. A token that
+   follows the same prefix as an earlier one has the same vector and is kept once. The first token of a sentence has no context
+   and is an attention sink; it is left out (the authors leave out the first two tokens).
+2. Compute the cosine of an image token with all these vectors, over all layers; keep the k nearest, with their sentences.
 """
 
 from __future__ import annotations
@@ -38,12 +37,12 @@ class Neighbours(Result):
     """The nearest neighbours of vectors of one prompt.
 
     Attributes:
-        similarity: [layer pos k] cosines, falling, in [-1, 1].
-        indices: [layer pos k] of the neighbours: token ids, or tokens of the bank.
-        tokens: their text, nested by layer, position and k.
-        contexts: where they come from, nested alike: "" for input embeddings, "layer 4: a red [circle]" for a bank.
-        layers: of the vectors. positions: in the prompt.
-        model_name: of the model.
+        similarity: [layer pos k] cosines in decreasing order, in [-1, 1].
+        indices: [layer pos k] the neighbours: token ids, or indices into the bank.
+        tokens: their texts, nested by layer, position and k.
+        contexts: their contexts, nested alike: "" for input embeddings, such as "layer 4: a red [circle]" for a bank.
+        layers: layers of the vectors. positions: their positions in the prompt.
+        model_name: name of the model.
     """
 
     similarity: Float[Tensor, "layer pos k"]
@@ -71,7 +70,7 @@ class Neighbours(Result):
         )
 
     def plot(self, path: Any = None) -> Any:
-        """Layer × position, the nearest token in each cell, coloured by its cosine."""
+        """Layers × positions, with the nearest token in each cell, coloured by its cosine."""
         from analyses.views.lens import neighbours_plot
 
         return neighbours_plot(self, path)
@@ -82,10 +81,10 @@ class TextBank:
     """Text tokens in context.
 
     Attributes:
-        vectors: [bank_token d_model] of length 1, float32.
-        tokens: their text. sentences: where they stand; places: at which token of it.
-        layers: [bank_token] the layer each was taken at.
-        model_name: of the model whose residual stream they are.
+        vectors: [bank_token d_model] residual stream, normalised to length 1, float32.
+        tokens: text of each. sentences: the sentence of each. places: index of each token in its sentence.
+        layers: [bank_token] layer of each vector.
+        model_name: name of the model.
     """
 
     vectors: Float[Tensor, "bank_token d_model"]
@@ -96,10 +95,10 @@ class TextBank:
     model_name: str
 
     def nearest(self, vectors: Float[Tensor, "*axes d_model"], top_k: int = 5) -> tuple[Float[Tensor, "*axes k"], Int[Tensor, "*axes k"]]:
-        """(cosines, bank tokens) of the k nearest, over all of the bank at once.
+        """(cosines, indices into the bank) of the k nearest bank tokens, over all layers of the bank.
 
         Raises:
-            ValueError: vectors of another width, or fewer bank tokens than k.
+            ValueError: vectors of another size, or fewer bank tokens than k.
         """
         return _nearest(vectors, self.vectors, top_k)
 
@@ -108,11 +107,11 @@ class TextBank:
 def embedding_lens(
     model: Model, inputs: Prompt, positions: Any = "image", top_k: int = 5, row: int = 0, layers: Sequence[int] | None = None
 ) -> Neighbours:
-    """The input embeddings nearest to the residual stream; the images' own vectors are at layer 0.
+    """The input embeddings nearest to the residual stream; layer 0 of an image token is its image embedding.
 
     Args:
         inputs, positions, row: as `analyses.logit_lens.logit_lens`.
-        layers: which to read, 0..L; None takes all.
+        layers: 0..L; None: all.
     Raises:
         ValueError: no such segment, position or layer, or more top_k than tokens.
     """
@@ -131,10 +130,10 @@ def embedding_lens(
 
 @torch.no_grad()
 def text_bank(model: Model, sentences: Sequence[str], layers: Sequence[int] | None = None, progress: bool = True) -> TextBank:
-    """Runs sentences as plain text, without template or image, and keeps their tokens in context.
+    """Runs sentences as plain text, without chat template or image, and keeps the residual stream of their tokens.
 
     Args:
-        layers: which to keep; None takes 1..L (layer 0 has no context).
+        layers: layers to keep; None: 1..L (layer 0 has no context).
     Raises:
         ValueError: no sentence has two tokens, or no such layer.
     """
@@ -176,13 +175,13 @@ def contextual_neighbours(
     row: int = 0,
     layers: Sequence[int] | None = None,
 ) -> Neighbours:
-    """The bank's text tokens nearest to the residual stream, over all of the bank.
+    """The text tokens of a bank nearest to the residual stream, over all layers of the bank.
 
     Args:
         inputs, positions, row, layers: as `embedding_lens`.
-        bank: of the same model (`text_bank`).
+        bank: from `text_bank`, of the same model.
     Raises:
-        ValueError: as `embedding_lens`, or the bank is another model's.
+        ValueError: as `embedding_lens`, or the bank is of another model.
     """
     if bank.model_name != str(model.cfg.model_name):
         raise ValueError(f"the bank was made with {bank.model_name}, the model is {model.cfg.model_name}: make it again.")
@@ -201,7 +200,7 @@ def contextual_neighbours(
 
 
 def _in_context(model: Model, bank: TextBank, item: int) -> str:
-    """The sentence, with the token in brackets; of a part of a character, the whole one."""
+    """The sentence with the token in brackets; a token that is part of a character is shown as the whole character."""
     text, spans = characters(model, model.to_tokens(bank.sentences[item])[0].tolist())
     start, end = spans[bank.places[item]]
     return f"layer {int(bank.layers[item])}: {text[:start]}[{text[start:end]}]{text[end:]}"
@@ -226,7 +225,7 @@ def _checked_layers(model: Model, layers: Sequence[int]) -> tuple[int, ...]:
 def _nearest(
     vectors: Float[Tensor, "*axes d_model"], bank: Float[Tensor, "bank_token d_model"], top_k: int
 ) -> tuple[Float[Tensor, "*axes k"], Int[Tensor, "*axes k"]]:
-    """By cosine; ties go to the first of the bank, and the whole table of cosines never exists."""
+    """The k vectors of the bank with the largest cosines, a chunk of vectors at a time; of equal ones the first in the bank."""
     if vectors.shape[-1] != bank.shape[-1] or not 1 <= top_k <= len(bank):
         raise ValueError(f"expected vectors of width {bank.shape[-1]} and top_k in 1..{len(bank)}, got {vectors.shape[-1]} and {top_k}.")
     unit = _unit(vectors).flatten(0, -2)

@@ -1,16 +1,16 @@
-"""Everything the explorer page shows of one prompt with images, computed once.
+"""The data of the explorer page: what it shows about one prompt with images.
 
-1. Logit lens (nostalgebraist, 2020) at every position: the top k of every layer of the residual stream (see
-   `analyses.logit_lens`), and the answer's tokens followed through all layers and positions.
-2. At the position that predicts the answer, the probabilities of many tokens by layer: those that are largest
-   anywhere, and by layer the most that any other token has, so that a token not kept still has a bound.
-3. Contextual heat map (arXiv 2411.19187): cos(mean_t h^l(a_t), h^l(v)), the answer's own tokens a_t averaged raw
-   before the cosine, end tokens left out, both sides at the same layer l.
-4. Attention patterns head by head, to every position: from the one that predicts the answer, then from the answer's own tokens,
-   the text after the images, the other text and the image tokens, as many of them as `attention_size` holds.
+1. Logit lens (nostalgebraist, 2020) at every position and layer: the top k tokens (see `analyses.logit_lens`), and the
+   probabilities of the answer's tokens.
+2. At the position that predicts the answer, the probabilities of many tokens by layer: those with the largest probability at
+   any layer. For all other tokens, their largest probability at each layer is kept as a bound.
+3. Contextual heat map (arXiv 2411.19187): cos(mean_t h^l(a_t), h^l(v)) for an image token v, with the mean over the answer's
+   tokens a_t (without end tokens) taken before the cosine, and both sides at the same layer l.
+4. Attention of every head to every position: from the position that predicts the answer, then from the answer's tokens, the text
+   after the images, the other text, and the image tokens, as many as fit into `attention_size`.
 5. Patching recovery by layer and position, if a sweep is given, with the other image and its answer.
 
-A video is a row of frames (of its grid), each with a picture of its own.
+A video is shown as one image per frame of its grid.
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ from hooked_qwen2vl.protocols import Model
 @renamed_attributes
 @dataclass(frozen=True)
 class Explorer(Result):
-    """One prompt, opened. Its positions are the prompt's without padding; layers run from 0 to L, blocks to L−1.
+    """What the explorer page shows about one prompt. Positions count without padding; layers are 0..L, blocks 0..L−1.
 
     Attributes:
-        lens: at every position; its targets are the tokens followed everywhere.
-        segments: the segment of the prompt that each position belongs to.
-        images: in original pixels; of a video, one a frame of its grid. starts, grids: where their tokens begin, and (rows, cols)
-            of them. image_names: what they are called.
-        last: which position predicts the answer's first token.
-        answer: places of the answer's own tokens; empty without an answer.
-        kept_ids: ids whose probabilities at `last` are kept; kept_tokens: their text.
-        kept_probs: [layer token] of them, by layer.
-        rest_prob: [layer] the most that any other token has at `last`; 0 if all are kept.
+        lens: logit lens at every position; its targets are the followed tokens.
+        segments: [pos] name of the segment that each position belongs to.
+        images: in original pixels; for a video one per frame of its grid. starts: position of each image's first token.
+            grids: (rows, cols) of each. image_names: their titles.
+        last: the position that predicts the answer's first token.
+        answer: positions of the answer's tokens, without end tokens; empty without an answer.
+        kept_ids: token ids whose probabilities at `last` are kept; kept_tokens: their texts.
+        kept_probs: [layer token] their probabilities at `last`, for layers 0..L.
+        rest_prob: [layer] largest probability of any other token at `last`; 0 if all tokens are kept.
         queries: the positions whose attention is kept, `last` first.
-        attention_from: [layer query head pos] of them, by block; each row sums to 1.
-        contextual: [layer pos] cosine with the answer, by layer; None without an answer.
-        recovery: [layer pos] of a patching sweep, by block; NaN where nothing was patched; None without one.
-        question, answer_text, model_name: as shown.
-        other_images, other_answer: what the recovery was patched into, and what the model answers to it; empty without one.
+        attention_from: [layer query head pos] their attention patterns, by block; each sums to 1 over pos.
+        contextual: [layer pos] cosine with the answer, for layers 0..L; None without an answer.
+        recovery: [layer pos] of a patching sweep, by block; NaN at cells that were not patched; None without a sweep.
+        question, answer_text, model_name: as shown on the page.
+        other_images, other_answer: image of the corrupted prompt of the sweep, and the model's answer to it; empty without a sweep.
     """
 
     lens: LogitLens
@@ -84,14 +84,14 @@ class Explorer(Result):
 
     @property
     def attention(self) -> Float[Tensor, "layer head pos"]:
-        """From the position that predicts the answer."""
+        """Attention from the position that predicts the answer, by block."""
         return self.attention_from[:, self.queries.index(self.last)]
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row for each layer and position: the lens's top token and what the maps hold there.
+        """One row per layer and position: the lens's top token and the values of the maps.
 
-        Probabilities, attention (mean over heads) and recovery as fractions, cosines in −1..1, entropy in nats; NaN
-        where a map has no value: blocks end one before the last layer.
+        Probabilities, attention (mean over heads) and recovery are fractions, cosines are in −1..1, entropy is in nats. Values
+        that do not exist are NaN: attention and recovery belong to blocks and have none at layer L.
         """
         n_layers, n_positions = self.lens.entropy.shape
         layers = torch.arange(n_layers)[:, None].expand(-1, n_positions)
@@ -111,13 +111,13 @@ class Explorer(Result):
         return table
 
     def page(self, path: Any = None) -> Any:
-        """One self-contained page, to be opened without network; a notebook shows it as the last expression of a cell."""
+        """Writes one self-contained HTML page that needs no network; as the last expression of a cell a notebook shows it."""
         from analyses.views.explorer import explorer_page
 
         return explorer_page(self, path)
 
     def plot(self, path: Any = None, image: int = 0) -> Any:
-        """The page's maps for paper: a row a map, evenly spaced layers as columns."""
+        """The page's maps as a figure: one row per map, evenly spaced layers as columns."""
         from analyses.views.attention import maps_on_image
 
         rows, cols = self.grids[image]
@@ -132,7 +132,7 @@ class Explorer(Result):
         return maps_on_image(kept, self.grids[image], self.images[image], path, title=f"{self.question}, {self.model_name}")
 
     def plot_heads(self, path: Any = None, image: int = 0, layers: Sequence[int] | None = None) -> Any:
-        """Attention from the position that predicts the answer, on the image: a row a block, a column a head."""
+        """Attention from the position that predicts the answer, over the image: one row per block, one column per head."""
         from analyses.views.attention import attention_on_image
 
         rows, cols = self.grids[image]
@@ -160,18 +160,18 @@ def explore(
     """Computes what the explorer page shows, in two forwards.
 
     Args:
-        inputs: prompts with images and, for the contextual map, an answer (`to_inputs(…, answers=…)`, or what
-            `generate(…, return_type="inputs")` gives).
-        images: this row's, in original pixels, in order.
-        follow: tokens beside the answer's own to follow at every position.
-        keep: how many tokens' probabilities are kept at the position that predicts the answer.
-        recovered: from `recovery_by_position`, over all of the row's positions.
+        inputs: prompts with images and, for the contextual map, an answer (`to_inputs(…, answers=…)`, or the result of
+            `generate(…, return_type="inputs")`).
+        images: the images of this row, in original pixels, in order.
+        follow: further tokens whose probabilities are computed at every position, besides the answer's.
+        keep: number of tokens whose probabilities are kept at the position that predicts the answer.
+        recovered: from `recovery_by_position`, over all positions of the row.
         row: which prompt of the batch.
-        videos: this row's, as their frames.
-        other, other_answer: the image that `recovered` was patched into, and what the model answers to it; they are shown beside it.
-        attention_size: how many attention weights are kept, at most; those from `last` always are.
+        videos: the frames of each video of this row.
+        other, other_answer: image of the corrupted prompt that `recovered` is about, and the model's answer to it.
+        attention_size: largest number of attention weights to keep; those from `last` are always kept.
     Raises:
-        ValueError: no image in the prompt, images that are not its own, or a recovery of another shape.
+        ValueError: keep below 1, no image in the prompt, other images than the prompt's, or a recovery of another shape.
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1, got {keep}.")
@@ -221,15 +221,15 @@ def explore(
 def recovery_by_position(
     result: PatchingResult, clean_metric: Float[Tensor, "batch"], shape: tuple[int, int], example: int = 0
 ) -> Float[Tensor, "layer pos"]:
-    """A sweep over single positions as a map: (patched − baseline) / (clean − baseline), NaN where nothing was patched.
+    """Recovery of a sweep over single positions, (patched − baseline) / (clean − baseline); NaN at cells that were not patched.
 
     Args:
-        result: `patch_sweep` of a stream, its rows single positions.
-        clean_metric: of the clean run.
-        shape: (layers of the model, positions of the prompt to show).
+        result: of `patch_sweep`, over single positions of an activation without heads.
+        clean_metric: the metric of the clean run.
+        shape: (number of layers of the model, number of positions of the prompt).
         example: which pair of the batch.
     Raises:
-        ValueError: a sweep by head, rows that are spans, or positions past the prompt.
+        ValueError: a sweep by head, rows that are spans, or positions after the end of the prompt.
     """
     if result.axis_names != ["layer", "pos"]:
         raise ValueError(f"expected a sweep over [layer pos], got {list(result.axis_names)}: sweep a stream, not heads.")
@@ -247,7 +247,7 @@ def recovery_by_position(
 def _pictures(
     model: Model, inputs: Any, places: Sequence[int], images: Sequence[Any], videos: Sequence[Sequence[Any]]
 ) -> tuple[tuple[Any, ...], tuple[int, ...], tuple[tuple[int, int], ...], tuple[str, ...]]:
-    """Each image and each frame of a video's grid: its picture, where its tokens begin, its grid, its name."""
+    """(pictures, positions of their first tokens, grids, titles), for each image and each frame of a video's grid."""
     names = inputs.segment_names()
     n_images, n_videos = (sum(name.startswith(f"{kind}[") for name in names) for kind in ("image", "video"))
     if n_images + n_videos == 0:
@@ -274,10 +274,10 @@ def _pictures(
 
 
 def _queries(segments: Sequence[str], last: int, each: int, size: int) -> tuple[int, ...]:
-    """The positions whose attention is kept, the most asked for first: see 4. above.
+    """The positions whose attention is kept, in the order of step 4 above.
 
     Args:
-        each: numbers that one takes. size: numbers there is room for.
+        each: attention weights per position. size: attention weights to keep at most.
     """
     seen = [place for place, name in enumerate(segments) if name.startswith(("image[", "video["))]
     text = [place for place in range(len(segments)) if place not in set(seen)]
@@ -287,7 +287,7 @@ def _queries(segments: Sequence[str], last: int, each: int, size: int) -> tuple[
 
 
 def _refuse_another(model: Model, inputs: Any, number: int, image: Any) -> None:
-    """A picture that is not the prompt's, as far as its proportions and, at the processor's own size, its pixels tell."""
+    """Raises ValueError if a picture is not the prompt's: other proportions, or other pixels if the processor gives it the same grid."""
     refuse_other_picture(image, inputs.grid(0, number))
     if model.processor is None:
         return
@@ -301,7 +301,7 @@ def _refuse_another(model: Model, inputs: Any, number: int, image: Any) -> None:
 def _run(
     model: Model, inputs: Any, queries: Sequence[int]
 ) -> tuple[Float[Tensor, "layer 1 pos d_model"], Float[Tensor, "block query head pos"]]:
-    """One forward: the residual stream, and of every pattern only the rows of `queries` (the squares would fill memory)."""
+    """One forward: the residual stream, and the attention patterns of `queries` only, because whole patterns would fill the memory."""
     rows = list(queries)
     with attention_patterns(model, lambda pattern: pattern[0][:, rows].transpose(0, 1).float().cpu()) as patterns:
         stack, _ = residual_stack(model, inputs)
@@ -311,7 +311,7 @@ def _run(
 def _many_tokens(
     model: Model, streams: Float[Tensor, "layer d_model"], keep: int
 ) -> tuple[Int[Tensor, "token"], Float[Tensor, "layer token"], Float[Tensor, "layer"]]:
-    """The tokens that are most probable anywhere, their probabilities, and the most that any other has."""
+    """(ids of the tokens with the largest probability at any layer, their probabilities, largest probability of all others)."""
     probs = logits_of(model, streams).softmax(-1)
     kept = probs.amax(0).topk(min(keep, probs.shape[1])).indices.sort().values
     others = probs.clone()
@@ -320,13 +320,13 @@ def _many_tokens(
 
 
 def _contextual(stack: Float[Tensor, "layer pos d_model"], answer: Sequence[int]) -> Float[Tensor, "layer pos"]:
-    """Cosine of every position with the mean of the answer's, at each layer."""
+    """Cosine of every position with the mean over the answer's positions, at each layer."""
     wide = stack.float()
     return F.cosine_similarity(wide, wide[:, list(answer)].mean(1, keepdim=True), dim=-1).cpu()
 
 
 def _to_entries(values: Tensor | None, n_layers: int, n_positions: int = 0) -> Tensor:
-    """A map over blocks as one over layers: block l reads layer l, nothing reads the last."""
+    """A map over blocks as a map over layers: block l goes to layer l, and layer L is NaN."""
     if values is None:
         return torch.full((n_layers, n_positions), torch.nan)
     return F.pad(values, (0, 0, 0, n_layers - len(values)), value=torch.nan)
@@ -337,5 +337,5 @@ def _ids(model: Model, tokens: Sequence[int | str]) -> list[int]:
 
 
 def _texts(model: Model, ids: Tensor) -> list[str]:
-    """Token ids as text; the ids themselves where there is no tokenizer."""
+    """The texts of token ids; without a tokenizer the ids as text."""
     return [str(int(i)) for i in ids] if model.tokenizer is None else model.to_str_tokens(ids)

@@ -1,19 +1,19 @@
-"""Interventions: act on heads, neurons, layers, directions and image tokens, in any run of the model.
+"""Interventions on heads, neurons, layers, directions and image tokens, in any run of the model.
 
-Each function gives a list of (hook name, function); lists add up, and act in their order:
+Each function returns a list of (hook name, function). Lists can be added; their hooks act in order:
 
     hooks = ablate(heads=[(3, 1)]) + steer(direction, layers=[4], scale=2.0)
     with model.hooks(fwd_hooks=hooks): ...          or          with hooks.on(model): ...
     model.generate(inputs, fwd_hooks=hooks)
 
-1. They act in plain runs, with a cache, in patching sweeps and in generation, cached or not, with the same numbers. Places
-   (`positions`) are those of the prompt they were made for; a run of prompts that are laid out otherwise is refused.
-2. Without `positions` they act at every position, also at those that are generated. With them, at those of the prompt, and with
-   `generated=True` also at every one that is generated.
-3. Zero ablation of a head, a neuron or a whole attention or MLP is the same as zeroing the weights that it writes with.
+1. They act alike in plain runs, runs with a cache, patching sweeps, and generation with or without a key-value cache.
+   `positions` belong to the prompts that the interventions were made for; running prompts of another layout is an error.
+2. Without `positions` they act at every position, generated ones included. With `positions` they act at these positions of
+   the prompt, and with `generated=True` also at every generated position.
+3. Zero ablation of a head, a neuron, or a whole attention or MLP equals setting its output weights to zero.
 
 Sources: mean and resample ablation: Chan et al. 2022 (causal scrubbing); steering: Turner et al. 2023, Rimsky et al. 2024;
-projection out: Arditi et al. 2024; dropped image tokens: Chen et al. 2024 (FastV).
+projecting out: Arditi et al. 2024; dropping image tokens: Chen et al. 2024 (FastV).
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from hooked_qwen2vl.running import attention_positions, query_positions, running
 
 How = Literal["zero", "mean", "resample"]
 Edit = Callable[..., Tensor]
-_DRAWS = 65_536  # resampling repeats its draws after so many positions
+_DRAWS = 65_536  # positions after which resampling repeats its random draws
 
 
 class Interventions(list):
-    """A list of (hook name, function) that adds up, and can be put on a model as a context."""
+    """A list of (hook name, function); lists can be added, and `with hooks.on(model):` runs the model with them."""
 
     def __add__(self, other: Any) -> Interventions:
         return Interventions([*self, *other])
@@ -49,7 +49,7 @@ class Interventions(list):
 
     @contextmanager
     def on(self, model: Model) -> Iterator[Any]:
-        """Within this context the model runs with these interventions."""
+        """Context in which the model runs with these interventions."""
         with model.hooks(fwd_hooks=self):
             yield model
 
@@ -62,9 +62,9 @@ class Where:
     """The positions that an intervention acts on.
 
     Attributes:
-        rows: [row pos] of the prompts; None: every position there is.
-        shape: of those prompts. generated: whether positions after the prompts count, too.
-        what: is to act there, for messages.
+        rows: [row pos] mask over the prompts; None: every position.
+        shape: layout of those prompts. generated: whether it also acts at every generated position.
+        what: subject of error messages, such as "these interventions were".
     """
 
     rows: Bool[Tensor, "row pos"] | None = None
@@ -74,10 +74,10 @@ class Where:
 
     @classmethod
     def of(cls, inputs: Any, positions: Place | None, generated: bool = False) -> Where:
-        """A place in every row of the prompts.
+        """The positions of a place in every row of the prompts.
 
         Raises:
-            ValueError: positions without prompts, prompts or `generated` without positions, or a place that a row does not have.
+            ValueError: positions without prompts, `generated` without positions, or a place that a row does not have.
         """
         if positions is None:
             if generated:
@@ -91,17 +91,17 @@ class Where:
         return cls(rows, inputs.prompt_shape, generated)
 
     def mask(self, activation: Float[Tensor, "batch pos *rest"], hook: Any) -> Bool[Tensor, "batch pos"] | None:
-        """Which of an activation's positions are meant; None: all.
+        """At which of an activation's positions to act; None: at all.
 
         Raises:
-            ValueError: the prompts that are run are laid out otherwise, or it cannot be told which positions these are.
+            ValueError: the prompts that run have another layout, or it is unknown which positions of the prompts these are.
         """
         return None if self.rows is None else self.at(query_positions(activation.shape[1]), len(activation), hook).to(activation.device)
 
     def at(self, positions: Tensor, batch: int, hook: Any) -> Bool[Tensor, "batch n"]:
-        """Which of some positions are meant, in every row of a batch (the prompts may come several times over)."""
+        """At which of these positions to act, for every row of a batch (which may repeat the prompts several times)."""
         require_prompt(self.shape, hook, self.what)
-        assert self.rows is not None  # asked of named positions only
+        assert self.rows is not None
         if running_positions.get() is None and len(positions) < self.rows.shape[1]:
             raise ValueError(
                 f"{hook.name} holds {len(positions)} positions and the prompt has {self.rows.shape[1]}: which ones they are is known "
@@ -133,21 +133,21 @@ def ablate(
     seed: int = 0,
     generated: bool = False,
 ) -> Interventions:
-    """Replaces what parts of the decoder write: by 0, by its mean, or by what they write elsewhere.
+    """Zero, mean or resample ablation of heads, neurons, attentions, MLPs, layers or tokens of the decoder.
 
     Args:
         heads: (layer, head), at `attn.hook_z`. neurons: (layer, neuron), at `mlp.hook_post`.
-        attentions, mlps: layers whose attention or MLP writes nothing of its own. layers: both of them.
-        positions: where in the prompt; None is everywhere. Alone, without any part, the tokens themselves are ablated: the stream
-            that enters the first block there, and what DeepStack adds there later (Qwen3-VL).
-        inputs: the prompts that `positions` are of.
-        how: "zero"; "mean" over all tokens of `reference`; or "resample": every position takes what one token of the reference
-            has, drawn by its position and the seed, the same token for all parts.
-        reference: a cache (`model.run_with_cache(prompts, names_filter=hook_names(…))`) for "mean" and "resample"; padding is left out.
+        attentions, mlps: layers whose attention or MLP output is replaced. layers: layers where both are.
+        positions: where in the prompt; None: everywhere. With positions and no heads, neurons, attentions, mlps or layers, the
+            tokens are ablated: the residual stream that enters the first block, and what DeepStack adds later (Qwen3-VL).
+        inputs: the prompts that `positions` belong to.
+        how: "zero"; "mean": the mean over all tokens of `reference`; "resample": the value at one token of the reference, drawn
+            for each position from the seed; all ablated parts take the same token.
+        reference: a cache (`model.run_with_cache(prompts, names_filter=hook_names(…))`) for "mean" and "resample"; padding is not used.
         generated: with positions, also ablate at every generated position.
     Raises:
-        ValueError: nothing to ablate, a reference that is missing, unwanted or lacks an activation, no such layer, head or neuron
-            (when put on a model), or places that do not belong to what is run.
+        ValueError: nothing to ablate, a reference that is missing, not needed or lacks an activation; when run: no such layer, head
+            or neuron, or prompts of another layout than `inputs`.
     """
     if how not in ("zero", "mean", "resample"):
         raise ValueError(f"how must be 'zero', 'mean' or 'resample', got {how!r}.")
@@ -171,7 +171,7 @@ def hook_names(
     mlps: Sequence[int] = (),
     layers: Sequence[int] = (),
 ) -> list[str]:
-    """The hook points at which `ablate` acts on these parts: what a reference must hold."""
+    """The hook points at which `ablate` acts on these parts; a reference must have them."""
     return list(_parts(heads, neurons, [*attentions, *layers], [*mlps, *layers]))
 
 
@@ -180,7 +180,7 @@ def _is_deepstack(name: str) -> bool:
 
 
 def _parts(heads: Any, neurons: Any, attentions: Any, mlps: Any) -> dict[str, list[int] | None]:
-    """Hook name -> heads or neurons there; None where all of it is meant."""
+    """Hook name -> heads or neurons to replace there; None: the whole activation."""
     parts: dict[str, list[int] | None] = {}
     for pairs, name in ((heads, "attn.hook_z"), (neurons, "mlp.hook_post")):
         for layer, unit in pairs:
@@ -190,7 +190,7 @@ def _parts(heads: Any, neurons: Any, attentions: Any, mlps: Any) -> dict[str, li
 
 
 class _Source:
-    """What is put in."""
+    """The values that replace the ablated activations."""
 
     def __init__(self, how: How, reference: Any, seed: int):
         self.how, self.reference = how, reference
@@ -198,7 +198,7 @@ class _Source:
         self.known: dict[str, Tensor] = {}
 
     def values(self, name: str, positions: Tensor) -> Tensor | float:
-        """[pos …] or […] of one hook point: for these positions, or for all."""
+        """Values for one hook point: [pos …] for these positions, or […] or a number for all positions."""
         if self.how == "zero":
             return 0.0
         tokens = self._tokens(name)
@@ -253,12 +253,12 @@ def _blend(new: Tensor, old: Tensor, mask: Bool[Tensor, "batch pos"] | None) -> 
 def scale_heads(
     factors: Mapping[tuple[int, int], float], positions: Place | None = None, inputs: Any = None, generated: bool = False
 ) -> Interventions:
-    """Multiplies what heads write: 0 is zero ablation, 1 changes nothing.
+    """Multiplies the outputs of heads (`attn.hook_z`) by factors: 0 is zero ablation, 1 changes nothing.
 
     Args:
         factors: (layer, head) -> factor. positions, inputs, generated: see `ablate`.
     Raises:
-        ValueError: no head, or as `ablate`.
+        ValueError: no heads given, or as `ablate`.
     """
     where, layers = Where.of(inputs, positions, generated), dict[int, dict[int, float]]()
     for (layer, head), factor in factors.items():
@@ -295,11 +295,11 @@ def steer(
     """Adds `scale` times a direction to the residual stream that enters some blocks.
 
     Args:
-        direction: one for all of `layers`, or one for each (see `contrast_direction`, `token_direction`).
+        direction: one for all `layers`, or one for each (see `contrast_direction`, `token_direction`).
         layers: blocks 0..L−1.
         positions, inputs, generated: see `ablate`.
     Raises:
-        ValueError: no layer, a direction of another size or not finite, or as `ablate`.
+        ValueError: no layers given, a direction of another size than d_model or not finite, or as `ablate`.
     """
 
     def add(vector: Tensor) -> Edit:
@@ -319,10 +319,10 @@ def project_out(
     inputs: Any = None,
     generated: bool = False,
 ) -> Interventions:
-    """Takes a direction out of the residual stream that enters some blocks: h − ⟨h, d⟩ d / ⟨d, d⟩.
+    """Projects a direction out of the residual stream that enters some blocks: h − ⟨h, d⟩ d / ⟨d, d⟩.
 
-    Computed in float32; `project_away` takes it out only where it is positive. Arguments and errors as `steer`; a direction of length 0
-    is an error, too.
+    Computed in float32 (float64 for a float64 stream). `project_away` does this only where ⟨h, d⟩ is positive. Arguments and errors
+    as `steer`; a direction of length 0 is an error, too.
     """
 
     def remove(vector: Tensor) -> Edit:
@@ -361,11 +361,11 @@ def _fitting(vector: Tensor, stream: Tensor, hook: Any) -> Tensor:
 
 @torch.no_grad()
 def contrast_direction(model: Model, positive: Any, negative: Any, layer: int, where: Place = "last") -> Float[Tensor, "d_model"]:
-    """Mean residual stream of some prompts minus that of others, where it enters a block; of images, words, or both.
+    """Difference of means of the residual stream that enters a block: mean over `positive` minus mean over `negative` prompts.
 
     Args:
-        positive, negative: `Inputs`, any number of prompts each. layer: the block, 0..L−1. where: a place in every prompt; its
-            positions are averaged, then the prompts.
+        positive, negative: `Inputs`, any number of prompts each, with or without images. layer: the block, 0..L−1.
+        where: a place in every prompt; the stream is averaged over its positions, then over prompts.
     Raises:
         ValueError: no such layer or place.
     """
@@ -382,10 +382,10 @@ def contrast_direction(model: Model, positive: Any, negative: Any, layer: int, w
 
 @torch.no_grad()
 def token_direction(model: Model, token: str | int, against: str | int | None = None) -> Float[Tensor, "d_model"]:
-    """The direction of the residual stream that raises a token's logit: its unembedding through the final norm's weight.
+    """The direction of the residual stream that raises a token's logit: its column of W_U times the final norm's weight.
 
     Args:
-        against: a token whose direction is subtracted.
+        against: another token; its direction is subtracted.
     Raises:
         ValueError: text that is not one token.
     """
@@ -405,16 +405,19 @@ def redirect_attention(
     positions: Place | None = None,
     generated: bool = True,
 ) -> Interventions:
-    """Makes heads spend a share of their attention on a place; among its tokens, and among all others, they divide it as before.
+    """Sets the share of their attention that heads give to a place of the prompt.
 
-    A head that gives the place no attention at all spreads the share evenly over it.
+    The pattern is rescaled: the proportions among the tokens of the place, and among all other tokens, stay as they are. A head
+    that gives the place no attention at all spreads the share evenly over it.
 
     Args:
-        heads: (layer, head). to: the place attended to. share: 0..1 of the attention.
-        positions: the queries; None: every position after the first token of `to` (a query attends to the part that it sees).
-        generated: also every generated position.
+        heads: (layer, head). to: the place attended to. share: 0..1 of each query's attention.
+        positions: the queries; None: every position from the first token of `to` on (a query attends to the tokens of the place
+            that it sees).
+        generated: also change every generated position.
     Raises:
-        ValueError: no head, a share outside 0..1, a query that sees none of the place, or nothing else (unless share = 1).
+        ValueError: no heads given, a share outside 0..1, a query that sees no token of the place, or one that sees no other token
+            (unless share = 1).
     """
     if not heads or not 0 <= share <= 1:
         raise ValueError(f"expected at least one head and a share in 0..1, got {len(heads)} heads and share={share}.")
@@ -461,12 +464,14 @@ def _redirected(pattern: Tensor, on: Tensor, share: float, wanted: Tensor, hook:
 
 
 def hide(inputs: Any, span: Place, layers: Sequence[int] | None = None) -> Interventions:
-    """Hides tokens from all others: nobody else, also no generated token, attends to them in these layers; they see themselves.
+    """Hides tokens: no other token of the prompt and no generated token attends to them in these layers.
+
+    The hidden tokens still attend to themselves and to one another.
 
     Args:
-        layers: None hides them in every layer.
+        layers: None: all layers.
     Raises:
-        ValueError: no such place; (when run) prompts that are laid out otherwise.
+        ValueError: no such place; when run: prompts of another layout.
     """
     where = Where.of(inputs, span)
 
@@ -483,14 +488,15 @@ def hide(inputs: Any, span: Place, layers: Sequence[int] | None = None) -> Inter
 
 
 def mask_image(inputs: Any, box: Place = "image", layers: Sequence[int] | None = None) -> Interventions:
-    """Hides the image tokens of a box (or of any place in the image) from all other tokens, in every layer or some.
+    """Hides the image tokens of a box (or of another place in the image) from all other tokens, in all layers or some.
 
-    The tower has mixed the image by then: neighbours of the box know something of it. Paint over the pixels to take them out too.
+    The vision tower has mixed information among image tokens before, so neighbours of the box carry some of its content. To remove
+    that too, paint over the pixels.
 
     Args:
         box: (x0, y0, x1, y1) in original pixels of the first image, or another place.
     Raises:
-        ValueError: the place has tokens that are no image's, or as `hide`.
+        ValueError: the place has tokens that are not image tokens, or as `hide`.
     """
     for row in range(len(inputs)):
         places = inputs.resolve(box, row)
@@ -500,16 +506,17 @@ def mask_image(inputs: Any, box: Place = "image", layers: Sequence[int] | None =
 
 
 def drop_tokens(inputs: Any, span: Place, from_layer: int) -> Interventions:
-    """Tokens leave the residual stream before a block (FastV): all later blocks run without them, faster.
+    """Removes tokens from the residual stream before a block (FastV); this and all later blocks run without them, faster.
 
-    The positions of the others stay as they were, so the result equals hiding these tokens' keys from that block on
-    (`hide(inputs, span, range(from_layer, L))`). At the dropped positions logits are those of the stream when it left, and a
-    cache has NaN from that block on. In a batch a token leaves where every row drops it; elsewhere its keys are hidden.
+    The other tokens keep their positions, so the result equals hiding the dropped tokens' keys from that block on
+    (`hide(inputs, span, range(from_layer, L))`). Logits at dropped positions are computed from the stream that entered the
+    block, and a cache has NaN there from that block on. In a batch, a position is removed only if every row drops it; in
+    other rows its keys are hidden.
 
     Args:
-        from_layer: the first block that runs without them, 1..L−1.
+        from_layer: the first block that runs without the tokens, 1..L−1.
     Raises:
-        ValueError: no such block or place; (when run) the last position would leave, or another model than a HookedQwen2VL.
+        ValueError: no such block or place, or the span contains the last position; when run: another model than a HookedQwen2VL.
     """
     if from_layer < 1:
         raise ValueError(

@@ -1,12 +1,12 @@
-"""Linear probes: what can be read off the residual stream, single heads, or the tower, and is it more than a probe can learn by itself?
+"""Linear probes with controls, on the residual stream, single heads, or the vision tower.
 
-1. A probe item is a place in a prompt and a label: an object's image tokens and its colour, the last position and the answer. Its
-   features are the mean activation over the place, at each site: a hook point, or one head of it.
-2. A logistic regression on standardised features (scikit-learn), fitted on some images and tested on others.
-3. Control: the same with the labels shuffled over all items, several times. Selectivity is accuracy minus the control's mean.
-   What a probe reads need not be what the model uses: `direction` gives what to steer or project out with.
+1. A probe item is a place in a prompt with a label, such as an object's image tokens and its colour, or the last position and the
+   answer. Its features are the mean activation over the place, at each site: a hook point, or one head of it.
+2. A probe is a logistic regression on standardised features (scikit-learn), fitted on some images and tested on others.
+3. Control: the same with labels shuffled over all items, several times. Selectivity is accuracy minus the control's mean accuracy.
+   The model need not use what a probe finds: test that by steering with `Probes.direction` or projecting it out.
 
-k-sparse probes of single neurons: `sparse_probe`, which is TransformerLens's `fit_sparse_probe` on the same items.
+k-sparse probes: `sparse_probe`, TransformerLens's `fit_sparse_probe` on the same items.
 
 Sources: Alain & Bengio 2016; Hewitt & Liang 2019 (control tasks, selectivity); Gurnee et al. 2023 (sparse probing).
 """
@@ -43,9 +43,9 @@ class ProbeData(Result):
     """Features and labels of probe items.
 
     Attributes:
-        features: site -> [item d], float32; a site is a hook point's name, with " head h" after it for one head.
-        labels: [item]. images: [item] which items belong together.
-        model_name: of the model.
+        features: site -> [item d], float32; a site is the name of a hook point, followed by " head h" for one head.
+        labels: [item]. images: [item] key of each item's image; items of one image stay together in the split.
+        model_name: name of the model.
     """
 
     features: Mapping[str, Float[Tensor, "item d"]]
@@ -54,20 +54,21 @@ class ProbeData(Result):
     model_name: str
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per label: how many items and images have it."""
+        """One row per label: number of items and of images."""
         table = pd.DataFrame({"label": self.labels, "image": self.images})
         return table.groupby("label").agg(items=("image", "size"), images=("image", "nunique")).reset_index()
 
 
 @dataclass(frozen=True)
 class Probes(Result):
-    """Fitted probes and how well they read.
+    """Fitted probes and their accuracy.
 
     Attributes:
-        table: one row per site: accuracy on the test images with its 95 % interval (images resampled), the control's mean and largest accuracy,
-            selectivity, the share of the most frequent label, items and images of the test.
-        weights: site -> [label d] of the features as they are; biases: site -> [label]. labels: in that order.
-        settings: C, test_share, controls, seed. model_name: of the model.
+        table: one row per site: accuracy on the test images with its 95 % interval (images resampled); control, control_largest: mean
+            and largest accuracy of the controls; selectivity; majority: accuracy of always saying the most frequent training label;
+            items, images: numbers in the test.
+        weights: site -> [label d], biases: site -> [label], for features that are not standardised. labels: in that order.
+        settings: C, test_share, controls, seed. model_name: name of the model.
     """
 
     table: pd.DataFrame
@@ -81,7 +82,7 @@ class Probes(Result):
         return self.table
 
     def direction(self, site: str, label: str, against: str | None = None) -> Float[Tensor, "d"]:
-        """Of length 1, towards a label: against another, or against the mean of all others.
+        """Unit vector from the weights: those of a label minus those of `against`, or minus the mean over all other labels.
 
         Raises:
             ValueError: no such site or label.
@@ -96,22 +97,24 @@ class Probes(Result):
         return found / found.norm()
 
     def plot(self, path: Any = None) -> Any:
-        """Accuracy of every site with its interval, and the control's."""
+        """Accuracy of every site with its interval, and the control's accuracy."""
         from analyses.views.probes import probes_plot
 
         return probes_plot(self, path)
 
 
 def answers(example: Example) -> Iterable[tuple[Place, str]]:
-    """The last position, with the right answer."""
+    """Targets for `probe_data`: the last position, labelled with the right answer."""
     return [("last", example.answer)]
 
 
 def things(truth: str = "color", box_of: Callable[[Any], Place] = lambda thing: cast(Any, tuple(map(float, thing.box)))) -> Callable:
-    """Every object of a scene of the embedded world: its image tokens, with its colour, kind, size, row or col.
+    """Targets for `probe_data`: the image tokens of every object of a scene of the embedded world, labelled with its colour, kind, size, row or col.
 
+    Args:
+        truth: one of TRUTHS. box_of: object -> place; the object's box by default.
     Raises:
-        ValueError: another truth; (when called) an example of other data.
+        ValueError: an unknown truth; when called: an example that is not from the embedded world.
     """
     if truth not in TRUTHS:
         raise ValueError(f"truth must be one of {', '.join(TRUTHS)}, got {truth!r}.")
@@ -135,12 +138,12 @@ def probe_data(
     """Features and labels of some questions.
 
     Args:
-        sites: hook points, of the decoder [batch pos d] or [batch pos head d_head] (then flattened, or one head: (name, head)), or of
-            the tower [1 patch d] (then an image token is the mean of its patches); None takes the stream that enters each block.
-        targets: example -> places with labels; `answers`, `things("color")`, or your own. Each image counts once: further questions about it
-            add items only where their places are in the text.
+        sites: hook points of the decoder, [batch pos d] or [batch pos head d_head] (flattened; (name, head) for one head), or of the
+            tower, [1 patch d] (an image token is the mean of its patches). None: the residual stream that enters each block.
+        targets: example -> (place, label) pairs: `answers`, `things("color")`, or your own. A box of an image is used once, even if
+            several questions are about that image.
     Raises:
-        ValueError: no item, a site of another shape, or places of the tower that are not in the image.
+        ValueError: no item, a head that the site does not have, or a site of the tower with positions outside the first image.
     """
     sites = [f"blocks.{layer}.hook_resid_pre" for layer in range(model.cfg.n_layers)] if sites is None else list(sites)
     names = {_split(site)[0] for site in sites}
@@ -169,12 +172,12 @@ def probe_data(
 
 
 def fit_probes(data: ProbeData, test_share: float = 0.3, C: float = 0.1, controls: int = 3, seed: int = 0, progress: bool = True) -> Probes:
-    """A probe for each site, tested on images that it has not seen, beside probes of shuffled labels.
+    """Fits a probe for each site, tests it on other images, and compares it with probes of shuffled labels.
 
     Args:
-        test_share: of the images. C: inverse strength of the penalty, scikit-learn's. controls: shuffles.
+        test_share: share of the images for the test. C: scikit-learn's inverse strength of the penalty. controls: number of shuffles.
     Raises:
-        ValueError: fewer than two labels or images in the training part, or a label that only the test has.
+        ValueError: no image in training or test, fewer than two labels in training, or a label that only the test has.
     """
     labels, codes = np.array(data.labels), cluster_codes(data.images, len(data.labels))
     order = np.random.default_rng(seed).permutation(codes.max() + 1)
@@ -210,12 +213,12 @@ def fit_probes(data: ProbeData, test_share: float = 0.3, C: float = 0.1, control
 
 
 def sparse_probe(data: ProbeData, site: str, label: str, k: int = 4, seed: int = 0, **settings: Any) -> Any:
-    """TransformerLens's k-sparse probe for one label against all others: which k units of a site tell it.
+    """TransformerLens's k-sparse probe for one label against all others: it chooses the k units of a site that predict the label.
 
-    Its split is over items, not images: give one item an image where images must not be on both sides.
+    It splits into training and test by items, not by images. If an image must not be in both, use one item per image.
 
     Args:
-        settings: as `transformer_lens.tools.analysis.fit_sparse_probe` takes them.
+        settings: further arguments of `transformer_lens.tools.analysis.fit_sparse_probe`.
     Raises:
         ValueError: no such site or label.
     """
@@ -229,7 +232,7 @@ def _fitted(x: np.ndarray, labels: np.ndarray, C: float) -> Any:
 
 
 def _plain(model: Any, n_labels: int) -> tuple[Tensor, Tensor]:
-    """Weights and biases of the features before standardisation, a row a label (two rows where there are two)."""
+    """Weights and biases for features that are not standardised, one row per label (also for two labels, where scikit-learn has one)."""
     scaler, logistic = model[0], model[-1]
     weights = logistic.coef_ / scaler.scale_
     biases = logistic.intercept_ - weights @ scaler.mean_
@@ -261,7 +264,7 @@ def _at(cache: Any, site: Site, inputs: Any, positions: Tensor) -> Float[Tensor,
 
 
 def _image_tokens(packed: Tensor, inputs: Any, positions: Tensor) -> Float[Tensor, "n *rest"]:
-    """The tower's activation at image tokens: the mean of their patches."""
+    """The tower's activations at image tokens of the first image: the mean over each token's patches."""
     image = inputs.positions("image[0]").tolist()
     if outside := [place for place in positions.tolist() if place not in image]:
         raise ValueError(f"positions {outside[:5]} are not in the first image: the tower has nothing there.")

@@ -1,9 +1,9 @@
-"""ProjectAway: take a word's direction out of the image tokens (Jiang et al., arXiv 2410.02762).
+"""ProjectAway: remove a word's direction from the image tokens (Jiang et al., arXiv 2410.02762).
 
-1. t is the word's direction: the residual stream at its last token, the word run alone as text, at some layer.
-2. For every image token h at the layers asked for, p = ⟨h, t⟩ / ⟨t, t⟩.
-3. Where p > 0, h ← h − α p t; elsewhere h stays as it is. With α = 1 nothing of t is left: ⟨h, t⟩ = 0.
-4. Go on: a plain run, a cached one, or generation, in which the prompt's image tokens are edited once, in the prefill.
+1. t is the word's direction: run the word alone as text and take the residual stream at its last token, at some layer.
+2. For every image token h at the chosen layers, p = ⟨h, t⟩ / ⟨t, t⟩.
+3. If p > 0, h ← h − α p t; else h is unchanged. With α = 1, ⟨h, t⟩ = 0 afterwards.
+4. The run continues with these h. In generation the image tokens are edited once, when the prompt runs (the prefill).
 """
 
 from __future__ import annotations
@@ -30,15 +30,14 @@ def project_away_hooks(
     """Hooks for `model.run_with_hooks` and `model.generate(…, fwd_hooks=…)`.
 
     Args:
-        inputs: what will be run, padded on the left; every row's own image tokens are edited (rows without an image
-            are left alone).
+        inputs: the prompts that will be run, padded on the left; the image tokens of every row are edited.
         direction: t, one for all layers or one for each of `layers`.
-        layers: which to edit, 0..L; the edit is of the stream there, so what follows sees it.
-        alpha: 1 removes the direction; less, a part of it; more, turns it round.
+        layers: layers to edit, 0..L; later blocks see the edited stream.
+        alpha: 1 removes the direction, less removes a part of it, more reverses it.
         n_layers: L; needed only to edit layer L.
     Raises:
-        ValueError: no image in any row, padding on the right (generation would move it), no layers, as many directions
-            as layers are wanted, or a direction is zero; (when run) prompts that do not begin as these do.
+        ValueError: no image in any row, padding on the right (generation pads on the left), no layers, a number of directions that
+            is neither 1 nor the number of layers, or a direction of length 0; when run: prompts of another layout.
     """
     layers = list(layers)
     directions = direction.expand(len(layers), -1) if direction.ndim == 1 else direction
@@ -59,7 +58,7 @@ def project_away_hooks(
 
 @torch.no_grad()
 def text_direction(model: Model, text: str, layer: int) -> Float[Tensor, "d_model"]:
-    """t of a word: the residual stream at its last token, at one layer, the word run alone as text.
+    """t of a word: the residual stream at its last token, at one layer, when the word is run alone as text.
 
     Raises:
         ValueError: an empty text, or no such layer.
@@ -72,7 +71,7 @@ def text_direction(model: Model, text: str, layer: int) -> Float[Tensor, "d_mode
 def project_away(
     vectors: Float[Tensor, "*axes d_model"], direction: Float[Tensor, "d_model"], alpha: float = 1.0
 ) -> Float[Tensor, "*axes d_model"]:
-    """h − α p t where p = ⟨h, t⟩ / ⟨t, t⟩ > 0, else h; computed in float32, in the dtype of the vectors."""
+    """h − α p t if p = ⟨h, t⟩ / ⟨t, t⟩ > 0, else h; computed in float32, returned in the dtype of the vectors."""
     h, t = vectors.float(), direction.to(vectors.device).float()
     p = (h @ t) / (t @ t)
     return torch.where((p > 0)[..., None], (h - alpha * p[..., None] * t).to(vectors.dtype), vectors)

@@ -1,18 +1,18 @@
-"""Saliency: which image tokens each token of an answer depended on, by intervention and by the usual baselines.
+"""Saliency: which image tokens each token of an answer depends on, by interventions and by the usual baselines.
 
-The answer is teacher-forced or was generated; each of its tokens has a map over the image tokens.
+The answer is teacher-forced or generated; every token of it gets a map over the image tokens.
 
-    knockout               exact: log p(token) − log p(token) where no later position may attend to the image token, in every
-                           layer or in some. One cached run; cells start at their image token, side by side.
-    occlusion              log p − log p where the image token's pixels are the image's mean colour; the tower is run anew.
-    integrated gradients   to pixels, from the image's mean colour, summed over an image token's pixels (captum's).
-    attention              from where the token is predicted, mean over layers and heads.
-    rollout                attention rollout, half of each layer the identity.
+    knockout               exact: log p(token), minus log p(token) when no later position may attend to the image token, in all
+                           layers or some. One cached run; then batches of runs that start at their first hidden image token.
+    occlusion              log p, minus log p when the image token's pixels are the image's mean colour; the tower runs again.
+    integrated gradients   of log p, from the mean colour to the image, summed over an image token's pixels (captum).
+    attention              from the position that predicts the token to the image token, mean over layers and heads.
+    rollout                attention rollout; each layer is half attention, half identity.
     attention × gradient   relevance propagated through the positive part of attention × its gradient, mean over heads.
-    random                 uniform numbers.
+    random                 uniform random numbers.
 
-The first three are log-probabilities in nats (positive: the token is less likely without the image token); the others have no
-unit. Curves judge them: hide tokens in the order of the map, or show them in it, by their keys or by their pixels.
+The first three are differences of log-probabilities in nats (positive: the token is less likely without the image token); the
+others have no unit. `curves` evaluates a map: it hides the image tokens, or shows them, in the order of the map.
 
 Sources: Geva et al. 2023 (knockout); Zeiler & Fergus 2014; Sundararajan et al. 2017; Abnar & Zuidema 2020; Chefer et al. 2021;
 Petsiuk et al. 2018 (insertion and deletion).
@@ -46,12 +46,12 @@ class Saliency(Result):
     """A map over the image tokens for each token of an answer.
 
     Attributes:
-        values: [answer image_token] in raster order, image after image; see the module for what each method's numbers are.
-        log_probs: [answer] of the tokens, with the whole image, in nats.
+        values: [answer image_token] in raster order, image after image; the module's docstring defines each method's values.
+        log_probs: [answer] log-probabilities of the answer's tokens with the whole image, nats.
         token_ids: [answer]. tokens: their texts.
-        grids: (rows, cols) of each image. sizes: (width, height) of each in original pixels.
-        method: one of METHODS. layers: in which keys were hidden; None: all.
-        question: text of the prompt's question. model_name: of the model.
+        grids: (rows, cols) of each image. sizes: (width, height) of each image in original pixels.
+        method: one of METHODS. layers: layers in which keys were hidden (knockout); None: all.
+        question: text of the prompt's question. model_name: name of the model.
     """
 
     values: Float[Tensor, "answer image_token"]
@@ -67,16 +67,16 @@ class Saliency(Result):
 
     @property
     def whole(self) -> Float[Tensor, "image_token"]:
-        """Of the whole answer: the sum over its tokens."""
+        """The map of the whole answer: the sum over its tokens."""
         return self.values.sum(0)
 
     def maps(self, values: Float[Tensor, "image_token"] | None = None) -> list[Float[Tensor, "rows cols"]]:
-        """Values over the image tokens, each image on its grid; None takes those of the whole answer."""
+        """Values over the image tokens as one map per image; None: the values of the whole answer."""
         parts = (self.whole if values is None else values).split([rows * cols for rows, cols in self.grids])
         return [part.reshape(grid) for part, grid in zip(parts, self.grids)]
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per answer token and image token: its place, its box in original pixels, its value."""
+        """One row per answer token and image token: image, row and column, box in original pixels, value."""
         rows = []
         for number, token in enumerate(self.tokens):
             for image, (values, size) in enumerate(zip(self.maps(self.values[number]), self.sizes)):
@@ -88,13 +88,13 @@ class Saliency(Result):
         return pd.DataFrame(rows)
 
     def plot(self, path: Any = None, images: Sequence[Any] | None = None) -> Any:
-        """The map of the whole answer and of each of its tokens; on the images (PIL, as the model was given them), where given."""
+        """The maps of the whole answer and of each of its tokens, over the images (PIL, as the model was given them) if given."""
         from analyses.views.saliency import saliency_plot
 
         return saliency_plot(self, path, images)
 
     def page(self, images: Sequence[Any], path: Any) -> None:
-        """A page on which the answer's tokens can be chosen, and show what each depended on."""
+        """Writes an HTML page that shows the map of the answer token that the reader chooses."""
         from analyses.views.saliency import saliency_page
 
         saliency_page(self, images, path)
@@ -102,12 +102,12 @@ class Saliency(Result):
 
 @dataclass(frozen=True)
 class Curves(Result):
-    """Probability of an answer while image tokens are hidden, or shown, in the order of a map.
+    """Probability of an answer when more and more image tokens are hidden (deletion) or shown (insertion), in the order of a map.
 
     Attributes:
-        shares: [step] of the image tokens that are hidden (deletion) or shown (insertion), 0 to 1.
-        deletion, insertion: [step] probability of the whole answer, the most important tokens first.
-        by: "keys" or "pixels". method: of the map. model_name: of the model.
+        shares: [step] share of the image tokens that are hidden (deletion) or shown (insertion), 0 to 1.
+        deletion, insertion: [step] probability of the whole answer; the most important tokens come first.
+        by: "keys" or "pixels". method: of the map. model_name: name of the model.
     """
 
     shares: Float[Tensor, "step"]
@@ -119,7 +119,7 @@ class Curves(Result):
 
     @property
     def areas(self) -> tuple[float, float]:
-        """(deletion, insertion): areas under the curves; a good map has a small first and a large second."""
+        """(area under the deletion curve, area under the insertion curve); a good map has a small first and a large second."""
         deletion, insertion = (float(torch.trapezoid(curve, self.shares)) for curve in (self.deletion, self.insertion))
         return deletion, insertion
 
@@ -163,13 +163,15 @@ def saliency(
     """Maps over the image tokens of one prompt, one for each token of its answer.
 
     Args:
-        inputs: prompts with an answer (`to_inputs(…, answers=…)`, or `generate(…, return_type="inputs")`), or without one
-            and then with a `target`, the token whose probability after the prompt is explained.
+        inputs: prompts with an answer (`to_inputs(…, answers=…)`, or `generate(…, return_type="inputs")`), or without an
+            answer; then give `target`, the next token to explain.
         method: one of METHODS. row: which prompt.
-        layers: of the knockout, consecutive ones; None is all.
-        batch_size: cells (copies of the prompt) run side by side: bounds the memory. steps: of the integral. seed: of "random".
+        layers: consecutive layers for the knockout; None: all.
+        batch_size: number of changed copies of the prompt per forward; limits the memory.
+        steps: of the integral, for integrated gradients. seed: of "random".
     Raises:
-        ValueError: an unknown method, no image, a video, an answer and a target or neither, or layers where none are taken.
+        ValueError: an unknown method, no image, a video, an answer and a target or neither, or layers with another method.
+        ImportError: integrated gradients without captum.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}.")
@@ -219,12 +221,12 @@ def curves(
     """Insertion and deletion of image tokens in the order of a map.
 
     Args:
-        order: a `Saliency` (its whole answer), or a value for each image token; the largest come first.
-        by: "keys": no later position attends to hidden tokens; "pixels": they have the image's mean colour. The knockout is
-            judged by keys by itself: look at both.
-        inputs, row, target, batch_size: see `saliency`. steps: of the share of tokens, 0 and 1 besides.
+        order: a `Saliency` (the map of its whole answer), or a value for each image token; the largest come first.
+        by: "keys": no later position attends to hidden tokens; "pixels": their pixels are the image's mean colour. Curves by keys
+            use the same intervention as the knockout, so compare a knockout map by both.
+        inputs, row, target, batch_size: see `saliency`. steps: number of steps from share 0 to share 1.
     Raises:
-        ValueError: a map of other tokens, an unknown `by`, or as `saliency`.
+        ValueError: a map with another number of image tokens, an unknown `by`, or as `saliency`.
     """
     if by not in ("keys", "pixels"):
         raise ValueError(f"by must be 'keys' or 'pixels', got {by!r}.")
@@ -243,15 +245,15 @@ def curves(
     return Curves(counts.double() / scene.n, probability[:n], probability[n:], by, method, str(model.cfg.model_name))
 
 
-# ---- what is read -------------------------------------------------------------------------------
+# ---- runs ---------------------------------------------------------------------------------------
 
 
 class Scene:
-    """One prompt, its image tokens, and the tokens whose log-probabilities are read.
+    """One prompt, its image tokens, and the tokens to explain.
 
     Attributes:
-        item: the prompt, encoded. image: positions of its image tokens; n: how many. ids: the tokens that are explained;
-        reads: the positions that predict them.
+        item: the prompt, encoded. image: positions of its image tokens; n: their number.
+        ids: the tokens to explain. reads: the positions that predict them. end: the last of these + 1.
     """
 
     def __init__(self, model: Model, inputs: Prompt, row: int, target: str | int | None):
@@ -285,7 +287,7 @@ class Scene:
         return self.of_logits(logits[:, self.reads - first])[0]
 
     def read(self, residual: Float[Tensor, "cell pos d_model"], start: int) -> Float[Tensor, "cell answer"]:
-        """Log-probabilities from the final stream of positions `start`, …"""
+        """Log-probabilities from the residual stream after the last block, at the positions from `start` on."""
         return self.of_logits(self.model.read_out(residual[:, self.reads - start]))
 
     def of_logits(self, logits: Float[Tensor, "cell answer d_vocab"]) -> Float[Tensor, "cell answer"]:
@@ -294,18 +296,18 @@ class Scene:
 
 
 def _cells(run: Callable, gone: Bool[Tensor, "cell image_token"], batch_size: int, progress: bool) -> Float[Tensor, "cell answer"]:
-    """A function of cells, in batches."""
+    """Applies `run` to the cells (the image tokens to hide in each run) in batches."""
     bar = tqdm(gone.split(batch_size), desc="saliency", unit="batch", disable=not progress, delay=2)
     return torch.cat([run(part) for part in bar])
 
 
 class KeyRuns:
-    """Runs in which no later position attends to some image tokens, from one cached run.
+    """Runs in which no later position attends to some image tokens; they start from one cached run.
 
     Args:
-        layers: consecutive ones, in which the keys are hidden; None is all.
+        layers: consecutive layers in which the keys are hidden; None: all.
     Raises:
-        ValueError: layers that are not consecutive, or not there.
+        ValueError: layers that are not consecutive, or out of range.
     """
 
     def __init__(self, scene: Scene, layers: Sequence[int] | None):
@@ -320,7 +322,7 @@ class KeyRuns:
         self.entered = entered[self.layers[0]]
 
     def log_probs(self, gone: Bool[Tensor, "cell image_token"]) -> Float[Tensor, "cell answer"]:
-        """Log-probabilities where these tokens' keys are hidden from every later position."""
+        """Log-probabilities when the keys of these image tokens are hidden from every later position."""
         scene, model = self.scene, self.scene.model
         hidden = torch.zeros(len(gone), scene.end, dtype=torch.bool)
         hidden[:, scene.image] = gone
@@ -333,7 +335,7 @@ class KeyRuns:
 
 
 class PixelRuns:
-    """Runs on other pixels: the tower, then the decoder from the first image token on."""
+    """Runs with changed pixels: the vision tower, then the decoder from the first image token on."""
 
     def __init__(self, scene: Scene):
         self.scene, model = scene, scene.model
@@ -345,22 +347,22 @@ class PixelRuns:
 
     @property
     def blank(self) -> Float[Tensor, "patch d_patch"]:
-        """The pixels with every image at its mean colour."""
+        """Pixels in which every image has its mean colour everywhere."""
         sizes = self.scene.item.grids.prod(-1).tolist()
         parts = [part.unflatten(-1, (3, -1)) for part in self.pixels.split(sizes)]
         return torch.cat([part.mean((0, 2))[None, :, None].expand_as(part).flatten(1) for part in parts])
 
     def per_token(self, of_patches: Float[Tensor, "patch"]) -> Float[Tensor, "image_token"]:
-        """Sums over the patches of each image token; pixels come merge block by merge block."""
+        """Sums over the patches of each image token; patches are ordered by merge block."""
         return of_patches.view(self.scene.n, -1).sum(-1)
 
     def log_probs(self, gone: Bool[Tensor, "cell image_token"]) -> Float[Tensor, "cell answer"]:
-        """Log-probabilities where these tokens' pixels have the image's mean colour."""
+        """Log-probabilities when the pixels of these image tokens are the image's mean colour."""
         patches = gone.repeat_interleave(len(self.pixels) // self.scene.n, dim=1).to(self.pixels.device)
         return self.of_pixels(torch.where(patches[..., None], self.blank, self.pixels))
 
     def of_pixels(self, pixels: Float[Tensor, "cell patch d_patch"]) -> Float[Tensor, "cell answer"]:
-        """Log-probabilities of other pixels."""
+        """Log-probabilities for changed pixels."""
         scene, model, n = self.scene, self.scene.model, len(pixels)
         grids = scene.item.grids.repeat(n, 1)
         images = model.vision_projector(model.vision_encoder(pixels.flatten(0, 1), grids), grids)

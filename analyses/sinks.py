@@ -1,14 +1,14 @@
 """Massive activations and attention sinks, among text and image tokens.
 
-1. Norm: the length of the residual stream that enters a block, at every position, beside the median over the prompt's tokens there.
-2. Massive activation: a number of the stream whose size is at least `ratio` times the median size of that block's numbers (1,000 in
-   the source, whose second condition, a size of 100, depends on a model's scale and is left out).
+1. Norm: the norm of the residual stream that enters a block, at every position, compared with the median over the prompt's tokens.
+2. Massive activation: an element of the residual stream whose absolute value is at least `ratio` times the median absolute value in
+   that block (1,000 in the source; its second condition, a value of at least 100, depends on the model's scale and is left out).
 3. Attention received: the attention that a key gets, averaged over heads and over the queries after it, divided by what it would
-   get if each query spread its attention evenly over all it sees. 1 is even.
+   get if each query spread its attention evenly over all keys it sees. 1 is an even share.
 4. A sink is a token that receives at least `received` times an even share, averaged over the blocks from `from_layer` on.
 
-The first token of a prompt usually is one; among image tokens sinks lie on background and say nothing of the image, which is why
-maps are better drawn without them: `exclude`.
+The first token of a prompt usually is a sink. Among image tokens, sinks tend to be background and carry little information about
+the image, so maps are better shown without them: see `Sinks.exclude`.
 
 Sources: Sun et al. 2024 (massive activations); Xiao et al. 2023 (attention sinks); Kang et al. 2025 (visual attention sinks).
 """
@@ -36,13 +36,13 @@ class Sinks(Result):
     """Norms, massive activations and attention received, at every position of one prompt.
 
     Attributes:
-        norms: [layer pos] of the stream that enters each block.
-        received: [layer pos] attention received, as a multiple of an even share; NaN for the last position, which no other query sees.
-        massive: one row per massive activation: layer, position, dimension, value, and ratio to the layer's median size.
-        tokens: [pos] texts. segments: [pos] the name of the segment each belongs to.
+        norms: [layer pos] norm of the residual stream that enters each block.
+        received: [layer pos] attention received, as a multiple of an even share; NaN at the last position, which no later query sees.
+        massive: one row per massive activation: layer, position, dimension, value, ratio to the layer's median absolute value.
+        tokens: [pos] texts. segments: [pos] name of the segment that each token belongs to.
         image: positions of the image tokens. grids: (rows, cols) of each image.
-        is_sink: [pos]. threshold: multiple of an even share. from_layer: first block that counts. ratio: of a massive activation.
-        model_name: of the model.
+        is_sink: [pos]. threshold, from_layer, ratio: the settings (`received`, `from_layer` and `ratio` of `find_sinks`).
+        model_name: name of the model.
     """
 
     norms: Float[Tensor, "layer pos"]
@@ -64,8 +64,14 @@ class Sinks(Result):
         return self.is_sink[list(self.image)]
 
     def to_dataframe(self, only_sinks: bool = True) -> pd.DataFrame:
-        """One row per sink (or a position): its token, segment, place in its image, attention received, norm beside the median, and
-        massive activations, over the blocks that count."""
+        """One row per sink, most attention first.
+
+        Columns: token, segment, place in its image, attention received, norm and its ratio to the median (means over the blocks
+        from `from_layer` on), and the number of massive activations.
+
+        Args:
+            only_sinks: False: one row per position.
+        """
         medians = self.norms.median(1, keepdim=True).values
         places = {}
         first = 0
@@ -102,10 +108,10 @@ class Sinks(Result):
         return table.sort_values("received", ascending=False, kind="stable").reset_index(drop=True)
 
     def exclude(self, maps: Saliency | Float[Tensor, "*axes image_token"]) -> Any:
-        """Maps over the image tokens with NaN at the sinks, which pictures leave blank; a `Saliency` says so in its method.
+        """The maps with NaN at the sinks, which figures leave blank; a `Saliency`'s `method` gets ", without sinks".
 
         Raises:
-            ValueError: maps of another number of image tokens.
+            ValueError: maps with another number of image tokens.
         """
         values = maps.values if isinstance(maps, Saliency) else maps
         if values.shape[-1] != len(self.image):
@@ -114,7 +120,7 @@ class Sinks(Result):
         return replace(maps, values=blank, method=f"{maps.method}, without sinks") if isinstance(maps, Saliency) else blank
 
     def plot(self, path: Any = None, images: Sequence[Any] = ()) -> Any:
-        """Norms and attention received by block and position, and on the images (PIL), where given."""
+        """Norms and attention received by block and position, and over the images (PIL) if given."""
         from analyses.views.sinks import sinks_plot
 
         return sinks_plot(self, path, images)
@@ -125,10 +131,11 @@ def find_sinks(model: Model, inputs: Prompt, row: int = 0, received: float = 5.0
     """Massive activations and attention sinks of one prompt.
 
     Args:
-        received: multiple of an even share of attention from which a token is a sink. ratio: multiple of the median size from which
-            an activation is massive. from_layer: first block that counts for sinks (in the first, attention is to neighbours).
+        received: multiple of an even share of attention from which on a token is a sink.
+        ratio: multiple of the median absolute value from which on an activation is massive.
+        from_layer: first block in the average for sinks (in block 0 heads attend mostly to neighbours).
     Raises:
-        ValueError: thresholds that are not positive, or no such block.
+        ValueError: a threshold that is not positive, or no such block.
     """
     n_layers = model.cfg.n_layers
     if received <= 0 or ratio <= 0 or not 0 <= from_layer < n_layers:
@@ -152,7 +159,7 @@ def find_sinks(model: Model, inputs: Prompt, row: int = 0, received: float = 5.0
 
 
 def _received(pattern: Float[Tensor, "head pos key_pos"]) -> Float[Tensor, "key_pos"]:
-    """Attention that each key gets from the queries after it, over what an even spread would give it."""
+    """Attention that each key gets from the queries after it, divided by what an even spread would give it."""
     n = pattern.shape[-1]
     mean = pattern.cpu().double().mean(0).tril(-1)
     even = (torch.ones(n, n, dtype=torch.float64) / torch.arange(1, n + 1, dtype=torch.float64)[:, None]).tril(-1)

@@ -1,13 +1,13 @@
-"""The tuned lens: an affine correction for each layer before the logit lens reads it (Belrose et al., arXiv 2303.08112).
+"""The tuned lens: a learned affine map for each layer, applied before the logit lens (Belrose et al., arXiv 2303.08112).
 
-1. Translators T_l(h) = h + A_l h + b_l for the layers l = 0..L−1, zero at first: then it is the logit lens, exactly.
-   Layer L is the model's own prediction and is left alone.
-2. Run the user's prompts; keep the residual streams. The model's weights are not touched.
+1. Translators T_l(h) = h + A_l h + b_l for the layers l = 0..L−1. A_l and b_l start at 0, which is exactly the logit lens.
+   Layer L gives the model's own prediction and is not translated.
+2. Run the user's prompts; keep the residual streams. The model's weights are not changed.
 3. Minimise the mean over l of KL(p_L ‖ softmax(W_U · norm(T_l(h_l)))), nats, with Adam on random batches of positions
-   (ours: the authors use SGD with momentum).
+   (the authors use SGD with momentum).
 
-A fitted lens goes wherever the stream is read: `logit_lens(model, inputs, translator=lens)`, `lens(stack)` for a whole
-residual stack, `lens.translate(vectors, layer)` for one layer.
+Use a fitted lens as `logit_lens(model, inputs, translator=lens)`, `lens(stack)` for a whole residual stack, or
+`lens.translate(vectors, layer)` for one layer.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class TunedLens(nn.Module):
     """Translators for every layer but the last.
 
     Attributes:
-        A: [layer d_model d_model], b: [layer d_model] of the layers 0..L−1, float32.
-        model_name: of the model they were fitted to.
-        losses: the fit's loss by step, nats; () for a lens that was loaded or not fitted.
+        A: [layer d_model d_model], b: [layer d_model] for the layers 0..L−1, float32.
+        model_name: name of the model they were fitted to.
+        losses: loss at each step of the fit, nats; () for a lens that was loaded or not fitted.
     """
 
     def __init__(self, n_layers: int, d_model: int, model_name: str = ""):
@@ -49,12 +49,12 @@ class TunedLens(nn.Module):
         self.model_name, self.losses = model_name, ()
 
     def forward(self, stack: Float[Tensor, "layer *axes d_model"]) -> Float[Tensor, "layer *axes d_model"]:
-        """The translated residual stack, in the stack's dtype; layer L unchanged.
+        """The translated residual stack, in the stack's dtype; layer L is unchanged.
 
         Args:
             stack: all L+1 layers, in order.
         Raises:
-            ValueError: another number of layers, or another width.
+            ValueError: another number of layers, or another d_model.
         """
         n_layers, d_model = self.b.shape
         if stack.shape[0] != n_layers + 1 or stack.shape[-1] != d_model:
@@ -62,10 +62,10 @@ class TunedLens(nn.Module):
         return torch.stack([self.translate(vectors, layer) for layer, vectors in enumerate(stack)])
 
     def translate(self, vectors: Float[Tensor, "*axes d_model"], layer: int) -> Float[Tensor, "*axes d_model"]:
-        """T_l of vectors from one layer, in their dtype; layer L unchanged.
+        """T_l of vectors from one layer, in their dtype; layer L is unchanged.
 
         Raises:
-            ValueError: no such layer, or another width.
+            ValueError: no such layer, or another d_model.
         """
         n_layers, d_model = self.b.shape
         if not 0 <= layer <= n_layers or vectors.shape[-1] != d_model:
@@ -82,10 +82,10 @@ class TunedLens(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path) -> TunedLens:
-        """Reads what `save` wrote.
+        """Reads a lens that `save` wrote.
 
         Raises:
-            ValueError: the file holds something else.
+            ValueError: the file has other tensors than A and b.
         """
         with safe_open(path, "pt") as file:
             if set(file.keys()) != {"A", "b"}:
@@ -108,11 +108,11 @@ def fit_tuned_lens(
     seed: int = 0,
     progress: bool = True,
 ) -> TunedLens:
-    """Fits translators to a model on the user's prompts, images included; gradients are on inside, whatever the caller's setting.
+    """Fits translators to a model on the user's prompts, with or without images; works under `torch.no_grad`, too.
 
     Args:
-        prompts: `Inputs`, strings or token ids; every position that is not padding counts.
-        steps: of Adam, each on `batch_size` random positions; the learning rate falls to 0 linearly.
+        prompts: `Inputs`, strings or token ids; all positions but padding are used.
+        steps: number of steps of Adam, each on `batch_size` random positions; the learning rate falls linearly to 0.
     Raises:
         ValueError: no prompts, or steps or batch_size below 1.
     """
@@ -127,7 +127,7 @@ def fit_tuned_lens(
     for _ in trange(steps, desc="tuned lens", unit="step", disable=not progress, delay=2):
         batch = torch.randint(stack.shape[1], (min(batch_size, stack.shape[1]),), generator=generator)
         loss = _kl(model, lens(stack[:, batch])[:-1], goal[batch]).mean()
-        gradients = torch.autograd.grad(loss, list(lens.parameters()))  # of the lens alone: the model's stay as they are
+        gradients = torch.autograd.grad(loss, list(lens.parameters()))  # the model's own .grad stay unchanged
         for parameter, gradient in zip(lens.parameters(), gradients):
             parameter.grad = gradient
         optimizer.step()
@@ -139,7 +139,7 @@ def fit_tuned_lens(
 
 @torch.no_grad()
 def kl_by_layer(model: Model, prompts: Iterable[Any], translator: TunedLens | None = None) -> pd.DataFrame:
-    """KL(p_L ‖ p_l), nats, mean over the prompts' positions, by layer 0..L−1; of the plain lens without a translator.
+    """KL(p_L ‖ p_l) in nats, mean over the prompts' positions, for each layer 0..L−1; without a translator: of the logit lens.
 
     Raises:
         ValueError: no prompts.
@@ -151,7 +151,7 @@ def kl_by_layer(model: Model, prompts: Iterable[Any], translator: TunedLens | No
 
 @torch.no_grad()
 def _streams(model: Model, prompts: Iterable[Any]) -> tuple[Float[Tensor, "layer n d_model"], Float[Tensor, "n d_model"]]:
-    """The residual stack over all positions that are not padding, float32; its last layer is the goal."""
+    """(residual stack over all positions but padding, its last layer), float32."""
     parts = []
     for prompt in prompts:
         stack, _ = residual_stack(model, prompt)
@@ -163,7 +163,7 @@ def _streams(model: Model, prompts: Iterable[Any]) -> tuple[Float[Tensor, "layer
 
 
 def _kl(model: Model, stack: Float[Tensor, "layer n d_model"], goal: Float[Tensor, "n d_model"]) -> Float[Tensor, "layer n"]:
-    """KL(p_L ‖ p_l) of every row, a chunk of rows at a time."""
+    """KL(p_L ‖ p_l) of every row, computed in chunks of rows."""
     parts = []
     for start in range(0, len(goal), _CHUNK):
         rows = slice(start, start + _CHUNK)
@@ -174,7 +174,7 @@ def _kl(model: Model, stack: Float[Tensor, "layer n d_model"], goal: Float[Tenso
 
 
 def _log_probs(model: Model, vectors: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes d_vocab"]:
-    """As every lens reads; while fitting, through TransformerLens's readout, which gradients pass."""
+    """Log-probabilities by `logits_of`, as in the other lenses; while fitting by TransformerLens's readout, which has gradients."""
     if not torch.is_grad_enabled():
         return logits_of(model, vectors).log_softmax(-1)
     return logit_readout(model, vectors, return_type="log_probs", chunk_size=10**9, enable_grad=True).values.float()

@@ -1,1 +1,1 @@
-"""A method over a data set, with its controls and intervals: in memory, or in a folder that can be gone on with."""
+"""Methods over a data set, with controls and intervals: in memory, or as a run in a folder that can be resumed."""

@@ -1,13 +1,13 @@
-"""What do the answers to a data set need? Ablation of every head, attention or MLP, or of sets of heads, beside random sets.
+"""Ablation over a data set: every head, attention or MLP, or sets of heads compared with random sets.
 
-1. Effects (`Ablation`): for each question the log-probability of the right answer, and whether the model gives it, with all parts
-   and with each part ablated: 0, its mean, or a token's own (`analyses.interventions.ablate`) from a reference of other questions.
-   Tables: mean change by part, overall and by category, with 95 % intervals that resample images.
-2. The smallest set of heads that carries the answers (`find_heads`): begin with all heads ablated; give back, one after another,
-   the head that raises the mean log-probability most, until the share carried is reached. Share carried by a set S:
-       (log p with S alone − log p with no head) / (log p with all heads − log p with no head), means over questions.
-   The search sees its own questions only. The share is reported on held-out ones, with its interval, beside random sets of as
-   many heads.
+1. Effects (`Ablation`): for each question, the log-probability of the right answer and whether the model gives it, without
+   ablation and with each part ablated (zero, mean or resample ablation with a reference of other questions, see
+   `analyses.interventions.ablate`). Tables: mean change by part, overall and by category, with 95 % intervals that resample images.
+2. A small set of heads that carries the answers (`find_heads`): start with all heads ablated; repeatedly restore the head that
+   raises the mean log-probability most, until the share carried is large enough. The share carried by a set S is
+       (log p with only S − log p with no head) / (log p with all heads − log p with no head), means over questions.
+   The set is found on some questions and reported on held-out ones, with an interval and compared with random sets of the same
+   size.
 
 Sources: Wang et al. 2022 (faithfulness of a circuit); Conmy et al. 2023; mean ablation as there.
 """
@@ -35,15 +35,15 @@ from analyses.runs.engine import opened
 from hooked_qwen2vl.protocols import Model
 
 KINDS = ("heads", "attentions", "mlps", "layers")
-ALL = "(nothing)"  # the name of the run in which nothing is ablated
+ALL = "(nothing)"  # name of the run without ablation
 Head = tuple[int, int]
 
 
 def every_part(model: Model, kind: str) -> dict[str, dict[str, list]]:
-    """Name -> the arguments of `ablate`, for every part of a kind: heads, attentions, mlps, or layers (both of them).
+    """Name -> arguments of `ablate`, for every part of a kind: heads, attentions, mlps, or layers (attention and MLP together).
 
     Raises:
-        ValueError: another kind.
+        ValueError: an unknown kind.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}.")
@@ -53,10 +53,10 @@ def every_part(model: Model, kind: str) -> dict[str, dict[str, list]]:
 
 
 def sets_of_heads(model: Model, heads: Sequence[Head], n_random: int = 20, seed: int = 0) -> dict[str, dict[str, list]]:
-    """A set of heads, and as many other random sets of the same size, for `Ablation`.
+    """A set of heads, and `n_random` random sets of the same size, for `Ablation`.
 
     Raises:
-        ValueError: a head that is not there, or named twice.
+        ValueError: no heads, a head that does not exist, or one given twice.
     """
     all_heads = [(l, h) for l in range(model.cfg.n_layers) for h in range(model.cfg.n_heads)]
     heads = [(int(layer), int(head)) for layer, head in heads]
@@ -72,10 +72,10 @@ def sets_of_heads(model: Model, heads: Sequence[Head], n_random: int = 20, seed:
 
 @torch.no_grad()
 def reference_of(model: Model, data: Any = "scenes:train", limit: int = 64, kind: str = "heads", seed: int = 0) -> dict[str, Tensor]:
-    """The activations of a kind of parts at all tokens of some questions, for mean and resample ablation.
+    """A reference for mean and resample ablation: the activations of all parts of a kind at all tokens of some questions.
 
     Returns:
-        hook name -> [1 token …]: padding is left out.
+        hook name -> [1 token …], without padding.
     """
     parts = every_part(model, kind)
     names = sorted({name for part in parts.values() for name in hook_names(**part)})
@@ -91,7 +91,7 @@ def reference_of(model: Model, data: Any = "scenes:train", limit: int = 64, kind
 
 @torch.no_grad()
 def answer_log_probs(model: Model, inputs: Any, hooks: Interventions | None = None) -> tuple[Float[Tensor, "batch"], list[bool]]:
-    """(log p of each row's answer, summed over its tokens, in nats; whether every token of it is the model's first choice)."""
+    """(log p of each row's answer in nats, summed over its tokens; whether every token of it is the model's top token)."""
     logits = model.run_with_hooks(inputs, fwd_hooks=hooks or [])
     totals, rights = [], []
     for row in range(len(inputs)):
@@ -110,8 +110,9 @@ class AblationEffects(Result):
     """Effects of ablating parts.
 
     Attributes:
-        table: one row per question and part: id, image, category, part, log_prob and right with it ablated, base_log_prob and base_right.
-        settings: parts, how. model_name: of the model.
+        table: one row per question and part: id, image, category, part, log_prob and right with the part ablated, base_log_prob and
+            base_right without ablation.
+        settings: of the experiment (parts, how, …). model_name: name of the model.
     """
 
     table: pd.DataFrame
@@ -119,8 +120,11 @@ class AblationEffects(Result):
     model_name: str
 
     def to_dataframe(self, resamples: int = 1000, seed: int = 0, by_category: bool = True) -> pd.DataFrame:
-        """One row per part and category ("all" too), the largest loss first: mean change of log p in nats with its 95 % interval,
-        accuracy with and without it, and the change of accuracy with its interval."""
+        """One row per part and category (and "all"), largest loss first.
+
+        Columns: mean change of log p in nats with its 95 % interval, accuracy with the part ablated and without ablation, and the
+        change of accuracy with its interval.
+        """
         table = self.table.assign(
             change=self.table["log_prob"] - self.table["base_log_prob"],
             accuracy_change=self.table["right"].astype(float) - self.table["base_right"].astype(float),
@@ -147,7 +151,7 @@ class AblationEffects(Result):
 
 
 class Ablation(Experiment):
-    """The work: every question with nothing ablated, and with each part.
+    """The experiment: runs every question without ablation and with each part ablated.
 
     Args:
         parts: name -> arguments of `ablate` (`every_part`, `sets_of_heads`). how, reference: see `ablate` and `reference_of`.
@@ -178,7 +182,7 @@ class Ablation(Experiment):
 
     @staticmethod
     def result(done: Done) -> AblationEffects:
-        """Raises ValueError: there are no rows."""
+        """The effects; ValueError if no question has a result."""
         if not len(done.rows):
             raise ValueError("no question has a result.")
         return AblationEffects(done.rows, done.settings, done.model_name)
@@ -194,13 +198,13 @@ def _inputs(model: Model, batch: Sequence[Example]) -> Any:
 
 @dataclass(frozen=True)
 class HeadSet(Result):
-    """The heads that carry the answers.
+    """A small set of heads that carries the answers.
 
     Attributes:
-        heads: (layer, head), in the order in which they were given back.
+        heads: (layer, head), in the order in which they were restored.
         search: one row per size: the head added, and the share carried on the questions of the search.
-        held_out: one row per set ("found", "random 0", …): the share carried on held-out questions, with its 95 % interval over images.
-        n_search, n_held_out: questions. settings: share asked for, how, candidates. model_name: of the model.
+        held_out: one row per set ("found", "random 0", …): share carried on held-out questions, with its 95 % interval over images.
+        n_search, n_held_out: numbers of questions. settings: share, how, candidates, seed. model_name: name of the model.
     """
 
     heads: tuple[Head, ...]
@@ -212,11 +216,11 @@ class HeadSet(Result):
     model_name: str
 
     def to_dataframe(self) -> pd.DataFrame:
-        """The sets on held-out questions."""
+        """The table `held_out`."""
         return self.held_out
 
     def summary(self) -> dict[str, float]:
-        """Size, share carried on held-out questions with its interval, and the random sets' mean and largest share."""
+        """Number of heads, share carried on held-out questions with its interval, mean and largest share of the random sets."""
         found, random = self.held_out.iloc[0], self.held_out.iloc[1:]["share"]
         return {
             "heads": len(self.heads),
@@ -226,7 +230,7 @@ class HeadSet(Result):
         }
 
     def plot(self, path: Any = None) -> Any:
-        """The share carried by size in the search, and on held-out questions beside random sets."""
+        """The share carried, by size in the search, and on held-out questions next to the random sets."""
         from analyses.views.ablation import search_plot
 
         return search_plot(self, path)
@@ -247,16 +251,17 @@ def find_heads(
     seed: int = 0,
     progress: bool = True,
 ) -> HeadSet:
-    """Greedy search for the smallest set of heads that carries the answers, checked on held-out questions.
+    """Greedy search for a small set of heads that carries the answers, checked on held-out questions.
 
     Args:
         search, held_out: questions with answers, about different images.
-        share: of the log-probability that all heads bring, at which the search ends.
-        how, reference: what the other heads are replaced by, see `ablate`; the mean over `reference_of(model)` by default.
-        most: heads at most; None: no limit. candidates: heads tried at each step, those that did best alone at the step before.
-        n_random: random sets of the same size.
+        share: the search ends when the set carries at least this share.
+        how, reference: how the other heads are ablated, see `ablate`; by default their mean over `reference_of(model)`.
+        most: largest number of heads; None: no limit.
+        candidates: number of heads tried at each step: those that were best at the step before (the first step tries all heads).
+        n_random: number of random sets of the same size.
     Raises:
-        ValueError: no questions, images in both parts, a share outside 0..1, or heads that bring nothing.
+        ValueError: no questions, an image in both parts, a share outside 0..1, or heads that do not raise the log-probability.
     """
     search, held_out = list(map(opened, search)), list(map(opened, held_out))
     if not search or not held_out or not 0 < share <= 1:
@@ -306,7 +311,7 @@ def _named(heads: Sequence[Head]) -> str:
 
 
 def _share(part: np.ndarray, whole: np.ndarray, images: Sequence[str], seed: int, n_boot: int = 2000) -> dict[str, float]:
-    """Ratio of the sums, and its percentile interval over resampled images, in both sums at once."""
+    """Ratio of the sums of `part` and `whole`, and its percentile interval over resampled images (the same resample in both sums)."""
     codes = cluster_codes(images, len(part))
     sums = np.zeros((codes.max() + 1, 2))
     np.add.at(sums, codes, np.stack((part, whole), -1))

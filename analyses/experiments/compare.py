@@ -1,20 +1,20 @@
-"""Models side by side: the same questions, the same summaries, aligned by relative depth.
+"""Comparison of models on the same questions, aligned by relative depth.
 
-1. Every model is asked the same questions in its own form: through its chat template if it has one, else as plain text,
-   with its own tokenizer; with the image (models that see), with the scene described in words, and with neither.
-2. Lens and trajectory: at the last position, layer l of L has depth l / L; entropy is given as a share of ln V, because
+1. Every model gets the same questions with its own tokenizer: in its chat template if it has one, else as plain text; with
+   the image (models that take images), with a description of the scene in words, and with neither.
+2. Lens and trajectory, at the last position: layer l of L has depth l / L. Entropy is a share of ln(d_vocab), because
    vocabularies differ in size.
-3. Patching: the question with a counterfactual scene is the corrupted run; at each layer the clean stream is put in at
-   the positions where the prompts differ, or at the last position. The metric is max z over the answer's first
-   tokens − max z over the counterfactual's; recovery = (patched − corrupted) / (clean − corrupted), averaged
-   with the pairs' gaps |clean − corrupted| as weights (ours: a plain mean of ratios is ruled by the pairs that hardly
-   differ). The first curve says where the answer leaves the scene, the second where it arrives. They start at 1 and
-   0 and end at 0 and 1 exactly, in any causal decoder. Pairs of prompts that a tokenizer gives different lengths are
-   left out and counted: positions would not correspond (and GPT-2's position embeddings would be patched too).
-4. Heads: see `attention_heads`; block l lies between the layers l and l + 1, at depth (l + ½) / L.
+3. Patching: the same question about a counterfactual scene is the corrupted run. At each layer, the clean residual stream is
+   patched in at the positions where the prompts differ, or at the last position. The metric is max z over the first tokens of
+   the answer − max z over those of the counterfactual answer. Recovery = (patched − corrupted) / (clean − corrupted), averaged
+   with weights |clean − corrupted| (our choice: pairs that hardly differ dominate a plain mean of ratios). The first curve shows
+   at which depth the answer leaves the scene's positions, the second at which depth it reaches the last position. In any causal
+   decoder the first goes from exactly 1 to 0, the second from 0 to 1. If a tokenizer gives the two prompts different lengths, the
+   pair is left out and counted, because positions would not correspond.
+4. Heads: see `attention_heads`. Block l is between the layers l and l + 1, at depth (l + ½) / L.
 
-A question on which some model's tokenizer cannot tell the candidates' first tokens apart is left out for all of
-them and counted, so that every model is asked the same.
+If some model's tokenizer gives the candidates of a question the same first token, the question is left out for all models, and
+counted, so that all models answer the same questions.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from hooked_qwen2vl.protocols import Model
 
 CONDITIONS = ("image", "words", "neither")
 MEASURES = ("answer_prob", "entropy_share", "final_prob", "recovery_scene", "recovery_last")
-_PLACE = "\ue000"  # a private-use character: where the question goes in a rendered template
-_EPSILON = 1e-3  # logits: pairs whose clean and corrupted metrics are closer than this say nothing
+_PLACE = "\ue000"  # a private-use character that marks the question's place in a rendered template
+_EPSILON = 1e-3  # logits; pairs whose clean and corrupted metrics are closer than this are left out
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ class Run(Result):
     Attributes:
         model, condition: names.
         trajectories: of each question's answer.
-        entropy_share, final_prob: [item layer] entropy / ln V, and the probability of what the last layer puts first.
-        recovery_scene, recovery_last: [pair layer] see above. gap: [pair] |clean − corrupted|, in logits.
-        unaligned, small: pairs left out, for different lengths or too small a gap.
+        entropy_share: [item layer] entropy / ln(d_vocab). final_prob: [item layer] probability of the last layer's top token.
+        recovery_scene, recovery_last: [pair layer], see step 3 above. gap: [pair] |clean − corrupted|, in logits.
+        unaligned, small: numbers of pairs left out, for different lengths or too small a gap.
     """
 
     model: str
@@ -71,11 +71,11 @@ class Run(Result):
 
     @property
     def answer_prob(self) -> Float[Tensor, "item layer"]:
-        """The answer's probability."""
+        """Probability of the answer's first token at each layer."""
         return torch.stack([item.answer_prob for item in self.trajectories.items])
 
     def curve(self, measure: str) -> tuple[np.ndarray, np.ndarray] | None:
-        """(depth of each layer, mean over items) of one of MEASURES; None where no item has it."""
+        """(depth of each layer, mean over items) of one of MEASURES; None if no item has it."""
         values = getattr(self, measure)
         if not len(values):
             return None
@@ -83,7 +83,7 @@ class Run(Result):
         return np.linspace(0, 1, values.shape[1]), np.average(values.double().numpy(), axis=0, weights=weights)
 
     def summary(self) -> dict[str, Any]:
-        """One value per figure; depths as fractions of L, medians over the questions that have one."""
+        """The summary figures; depths are fractions of L, and medians are over the questions that have a value."""
         table = self.trajectories.to_dataframe()
         items = self.trajectories.items
         named = [t for t in items if t.candidates]
@@ -113,9 +113,9 @@ class Comparison(Result):
     """Several models on the same questions.
 
     Attributes:
-        runs: one a model and condition.
-        heads: model -> its heads' scores.
-        skipped: questions left out, because some tokenizer cannot tell their candidates apart.
+        runs: one per model and condition.
+        heads: model -> scores of its heads.
+        skipped: number of questions left out, because some tokenizer gives their candidates the same first token.
     """
 
     runs: tuple[Run, ...]
@@ -123,14 +123,14 @@ class Comparison(Result):
     skipped: int
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per model and condition; the best head of each kind (score and depth) beside each of its model's rows."""
+        """One row per model and condition: `Run.summary`, and the model's best head of each kind (score and depth)."""
         return pd.DataFrame([run.summary() | _best_heads(self.heads[run.model]) for run in self.runs])
 
     def curves(self, depths: Sequence[float] | None = None) -> pd.DataFrame:
         """One row per model, condition, measure and depth (0 the embedding, 1 the output): the mean over items.
 
         Args:
-            depths: a grid that all models are interpolated to, linearly; None keeps each model's own layers.
+            depths: a grid to which the curves are interpolated linearly; None: each model's own layers.
         """
         rows = []
         for run in self.runs:
@@ -143,7 +143,7 @@ class Comparison(Result):
         return pd.DataFrame(rows, columns=["model", "condition", "measure", "depth", "value"])
 
     def plot(self, path: Any = None) -> Any:
-        """Every measure by relative depth; a colour a model, a line style a condition."""
+        """Every measure by relative depth; one colour per model, one line style per condition."""
         from analyses.views.compare import comparison_plot
 
         return comparison_plot(self, path)
@@ -158,14 +158,14 @@ def compare_models(
     passage: str = PASSAGE,
     progress: bool = True,
 ) -> Comparison:
-    """Asks every model the same questions and summarises what happens inside.
+    """Compares models on the same questions: lens, trajectory, patching and heads (see the module's docstring).
 
     Args:
         models: name -> a HookedQwen2VL, or any other TransformerLens model with a tokenizer (text only).
-        examples: questions (`analyses.data.examples`). Those of the embedded world have counterfactuals.
-        conditions: which of CONDITIONS; a model that sees no images has no "image".
-        describe: an example's scene in words, None where there is none; by default the embedded world's caption.
-        passage: for the heads; shown twice over.
+        examples: questions (`analyses.data.examples`); only questions about the embedded world have counterfactuals, for patching.
+        conditions: of CONDITIONS; text-only models are left out of "image".
+        describe: example -> its scene in words, or None; by default the caption of the embedded world.
+        passage: text for the heads; the prompt has it twice.
     Raises:
         ValueError: no models, no questions left, an unknown condition, or a condition that no model and example has.
     """
@@ -193,7 +193,7 @@ def compare_models(
 def compare_tuned(
     base: str | Path, adapter: str | Path, examples: Sequence[Example], conditions: Sequence[str] = CONDITIONS, **load: Any
 ) -> Comparison:
-    """`compare_models` of a base ("base") and of the same base with a LoRA adapter merged in ("tuned").
+    """`compare_models` of a base model ("base") and the same model with a LoRA adapter merged in ("tuned").
 
     Args:
         base, adapter: folders or hub ids. load: further arguments of `HookedQwen2VL.from_pretrained`, for both (dtype, device).
@@ -205,7 +205,7 @@ def compare_tuned(
 
 
 def _chat_ids(tokenizer: Any, text: str) -> list[int]:
-    """A user's turn through the tokenizer's chat template; special tokens in the text are text."""
+    """Token ids of a user turn in the tokenizer's chat template; special tokens spelt in the text are read as text."""
 
     def render(content: str) -> str:
         said = [{"role": "user", "content": content}]
@@ -218,9 +218,9 @@ def _chat_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def ask(model: Model, text: str, images: Sequence[Any] = ()) -> Any:
-    """A prompt in the model's own form: `Inputs` with chat template, or token ids [1 pos].
+    """A question as a prompt for the model: `Inputs` with chat template, or token ids [1 pos] for a text-only model.
 
-    A text model's chat template is used where its tokenizer has one; else "Answer:" follows on a line of its own.
+    A text-only model's chat template is used if its tokenizer has one; else the question is followed by a line "Answer:".
     """
     if _sees(model):
         return model.encode(model.to_inputs(text, images=list(images)))
@@ -237,13 +237,14 @@ def patch_by_depth(
     metric: Callable[[Float[Tensor, "d_vocab"]], Tensor],
     places: Sequence[int],
 ) -> tuple[Float[Tensor, "layer"], float]:
-    """Recovery when the clean stream is put in at some positions, at every layer 0..L; on any TransformerLens model.
+    """Recovery when the clean residual stream is patched in at some positions, for every layer 0..L; for any TransformerLens model.
 
     Args:
-        clean, corrupted: prompts of one row each and one length.
-        metric: logits at the last position to a number.
+        clean, corrupted: prompts of one row each, of the same length.
+        metric: a function of the logits at the last position that returns a number.
+        places: positions to patch.
     Returns:
-        the recovery, and the gap |clean − corrupted|; NaN for all layers where the gap is below 0.001.
+        (recovery at each layer, the gap |clean − corrupted|); the recovery is NaN if the gap is below 0.001.
     """
     n_layers = model.cfg.n_layers
     names = [f"blocks.{layer}.hook_resid_pre" for layer in range(n_layers)] + [f"blocks.{n_layers - 1}.hook_resid_post"]
@@ -268,13 +269,13 @@ def patch_by_depth(
 
 @torch.no_grad()
 def text_agreement(model: Model, twin: Any, texts: Sequence[str], tolerance: float = 1e-5) -> pd.DataFrame:
-    """The text decoder beside its Qwen2 twin (`model.export_text_model`), on text-only prompts with the same tokens.
+    """Compares the text decoder with the same weights as a Qwen2 model (`model.export_text_model`), on text-only prompts.
 
     Args:
-        twin: a TransformerLens model of the exported folder.
-        tolerance: largest difference allowed, as a share of what is compared: its standard deviation.
+        twin: a TransformerLens model loaded from the exported folder.
+        tolerance: largest allowed difference, as a share of the twin's standard deviation.
     Returns:
-        one row per text and layer, and one for the logits: the largest absolute difference, the same as a share, `ok`.
+        one row per text and layer, and one for the logits: largest absolute difference, the same as a share, and `ok`.
     """
     rows = []
     for text in texts:
@@ -335,7 +336,7 @@ def _prompt(model: Model, example: Example, condition: str, describe: Callable) 
 
 
 def _counterfactual(example: Example) -> Example | None:
-    """The same question of a scene with one attribute changed, where the embedded world has one."""
+    """The same question about the counterfactual scene; None if the example has none."""
     other = getattr(example.item, "counterfactual", None)
     if other is None or not example.candidates:
         return None
@@ -352,12 +353,12 @@ def _difference(model: Model, example: Example, other: Example) -> Callable[[Ten
 
 
 def _same(prompt: Any, other: Any) -> bool:
-    """Whether a condition shows both scenes alike: then there is nothing to patch."""
+    """Whether the two prompts are equal, so that there is nothing to patch."""
     return prompt == other if hasattr(prompt, "visuals") else torch.equal(prompt, other)
 
 
 def _differing(prompt: Any, other: Any) -> list[int] | None:
-    """Positions at which two prompts of one length differ: tokens, or the whole of the images; None of two lengths."""
+    """Positions at which two prompts differ: of their tokens, or all image tokens if they have images; None if they are not aligned."""
     if prompt.shape != other.shape:
         return None
     if getattr(prompt, "visuals", ()):

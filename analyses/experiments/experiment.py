@@ -1,10 +1,10 @@
-"""A method over a data set: in memory, or in a folder, with one result.
+"""Experiments: a method over a data set, in memory or in a folder, with the same result.
 
-1. An experiment is work (a batch of questions to rows) that knows its name, the settings that decide the rows, and how a
-   result is made of them.
-2. `run(data)` works in memory, and the first error stops it. `run(data, out)` is a run in the folder `out`
-   (`analyses.runs`): it can be killed and started again, processes share it, and questions that fail are recorded.
-3. `read(out)` makes the result of a finished folder again, without the model.
+1. An experiment is a function from a batch of questions to rows, with a name, the settings that determine the rows, and a
+   function from rows to a result.
+2. `run(data)` works in memory; the first error stops it. `run(data, out)` is a run in the folder `out` (`analyses.runs`): it can
+   be killed and resumed, several processes can share it, and questions that fail are recorded.
+3. `read(out)` computes the result from a finished folder, without the model.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ Data = Iterable[Example] | Callable[[], Iterable[Example]]
 
 @dataclass(frozen=True)
 class Done:
-    """What an experiment has given, wherever it was done.
+    """The rows of a finished experiment, from memory or from a folder.
 
     Attributes:
         rows: a table in the order of the data, or sums.
-        ids: of every question that was asked.
-        failed: how many of them have no result (in a folder; `runs.read_failures` gives the reasons).
+        ids: ids of all questions.
+        failed: number of questions without a result (for a run in a folder; `runs.read_failures` gives the reasons).
         settings: of the experiment.
-        model_name: of the model. weights: gives their hash.
+        model_name: name of the model. weights: function that returns the hash of its weights.
     """
 
     rows: Any
@@ -54,16 +54,16 @@ class Done:
 
 
 class Experiment:
-    """Work on a data set; each experiment says what it does with a batch, and what its rows amount to.
+    """Base class of experiments; a subclass defines `__call__` (batch -> rows) and `result` (rows -> result).
 
     Attributes:
-        name: of its runs.
-        summed: whether its rows are terms of a sum (`analyses.common.sums`), not kept one by one.
-        by_domain: whether a run's batches are of one domain each.
-        gradients: whether it takes gradients, for the estimate of memory.
-        batches_per_shard: batches that a run writes together.
-        model: whose answers, neurons, … it is about. of: makes the same experiment of another copy of the model, on a cluster's node.
-        settings: what decides the rows, as JSON can hold it. seed: of a run.
+        name: name of its runs.
+        summed: whether its rows are terms of a sum (`analyses.common.sums`) instead of being kept.
+        by_domain: whether all questions of a batch must be of one domain.
+        gradients: whether it computes gradients, for the estimate of memory.
+        batches_per_shard: number of batches in a shard, which a run writes as one file.
+        model: the model. of: function from another copy of the model to the same experiment, for the nodes of a cluster.
+        settings: what determines the rows, as JSON values. seed: of a run.
     """
 
     name: ClassVar[str]
@@ -82,16 +82,16 @@ class Experiment:
         self.model, self.settings, self.seed = model, dict(settings), seed
 
     def __call__(self, batch: Sequence[Example]) -> Iterable[Mapping[str, Any]]:
-        """The rows of some questions, whose images are opened, in their order; each row has the "id" of its question."""
+        """The rows of a batch of questions with opened images, in their order; each row has the "id" of its question."""
         raise NotImplementedError
 
     @staticmethod
     def result(done: Done, **about: Any) -> Any:
-        """What the rows amount to."""
+        """The result computed from the rows."""
         raise NotImplementedError
 
     def asked(self, data: Iterable[Example]) -> Iterable[Example]:
-        """The questions as they are worked on."""
+        """The questions to run, made from the data; by default the data."""
         return data
 
     @renamed_arguments
@@ -106,16 +106,16 @@ class Experiment:
         progress: bool = True,
         **about: Any,
     ) -> Any:
-        """The result over a data set; with `out`, of a run in that folder, which goes on where it was stopped.
+        """The result over a data set, in memory, or with `out` by a run in that folder, which resumes an interrupted one.
 
         Args:
-            data: questions, or a function that gives a fresh iterator over them (a run goes through them twice; an
-                iterator is kept in memory).
-            rank: (k, n) for the k-th of n processes that share the folder, from 0; None asks the launcher (see
-                `runs.this_rank`), and processes launched together wait for each other.
-            about: what `result` takes.
+            data: questions, or a function that returns a new iterator over them. A run iterates twice, so the questions of an
+                iterator are kept in memory.
+            rank: (k, n) for process k = 0..n−1 of n processes that share the folder. None: from the launcher (see
+                `runs.this_rank`); processes that were launched together wait for each other.
+            about: further arguments of `result`.
         Returns:
-            None while shards that belong to other ranks are missing.
+            the result; None if `rank` is given and shards of other ranks are missing.
         Raises:
             ValueError: a rank without a folder, or as `runs.run`.
         """
@@ -149,7 +149,7 @@ class Experiment:
         progress: bool = True,
         cluster: Cluster | None = None,
     ) -> Run:
-        """Does what is not in the folder yet, here or on a cluster, or says what would be done (`dry_run`): the run as it stands then."""
+        """Runs what is not in the folder yet, here or on a cluster (with `dry_run` nothing); returns the state of the run."""
         again = data if callable(data) else partial(iter, data if isinstance(data, Sequence) else list(data))
         return run(
             self.name, lambda: self.asked(again()), self, out, self.settings, model=self.model,
@@ -190,7 +190,7 @@ def _of(kind: type[Experiment], args: tuple, kwargs: dict, model: Model) -> Expe
 
 
 def _opened(data: Iterable[Example], ids: list[str]) -> Iterator[Example]:
-    """The questions, their images opened when it is their turn; their ids are noted."""
+    """The questions with opened images, one at a time; appends their ids to `ids`."""
     for example in data:
         ids.append(example.id)
         yield opened(example)

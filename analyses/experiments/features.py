@@ -1,15 +1,14 @@
-"""Do a dictionary's features stand for what is in the image? Trained and judged on the embedded world, whose truth is known.
+"""Do a dictionary's features represent what is in the image? Measured on the embedded world, whose scenes are known.
 
     python -m analyses.experiments.features --layer 4 --out out/features
 
-1. Train a TopK autoencoder on the stream of image tokens that enters a block, over scenes of the training split.
-2. Judge on scenes of the test split: for every colour, kind, size, row and column, the objects that have it against those that do
-   not, by the mean activation over an object's image tokens. The unit with the largest AUROC is chosen on one half of the
-   images, and its AUROC is that on the other half, with an interval that resamples images.
-3. Beside it, chosen in the same way: the best neuron of the block's MLP, the best dimension of the stream; and a linear probe
-   of the stream, fitted on the first half.
-
-With a thousand units to choose from, the best looks good by chance on the half it was chosen on; that is why there are two.
+1. Train a TopK autoencoder on the residual stream of image tokens that enters a block, over scenes of the training split.
+2. Evaluate on scenes of the test split: for every colour, kind, size, row and column, the AUROC of a unit's mean activation over
+   an object's image tokens, for objects that have the attribute against those that do not. The best unit is chosen on one half
+   of the images and its AUROC reported on the other half, with an interval that resamples images. (Among a thousand units the
+   best looks good by chance on the half it was chosen on.)
+3. For comparison: the best neuron of the block's MLP and the best dimension of the residual stream, chosen in the same way, and
+   a linear probe of the residual stream, fitted on the first half.
 """
 
 from __future__ import annotations
@@ -40,17 +39,17 @@ from analyses.probes import TRUTHS, things
 from hooked_qwen2vl.protocols import Model
 
 UNITS = ("feature", "neuron", "dimension", "probe")
-FEWEST = 8  # objects with a label, in each half, for it to be judged
+FEWEST = 8  # a label needs this many objects with it, and without it, in each half
 
 
 @dataclass(frozen=True)
 class FeatureJudgement(Result):
-    """How well single units tell what an object is.
+    """AUROCs with which single units predict the attributes of objects.
 
     Attributes:
         table: one row per truth, label and unit (one of UNITS): which unit (−1: the probe), AUROC on the held-out half with its 95 %
-            interval, objects and images there, and the AUROC on the half it was chosen on.
-        hook: of the dictionary. n_features: of it. model_name: of the model.
+            interval, objects with the label and images there, and AUROC on the half that the unit was chosen on.
+        hook: the dictionary's hook point. n_features: its number of features. model_name: name of the model.
     """
 
     table: pd.DataFrame
@@ -63,19 +62,19 @@ class FeatureJudgement(Result):
         return self.table
 
     def summary(self) -> pd.DataFrame:
-        """One row per truth: labels, and for each kind of unit the mean held-out AUROC over its labels."""
+        """One row per truth: for each kind of unit the mean held-out AUROC over labels, and the number of labels."""
         means = self.table.pivot_table(index="truth", columns="unit", values="auroc", sort=False)[list(UNITS)]
         return means.assign(labels=self.table.groupby("truth")["label"].nunique()).reset_index()
 
     def plot(self, path: Any = None) -> Any:
-        """Every label's AUROC, by kind of unit."""
+        """The AUROC of every label, by kind of unit."""
         from analyses.views.features import judgement_plot
 
         return judgement_plot(self, path)
 
 
 def image_activations(model: Model, data: Iterable[Example], hook: str, batch_size: int = 16) -> Float[Tensor, "row d"]:
-    """The activation at every image token, each image once."""
+    """Activations at all image tokens; questions about an image that was used already are skipped."""
     rows, seen = [], set()
     with torch.no_grad():
         for batch in in_batches(data, batch_size):
@@ -88,7 +87,7 @@ def image_activations(model: Model, data: Iterable[Example], hook: str, batch_si
 
 
 def shuffled_batches(rows: Float[Tensor, "row d"], size: int, n: int, seed: int = 0) -> Iterator[Float[Tensor, "size d"]]:
-    """n batches of rows, each row once a pass."""
+    """n batches of rows in random order; each pass over the rows has a new order and drops an incomplete last batch."""
     generator, order = torch.Generator().manual_seed(seed), torch.empty(0, dtype=torch.long)
     for _ in range(n):
         if len(order) < size:
@@ -101,10 +100,10 @@ def shuffled_batches(rows: Float[Tensor, "row d"], size: int, n: int, seed: int 
 def judge_features(
     model: Model, dictionary: Dictionary, data: Iterable[Example], layer: int, seed: int = 0, progress: bool = True
 ) -> FeatureJudgement:
-    """AUROC of the best feature, neuron and dimension, and of a probe, for everything that objects of the embedded world are.
+    """AUROC of the best feature, neuron and dimension, and of a probe, for every attribute of objects of the embedded world.
 
     Args:
-        layer: of the MLP whose neurons stand beside.
+        layer: block whose MLP neurons are compared.
     Raises:
         ValueError: no label has enough objects.
     """

@@ -1,7 +1,7 @@
-"""Where do answers flip between layers, and which components make the flips?
+"""Where do answers flip between layers, and which components cause the flips?
 
-Trajectories of every prompt of a data set; every eligible flip (docs/methods.md, 2) is attributed and tested by ablation beside
-random components.
+The trajectory of every prompt of a data set. Every eligible flip (docs/methods.md, section 2) is attributed to components and
+tested by ablating them, compared with random components.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ FLIP_FIGURES = (
 
 @dataclass(frozen=True)
 class FlipStudy(Result):
-    """Trajectories of a data set, and a test of every eligible flip, as tables: what a run keeps is enough to make it.
+    """Tables of the trajectories of a data set, and of a test of every eligible flip.
 
     Attributes:
         prompts: one row per prompt: id, image (the same for prompts about one image), L (the number of layers), and the
             figures of `Trajectory.summary`.
-        flips: one row per flip: its prompt (a row of `prompts`) and what belongs to that, the figures of
+        flips: one row per flip: prompt (index of a row of `prompts`), columns of that prompt, the figures of
             `FlipTest.summary`, and `lens_difference_random`, `final_difference_random`, means over the random draws.
-        skipped: questions without an answer or candidates, or whose answer has no first token of its own among them.
+        skipped: number of questions without an answer or candidates, or whose answer shares its first token with a candidate.
     """
 
     prompts: pd.DataFrame
@@ -52,10 +52,10 @@ class FlipStudy(Result):
 
     @classmethod
     def from_rows(cls, rows: pd.DataFrame, skipped: int = 0) -> FlipStudy:
-        """The study of what `flip_row` gave for each question.
+        """The study made from the rows of `flip_row`.
 
         Raises:
-            ValueError: no question was followed.
+            ValueError: no rows.
         """
         rows = rows.rename(columns={f"{FLIP}{old}": f"{FLIP}{new}" for old, new in renamed_columns(cls).items()})
         if not len(rows):
@@ -72,20 +72,19 @@ class FlipStudy(Result):
         return self.flips
 
     def by_category(self) -> pd.DataFrame:
-        """Share of each outcome, doubt beside its control, and mean depths, by category of question."""
+        """By category of question: share of each outcome, doubt with its control, and mean depths."""
         return outcomes_by_category(self.prompts)
 
     def doubt(self) -> pd.Series:
-        """How often the answer was held then lost, beside a control candidate, over all questions; see `doubt_beside_control`."""
+        """How often the answer was the top candidate and then lost, compared with a control; see `doubt_beside_control`."""
         return doubt_beside_control(self.prompts)
 
     def summary(self) -> pd.DataFrame:
-        """Flips removed (at their layer) and reversed (at the output) by ablating the found components and by random
-        ones: share, its 95 % interval, and how many flips, prompts and clusters. The interval resamples clusters with all
-        their flips: images (prompts, in tables that do not name images).
+        """Share of flips removed (at their layer) and reversed (at the output) by ablating the found or random components.
 
-        That the lens at the flip's own layer changes is close to what the attribution says; that the output changes
-        is the causal test.
+        With 95 % intervals, and the numbers of flips, prompts and clusters. Intervals resample clusters with all their flips:
+        images, or prompts in tables without images. "removed" is close to what the attribution states; "reversed" is the causal
+        test.
         """
         flips, resampled = self.flips, "image" if "image" in self.flips else "prompt"
         counts = len(flips), flips["prompt"].nunique(), flips[resampled].nunique(), resampled
@@ -97,7 +96,7 @@ class FlipStudy(Result):
         return pd.DataFrame(rows, columns=columns)
 
     def last_shift(self) -> pd.DataFrame:
-        """The last layer's shift over prompts (rows: its figures), as it is and as the double norm would show it."""
+        """Median and mean over prompts of the last layer's shift, one row per figure; and the same if the final norm is applied twice."""
         table = self.prompts
         names = [name.removeprefix("double_norm_") for name in table.columns if name.startswith("double_norm_")]
         return pd.DataFrame(
@@ -110,7 +109,7 @@ class FlipStudy(Result):
         )
 
     def plot(self, path: Any = None) -> Any:
-        """Effect of the ablations, flip by flip, and where flips happen."""
+        """Effect of the ablations on each flip, and at which layers flips are."""
         from analyses.views.experiments import flip_study_plot
 
         return flip_study_plot(self.flips, path)
@@ -123,7 +122,7 @@ class FlipStudy(Result):
 
 
 class FlipExperiment(Experiment):
-    """A row a question that can be followed: `flip_row`."""
+    """The experiment: `flip_row` of every question that is not skipped."""
 
     name = "flips"
 
@@ -154,25 +153,25 @@ def flip_study(
     batch_size: int = 8,
     rank: tuple[int, int] | None = None,
 ) -> FlipStudy | None:
-    """Follows every answer that has candidates; attributes and tests every eligible flip.
+    """Trajectories of all questions with an answer and candidates; attributes and tests every eligible flip.
 
     Args:
-        n_components, n_random: components to ablate for a flip, and random draws of as many beside them.
-        out, batch_size, rank: a run in a folder, and which of its processes this is (see `Experiment.run`); questions share no forward.
+        n_components: number of components to ablate per flip. n_random: number of random draws of as many components.
+        out, batch_size, rank: a run in a folder (see `Experiment.run`). Each question has its own forwards, whatever the batch_size.
     Returns:
-        None while shards of `out` that belong to other ranks are missing.
+        the study; None if `rank` is given and shards of other ranks are missing.
     Raises:
-        ValueError: no question could be followed.
+        ValueError: all questions were skipped.
     """
     experiment = FlipExperiment(model, n_components, n_random, seed)
     return experiment.run(examples, out, batch_size=batch_size, rank=rank, progress=progress)
 
 
 def read_flip_study(out: str | Path) -> FlipStudy:
-    """The study that `flip_study` has written to a folder, without the model.
+    """Reads the study from a folder that `flip_study` wrote, without the model.
 
     Raises:
-        ValueError: no run there, one that is not finished, or no question could be followed.
+        ValueError: no run there, one that is not finished, or all questions were skipped.
     """
     return FlipExperiment.read(out)
 
@@ -181,14 +180,14 @@ def read_flip_study(out: str | Path) -> FlipStudy:
 def flip_row(
     model: Model, example: Example, n_components: int, n_random: int, seed: int, encode: Callable[[Any], Any]
 ) -> dict[str, Any] | None:
-    """One question's figures, and those of its eligible flips as lists in columns that begin with "flip_".
+    """The figures of one question; those of its eligible flips are lists in columns that begin with "flip_".
 
     Args:
-        encode: `model.encode`, or an `ImageEmbeddingsCache`, which does the same.
+        encode: `model.encode`, or an `ImageEmbeddingsCache`.
     Returns:
-        None without an answer or candidates, or where the answer has no first token of its own among them.
+        the row; None without an answer or candidates, or if the answer shares its first token with a candidate.
     Raises:
-        ValueError: an image or a prompt that cannot be read: a run records it.
+        ValueError: an image or a prompt that cannot be read (a run records it).
     """
     if not example.candidates or not example.answer.strip():
         return None

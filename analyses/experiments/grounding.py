@@ -1,23 +1,23 @@
-"""Does a heat map find what the answer depends on? On the embedded world, where that is known cell by cell.
+"""Do heat maps find what the answer depends on? On the embedded world, where the cells that it depends on are known.
 
     python -m analyses.experiments.grounding --n 1000 --report docs/grounding_results.md
 
-1. Take items of a split with a right answer that depends on some of the cells, not all and not none; the others
-   ("What is the background?", "no", "0") are counted and left out.
+1. Take items of a split whose right answer depends on some cells, but not on all or none; the others ("What is the
+   background?", "no", "0") are left out and counted.
 2. Teacher-force the right answer. Heat maps over the image tokens:
-     contextual lens   max over layers ≥ 1 of the cosine with the answer; its own best box by the mean vector
-     logit lens        max over layers of p(the first token of the answer, or of the noun)
-     attention         from where the answer's first token is predicted, mean over layers and heads
-     (shuffled image)  the contextual lens on another item's image of the same grid: what the words alone give
-     (random)          uniform numbers
-     (centre)          nearer the centre is hotter
-3. For each: pointing game (is the hottest token on what the answer depends on?), average precision of the heat map
-   against the mask (scikit-learn), IoU in cells of the box with the mask. A heat map's box is the rectangle with the
-   largest sum of (heat − mean), the same for all methods; the contextual lens has its own box beside it.
+     contextual lens   max over layers ≥ 1 of the cosine with the answer
+     logit lens        max over layers of p(first token of the answer, or of the noun)
+     attention         from the position that predicts the answer's first token, mean over layers and heads
+     (shuffled image)  the contextual lens with another item's image of the same grid: a control for what the text alone gives
+     (random)          uniform random numbers
+     (centre)          larger closer to the centre
+3. For each: pointing game (does the answer depend on the hottest token?), average precision of the heat map against the mask of
+   cells (scikit-learn), and IoU in cells of the map's box with the mask. The box is the rectangle with the largest sum of
+   (heat − mean) for all methods; the contextual lens's own box is reported too.
 4. Means by category with bootstrap intervals over scenes, each with all its items (95 %, percentile).
 
-For an existence question the noun it asks for is grounded (the last word of the question), not the word "yes".
-All choices of boxes, nouns and controls here are ours.
+For an existence question, the noun that it asks about (the last word of the question) is grounded instead of the answer.
+The choices of boxes, nouns and controls are ours.
 """
 
 from __future__ import annotations
@@ -56,13 +56,14 @@ METHODS = ("contextual lens", "logit lens", "attention", "(shuffled image)", "(r
 
 @dataclass(frozen=True)
 class GroundingExperiment(Result):
-    """How well each method points at what the answers depend on.
+    """How well the methods find what the answers depend on.
 
     Attributes:
-        table: one row per item and method: item, scene (items of one scene share its picture), category, domain, right (the model answers it), share (of the cells that
-            count), pointing (0 or 1), ap, iou (NaN where the method has no such figure).
-        skipped: items left out, by reason.
-        settings: split, image_layer, text_layer, seed and the model's name.
+        table: one row per item and method: item, scene (items of one scene share its picture), category, domain, right (whether the
+            model gives the answer), share (of the cells that the answer depends on), pointing (0 to 1), ap, iou (NaN if the method
+            has no such figure).
+        skipped: reason -> number of items left out.
+        settings: image_layer, text_layer, seed and the model's name.
     """
 
     table: pd.DataFrame
@@ -70,8 +71,10 @@ class GroundingExperiment(Result):
     settings: dict[str, Any]
 
     def to_dataframe(self, resamples: int = 1000, seed: int = 0) -> pd.DataFrame:
-        """One row per category ("all" too) and method: items, scenes, and for each figure the mean and its 95 % interval,
-        which resamples scenes (items, in tables that do not name them)."""
+        """One row per category (and "all") and method: numbers of items and scenes, and the mean of each figure.
+
+        The means have 95 % intervals, which resample scenes (items, in tables without scenes).
+        """
         groups = [("all", self.table), *self.table.groupby("category")]
         rows = []
         for category, part in groups:
@@ -86,7 +89,7 @@ class GroundingExperiment(Result):
         return pd.DataFrame(rows)
 
     def plot(self, path: Any = None, figure: str = "pointing") -> Any:
-        """One panel per category, each method's mean with its interval; `figure` is one of FIGURES."""
+        """One panel per category: each method's mean with its interval. `figure` is one of FIGURES."""
         from analyses.views.grounding import methods_plot
 
         table = self.to_dataframe().dropna(subset=[figure])
@@ -101,12 +104,12 @@ def run_experiment(
     seed: int = 0,
     progress: bool = True,
 ) -> GroundingExperiment:
-    """All methods on the embedded world's items.
+    """All methods on items of the embedded world.
 
     Args:
         items: from `hooked_qwen2vl.scenes`.
-        image_layer, text_layer: of the contextual lens's box; None takes its defaults.
-        seed: of the random heat maps and of which image is put in.
+        image_layer, text_layer: of the contextual lens's box; None: its defaults.
+        seed: of the random heat maps and of the choice of other images.
     Raises:
         ValueError: no item is left.
     """
@@ -142,7 +145,7 @@ def run_experiment(
 
 
 def figures(heat: Float[Tensor, "rows cols"], mask: Bool[np.ndarray, "rows cols"]) -> dict[str, float]:
-    """Pointing (ties share the hit), average precision and the IoU of the heaviest rectangle, against the mask."""
+    """Pointing (share of hits among tied maxima), average precision, and IoU of the heaviest rectangle with the mask."""
     hottest = (heat == heat.max()).numpy()
     return {
         "pointing": float(mask[hottest].mean()),
@@ -159,7 +162,7 @@ def box_iou(cells: Cells, mask: Bool[np.ndarray, "rows cols"]) -> float:
 
 
 def centre_heat(rows: int, cols: int) -> Float[Tensor, "rows cols"]:
-    """Minus the squared distance from the centre, as a share of the image's sides."""
+    """Minus the squared distance from the centre, with both sides of the image scaled to length 1."""
     y, x = (torch.arange(n, dtype=torch.float64) + 0.5 for n in (rows, cols))
     return -((y[:, None] / rows - 0.5) ** 2 + (x[None] / cols - 0.5) ** 2)
 
@@ -178,7 +181,7 @@ def _usable(items: list[Any]) -> tuple[list[Any], dict[str, int]]:
 
 
 def mask_of(item: Any) -> Bool[np.ndarray, "rows cols"]:
-    """The cells of all that the answer depends on; a cell is an image token."""
+    """The cells (image tokens) of all objects that the answer depends on."""
     return np.logical_or.reduce([thing.mask(*item.grid) for thing in item.depends_on] or [np.zeros(item.grid, dtype=bool)])
 
 
@@ -186,7 +189,7 @@ def mask_of(item: Any) -> Bool[np.ndarray, "rows cols"]:
 def _heat_maps(
     model: Model, item: Any, other: Any, image_layer: int | None, text_layer: int | None
 ) -> tuple[dict[str, Tensor], Cells, bool]:
-    """Heat maps of the methods that look, the contextual lens's own box, and whether the model answers rightly."""
+    """(heat maps of the methods that use the model, the contextual lens's own box, whether the model gives the right answer)."""
     inputs, swapped = (model.to_inputs(item.question, images=[x.image], answers=item.answer) for x in (item, other))
     image, first = inputs.positions("image"), int(inputs.positions("answer")[0])
     with attention_patterns(model, lambda pattern: pattern[0, :, first - 1, image].cpu().double().mean(0)) as attention:
@@ -209,7 +212,7 @@ def _heat_maps(
 
 
 def _span(model: Model, inputs: Any, item: Any) -> list[int]:
-    """The noun of an existence question, else the answer."""
+    """Positions of the noun of an existence question, else of the answer."""
     if item.category != "existence":
         return span_positions(model, inputs, "answer", 0)
     noun = item.question.rstrip("?").split()[-1]
@@ -245,7 +248,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def as_markdown(result: GroundingExperiment, measured_on: str) -> str:
-    """What was measured, on what, and the table: mean and 95 % interval of each figure."""
+    """The report in Markdown: what was measured, on which data, and a table with mean and 95 % interval of each figure."""
     summary = result.to_dataframe()
     shown = summary[["category", "items", "method"]].copy()
     for name in FIGURES:
@@ -273,7 +276,7 @@ def as_markdown(result: GroundingExperiment, measured_on: str) -> str:
 
 
 def fingerprint(model: Model) -> str:
-    """The first digits of a hash of all weights: which checkpoint was measured."""
+    """The first 12 digits of a hash of all weights, which identify the checkpoint."""
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
         digest.update(name.encode() + weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())

@@ -1,16 +1,16 @@
-"""Which score tells a model's right answers from its hallucinated ones?
+"""Which score separates a model's right answers from its hallucinated ones?
 
-1. The model answers every question of a benchmark, greedily (captions that came with the data are taken as they are).
-2. An answer is judged as its benchmark says (`analyses.data.benchmarks.judge`); of a caption, every object it names is a
-   claim of its own, right if the object is truly there. Where a judge is needed nothing is called right or wrong.
-3. Every method of `analyses.answer_scores.SCORES` scores every claim: higher = more likely right. For "Is there a dog?" the
-   methods that look for something in the image look for the noun, with the sign flipped when the answer is no. The
-   control sees another picture: the nearest one before (else after) in the data that differs.
-4. AUROC and average precision by category, with bootstrap intervals that resample images with all
-   their claims (`analyses.common.statistics`): claims of one caption, and questions about one image, are not independent.
+1. The model answers every question of a benchmark greedily (captions in the data are used as they are).
+2. Answers are judged by the rules of their benchmark (`analyses.data.benchmarks.judge`). In a caption, every object it names is a
+   claim, which is right if the object is in the image. Answers that need an external judge are neither right nor wrong.
+3. Every method of `analyses.answer_scores.SCORES` scores every claim: higher = more likely right. For "Is there a dog?", the
+   methods that look for the answer in the image look for the noun, and the score is negated if the answer is no. The control
+   gets the images of another question: the last one before it in the data with different images (or the first one after it).
+4. AUROC and average precision by category, with bootstrap intervals that resample images with all their claims
+   (`analyses.common.statistics`), because claims of one caption, and questions about one image, are not independent.
 
-Flipping the sign sets a noun's "yes" and "no" answers apart before anything is compared. So these are also reported
-apart ("existence: said no"), and "all, within categories" compares only answers of one category that said the same.
+Negating the score separates "yes" from "no" answers by itself. They are therefore also reported separately ("existence: said
+no"), and "all, within categories" compares only answers of the same category that say the same.
 """
 
 from __future__ import annotations
@@ -57,21 +57,21 @@ _SAYS = re.compile(r"\s*(yes|no)\b", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Asked(Question):
-    """A question, and what its control sees.
+    """A question with the images for its control.
 
     Attributes:
-        other: the images of another question (see `with_controls`); none where all pictures are the same.
+        other: the images of another question (see `with_controls`); empty if all questions have the same images.
     """
 
     other: tuple[Any, ...] = field(repr=False, default=())
 
 
 class Answer(NamedTuple):
-    """What the model said.
+    """The model's answer.
 
     Attributes:
-        cut: whether it was stopped by the limit on tokens.
-        other_tokens: whether the text, tokenised again (so it is scored), has other tokens than were generated.
+        cut: whether generation stopped at the limit on tokens.
+        other_tokens: whether the text tokenises to other tokens than were generated; scores use the text's tokens.
     """
 
     text: str
@@ -81,14 +81,14 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Claim:
-    """What is scored: an answer, or one object that a caption names.
+    """An answer, or one object that a caption names.
 
     Attributes:
         key: unique in its data set.
         text: the whole answer or caption.
-        correct: None where a judge is needed.
+        correct: None if an external judge is needed.
         mention: (start, end) of the object's characters in the text; None for an answer.
-        noun: what a yes/no question asks for, where the answer begins with yes or no; else "".
+        noun: the noun of a yes/no question, if the answer begins with yes or no; else "".
     """
 
     key: str
@@ -100,19 +100,20 @@ class Claim:
 
     @property
     def said(self) -> str:
-        """ "yes" or "no" where a noun is scored, else ""."""
+        """ "yes" or "no" if the claim has a noun, else ""."""
         return _SAYS.match(self.text)[1].lower() if self.noun else ""
 
 
 @dataclass(frozen=True)
 class Hallucinations(Result):
-    """Every claim with every method's score.
+    """All claims with the scores of all methods.
 
     Attributes:
-        claims: one row per claim: key, id, image (the same for questions about one image), category, question, gold, answer, correct (None: needs a judge), judge, said,
-            noun, error (why scores are missing), a column a method (NaN where there is none), cut and other_tokens.
-        methods: their names. data, model_name, weights: what was run; `weights` is their hash.
-        layers: the contextual lens's layers, of its image and of its text side.
+        claims: one row per claim: key, id, image (the same for questions about one image), category, question, gold, answer, correct
+            (None: needs a judge), judge, said, noun, error (why scores are missing), one column per method (NaN without a score),
+            cut and other_tokens.
+        methods: names of the methods. data: name of the data set. model_name: name of the model; weights: hash of its weights.
+        layers: (image_layer, text_layer) of the contextual lens.
         n_boot, seed, level: of the bootstrap.
     """
 
@@ -128,14 +129,13 @@ class Hallucinations(Result):
 
     @cached_property
     def judged(self) -> pd.DataFrame:
-        """The claims that are known to be right or wrong."""
+        """The claims that are right or wrong, without those that need a judge."""
         kept = self.claims[self.claims["correct"].notna()]
         return kept.assign(correct=kept["correct"].astype(bool))
 
     @property
     def cluster(self) -> str:
-        """What the intervals resample, with all its claims: "image", or in tables that do not name images "id" (a question or
-        caption), or "claim", each by itself."""
+        """The column by which intervals resample claims: "image"; in tables without it "id" (question or caption), else "claim"."""
         return next((name for name in ("image", "id") if name in self.claims), "claim")
 
     def _clusters(self, part: pd.DataFrame) -> pd.Series | None:
@@ -156,12 +156,15 @@ class Hallucinations(Result):
         return pd.DataFrame(rows)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per method and category: items, hallucinated, unscored, clusters, resamples, and auroc, ap_correct and
-        ap_hallucinated with `_low` and `_high`: intervals that resample images (see `cluster`) with all their claims."""
+        """One row per method and category, with the columns of `analyses.common.statistics.detection`.
+
+        These are items, hallucinated, unscored, clusters, resamples, and auroc, ap_correct and ap_hallucinated, each with `_low`
+        and `_high`. Intervals resample images (see `cluster`) with all their claims.
+        """
         return self._metrics.copy()
 
     def table(self, figure: str = "auroc") -> pd.DataFrame:
-        """Methods × categories as text: "0.81 [0.75, 0.86]"; the first row counts hallucinated answers of items."""
+        """Methods × categories as text, such as "0.81 [0.75, 0.86]"; the first row has "hallucinated of judged" claims."""
         cells = self._metrics.assign(text=[_interval_text(row, figure) for _, row in self._metrics.iterrows()])
         categories = list(dict.fromkeys(cells["category"]))
         shown = cells.pivot(index="method", columns="category", values="text").loc[list(self.methods), categories]
@@ -175,11 +178,11 @@ class Hallucinations(Result):
         return found | {WITHIN: found[ALL]}
 
     def few(self) -> dict[str, int]:
-        """The categories with fewer than 300 hallucinated answers: their intervals are wide."""
+        """Categories with fewer than 300 hallucinated answers, whose intervals are wide -> their number."""
         return {name: wrong for name, (wrong, _) in self.counts().items() if wrong < ENOUGH and name != WITHIN}
 
     def markdown(self) -> str:
-        """What was run, and a table of methods × categories for each figure."""
+        """A report in Markdown: what was run, and a table of methods × categories for each figure."""
         from analyses.views.hallucination import markdown
 
         return markdown(self)
@@ -191,7 +194,7 @@ class Hallucinations(Result):
         return roc_plot(self, path, category)
 
     def plot_scores(self, path: Any = None, category: str = ALL) -> Any:
-        """Histograms of every method's scores, right and hallucinated answers apart."""
+        """Histograms of every method's scores, separate for right and hallucinated answers."""
         from analyses.views.hallucination import score_plot
 
         return score_plot(self, path, category)
@@ -203,7 +206,7 @@ class Hallucinations(Result):
         return interval_plot(self, path)
 
     def of(self, category: str) -> pd.DataFrame:
-        """The judged claims of one category (or of a part of it, or "all").
+        """The judged claims of one category ("all", "existence", "existence: said no", …).
 
         Raises:
             ValueError: no such category.
@@ -214,7 +217,7 @@ class Hallucinations(Result):
         return groups[category]
 
     def _groups(self) -> Iterator[tuple[str, pd.DataFrame]]:
-        """Categories in order, those with nouns also by what was said, then all."""
+        """(name, claims) of every category, of its "yes" and "no" answers if claims have nouns, and of "all"."""
         for name, part in self.judged.groupby("category", sort=False):
             yield str(name), part
             for said in ("yes", "no"):
@@ -224,14 +227,14 @@ class Hallucinations(Result):
 
 
 class HallucinationExperiment(Experiment):
-    """A row a claim, with what it says and its scores.
+    """The experiment: one row per claim, with its text and scores.
 
     Args:
-        methods: of `answer_scores.SCORES`; None takes all.
+        methods: of `answer_scores.SCORES`; None: all.
         vocabulary: word -> object, for captions (`benchmarks.read_synonyms`).
-        image_layer, text_layer: layers of the contextual lens (see `choose_layers`); None takes its defaults.
+        image_layer, text_layer: layers of the contextual lens (see `choose_layers`); None: its defaults.
     Raises:
-        ValueError: an unknown method or layer; (when called) a question without image, or captions without a vocabulary.
+        ValueError: an unknown method or layer; when called: a question without an image, or captions without a vocabulary.
     """
 
     name = "hallucination"
@@ -290,18 +293,18 @@ def detect_hallucinations(
     out: str | Path | None = None,
     rank: tuple[int, int] | None = None,
 ) -> Hallucinations | None:
-    """Answers, judges, scores.
+    """Generates the answers, judges them, and scores them with every method.
 
     Args:
-        data: the data set's name.
+        data: name of the data set, for reports.
         methods, vocabulary, max_new_tokens, image_layer, text_layer: see `HallucinationExperiment`.
-        judgements: id -> whether right, of a judge outside; they come before the benchmark's own.
+        judgements: id -> whether right, by an external judge; they replace the benchmark's judgement.
         n_boot, seed: of the intervals.
-        out, rank: a run in a folder, and which of its processes this is (see `Experiment.run`).
+        out, rank: a run in a folder (see `Experiment.run`).
     Returns:
-        None while shards of `out` that belong to other ranks are missing.
+        the result; None if `rank` is given and shards of other ranks are missing.
     Raises:
-        ValueError: no items, an item without an image that can be read, judgements of unknown ids, or as
+        ValueError: nothing to score, an item without a readable image, judgements of unknown ids, or as
             `HallucinationExperiment`.
     """
     experiment = HallucinationExperiment(model, methods, vocabulary, max_new_tokens, image_layer, text_layer)
@@ -312,10 +315,10 @@ def detect_hallucinations(
 def read_hallucinations(
     out: str | Path, data: str, judgements: Mapping[str, bool] | None = None, n_boot: int = 1000, seed: int = 0
 ) -> Hallucinations:
-    """The result that `detect_hallucinations` has written to a folder, without the model.
+    """Reads the result from a folder that `detect_hallucinations` wrote, without the model.
 
     Args:
-        data, judgements, n_boot, seed: as `detect_hallucinations` takes them.
+        data, judgements, n_boot, seed: see `detect_hallucinations`.
     Raises:
         ValueError: no run there, one that is not finished, nothing to score, or judgements of unknown ids.
     """
@@ -323,17 +326,18 @@ def read_hallucinations(
 
 
 def run_settings(*arguments: Any, **more: Any) -> dict[str, Any]:
-    """The settings of `HallucinationExperiment`, which has them itself now."""
+    """Deprecated: use `HallucinationExperiment(…).settings`."""
     warnings.warn("run_settings(…) is now HallucinationExperiment(…).settings.", DeprecationWarning, stacklevel=2)
     return HallucinationExperiment(*arguments, **more).settings
 
 
 def with_controls(items: Iterable[Question]) -> Iterator[Asked]:
-    """The questions, each with the pictures of the nearest one before it whose pictures differ, else after it.
+    """The questions, each with the images of the last question before it that has different images, or of the first one after it.
 
-    Looking back first keeps them the same when a run is made longer; only the first picture's questions are held back.
+    Questions before come first so that controls stay the same when more data is added. Only the questions about the data's first
+    images have none before them; they wait for the first different images.
     """
-    waiting: list[Question] = []  # as long as all pictures are the same
+    waiting: list[Question] = []  # questions about the first images, until different images come
     last: tuple[str, tuple[Any, ...]] = ("", ())
     other: tuple[Any, ...] = ()
     for item in items:
@@ -355,10 +359,10 @@ def with_controls(items: Iterable[Question]) -> Iterator[Asked]:
 def generate_answers(
     model: Model, items: Sequence[Question], max_new_tokens: int = 32, encode: Callable[[Any], Any] | None = None
 ) -> list[Answer]:
-    """The model's greedy answers to one batch of questions; captions that came with the data are not generated.
+    """The model's greedy answers to one batch of questions; captions that are in the data are returned as they are.
 
     Args:
-        encode: an `ImageEmbeddingsCache`; None is `model.encode`.
+        encode: an `ImageEmbeddingsCache`; None: `model.encode`.
     """
     asked = [item for item in items if not (item.given and item.judge == OBJECTS)]
     said: Iterator[Answer] = iter(())
@@ -375,7 +379,7 @@ def claims_of(
     answers: Sequence[str],
     vocabulary: Mapping[str, str] | None = None,
 ) -> list[Claim]:
-    """What is to be scored, and whether it is right, where the benchmark says so.
+    """The claims in the answers, with `correct` by the rules of the benchmark.
 
     Raises:
         ValueError: captions without a vocabulary.
@@ -399,13 +403,13 @@ def score_claim(
     text_layer: int | None = None,
     encode: Callable[[Any], Any] | None = None,
 ) -> dict[str, Any]:
-    """{method: score, …, "refused": ""}; a claim that cannot be scored has no scores, and `refused` says why.
+    """{method: score, …, "refused": ""}; if a claim cannot be scored, the scores are None and `refused` gives the reason.
 
     Args:
         methods: of `answer_scores.SCORES`.
-        other: the pictures that the control sees; without them it has no score.
+        other: the images for the control; without readable ones the control's score is None.
         image_layer, text_layer: of the contextual lens.
-        encode: an `ImageEmbeddingsCache`; None is `model.encode`.
+        encode: an `ImageEmbeddingsCache`; None: `model.encode`.
     """
     nothing: dict[str, Any] = dict.fromkeys(methods)
     if not claim.text.strip():
@@ -422,7 +426,7 @@ def score_claim(
 
 
 def _readable(images: Sequence[Any]) -> list[Any]:
-    """The pictures, opened; none where one cannot be read, which its own question says."""
+    """The images, opened; empty if one cannot be read (the question that it belongs to reports it)."""
     try:
         return [open_image(image) for image in images]
     except (ValueError, OSError):
@@ -431,7 +435,7 @@ def _readable(images: Sequence[Any]) -> list[Any]:
 
 @dataclass(frozen=True)
 class _Encoded(Evidence):
-    """Evidence that takes its image embeddings from a cache."""
+    """`Evidence` that encodes images with `encode`, such as an `ImageEmbeddingsCache`."""
 
     encode: Callable[[Any], Any] | None = None
 
@@ -441,13 +445,13 @@ class _Encoded(Evidence):
 
 
 def claim_inputs(model: Model, claim: Claim, images: Sequence[Any] | None = None) -> Any:
-    """The prompt with what is claimed as its answer.
+    """The prompt with the claim as its answer.
 
-    A mention is run where it stands, after the caption's earlier words, which count as history; only its own tokens are
-    called `answer`.
+    For a mention in a caption, the caption up to its end is teacher-forced; the mention's tokens are the segment `answer`, the
+    tokens before them `history`.
 
     Args:
-        images: instead of the item's own.
+        images: images to use instead of the item's.
     """
     images = list(claim.item.images if images is None else images)
     if claim.mention is None:
@@ -460,12 +464,12 @@ def claim_inputs(model: Model, claim: Claim, images: Sequence[Any] | None = None
 
 
 def choose_layers(model: Model, items: Sequence[Question], max_new_tokens: int = 32, progress: bool = True) -> LayerSweep:
-    """The contextual lens's two layers by AUROC over the model's own answers to a validation split.
+    """Chooses the contextual lens's two layers by AUROC over the model's own answers to a validation split.
 
-    Only answers that are judged and that are scored themselves: a yes/no question's noun is another thing.
+    Answers that need a judge and answers to yes/no questions (where the noun is scored, not the answer) are not used.
 
     Raises:
-        ValueError: no right, or no hallucinated, answer among them.
+        ValueError: the answers are all right, or all hallucinated.
     """
     bar = tqdm(items, desc="answering", unit="question", disable=not progress, delay=2)
     answers = [answer.text for batch in in_batches(bar, 8) for answer in generate_answers(model, batch, max_new_tokens)]
@@ -476,10 +480,10 @@ def choose_layers(model: Model, items: Sequence[Question], max_new_tokens: int =
 
 
 def read_judgements(file: str | Path) -> dict[str, bool]:
-    """A judge's verdicts: JSON lines {"id": "…", "correct": true}.
+    """Reads the judgements of an external judge: JSON lines {"id": "…", "correct": true}.
 
     Raises:
-        ValueError: no such file, or a line that is not like this (it is named).
+        ValueError: no such file, an invalid line (which the message names), or an id that is judged twice.
     """
     found: dict[str, bool] = {}
     for line, row in read_rows(file):
@@ -497,14 +501,13 @@ def read_judgements(file: str | Path) -> dict[str, bool]:
 
 
 def _begins_as_read(answer: str) -> bool:
-    """Whether an answer begins with yes or no and is read as that ("Yes, there is no dog" is not)."""
+    """Whether an answer begins with yes or no and `parse_yes_no` reads it as that ("Yes, there is no dog" is not)."""
     said = _SAYS.match(answer)
     return said is not None and said[1].lower() == parse_yes_no(answer.replace("NO", "No"))
 
 
 def _answer(model: Model, ids: Sequence[int]) -> Answer:
-    """The answer up to its end token (padding follows): its text; whether it was cut at the limit, and whether its text
-    has other tokens than were generated."""
+    """The `Answer` of generated ids up to the end token, after which there is padding."""
     ends = set(model.cfg.special.eos)
     length = next((at for at, token in enumerate(ids) if token in ends), None)
     kept = list(ids[:length])
@@ -521,10 +524,10 @@ def _mention_claims(item: Question, caption: str, vocabulary: Mapping[str, str] 
 
 
 def check_methods(methods: Sequence[str] | None) -> tuple[str, ...]:
-    """The methods by name; None is all.
+    """The names of the methods; None: all.
 
     Raises:
-        ValueError: an unknown one.
+        ValueError: an unknown method.
     """
     found = tuple(SCORES if methods is None else methods)
     if unknown := [name for name in found if name not in SCORES]:
@@ -549,7 +552,7 @@ def _about(claim: Claim) -> dict[str, Any]:
 
 
 def _as_claims(rows: pd.DataFrame, ids: set[str], judgements: Mapping[str, bool] | None) -> pd.DataFrame:
-    """The rows of `HallucinationExperiment` as `Hallucinations.claims`; a judge outside comes before the benchmark."""
+    """The rows of `HallucinationExperiment` as `Hallucinations.claims`; judgements replace the benchmark's."""
     if rows.empty:
         raise ValueError("there is nothing to score: no question whose image can be read, or captions that name nothing.")
     judgements = dict(judgements or {})

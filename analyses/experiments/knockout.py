@@ -1,7 +1,7 @@
 """Which flows of information do the answers to a data set need? Attention knockout over windows of layers.
 
-The flows image → last, image → question, question → last, and to everything after the image: the patches of the object
-asked about, beside as many other patches.
+Flows: image → last, image → question, question → last, and from the image tokens of the object asked about to everything after
+the image, compared with as many other image tokens.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from hooked_qwen2vl.protocols import Model
 
 @torch.no_grad()
 def knockout_study(model: Model, examples: Iterable[Example], window: int | None = None, seed: int = 0, progress: bool = True) -> Knockout:
-    """Blocks flows for every item whose objects are known and whose answer is right and a single token.
+    """Blocks flows for every item whose objects are known and whose answer is a single token that the model predicts.
 
-    Flows: image → last, image → question, question → last, and to everything after the image: the object's patches, and
-    as many other patches of the image drawn at random.
+    Flows: image → last, image → question, question → last, and to everything after the image: from the object's image tokens,
+    and from as many other image tokens drawn at random.
 
     Returns:
-        the effects; items that could not be used are counted in `left_out`, by reason.
+        the effects; `left_out` counts the items that could not be used, by reason.
     Raises:
         ValueError: no item could be used.
     """
@@ -55,7 +55,7 @@ def knockout_study(model: Model, examples: Iterable[Example], window: int | None
 
 
 def _flows(inputs: Any, example: Example, seed: int) -> dict[str, tuple[Any, Any]] | str:
-    """The flows to block, or why there are none."""
+    """The flows to block, or the reason why the item cannot be used."""
     things = example.item.depends_on if example.item is not None else ()
     own = sorted({place for thing in things for place in inputs.positions(thing.box).tolist()})
     if not own:

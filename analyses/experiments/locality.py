@@ -1,7 +1,7 @@
-"""Where does the answer's information lie, and how does it move? Patching sweeps of many counterfactual pairs.
+"""At which positions is the information about the answer, and how does it move? Patching sweeps of counterfactual pairs.
 
-A sweep for each pair. Fixed beforehand: the position with the highest recovery averaged over layers 0…L/4 should lie on
-the changed object's patches.
+One sweep per pair. The prediction, fixed before measuring: the position with the highest recovery, averaged over layers 0…L/4,
+is an image token of the changed object.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ class LocalityStudy(Result):
     """Patching sweeps of many counterfactual pairs.
 
     Attributes:
-        hits: [pair] whether the best position lies on the changed object. chance: [pair] share of the prompt's
-            positions that do; image_chance: the same among the image's tokens only.
-        spans: [pair layer span] recovery of the named SPANS, patched whole.
-        early: how many layers the best position is averaged over.
-        skipped: pairs whose change covers the whole image (its background), where no place could be missed.
-        images: [pair] the clean image, the same for pairs made from one; () where each pair has its own.
-        model_name.
+        hits: [pair] whether the best position is on the changed object. chance: [pair] share of the prompt's positions that are;
+            image_chance: the same among image tokens only.
+        spans: [pair layer span] recovery when a whole span of SPANS is patched.
+        categories: [pair] category of the question.
+        early: number of layers over which recovery is averaged for the best position.
+        skipped: number of pairs whose change covers the whole image (the background), where every image token would be a hit.
+        images: [pair] hash of the clean image; () if each pair has its own.
+        model_name: name of the model.
     """
 
     hits: tuple[bool, ...]
@@ -52,14 +53,14 @@ class LocalityStudy(Result):
     images: tuple[str, ...] = ()
 
     def summary(self) -> dict[str, float]:
-        """Share of hits with its 95 % interval, which resamples clean images with all their pairs, and chance beside it."""
+        """Share of hits with its 95 % interval (resamples clean images with all their pairs), and the shares expected by chance."""
         share, low, high = share_interval(np.array(self.hits), self.images or None)
         n_images = n_different(cluster_codes(self.images or None, len(self.hits)))
         return {"pairs": len(self.hits), "images": n_images, "hits": sum(self.hits), "share": share, "low": low, "high": high,
                 "chance": float(np.mean(self.chance)), "chance_in_image": float(np.mean(self.image_chance))}  # fmt: skip
 
     def to_dataframe(self) -> pd.DataFrame:
-        """Mean recovery by layer and span, with its standard error over clean images (with all their pairs)."""
+        """One row per layer and span: mean recovery, and its standard error clustered by clean image."""
         n, mean = len(self.spans), self.spans.mean(0)
         return pd.DataFrame(
             {"layer": layer, "span": span, "recovery": float(mean[layer, i]),
@@ -69,7 +70,7 @@ class LocalityStudy(Result):
         )  # fmt: skip
 
     def plot(self, path: Any = None) -> Any:
-        """Recovery by layer, one line per span: how the answer's information moves."""
+        """Recovery by layer, one line per span."""
         from analyses.views.experiments import locality_plot
 
         return locality_plot(self, path)
@@ -108,7 +109,7 @@ def locality_study(model: Model, pairs: Iterable[Pair], batch_size: int = 32, pr
 
 
 def _spans(pair: Pair) -> dict[str, list[int]]:
-    """Positions of SPANS."""
+    """Span of SPANS -> its positions."""
     inputs, own = pair.clean, sorted(set(pair.on_boxes.tolist()) | set(changed_positions(pair.clean, pair.corrupted).tolist()))
     question = inputs.positions("question").tolist()
     last = inputs.shape[1] - 1

@@ -1,10 +1,10 @@
-"""One neuron, seen from both sides: the images and patches that fire it, and the words it writes.
+"""Maximally activating images of a neuron, and the tokens that it promotes.
 
-1. Run every example and keep, for the neuron, its activation before the activation function at every image token (decoder,
-   projector: 28 pixels; 32 in Qwen3-VL) or patch (tower: 14; 16), on the image's grid. It fires above 0.
+1. Run every example; keep the neuron's activation before the activation function on the image's grid: at every image token for
+   decoder and projector (28 pixels; Qwen3-VL: 32), at every patch for the tower (14; 16). The neuron fires if it is above 0.
 2. Keep the examples with the highest activation.
-3. What it writes: its row of W_out, weighted by the final norm, through the unembedding. The product with the neuron's
-   activation may be negative in the decoder (its gate is multiplied by `up`): both ends of the list mean something.
+3. Promoted tokens: the neuron's row of W_out, times the final norm's weight, through the unembedding. A decoder neuron's
+   activation (gate times `up`) may be negative and then promotes the other end of the list, so both ends are given.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from hooked_qwen2vl.protocols import Model
 
 @dataclass(frozen=True)
 class Fired(Result):
-    """One image and where it fires the neuron.
+    """The neuron's activations on one image.
 
     Attributes:
         id, question, domain, image: of the example (its first image, in original pixels).
@@ -45,12 +45,12 @@ class Fired(Result):
 
 @dataclass(frozen=True)
 class TopImages(Result):
-    """The images that fire a neuron the most, by their highest activation.
+    """The images with the highest activations of a neuron.
 
     Attributes:
         neuron: (module, layer, neuron).
         examples: highest first.
-        writes: the tokens it writes most, for decoder and projector.
+        writes: the tokens that the neuron promotes most; empty for neurons of the tower.
     """
 
     neuron: tuple[str, int, int]
@@ -58,7 +58,7 @@ class TopImages(Result):
     writes: tuple[str, ...]
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per example and patch (raster order): row, col, activation."""
+        """One row per example and cell of its grid (raster order): rank, id, domain, question, row, col, activation."""
         return pd.DataFrame(
             {"rank": rank, "id": e.id, "domain": e.domain, "question": e.question, "row": row, "col": col, "activation": value}
             for rank, e in enumerate(self.examples)
@@ -67,7 +67,7 @@ class TopImages(Result):
         )
 
     def plot(self, path: Any = None) -> Any:
-        """The images with the patches that fire the neuron drawn on them."""
+        """The images, with the patches or image tokens at which the neuron fires drawn on them."""
         from analyses.views.neurons import top_images_plot
 
         return top_images_plot(self, path)
@@ -82,14 +82,14 @@ def top_images(
     n: int = 4,
     batch_size: int = 8,
 ) -> TopImages:
-    """The n images that fire a neuron the most.
+    """The n images with the highest activation of a neuron.
 
     Args:
-        neuron: (module, layer, neuron). data, limit: see `analyses.data.examples`; examples without an image are passed over.
+        neuron: (module, layer, neuron). data, limit: see `analyses.data.examples`; examples without an image are skipped.
     Raises:
         ValueError: no such neuron, or no example with an image.
     """  # fmt: skip
-    masks_of(model, [neuron])  # says what is not there
+    masks_of(model, [neuron])  # raises if there is no such neuron
     module, layer, index = neuron
     name = f"{SITES[module].format(layer)}.hook_pre"
     best: list[tuple[float, int, Example, Tensor]] = []
@@ -115,12 +115,12 @@ def top_images(
 
 @torch.no_grad()
 def written_tokens(model: Model, neuron: tuple[str, int, int], top_k: int = 10) -> pd.DataFrame:
-    """The tokens that a neuron's row of W_out, weighted by the final norm, raises most and least.
+    """The tokens whose logits a neuron's row of W_out, times the final norm's weight, raises most and least.
 
     Returns:
         columns end ("most", "least"), token_id, token, logit (for an activation of 1 and a residual stream of rms 1).
     Raises:
-        ValueError: a neuron of the tower: it writes to the tower's stream, which no unembedding reads.
+        ValueError: no such neuron, or a neuron of the tower, which writes to the tower's residual stream and not to the decoder's.
     """
     module, layer, index = neuron
     if module == "vision":
