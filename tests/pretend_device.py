@@ -20,6 +20,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 
 CUDA = torch.device("cuda:0")
@@ -134,6 +135,7 @@ class Pretence(TorchDispatchMode):
 def pretended(float64: bool = True) -> Iterator[Pretence]:
     """Within it torch has a device cuda:0, on which only `on_device` and `.to("cuda")` put tensors."""
     torch._C._ensureCUDADeviceGuardSet()  # does nothing in a CPU build
+    _device_constructors()  # torch remembers, at its first use, which functions `with torch.device(...)` is for: before we replace some
     mode = Pretence(float64)
     replaced = {  # each by a function of its own: torch.compile's tables refuse one that stands for two
         (torch.cuda, "_lazy_init"): lambda: None,

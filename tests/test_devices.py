@@ -21,6 +21,7 @@ from PIL import Image
 from pretend_device import MixedDevices, NoFloat64, OnDevice, Pretence, on_device, pretended
 from tiny import tiny_hf, tiny_processor, tiny_processor3
 from torch import Tensor
+from torch.utils._device import _device_constructors
 from transformer_lens import patching
 
 from analyses.answer_scores import all_scores
@@ -419,6 +420,13 @@ def test_it_refuses_what_cuda_and_mps_refuse():
         assert type(there.cpu()) is Tensor and device.transfers["_to_copy"] == 1
     with pretended(float64=False), pytest.raises(NoFloat64):
         on_device(torch.arange(6.0)).double()
+
+
+def test_a_device_context_holds_there_though_it_is_torchs_first():
+    """transformers loads inside `with torch.device("meta")`, and asks `torch.tensor([])` whether that holds."""
+    _device_constructors.cache_clear()
+    with pretended(), torch.device("meta"):
+        assert torch.tensor([]).is_meta and torch.as_tensor([1.0]).is_meta
 
 
 def test_pictures_take_what_is_on_the_device():
