@@ -30,6 +30,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from analyses.common.result import Result
+from analyses.common.vocabulary import logits_of
 from analyses.patching import patch_sweep
 from hooked_qwen2vl.geometry import Place
 from hooked_qwen2vl.moved import renamed_arguments, renamed_attributes
@@ -274,8 +275,8 @@ def _differences(model: Model, inputs: Any, flip: FlipAttribution, ablated: Sequ
     keep = (f"blocks.{flip.block}.hook_resid_post", lambda x, hook: stream.update(post=x[:, flip.position : flip.position + 1]))
     hooks = [*ablation_hooks(ablated, flip.position), keep]
     logits = model.run_with_hooks(inputs, fwd_hooks=hooks, logits_at=flip.position)
-    at_layer = model.unembed(model.ln_final(stream["post"]))
-    at_layer, final = (float(z[0, 0, flip.gained_id] - z[0, 0, flip.lost_id]) for z in (at_layer, logits))
+    at_layer = logits_of(model, stream["post"][:, 0])  # as the lens reads it: in float32, whatever the weights' dtype
+    at_layer, final = (float(z[flip.gained_id] - z[flip.lost_id]) for z in (at_layer[0], logits[0, 0].float()))
     return at_layer, final
 
 

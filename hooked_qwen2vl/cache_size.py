@@ -99,7 +99,7 @@ def _bytes_of(cfg: Any, name: str, batch: int, kept: int, length: int) -> int:
         "hook_k_input": kv_heads * d_model, "hook_v_input": kv_heads * d_model, "hook_result": heads * d_model,
         "hook_pre": part.d_mlp, "hook_pre_linear": part.d_mlp, "hook_post": part.d_mlp,
     }  # fmt: skip
-    layer_norm = hook == "hook_normalized" and vision and part.tower != "qwen2_5_vl"
+    layer_norm = hook == "hook_normalized" and vision and part.layer_norm
     return batch * kept * widths.get(hook, d_model) * (wide if layer_norm else own)
 
 
@@ -112,7 +112,7 @@ def _of_projector(cfg: Any, name: str, patches: int, own: int, wide: int) -> int
         return tokens * vision.d_merge * own
     if hook == "hook_out":
         return tokens * vision.d_out * own
-    return patches * vision.d_vision * (wide if hook == "hook_normalized" and vision.tower != "qwen2_5_vl" else own)
+    return patches * vision.d_vision * (wide if hook == "hook_normalized" and vision.layer_norm else own)
 
 
 def require_room(size: CacheSize, device: torch.device | str) -> None:

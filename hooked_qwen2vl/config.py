@@ -75,6 +75,7 @@ class VisionConfig:
     position_side: int | None = None  # side of the table of learned position embeddings
     deepstack_layers: tuple[int, ...] = ()  # blocks whose merged streams are added after the decoder's first blocks
     timestamps: bool = False  # whether every frame of a video stands behind its time in words
+    layer_norm: bool = True  # whether the tower norms by LayerNorm; else by RMSNorm
 
     @property
     def needs_fps(self) -> bool:
@@ -508,6 +509,7 @@ def _vision_25(hf: Any) -> VisionConfig:
         vision.out_hidden_size,
         window=vision.window_size // vision.spatial_merge_size // vision.patch_size,
         full_attention_layers=tuple(vision.fullatt_block_indexes),
+        layer_norm=False,
         tokens_per_second=vision.tokens_per_second,
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from conftest import picture
@@ -10,7 +12,7 @@ from transformer_lens import patching
 from transformer_lens.tools import analysis
 
 from analyses.direct_path import direct_path_patch
-from analyses.edge_attribution import edge_attribution
+from analyses.edge_attribution import _edges, _reader_names, _writer_names, edge_attribution
 from hooked_qwen2vl import HookedQwen2VL
 
 
@@ -42,6 +44,17 @@ def test_edges_equal_those_of_transformer_lens(model, pair):
     table = {(row.writer, row.reader): row.score for row in ours.to_dataframe().itertuples()}
     assert table.keys() == totals.keys()
     assert max(abs(table[key] - totals[key]) for key in totals) < 1e-5
+
+
+def test_deepstack_writes_after_its_block_and_before_the_next():
+    cfg = HookedQwen2VL.from_hf(tiny_hf(family="qwen3_vl")).cfg
+    n = len(cfg.vision.deepstack_layers)
+    writers, readers, edges = _writer_names(cfg), _reader_names(cfg), _edges(cfg)
+    block = [cfg.n_layers if name == "logits" else int(re.findall(r"\d+", name)[0]) for name in readers]
+    assert n and writers[1 : 1 + n] == [f"DeepStack{k}" for k in range(n)]
+    for k in range(n):
+        assert edges[1 + k].tolist() == [at > k for at in block], writers[1 + k]
+    assert edges[0].all()
 
 
 def _name(node) -> str:

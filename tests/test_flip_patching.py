@@ -109,6 +109,19 @@ def test_the_ranking_is_tested(model, prompts):
     assert torch.allclose(without, by_hand, atol=1e-5)
 
 
+def test_half_precision_is_read_as_the_lens_reads_it(processor):
+    """In bfloat16 a product with W_U in the model's own dtype would round the difference."""
+    model = HookedQwen2VL.from_hf(tiny_hf(dtype=torch.bfloat16), processor)
+    inputs = model.encode(model.to_inputs("is it red?", images=[picture(84, 56, 1)]))
+    stream = residual_stack(model, inputs)[0][2, :, -1:].bfloat16()
+    normed = model.ln_final(stream)[0, 0]
+    lens = normed.double() @ model.W_U.double()
+    rough = model.unembed(model.ln_final(stream))[0, 0].double()
+    gained, lost = map(int, ((lens - rough).argmax(), (lens - rough).argmin()))
+    found = ablate_flip(model, inputs, attribute_flip(model, inputs, 2, gained, lost), n_random=1).lens_difference
+    assert abs(found - float(lens[gained] - lens[lost])) < EXACT < abs(float(rough[gained] - rough[lost]) - found)
+
+
 def test_an_entry_no_block_made(model, prompts):
     with pytest.raises(ValueError, match="made by a block"):
         attribute_flip(model, prompts[0], 0, GAINED, LOST)
