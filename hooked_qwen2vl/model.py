@@ -612,7 +612,7 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
             return_cache_object, remove_batch_dim, device, incl_bwd, reset_hooks_end, clear_contexts: as in
                 TransformerLens.
         Raises:
-            ValueError: the cache will not fit in the free memory (see `cache_size`).
+            ValueError: the cache will not fit in the free memory (see `cache_size`; docs/scale.md says how to keep less).
         """
         kwargs = inspect.signature(self.forward).bind(input, *args, **kwargs).arguments
         input = kwargs.pop("input")

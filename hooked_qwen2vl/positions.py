@@ -130,9 +130,10 @@ def mrope_positions(
 
     Text advances all three streams by one; an image's tokens are (0, row, col) from where it starts, and what
     follows goes on from its largest position + 1. A video's tokens are (frame, row, col), and what follows goes on
-    from the largest row or column + 1, as in transformers 5: where a video has more frames than rows and columns
-    that is less than the largest position + 1. Images with no token between them are told apart by their grids.
-    Padding takes no position (it is given 0). Frame k of a video lies at time k, or at ⌊k · step⌋ where frames have a step.
+    from the largest row or column + 1, as in transformers 5: the text after a video with more frames than rows and columns
+    repeats time positions that its last frames have. Images with no token between them are told apart by their grids.
+    Padding takes no position (it is given 0). Frame k of a video lies at time k, or at ⌊k · step⌋ where frames have a step. Of
+    Qwen3-VL, whose frames stand apart in the text, the caller passes each frame as a grid of its own.
 
     Args:
         token_types: 0 text, 1 image, 2 video, for each token.

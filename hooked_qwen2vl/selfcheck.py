@@ -50,7 +50,8 @@ def self_check(model: Any, hf: Any, image: Image.Image | None = None, question: 
     inputs = model.to_inputs(question, images=[image])
     batch = model.to_inputs([question, "Name a color."], images=[[image], []])
     tolerance = TOLERANCES[model.cfg.dtype]
-    rows = [("positions", _position_error(inputs, hf), 0.0)]
+    video = model.to_inputs(question, videos=[[image] * 4], fps=1 if model.cfg.vision.needs_fps else None)
+    rows = [("positions", _position_error(inputs, hf), 0.0), ("positions of a video", _position_error(video, hf), 0.0)]
     theirs = reference_stages(hf, inputs)
     logits, cache = model.run_with_cache(inputs, names_filter=[name for name in theirs if name != "logits"])
     for name, expected in theirs.items():
@@ -155,7 +156,7 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
 
 def _position_error(inputs: Inputs, hf: Any) -> float:
     batch = reference_batch(inputs)
-    names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
+    names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts", "attention_mask")
     theirs, delta = hf.model.get_rope_index(**{name: batch[name] for name in names if name in batch})
     same = torch.equal(inputs.position_ids, theirs) and torch.equal(inputs.rope_delta, delta.flatten())
     return 0.0 if same else float((inputs.position_ids - theirs).abs().max() + (inputs.rope_delta != delta[:, 0]).sum())

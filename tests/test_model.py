@@ -128,7 +128,7 @@ def test_a_missing_delta_is_seen(model, hf, batches):
     assert not torch.equal(wrong, theirs)
 
 
-def test_a_double_norm_is_seen(model, hf, batches):
+def test_the_references_double_norm_is_another_prediction(model, hf, batches):
     """What notebooks do: HF's last hidden state is already normed, and they norm it again."""
     inputs = batches["image"]
     hf.model.rope_deltas = None

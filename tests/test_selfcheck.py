@@ -25,7 +25,7 @@ def pair(processor):
 
 def test_a_right_port_passes(pair):
     table = self_check(*pair)
-    assert table["ok"].all() and len(table) == 1 + 1 + 2 + 1 + 3 * 2 + 1 + 1 + 2
+    assert table["ok"].all() and len(table) == 2 + 1 + 2 + 1 + 3 * 2 + 1 + 1 + 2
 
 
 @pytest.mark.parametrize(
@@ -44,6 +44,20 @@ def test_the_first_wrong_stage_is_named(pair, weight, stage):
         model.get_parameter(weight).mul_(1.1)
     table = self_check(model, hf)
     assert table[~table["ok"]].iloc[0]["stage"] == stage
+
+
+def test_wrong_positions_of_a_video_are_named(pair, monkeypatch):
+    model, hf = pair
+    build = type(model.to_inputs("a")).build
+
+    def late(*args, **more):
+        inputs = build(*args, **more)
+        inputs.position_ids[0][inputs.token_types == 2] += 1
+        return inputs
+
+    monkeypatch.setattr("hooked_qwen2vl.processor.Inputs.build", late)
+    table = self_check(model, hf)
+    assert table[~table["ok"]]["stage"].tolist() == ["positions of a video"]
 
 
 def test_the_checkpoints_generation_settings_are_not_the_models(pair):

@@ -5,7 +5,7 @@
 2. `COMMAND.json` beside them says the command, its options, what it was asked, the versions, and a checksum of each file. It is
    taken away before the first file is moved and written after the last: files without it, or with other checksums, are of a
    command that was killed in between.
-3. Files that the last manifest lists and this one does not (of a second image, say) are removed, unless they were changed since.
+3. Files that the last manifest lists and this one does not (of a second image, say) are removed; those that someone edited since stay.
 4. `index.html` beside them shows the command, what it said, its pictures and its tables.
 5. Without --out the folder is `out/COMMAND/WHAT`, after the question, the images and the data; one where other options have
    already written is left alone, and `WHAT-2` is taken. A folder with the results of another command is refused.

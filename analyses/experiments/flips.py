@@ -39,7 +39,7 @@ class FlipStudy(Result):
     """Tables of the trajectories of a data set, and of a test of every eligible flip.
 
     Attributes:
-        prompts: one row per prompt: id, image (the same for prompts about one image), L (the number of layers), and the
+        prompts: one row per prompt: id, image (the same for prompts about one image), L (the number of blocks), and the
             figures of `Trajectory.summary`.
         flips: one row per flip: prompt (index of a row of `prompts`), columns of that prompt, the figures of
             `FlipTest.summary`, and `lens_difference_random`, `final_difference_random`, means over the random draws.
