@@ -554,6 +554,15 @@ def test_the_shuffled_image_is_another_scenes_of_the_same_grid(model, monkeypatc
     assert len(seen) == len(usable) - len(alone) and result.skipped.get("no other image of its grid", 0) == len(alone)
 
 
+def test_which_items_have_a_place_to_find():
+    items = sample(80, seed=3)
+    kept, skipped = grounding_command._usable(items)
+    nothing = [i for i in items if i.answer in ("no", "0", "none")]
+    nowhere = [i for i in items if i not in nothing and grounding_command.mask_of(i).mean() in (0, 1)]
+    assert nothing and nowhere and kept == [i for i in items if i not in nothing and i not in nowhere]
+    assert skipped == {"says that nothing is there": len(nothing), "depends on no cell or on every cell": len(nowhere)}
+
+
 @pytest.mark.parametrize("rows, cols", [(4, 4), (3, 5), (6, 2)])
 def test_the_centre_is_hottest_in_the_middle_by_squared_distance(rows, cols):
     heat = centre_heat(rows, cols)

@@ -577,6 +577,17 @@ def test_every_condition_is_there():
             assert not any((mask & neurons.modules[m].selected).any() for m, mask in condition.masks.items())
 
 
+def test_overlaps_count_the_neurons_of_both_domains():
+    rates = torch.rand(3, 40, 3, generator=torch.Generator().manual_seed(2))
+    found = select_neurons(rates, 0.2)
+    table = DomainNeurons({"decoder": found}, ("a", "b", "c"), ("text",), "m").overlaps()
+    assert len(table) == 9 and table["module"].eq("decoder").all()
+    for row in table.itertuples():
+        one, two = ("abc".index(name) for name in (row.domain, row.other))
+        assert row.neurons == sum(bool(n[one] and n[two]) for layer in found.belongs for n in layer)
+    assert table["neurons"].sum() > 0
+
+
 def test_a_control_matches_the_rates_of_its_own_domain():
     """The rate-matched control of each domain is drawn by that domain's rates, not by another's."""
     generator = torch.Generator().manual_seed(0)
