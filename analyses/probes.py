@@ -109,7 +109,7 @@ def answers(example: Example) -> Iterable[tuple[Place, str]]:
 
 
 def things(truth: str = "color", box_of: Callable[[Any], Place] = lambda thing: cast(Any, tuple(map(float, thing.box)))) -> Callable:
-    """Targets for `probe_data`: the image tokens of every object of a scene of the embedded world, labelled with its colour, kind, size, row or col.
+    """Targets for `probe_data`: the image tokens of every object of the embedded world, labelled with an attribute of it.
 
     Args:
         truth: one of TRUTHS. box_of: object -> place; the object's box by default.

@@ -212,7 +212,7 @@ def test_bad_images_are_recorded_and_named(model, tmp_path):
 
 def test_what_cannot_be_stored_is_refused(model, data, store, tmp_path):
     for name in ("blocks.0.attn.hook_pattern", "vision_projector.hook_out", "vision_encoder.blocks.0.hook_resid_pre"):
-        with pytest.raises(ValueError, match="one row a position"):
+        with pytest.raises(ValueError, match="one row per position"):
             store_activations(model, data, name, tmp_path)
     with pytest.raises(ValueError, match="no hook point is called 'blocks.9.hook'"):
         store_activations(model, data, "blocks.9.hook", tmp_path)

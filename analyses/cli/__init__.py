@@ -1,7 +1,7 @@
-"""The command `hooked-qwen2vl`: a module of this package for each of its commands.
+"""The command line `hooked-qwen2vl`: one module of this package per command.
 
-Each module has NAME, HELP and EXAMPLES, `add_arguments(parser)` and `run(options)`, which returns an exit code or None for 0.
-Heavy imports wait until a command runs, so that --help is quick.
+Each module has NAME, HELP and EXAMPLES, `add_arguments(parser)` and `run(options)`, which returns an exit code, or None for 0.
+Slow imports are inside functions, so that --help is quick.
 """
 
 from __future__ import annotations
@@ -42,10 +42,9 @@ COMMANDS = (lens, explore, explain, flips, patch, knockout, ablate, ground, hall
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code: 0; 1 when a check failed; 2 with a paragraph on what was wrong
-    with the input; 130 when it was interrupted.
+    """Runs a command and returns its exit code: 0; 1 if a check failed; 2 for invalid input, with a message; 130 if interrupted.
 
-    A reader that stops reading (`| head`) does not stop the command: its files are written.
+    If the reader of its output stops reading (`| head`), the command still runs to its end and writes its files.
     """
     keep_freed_memory()
     with _tolerant_streams(), warnings.catch_warnings():
@@ -62,18 +61,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 130
         except Exception as error:
             if (said := _paragraph(error)) is None:
-                raise  # a fault of ours
+                raise  # an error of the program
             print(f"hooked-qwen2vl: {said}", file=sys.stderr)
             return 2
 
 
-# Libraries that read what a user gives; what they raise is about that.
+# Libraries that read the user's files; their errors are about those files.
 _READERS = ("huggingface_hub", "jinja2", "PIL", "pyarrow", "safetensors", "yaml")
 _ADVICE = {errno.ENOSPC: ": make room, and start the same command again", errno.EACCES: ": choose another place"}
 
 
 def _paragraph(error: Exception) -> str | None:
-    """What to say about an error that is not a fault of the program; None of one that is."""
+    """The message for an error that the user can fix; None for an error of the program."""
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror.lower()}{_ADVICE.get(error.errno or 0, '')}."
@@ -91,10 +90,10 @@ def _first(error: Exception) -> str:
 
 
 class _Stream:
-    """A text stream that may be written to whatever becomes of its reader; what it cannot spell is escaped.
+    """A text stream that ignores a closed pipe, and escapes characters that its encoding lacks.
 
     Attributes:
-        unread: whether its reader is gone.
+        unread: whether the pipe was closed by its reader.
     """
 
     def __init__(self, stream: Any):
@@ -112,7 +111,7 @@ class _Stream:
 
     @contextmanager
     def _unless_unread(self) -> Iterator[None]:
-        if self.unread:  # what is buffered would be tried again
+        if self.unread:  # the buffered text would be written again
             self.stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
             self.unread = False
         try:
@@ -133,15 +132,14 @@ def _tolerant_streams() -> Iterator[None]:
     finally:
         for stream, own in zip(streams, kept):
             stream.flush()
-            if stream.unread or stream.stream is not own:  # or Python complains at its end of what is still buffered
+            if stream.unread or stream.stream is not own:  # else Python reports buffered text at exit
                 with suppress(OSError, ValueError):
                     os.dup2(os.open(os.devnull, os.O_WRONLY), own.fileno())
         sys.stdout, sys.stderr = kept
 
 
 def _say(said: set[str], message: Warning | str, category: type[Warning], filename: str, lineno: int, *more: Any) -> None:
-    """What a limit leaves out, and columns that nothing is done with, are printed, once, though a run goes through its data
-    twice; other warnings as Python shows them."""
+    """Prints `LeftOut` and `UnknownColumns` warnings once (a run reads its data twice), other warnings as Python does."""
     from analyses.data.examples import LeftOut
     from analyses.data.schema import UnknownColumns
 
@@ -154,11 +152,11 @@ def _say(said: set[str], message: Warning | str, category: type[Warning], filena
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says its own usage, and the nearest name, where an option or a command is misspelt."""
+    """For a misspelt option or command, prints the usage of the command and the nearest name."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         found, unknown = super().parse_known_args(args, namespace)
-        if unknown:  # or the command's parser leaves them to the one above it, whose usage does not help
+        if unknown:  # else the main parser would report them, with its own usage
             nearest = self._nearest(unknown[0].partition("=")[0], self._option_string_actions)
             self.error(f"unrecognized arguments: {' '.join(unknown)}{nearest}")
         return found, unknown

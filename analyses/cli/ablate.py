@@ -1,4 +1,4 @@
-"""What the answers to a data set need: every head, attention or MLP ablated, a set of heads beside random ones, or a search for one."""
+"""Which heads and MLPs the answers to a data set need: ablates each, or a set of heads and random sets, or searches for a small set."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def _effects(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace, rows: Path) -> None:
-    """Tables and a picture of a finished run."""
+    """Writes tables and a figure of a finished run."""
     from analyses.experiments.ablation import Ablation
     from analyses.runs.engine import read_failures
 

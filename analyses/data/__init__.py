@@ -1,4 +1,4 @@
-"""Questions about images: from folders, JSON lines, the embedded world, and the benchmarks' own files."""
+"""Questions about images: from folders, JSON lines, the embedded world, and the files of benchmarks."""
 
 from .examples import Example, examples
 

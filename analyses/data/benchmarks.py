@@ -4,15 +4,16 @@
     load_amber(DIR)      yes/no on existence, attributes, relations (positive class no), and free (Wang et al. 2023)
     load_hqh(DIR)        eight types of free answers                                   (Yan et al. 2024)
     load_mmhal(FILE)     96 questions, type = index mod 8                              (Sun et al. 2023)
-    load_chair(FILE)     captions, and which objects they name                         (Rohrbach et al., EMNLP 2018)
-    load_grounding(FILE) phrases with a box or a mask, RefCOCO's kind
+    load_chair(FILE)     captions, and the objects in their images                     (Rohrbach et al., EMNLP 2018)
+    load_grounding(FILE) phrases with a box or a mask, such as RefCOCO
     load_scenes()        the embedded world
 
-1. A file is an array or JSON lines: its first character that is not space tells which (POPE's COCO files are JSON
-   lines though they are named .json).
-2. Every row is checked against its declaration in `analyses.data.schema`. What is wrong is named by file and line, and counted; nothing is left out silently.
-3. An answer is judged only where the benchmark says how: yes or no, the exact answer, objects of a list. Elsewhere the
-   judge is `NEEDS_A_JUDGE`, and nothing is called right or wrong.
+1. A file is a JSON array or JSON lines; the first character that is not a space decides which (POPE's COCO files are JSON
+   lines although they are named .json).
+2. Every row is checked against its schema in `analyses.data.schema`. Bad rows are counted and named by file and line; none is
+   left out silently.
+3. An answer is judged only if the benchmark defines how: yes or no, the exact answer, or a list of objects. Otherwise the
+   question's judge is `NEEDS_A_JUDGE`, and answers are neither right nor wrong.
 """
 
 from __future__ import annotations
@@ -50,12 +51,12 @@ class Question(Example):
     """One question of a benchmark.
 
     Attributes:
-        benchmark: "pope", "amber", …; source: "file, line N", where it was read.
+        benchmark: "pope", "amber", …; source: "file, line N" from which it was read.
         judge: YES_NO, EXACT, OBJECTS or NEEDS_A_JUDGE.
-        noun: the object whose existence is asked for ("dog" in "Is there a dog in the image?"); "" otherwise.
-        given: an answer or caption that came with the file; "" where the model is to answer.
-        truth: objects truly there; hallucinated: objects often made up (AMBER's list), both where known.
-        boxes: (x0, y0, x1, y1) in original pixels of what the answer names; mask: its picture, on grounding data.
+        noun: the object of a question about existence ("dog" in "Is there a dog in the image?"); "" otherwise.
+        given: an answer or caption in the file; "" if there is none.
+        truth: objects in the image; hallucinated: objects that models often make up (AMBER's list); empty if unknown.
+        boxes: (x0, y0, x1, y1) in original pixels of what the answer names; mask: file of its mask. Both for grounding data.
     """
 
     benchmark: str = ""
@@ -70,14 +71,14 @@ class Question(Example):
 
 
 class Benchmark(list[Question]):
-    """The questions of a benchmark; `problems` says what was left out and why, a line a row."""
+    """The questions of a benchmark; `problems` has one text per bad row that was left out, with the reason."""
 
     def __init__(self, items: Sequence[Question] = (), problems: Sequence[str] = ()):
         super().__init__(items)
         self.problems = tuple(problems)
 
     def spread(self, limit: int | None, seed: int = 0) -> Benchmark:
-        """`limit` questions, categories in turn: files are often sorted by category (see `examples.spread`)."""
+        """`limit` questions, taken from the categories in turn (see `examples.spread`), because files are often sorted by category."""
         return Benchmark(spread(self, limit, seed), self.problems)
 
 
@@ -88,11 +89,11 @@ def load_pope(file: str | Path, images: str | Path | None = None, skip_bad: bool
     """POPE: rows {question_id, image, text, label}, label yes or no.
 
     Args:
-        images: the folder of the images; by default that of the file.
-        skip_bad: leave bad rows out and name them in `problems`, instead of raising.
-        check_images: whether every image must be there; False for judging answers alone.
+        images: the folder of the images; by default the folder of the file.
+        skip_bad: leave out bad rows and list them in `problems`, instead of raising.
+        check_images: whether every image file must exist; pass False to judge answers only.
     Raises:
-        ValueError: no such file, or bad rows (all counted, the first five named by line).
+        ValueError: no such file, or bad rows (the message counts them and shows the first five, with their lines).
     """
     file, folders = Path(file), _folders(images, Path(file).parent)
     category = next((kind for kind in ("random", "popular", "adversarial") if kind in file.stem), file.stem)
@@ -113,7 +114,7 @@ def load_pope(file: str | Path, images: str | Path | None = None, skip_bad: bool
 def load_hqh(folder: str | Path, images: str | Path | None = None, skip_bad: bool = False, check_images: bool = True) -> Benchmark:
     """HQH: DIR/HQH.json, rows {id, image_id, image, instruction, ground_truth, type}; free answers, for a judge.
 
-    Args and errors: as `load_pope`; images are looked for where the row says, from the folder.
+    Other arguments and errors: as `load_pope`. Images are at the row's path, or under its file name, relative to the folder.
     """
     folder = Path(folder)
     file = folder / "HQH.json" if folder.is_dir() else folder
@@ -133,12 +134,12 @@ def load_hqh(folder: str | Path, images: str | Path | None = None, skip_bad: boo
 
 
 def load_amber(folder: str | Path, images: str | Path | None = None, skip_bad: bool = False, check_images: bool = True) -> Benchmark:
-    """AMBER: queries {id, image, query}, and annotations.json, an array in which id − 1 is the row of a query.
+    """AMBER: queries {id, image, query}, and annotations.json, an array whose index id − 1 belongs to a query.
 
     Args:
-        folder: DIR (its query_all.json, or every query_*.json), or one query file; annotations.json lies there or
-            in data/, queries there or in query/, images in image/, images/ or there.
-    Errors: as `load_pope`, or no annotations.
+        folder: AMBER's folder (with query_all.json, or query_*.json, in it, in query/ or in data/query/), or one query file.
+            annotations.json is there or in data/; images are there, in image/ or in images/.
+    Other arguments and errors: as `load_pope`; no annotations is an error, too.
     """
     given = Path(folder)
     base = given if given.is_dir() else given.parent
@@ -173,8 +174,8 @@ def load_amber(folder: str | Path, images: str | Path | None = None, skip_bad: b
 def load_mmhal(file: str | Path, images: str | Path | None = None, skip_bad: bool = False, check_images: bool = True) -> Benchmark:
     """MMHal-Bench: an array {question, gt_answer, model_answer, image_content[]}; type = index mod 8; for a judge.
 
-    The image is the row's `image`, the last part of its `image_src`, or `image_id`.jpg, in `images` (by default
-    images/ beside the file, or its folder). Other arguments and errors: as `load_pope`.
+    The image is the file name of the row's `image` or `image_src`, or `image_id`.jpg, in the folder `images` (by default the
+    folder images/ next to the file, or the file's folder). Other arguments and errors: as `load_pope`.
     """
     file = Path(file)
     file = file / "response_template.json" if file.is_dir() else file
@@ -206,10 +207,10 @@ def load_chair(
     """Captions {image_id, caption}, as an array or JSON lines, for `chair`.
 
     Args:
-        images: their folder (image_id itself, or with .jpg, or COCO's names); without it the captions are judged
-            but cannot be scored by a model.
-        objects: image_id -> objects truly there, or its JSON file; a row may carry its own list "objects" instead.
-    Errors: as `load_pope`; an image without a list of objects is a bad row where `objects` is given.
+        images: their folder (files named image_id, image_id.jpg or .png, or as in COCO). Without it captions can be judged, but not
+            scored by a model.
+        objects: image_id -> objects in the image, or a JSON file with that; a row may have its own list "objects" instead.
+    Other arguments and errors: as `load_pope`. If `objects` is given, a row about an image without a list is a bad row.
     """
     file = Path(file)
     known = _object_lists(objects)
@@ -233,10 +234,10 @@ def load_chair(
 
 
 def load_grounding(file: str | Path, images: str | Path | None = None, skip_bad: bool = False, check_images: bool = True) -> Benchmark:
-    """Phrases and where they are: {image, phrase, box | bbox, mask}, as an array or JSON lines.
+    """Phrases and their places in an image: {image, phrase, box | bbox, mask}, as an array or JSON lines.
 
     box is (x0, y0, x1, y1), bbox is COCO's (x, y, width, height), both in original pixels; mask is an image file of the
-    picture's size, not zero where the phrase is. "expression" and "sentence" are read for "phrase". Other arguments
+    same size that is not zero where the phrase is. "phrase" may also be called "expression" or "sentence". Other arguments
     and errors: as `load_pope`.
     """
     file = Path(file)
@@ -262,7 +263,7 @@ def load_grounding(file: str | Path, images: str | Path | None = None, skip_bad:
 
 
 def load_scenes(limit: int = 1000, split: str = "test", seed: int = 0, start: int = 0) -> Benchmark:
-    """The embedded world's questions `start` to `limit`; an answer is right if it is exactly the world's."""
+    """The questions `start` … `limit` − 1 of the embedded world; an answer is right if it equals the world's answer."""
     inherited = [field.name for field in fields(Example)]
     found = list(examples("scenes", limit, split, seed))[start:]
     questions = [
@@ -287,23 +288,23 @@ LOADERS: dict[str, Callable[..., Benchmark]] = {
 
 
 def parse_yes_no(text: str) -> str:
-    """ "no" or "yes", as POPE's own script reads an answer: its first sentence, "no" where a word is No, not or no.
+    """ "no" or "yes", as POPE's script reads an answer: "no" if its first sentence has the word No, not or no.
 
-    Everything else is "yes", also an answer that is neither (`says_yes_or_no` tells).
+    Everything else is "yes", even an answer that says neither (see `says_yes_or_no`).
     """
     words = text.split(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "not", "no"} & set(words) else "yes"
 
 
 def says_yes_or_no(text: str) -> bool:
-    """Whether the answer's first sentence has a word of either kind at all."""
+    """Whether the answer's first sentence says yes or no at all."""
     return parse_yes_no(text) == "no" or "yes" in re.findall(r"\w+", text.split(".")[0].lower())
 
 
 def judge(item: Question, answer: str) -> bool | None:
-    """Whether an answer is right; None where the benchmark leaves it to a judge.
+    """Whether an answer is right; None if the benchmark leaves this to a judge.
 
-    Exact: case, outer space and a final full stop aside.
+    EXACT ignores case, spaces and a final full stop.
     """
     if item.judge == YES_NO:
         return parse_yes_no(answer) == item.answer
@@ -313,7 +314,7 @@ def judge(item: Question, answer: str) -> bool | None:
 
 
 def object_noun(question: str) -> str:
-    """What "Is there …?" asks for, its article left out: "dog", "green bar"; "" for any other question."""
+    """The object of a question "Is there …?", without its article: "dog", "green bar"; "" for other questions."""
     found = _EXISTENCE.match(question)
     noun = found["noun"] if found else ""
     return "" if " between " in f" {noun} " else noun
@@ -324,12 +325,12 @@ def yes_no_metrics(items: Sequence[Question], answers: Sequence[str], positive: 
 
     Args:
         answers: raw answers, read by `parse_yes_no`.
-        positive: "yes" for POPE, "no" for AMBER.
+        positive: the positive class: "yes" for POPE, "no" for AMBER.
     Returns:
-        one row per category, then "all": items, the five figures (NaN where there is nothing to divide by), and
-        `neither`, the answers that say neither yes nor no and count as yes.
+        one row per category, then "all": items, the five figures (NaN for a division by zero), and `neither`: how many answers say
+        neither yes nor no; they count as yes.
     Raises:
-        ValueError: another number of answers than items, none, or an item that is not a yes/no question.
+        ValueError: no items, another number of answers than items, or an item that is not a yes/no question.
     """
     if len(items) != len(answers) or not items:
         raise ValueError(f"expected an answer for each of at least one item, got {len(answers)} for {len(items)}.")
@@ -348,7 +349,7 @@ def yes_no_metrics(items: Sequence[Question], answers: Sequence[str], positive: 
 
 
 class Mention(NamedTuple):
-    """An object named in a caption: its word as written, the object meant, and its characters."""
+    """An object named in a caption: the word as written, the object it means, and its range of characters."""
 
     word: str
     object: str
@@ -362,7 +363,7 @@ class Chair(Result):
 
     Attributes:
         mentions: one row per mention: image, word, object, start, end, hallucinated.
-        n_captions: captions read, those that name no object included.
+        n_captions: number of captions, including those that name no object.
     """
 
     mentions: pd.DataFrame
@@ -375,11 +376,11 @@ class Chair(Result):
 
     @property
     def chair_i(self) -> float:
-        """Hallucinated mentions / mentions; NaN where nothing is mentioned."""
+        """Hallucinated mentions / mentions; NaN without mentions."""
         return float(self.mentions["hallucinated"].mean()) if len(self.mentions) else float("nan")
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row: CHAIRs, CHAIRi and what they are made of."""
+        """One row: CHAIRs, CHAIRi and the counts they are computed from."""
         wrong = self.mentions["hallucinated"]
         return pd.DataFrame(
             [
@@ -395,14 +396,14 @@ class Chair(Result):
         )
 
     def plot(self, path: Any = None) -> Any:
-        """Both figures with what they are shares of, and the objects that are made up most often."""
+        """CHAIRs and CHAIRi with their counts, and the objects that are hallucinated most often."""
         from analyses.views.hallucination import chair_plot
 
         return chair_plot(self, path)
 
 
 def chair(items: Sequence[Question], vocabulary: Mapping[str, str]) -> Chair:
-    """CHAIRs and CHAIRi of the captions that came with the items.
+    """CHAIRs and CHAIRi of the captions in the items (`Question.given`).
 
     Args:
         vocabulary: word or phrase -> object (`read_synonyms`).
@@ -427,9 +428,12 @@ def chair(items: Sequence[Question], vocabulary: Mapping[str, str]) -> Chair:
 
 
 def mentions(caption: str, vocabulary: Mapping[str, str]) -> list[Mention]:
-    """Objects in a caption, in order and as often as they are named; the longest phrase wins ("hot dog" is no dog).
+    """All mentions of objects in a caption, in order; the longest phrase wins ("hot dog" is not a dog).
 
-    (ours) A plural in s or es counts as its singular; other plurals belong in the vocabulary.
+    Plurals with s or es count as the singular (our choice); other plurals must be in the vocabulary.
+
+    Raises:
+        ValueError: an empty vocabulary.
     """
     if not vocabulary:
         raise ValueError("expected a vocabulary of objects, got an empty one.")
@@ -440,10 +444,10 @@ def mentions(caption: str, vocabulary: Mapping[str, str]) -> list[Mention]:
 
 
 def read_synonyms(file: str | Path) -> dict[str, str]:
-    """CHAIR's synonyms file: a line an object, "person, girl, boy": all of them mean the first.
+    """Reads CHAIR's file of synonyms, one object per line: all words of "person, girl, boy" mean the first.
 
     Raises:
-        ValueError: no such file, no words, or a word of two objects (its line is named).
+        ValueError: no such file, no words, or a word that belongs to two objects (the message names the line).
     """
     words: dict[str, str] = {}
     for number, line in enumerate(read_text(file).split("\n"), 1):
@@ -479,7 +483,7 @@ def _plain(text: str) -> str:
 
 
 def _load(name: str, schema: Schema, files: Path | Sequence[Path], question: Callable[[dict, int], dict], skip_bad: bool) -> Benchmark:
-    """Every row of the files, read by its schema, through `question`; what either refuses, and ids seen before, are the problems."""
+    """Reads every row by its schema and `question`; rows that either of them refuses, and repeated ids, are the problems."""
     items, problems, seen, unknown = [], [], {}, {}
     for file in [files] if isinstance(files, Path) else files:
         for index, (line, row) in enumerate(rows_and_errors(file)):
@@ -549,7 +553,7 @@ def _image(folders: Sequence[Path], names: Sequence[str], check: bool) -> Path:
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except OSError:  # longer than a name can be, say
+    except OSError:  # such as a name that is too long
         return False
 
 

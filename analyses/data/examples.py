@@ -1,16 +1,16 @@
-"""Questions about images, one format for every analysis.
+"""Questions about images, in one format for all analyses.
 
 A data set is named by a string:
 
     scenes, scenes:train, scenes:validation     the embedded world
-    FILE.jsonl                                  one question a line (or an array); image paths relative to the file
-    DIR                                         a folder with questions.jsonl, or one such folder a domain
+    FILE.jsonl                                  one question per line (or an array); image paths relative to the file
+    DIR                                         a folder with questions.jsonl, or with one such folder per domain
 
 A line: {"image": "a.png" (or "images": [...]), "question": "...", "answer": "...", and optionally "id", "domain",
-"category", "candidates": ["red", "blue"]}; `schema.QUESTION` says what each may hold.
+"category", "candidates": ["red", "blue"]}; `schema.QUESTION` defines the type of each.
 
-A limit takes questions of every domain and category in turn, drawn by a seed: files are often sorted by them. What it
-leaves out is said in a warning (`LeftOut`). A larger limit adds questions, it changes none.
+A limit takes questions from all domains and categories in turn, in an order drawn from a seed, because files are often sorted
+by them. A warning (`LeftOut`) says how many were left out. A larger limit adds questions and changes none.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from hooked_qwen2vl.scenes import sample
 
 LINES = "questions.jsonl"
 _CHUNK = 50
-_SHOWN = 12  # groups that a warning names
+_SHOWN = 12  # number of groups in a warning
 
 
 class LeftOut(UserWarning):
-    """A limit has left questions out."""
+    """A limit left out questions."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class Example:
 
     Attributes:
         id: unique in its data set.
-        question, answer: as asked, and what is right ("" where unknown).
+        question, answer: the question and its right answer ("" if unknown).
         images: PIL images or paths.
-        domain, category: "" where unknown.
-        candidates: the answers of this kind, where known.
-        item: the embedded world's own item, which knows boxes and counterfactuals; None for other data.
+        domain, category: "" if unknown.
+        candidates: the possible answers to this kind of question; () if unknown.
+        item: the item of the embedded world, with boxes and counterfactuals; None for other data.
     """
 
     id: str
@@ -63,7 +63,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Unreadable(Example):
-    """A row that is no question: it keeps its place in the data, and a run records the reason.
+    """An invalid row: it keeps its index in the data, and a run records the reason.
 
     Attributes:
         problem: file, line and reason.
@@ -73,9 +73,9 @@ class Unreadable(Example):
 
 
 def problem_of(example: Example) -> str:
-    """Why a question cannot be asked, without looking at its images; "" where it can.
+    """Why a question is invalid, without opening its images; "" if it is valid.
 
-    Questions that were read from a file have been checked against `schema.QUESTION`; others may hold anything.
+    Questions read from files were checked against `schema.QUESTION`; questions made in code are checked here.
     """
     if isinstance(example, Unreadable):
         return example.problem
@@ -95,8 +95,8 @@ def problem_of(example: Example) -> str:
 
 
 def image_key(example: Example) -> str:
-    """The same for all questions about the same images: their files' names as given, or a hash of pictures in memory;
-    without any, the example's id."""
+    """A key that is equal for questions about the same images: paths as given, or hashes of images in memory; without images the
+    example's id."""
     names = (str(Path(image)) if isinstance(image, (str, Path)) else image_hash(image) for image in example.images)
     return " ".join(names) or example.id
 
@@ -108,17 +108,17 @@ def examples(
     seed: int = 0,
     keep_bad: bool = False,
 ) -> Iterator[Example]:
-    """The questions of a data set, one by one; images of folders stay on disk until they are opened.
+    """Yields the questions of a data set; image files are not opened.
 
     Args:
-        data: as above, or questions themselves (with a limit they are gone through to their end: the limit is spread
-            over all of them). "scenes" has no end of its own: without a limit, 1,000 are made.
-        limit: how many, spread over domains and categories (`spread`).
-        split: of the embedded world, where `data` does not name it.
-        seed: of the embedded world, or of what the limit draws.
-        keep_bad: give a line that is not as described as an `Unreadable`, for a run to record, instead of raising.
+        data: as above, or questions (with a limit, all of them are read, because the limit is spread over all). "scenes" is
+            unlimited: without a limit, 1,000 questions are made.
+        limit: number of questions, spread over domains and categories (see `spread`).
+        split: of the embedded world, if `data` does not name one.
+        seed: of the embedded world, or of the draw for the limit.
+        keep_bad: yield an invalid line as an `Unreadable`, for a run to record, instead of raising.
     Raises:
-        ValueError: no such data, a line that is not as described (its file and number are named), or nothing there.
+        ValueError: no such data, no questions, or an invalid line (the message names file and line).
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}.")
@@ -139,8 +139,8 @@ def examples(
 
 
 def spread(items: Iterable[Any], limit: int | None, seed: int = 0) -> list[Any]:
-    """`limit` of the items, as `in_turn` has them, with a warning that says what was left out; all as they are, where the
-    limit is None or leaves none out."""
+    """The first `limit` items of `in_turn`, with a warning about what was left out; all items in their own order if limit is None
+    or at least their number."""
     items = list(items)
     if limit is None or limit >= len(items):
         return items
@@ -150,7 +150,7 @@ def spread(items: Iterable[Any], limit: int | None, seed: int = 0) -> list[Any]:
 
 
 def in_turn(items: Iterable[Any], seed: int = 0) -> list[Any]:
-    """The items, domains in turn, and in each its categories in turn; within these in an order that the seed draws."""
+    """The items with domains taking turns, and within each domain its categories; each category is shuffled by the seed."""
     groups: dict[str, dict[str, list]] = {}
     for item in items:
         groups.setdefault(item.domain, {}).setdefault(item.category, []).append(item)
@@ -175,7 +175,7 @@ def _shares(items: Sequence[Any], kept: Sequence[Any]) -> str:
 
 
 def in_batches(stream: Iterable[Any], size: int) -> Iterator[tuple[Any, ...]]:
-    """The stream's elements, `size` at a time.
+    """The elements of a stream in batches of `size`.
 
     Raises:
         ValueError: a size below 1.

@@ -1,7 +1,7 @@
-"""The one reader of rows in JSON: an array, or one object a line; the first character that is not space tells which.
+"""Reader for rows in JSON: an array, or one object per line; the first character that is not a space decides which.
 
-A line ends at a line feed only: other separators, such as U+2028, may stand inside a text. What Python's reader takes though it
-is no JSON, or has no one meaning, is a bad row: NaN, a key that comes twice, numbers no float holds, thousands of brackets.
+A line ends at a line feed only; other separators, such as U+2028, may be part of a text. Rows that Python's reader accepts
+although they are not JSON or are ambiguous are bad rows: NaN, repeated keys, numbers too large for a float, very deep nesting.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def read_rows(file: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line, object) of every row.
 
     Raises:
-        ValueError: no such file, not UTF-8, neither an array nor JSON lines, or a row that is no object (its line is named).
+        ValueError: no such file, not UTF-8, neither an array nor JSON lines, or a bad row (the message names its line).
     """
     for line, row in rows_and_errors(file):
         if isinstance(row, ValueError):
@@ -30,7 +30,7 @@ def read_rows(file: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def rows_and_errors(file: str | Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
-    """The same, with the error in place of a bad row, for who counts them; what is wrong with the whole file is raised."""
+    """As `read_rows`, but a bad row comes as a ValueError instead of being raised; errors of the whole file are raised."""
     text = read_text(file)
     start = text.lstrip()[:1]
     if start not in ("[", "{"):
@@ -59,15 +59,15 @@ def read_text(file: str | Path) -> str:
 
 
 def shown_path(file: str | Path) -> str:
-    """A file's name in an error, cut where it is absurdly long."""
+    """A path for error messages, shortened if it has 300 characters or more."""
     return str(file) if len(str(file)) < 300 else f"{str(file)[:100]}…"
 
 
 def read_json(file: str | Path) -> Any:
-    """What a file of JSON holds.
+    """The content of a JSON file.
 
     Raises:
-        ValueError: no such file, or not JSON (the line is named).
+        ValueError: no such file, or not JSON (the message names the line).
     """
     decoder, text = _Decoder(), read_text(file)
     try:
@@ -82,10 +82,10 @@ def read_json(file: str | Path) -> Any:
 
 
 class _Decoder(json.JSONDecoder):
-    """Python's, that notes what it would take silently.
+    """Python's decoder, which also records what that accepts silently.
 
     Attributes:
-        problems: of what was read last.
+        problems: texts about what was read last.
     """
 
     def __init__(self) -> None:
@@ -132,7 +132,7 @@ def _lines(text: str, file: str | Path) -> Iterator[tuple[int, Any]]:
 
 
 def _array(text: str, file: str | Path) -> Iterator[tuple[int, Any]]:
-    """The elements of an array with the line each begins on, which json.loads does not tell."""
+    """(line, element) of an array; json.loads does not give the lines."""
     decoder, space, line, counted = _Decoder(), re.compile(r"\s*"), 1, 0
     try:
         at = space.match(text, text.index("[") + 1).end()

@@ -1,15 +1,15 @@
-"""What a row of a data file may hold: one declaration for each kind of row, used by every loader.
+"""Schemas of the rows of data files; all loaders use them.
 
     text      a text that is not blank
-    label     a text that is not blank, or a whole number, which is read as its digits
+    label     a text that is not blank, or a whole number, which is read as a text
     note      any text, also an empty one
-    file      the name of a file, as a file system can have it
-    a list    of one of these; never a text in place of a list
-    null      never: what is unknown is left out
+    file      a valid name of a file
+    a list    of one of these; a text is not accepted in place of a list
+    null      not accepted: leave out what is unknown
 
-A text holds whole characters only: half of a surrogate pair (a lone "\\ud800") cannot be written to any file.
-A row of our own formats may hold columns besides those declared: they are named once (`UnknownColumns`). One that looks like a
-declared column that the row lacks ("boxes" for "box") is an error.
+Texts with a lone surrogate (such as "\\ud800") are not accepted, because they cannot be written to a file.
+Rows of our own formats may have further columns; one warning (`UnknownColumns`) names them. A column whose name is similar to a
+missing column ("boxes" for "box") is an error.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-LONGEST_NAME, LONGEST_PATH = 255, 4000  # bytes of a file's name, and of all the way to it
+LONGEST_NAME, LONGEST_PATH = 255, 4000  # bytes of a file name, and of a path
 
 
 class UnknownColumns(UserWarning):
-    """Columns that nothing is done with."""
+    """A file has columns that are not used."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a cell may hold.
+    """Type of a cell.
 
     Attributes:
-        name: of it, in an error: "a text".
-        read: a cell to its value; raises ValueError, with a reason or without.
+        name: for error messages, such as "a text".
+        read: function from a cell to its value; raises ValueError, with or without a reason.
     """
 
     name: str
@@ -54,7 +54,7 @@ def _whole(value: str) -> str:
 
 
 def not_whole(text: str) -> str:
-    """Why a text cannot be written to a file; "" where it can."""
+    """Why a text cannot be written to a file; "" if it can."""
     lone = next((c for c in text if "\ud800" <= c <= "\udfff"), None)
     return f"half a character (a lone surrogate, {ascii(lone)})" if lone else ""
 
@@ -114,7 +114,7 @@ TRUE_OR_FALSE, NUMBER = Kind("true or false", _truth_value), Kind("a whole numbe
 
 
 def a_list(kind: Kind, least: int = 0) -> Kind:
-    """A list whose elements are of one kind."""
+    """A list of at least `least` elements of one kind."""
 
     def read(value: Any) -> tuple:
         if not isinstance(value, list) or len(value) < least:
@@ -125,7 +125,7 @@ def a_list(kind: Kind, least: int = 0) -> Kind:
 
 
 def one_of(*allowed: str) -> Kind:
-    """One of these words, in any case."""
+    """One of these words, in upper or lower case."""
 
     def read(value: Any) -> str:
         if not isinstance(value, str) or value.strip().lower() not in allowed:
@@ -140,8 +140,8 @@ class Schema:
     """The columns of a row.
 
     Attributes:
-        needed, optional: column -> what it holds. together: groups of columns of which a row has at most one.
-        ours: whether the format is this package's own; benchmarks' files have columns that nothing here needs.
+        needed, optional: column -> its type. exclusive: groups of columns of which a row may have one only.
+        ours: whether the format is this package's own; in files of benchmarks unknown columns are expected.
     """
 
     needed: Mapping[str, Kind]
@@ -150,10 +150,10 @@ class Schema:
     ours: bool = False
 
     def read(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """The declared columns that the row has, each as its kind reads it.
+        """The values of the declared columns that the row has.
 
         Raises:
-            ValueError: the first that is not as declared: what was expected and what came.
+            ValueError: about the first column that does not fit: what was expected and what came.
         """
         if self.ours:
             self._refuse_misspelt(row)
@@ -188,7 +188,7 @@ def _cell(name: str, kind: Kind, value: Any) -> Any:
 
 
 def shown(value: Any) -> str:
-    """A value in an error: short, on one line, in whole characters."""
+    """A value for error messages: short, on one line, printable."""
     text = value if isinstance(value, str) and value.isprintable() and len(value) <= 60 else None
     if text is not None:
         return repr(text)
@@ -199,7 +199,7 @@ def shown(value: Any) -> str:
 
 
 def tell_unknown(file: Any, names: Mapping[str, None] | list[str]) -> None:
-    """The warning about columns that nothing is done with."""
+    """Warns about unknown columns, if there are any."""
     if names:
         listed = ", ".join(shown(name) for name in list(names)[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         warnings.warn(f"{file}: nothing is done with the columns {listed}.", UnknownColumns, stacklevel=3)
@@ -247,4 +247,4 @@ MMHAL = Schema(
     {"image": FILE, "image_src": TEXT, "image_id": LABEL, "model_answer": NOTE_OR_NULL, "image_content": a_list(TEXT)},
 )
 CAPTION = Schema({"image_id": LABEL, "caption": TEXT}, {"objects": a_list(TEXT)})
-OBJECT_NAMES = a_list(TEXT)  # truly in an image
+OBJECT_NAMES = a_list(TEXT)  # objects in an image

@@ -43,7 +43,7 @@ class FlipStudy(Result):
             figures of `Trajectory.summary`.
         flips: one row per flip: prompt (index of a row of `prompts`), columns of that prompt, the figures of
             `FlipTest.summary`, and `lens_difference_random`, `final_difference_random`, means over the random draws.
-        skipped: number of questions without an answer or candidates, or whose answer shares its first token with a candidate.
+        skipped: number of questions without an answer or candidates, or without a first token that tells the answer from the others.
     """
 
     prompts: pd.DataFrame
@@ -185,7 +185,7 @@ def flip_row(
     Args:
         encode: `model.encode`, or an `ImageEmbeddingsCache`.
     Returns:
-        the row; None without an answer or candidates, or if the answer shares its first token with a candidate.
+        the row; None without an answer or candidates, or if no first token distinguishes the answer from the candidates.
     Raises:
         ValueError: an image or a prompt that cannot be read (a run records it).
     """

@@ -1,14 +1,14 @@
-"""Does switching off a domain's own neurons hurt that domain, and more than switching off others would?
+"""Does switching off a domain's own neurons hurt that domain more than switching off other neurons?
 
-1. Select the neurons on training images; answer questions about test images, none of which was in the selection.
-2. For each domain and each module (decoder, vision, projector, all three): switch off the domain's own neurons, and two
-   controls for several seeds: random neurons of the same number in the same layers, and random neurons that also
-   fire as often in that domain (a selection by firing favours frequent firers). Selected neurons are in no control.
-3. Compare the whole greedy answer with the right one, and follow the log-probability (nats) of the right answer's first
-   token, which moves before answers do.
-4. Intervals of 95 %: a bootstrap over images (with all their questions) and seeds; a difference is paired by question.
-5. (ours) The same with neurons selected by effect: Σ_tokens a · ∂ log p(answer)/∂a, the first-order loss of the answer's
-   log-probability when a neuron is set to 0, on the domain less its mean on the others; as many as firing selected.
+1. Select the neurons on training images; answer questions about test images, none of which was used for the selection.
+2. For each domain and each module (decoder, vision, projector, or all three), switch off the domain's own neurons. Two controls,
+   for several seeds: as many random neurons of the same layers, and as many random neurons that also fire about as often in that
+   domain (selection by firing prefers neurons that fire often). Controls contain no selected neuron.
+3. Compare the whole greedy answer with the right one. Also measure the log-probability (nats) of the right answer's first
+   token, which changes before answers do.
+4. Intervals of 95 %: bootstrap over images (with all their questions) and seeds; differences are paired by question.
+5. The same with neurons selected by effect: the first-order loss of the answer's log-probability when a neuron is set to 0,
+   Σ_tokens a · ∂ log p(answer)/∂a, on the domain minus its mean over the other domains; as many neurons as firing selected.
 
 Source: MMNeuron (Huo et al., EMNLP 2024); the controls, intervals and step 5 are ours.
 """
@@ -49,14 +49,14 @@ FIRING, EFFECT = "firing", "effect"
 RANDOM, RANDOM_RATE, RANDOM_EFFECT = "random", "random, same rate", "random for effect"
 CONTROLS = {FIRING: (RANDOM, RANDOM_RATE), EFFECT: (RANDOM_EFFECT,)}
 _OUTCOMES = ("selection", "module", "target", "seed", "neurons", "id", "image", "domain", "right", "log_prob")
-_SPARE_TOKENS = 4  # past twice the right answer's length: a blank, a full stop, the end token
+_SPARE_TOKENS = 4  # tokens allowed beyond twice the right answer's length: a space, a full stop, the end token
 
 
 # ---- counting ---------------------------------------------------------------------------------------
 
 
 class FiringExperiment(Experiment):
-    """A batch's firings, as terms of a sum: `firing_terms`."""
+    """The experiment: counts of firings, as terms of a sum (`firing_terms`)."""
 
     name = "neurons: firings"
     summed = by_domain = True
@@ -86,12 +86,12 @@ def count_firings(
     out: str | Path | None = None,
     rank: tuple[int, int] | None = None,
 ) -> Firings | None:
-    """The counts of `analyses.domain_neurons.count_firings`, which has the arguments; with `out`, of a run in a folder.
+    """The counts of `analyses.domain_neurons.count_firings`, which explains the arguments, also as a run in a folder.
 
     Args:
-        out, rank: see `Experiment.run`.
+        out, rank: a run in a folder (see `Experiment.run`).
     Returns:
-        None while shards of `out` that belong to other ranks are missing.
+        the counts; None if `rank` is given and shards of other ranks are missing.
     """
     named = isinstance(data, (str, Path))
     stream = (lambda: examples(data, limit, "train")) if named else list(examples(data, limit))
@@ -99,7 +99,7 @@ def count_firings(
 
 
 def read_firings(out: str | Path) -> Firings:
-    """The counts that `count_firings` has written to a folder, without the model.
+    """Reads the counts from a folder that `count_firings` wrote, without the model.
 
     Raises:
         ValueError: no run there, one that is not finished, or nothing was counted.
@@ -120,7 +120,7 @@ class Batch:
 
     Attributes:
         inputs: left-padded, with their image embeddings.
-        ids, answers, images: of each row; questions with one `images` entry ask about one image.
+        ids, answers, images: of each row; rows with the same entry in `images` are about the same image.
         domain: of all rows.
     """
 
@@ -151,7 +151,7 @@ def prepare(model: Model, data: Iterable[Example], batch_size: int = 32) -> list
 
 
 def _encoded(model: Model, some: Sequence[Example], encode: Callable[[Any], Any]) -> Batch:
-    """Questions of one domain as a batch."""
+    """Encodes questions of one domain as a batch."""
     for example in some:
         if example.domain in ("", ALL) or not example.answer:
             raise ValueError(f"example {example.id} needs an answer and a domain (not called {ALL!r}) to be judged by.")
@@ -161,9 +161,9 @@ def _encoded(model: Model, some: Sequence[Example], encode: Callable[[Any], Any]
 
 
 def answer(model: Model, batch: Batch) -> tuple[list[str | None], Float[np.ndarray, "row"]]:
-    """The model's greedy answers, and the log-probability (nats) of each right answer's first token.
+    """(the model's greedy answers, log-probability (nats) of the first token of each right answer).
 
-    An answer that has not ended at twice the right answer's length, and a few tokens, is None: it is longer, so it is wrong.
+    An answer that does not end within twice the right answer's length plus 4 tokens is None, and counts as wrong.
     """
     first_logits: list[Tensor] = []
 
@@ -173,7 +173,7 @@ def answer(model: Model, batch: Batch) -> tuple[list[str | None], Float[np.ndarr
         return torch.zeros(len(tokens), dtype=torch.bool)
 
     wanted = [torch.tensor(text_ids(model.tokenizer, text)) for text in batch.answers]
-    limits = [2 * len(tokens) + _SPARE_TOKENS for tokens in wanted]  # a row's own, whatever else is in its batch
+    limits = [2 * len(tokens) + _SPARE_TOKENS for tokens in wanted]  # per row: the rest of its batch does not matter
     done = model.generate(
         batch.inputs, max_new_tokens=max(limits), do_sample=False, return_type="tokens", stopping_criteria=listen, verbose=False
     )
@@ -191,7 +191,7 @@ def _until_end(model: Model, ids: Sequence[int]) -> str | None:
 
 
 def same_answer(said: str, answer: str) -> bool:
-    """Equal but for case, outer blanks and a final full stop."""
+    """Whether two answers are equal, apart from case, spaces around them, and a final full stop."""
     return said.strip().rstrip(".").strip().casefold() == answer.strip().rstrip(".").strip().casefold()
 
 
@@ -205,7 +205,7 @@ class Condition:
     Attributes:
         selection: "none", "firing", "effect", or a control.
         module: "decoder", "vision", "projector" or "all".
-        target: the domain whose neurons they are (or are a control for).
+        target: the domain whose neurons these are, or for which they are a control.
         seed: of a control.
         masks: module -> [layer neuron].
     """
@@ -224,11 +224,11 @@ class Condition:
 def conditions(
     neurons: DomainNeurons, effects: Mapping[str, Float[Tensor, "domain layer neuron"]] | None = None, seeds: int = 3
 ) -> list[Condition]:
-    """Every set of neurons the experiment switches off, controls included.
+    """All sets of neurons that the experiment switches off, including controls.
 
     Args:
-        effects: of `ablation_effects`, domains in the order of `neurons`; without them, no selection by effect.
-        seeds: how often each control is drawn.
+        effects: from `ablation_effects`, with the domains in the order of `neurons`; None: no selection by effect.
+        seeds: number of draws of each control.
     """
     found = []
     modules = list(neurons.modules)
@@ -262,10 +262,10 @@ def random_like(
     rates: Float[Tensor, "layer neuron"] | None = None,
     neighbours: int = 10,
 ) -> Bool[Tensor, "layer neuron"]:
-    """Random neurons, as many in each layer as in `mask`, none of them barred.
+    """Random neurons, as many in each layer as in `mask`, without those of `mask` and `barred`.
 
     Args:
-        rates: match these too: each neuron is replaced by one of the `neighbours` whose rate is nearest to its own.
+        rates: also match these: each neuron is replaced by one of the `neighbours` neurons with the closest rates.
     Raises:
         ValueError: a layer has too few other neurons.
     """
@@ -286,10 +286,10 @@ def random_like(
 
 
 class EffectExperiment(Experiment):
-    """A batch's effects, as terms of a sum: an item without an image counts for the tower too, whose neurons do nothing for it.
+    """The experiment: first-order effects of neurons, as terms of a sum. An item without an image counts as 0 for the tower.
 
     Raises:
-        ValueError: a module that the model does not have; (when called) an example without a domain or an answer.
+        ValueError: a module that the model does not have; when called: an example without a domain or an answer.
     """
 
     name = "neurons: effects"
@@ -313,7 +313,7 @@ class EffectExperiment(Experiment):
         effects = _first_order(self.model, inputs, self.sites)
         for module, layer in self.sites.values():
             total = torch.zeros(len(domains), self.widths[module], dtype=torch.float64)
-            if (module, layer) in effects:  # the tower does not run where there is no image
+            if (module, layer) in effects:  # without images the tower does not run
                 of_token = of_row.repeat_interleave(inputs.shape[1]) if module == "decoder" else _of_tower(inputs, of_row, module)
                 total.index_add_(0, of_token, effects[module, layer].cpu().double())
             for domain, n, values in zip(domains, counts, total.numpy()):
@@ -337,23 +337,23 @@ def ablation_effects(
 ) -> dict[str, Float[Tensor, "domain layer neuron"]] | None:
     """First-order loss of log p(answer), in nats, when a neuron is set to 0: the mean over a domain's items of Σ_tokens a·∂log p/∂a.
 
-    The answer is teacher-forced, whole, without its end token. Positive: the neuron helps the domain's answers. An item
-    without an image counts as 0 in the means of tower and projector.
+    The whole answer is teacher-forced, without its end token. Positive: the neuron helps the domain's answers. An item
+    without an image counts as 0 in the means for tower and projector.
 
     Args:
         domains: names, in the order of the result's domain axis.
-        out, rank: a run in a folder, and which of its processes this is (see `Experiment.run`).
+        out, rank: a run in a folder (see `Experiment.run`).
     Returns:
-        None while shards of `out` that belong to other ranks are missing.
+        module -> effects; None if `rank` is given and shards of other ranks are missing.
     Raises:
-        ValueError: an item of another domain, without an answer, or a domain without items.
+        ValueError: an item of another domain or without an answer, or a domain without items.
     """
     experiment = EffectExperiment(model, modules)
     return experiment.run(data, out, batch_size=batch_size, rank=rank, progress=False, domains=domains)
 
 
 def read_effects(out: str | Path, domains: Sequence[str]) -> dict[str, Float[Tensor, "domain layer neuron"]]:
-    """The effects that `ablation_effects` has written to a folder, without the model.
+    """Reads the effects from a folder that `ablation_effects` wrote, without the model.
 
     Raises:
         ValueError: no run there, one that is not finished, or as `ablation_effects`.
@@ -375,7 +375,7 @@ def _effects(sums: Sums, domains: Sequence[str]) -> dict[str, Tensor]:
 
 
 def _first_order(model: Model, inputs: Any, sites: Mapping[str, tuple[str, int]]) -> dict[tuple[str, int], Tensor]:
-    """site -> [token neuron], activation times gradient of the rows' summed log p(answer)."""
+    """(module, layer) -> [token neuron], activation times the gradient of the rows' summed log p(answer)."""
     kept: dict[tuple[str, int], Tensor] = {}
 
     def keep(post: Tensor, hook: Any) -> None:
@@ -407,22 +407,22 @@ def strongest(effects: Float[Tensor, "domain layer neuron"], domain: int, n: int
 
 @dataclass(frozen=True)
 class Ablations(Result):
-    """What every question was answered under every condition.
+    """Whether each question was answered right, under every condition.
 
     Attributes:
-        outcomes: one row per condition and question: selection, module, target (whose neurons), seed, neurons (how many were
-            off), id, image, domain (of the question), right, log_prob (nats, of the right answer's first token).
-        model_name: of the model.
+        outcomes: one row per condition and question: selection, module, target (domain of the neurons), seed, neurons (number
+            switched off), id, image, domain (of the question), right, log_prob (nats, of the right answer's first token).
+        model_name: name of the model.
     """
 
     outcomes: pd.DataFrame
     model_name: str
 
     def accuracy(self) -> pd.DataFrame:
-        """One row per selection, module and domain: accuracy on the domain when its own neurons are off (controls: over
-        all seeds), and its change from none; intervals resample images (and seeds), whose number stands beside them.
+        """One row per selection, module and domain: accuracy on the domain when its own neurons (or their control) are off.
 
-        Domain "all" pools the questions, each with its own domain's neurons off.
+        And its change from the run with nothing off. Intervals resample images and seeds, whose numbers are given. Domain "all"
+        pools the questions of all domains, each with the neurons of its own domain off.
         """
         base = self._base()
         rows = []
@@ -440,10 +440,10 @@ class Ablations(Result):
         return pd.DataFrame(rows)
 
     def against_controls(self) -> pd.DataFrame:
-        """One row per selection, control, module and domain: how much more the own neurons cost than the control.
+        """One row per selection, control, module and domain: `excess` = accuracy(own neurons off) − accuracy(control off).
 
-        `excess` is accuracy(own off) − accuracy(control off): below 0, the domain needs its own neurons more. The
-        same for the log-probability. Intervals: bootstrap over images and seeds, paired by question.
+        Below 0, the domain needs its own neurons more than the control's. `excess_log_prob` is the same for the log-probability.
+        Intervals: bootstrap over images and seeds, paired by question.
         """
         own = self._own()
         rows = []
@@ -462,10 +462,10 @@ class Ablations(Result):
         return pd.DataFrame(rows)
 
     def cross(self, selection: str = FIRING, module: str = ALL) -> pd.DataFrame:
-        """Rows: whose neurons are off; columns: the domain asked about; values: change of accuracy from none.
+        """Change of accuracy from nothing off; rows: the domain whose neurons are off, columns: the domain of the questions.
 
         Raises:
-            ValueError: that selection was only judged on its own domain.
+            ValueError: that selection was run on its own domain only.
         """
         some = self.outcomes.query("selection == @selection and module == @module")
         if set(some["domain"]) != set(self._base()["domain"]) or (some["target"] == some["domain"]).all():
@@ -477,13 +477,13 @@ class Ablations(Result):
         return table.loc[domains, domains]
 
     def plot(self, path: Any = None) -> Any:
-        """The accuracy matrix: what is off × domain."""
+        """Accuracy as a matrix: what is switched off × domain of the questions."""
         from analyses.views.neurons import accuracy_plot
 
         return accuracy_plot(self.accuracy(), self.model_name, path)
 
     def plot_controls(self, path: Any = None) -> Any:
-        """Own neurons against their controls, with intervals."""
+        """The domains' own neurons compared with their controls, with intervals."""
         from analyses.views.neurons import controls_plot
 
         return controls_plot(self.against_controls(), self.model_name, path)
@@ -495,13 +495,13 @@ class Ablations(Result):
         return self.outcomes[self.outcomes["selection"] == NONE]
 
     def _own(self) -> pd.DataFrame:
-        """Questions about the domain whose neurons are off, and the untouched run."""
+        """Rows of questions of the domain whose neurons are off, and of the run with nothing off."""
         outcomes = self.outcomes
         return outcomes[(outcomes["target"] == outcomes["domain"]) | (outcomes["selection"] == NONE)]
 
 
 class AblationExperiment(Experiment):
-    """A row a question and condition. Batches of one domain take the fewest forwards."""
+    """The experiment: one row per question and condition. Batches of one domain need the fewest forwards."""
 
     name = "neurons: ablations"
     by_domain = True
@@ -539,14 +539,15 @@ def ablate(
     batch_size: int = 16,
     rank: tuple[int, int] | None = None,
 ) -> Ablations | None:
-    """Answers every question untouched, and the questions of each condition's domain with its neurons off.
+    """Answers every question with nothing off, and the questions of each condition's domain with its neurons off.
 
     Args:
-        data: questions; or the batches that `prepare` has made of them, in memory.
-        crossed: selections judged on the other domains too, where all modules are off together.
-        out, batch_size, rank: a run in a folder, and which of its processes this is (see `Experiment.run`).
+        data: questions, or the batches that `prepare` made of them.
+        wanted: the conditions.
+        crossed: selections that are also run on the questions of other domains, with all modules off together.
+        out, batch_size, rank: a run in a folder (see `Experiment.run`).
     Returns:
-        None while shards of `out` that belong to other ranks are missing.
+        the outcomes; None if `rank` is given and shards of other ranks are missing.
     Raises:
         ValueError: prepared batches with `out`, or as `prepare`.
     """
@@ -561,7 +562,7 @@ def ablate(
 
 
 def read_ablations(out: str | Path) -> Ablations:
-    """The outcomes that `ablate` has written to a folder, without the model.
+    """Reads the outcomes from a folder that `ablate` wrote, without the model.
 
     Raises:
         ValueError: no run there, one that is not finished, or one in which nothing could be answered.
@@ -570,7 +571,7 @@ def read_ablations(out: str | Path) -> Ablations:
 
 
 def _digest(wanted: Sequence[Condition]) -> str:
-    """Changes with any neuron that is switched off."""
+    """A hash of the conditions and all their neurons."""
     hashed = hashlib.sha256()
     for condition in wanted:
         hashed.update(f"{condition.selection} {condition.module} {condition.target} {condition.seed}".encode())
@@ -580,7 +581,7 @@ def _digest(wanted: Sequence[Condition]) -> str:
 
 
 def _under_all(model: Model, batch: Batch, wanted: Sequence[Condition], crossed: Sequence[str]) -> list[dict]:
-    """One batch's rows under no condition, and under each that concerns its domain."""
+    """One batch's rows with nothing off, and under each condition that applies to its domain."""
     widest = ALL if any(condition.module == ALL for condition in wanted) else None
     untouched = _outcomes(model, batch)
     rows = _rows(Condition(NONE, ALL, "", 0, {}), batch, untouched)
@@ -620,12 +621,12 @@ def _difference(some: pd.DataFrame, base: pd.DataFrame, column: str, name: str, 
 
 
 def _by_seed(some: pd.DataFrame, column: str) -> pd.DataFrame:
-    """[(id, image) seed]"""
+    """A column as a table: rows (id, image), columns seed."""
     return some.pivot(index=["id", "image"], columns="seed", values=column).astype(float)
 
 
 def _with_pool(group: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """The rows of each domain, then of all together."""
+    """(name, rows) of each domain, then of all domains together."""
     return [*group.groupby("domain", sort=False), (ALL, group)]
 
 
@@ -637,7 +638,7 @@ def stream_by_layer(model: Model, batches: Sequence[Batch], wanted: Sequence[Con
     """How far ablation moves the residual stream, and the logit lens's entropy, by layer and kind of token.
 
     Args:
-        wanted: conditions, each run on its own domain's questions; the untouched run comes first.
+        wanted: conditions, each run on the questions of its own domain; the run with nothing off comes first.
     Returns:
         one row per condition (selection, module, target, seed), domain, layer (0 = embeddings, n_layers = output) and
         source (image, text, last: the position that predicts the answer): `deviation`, mean of ‖h' − h‖ / ‖h‖, and
@@ -678,7 +679,7 @@ def _stream_sources(inputs: Any) -> dict[str, Bool[Tensor, "batch pos"]]:
 
 
 def split_by_image(data: Iterable[Example]) -> tuple[list[Example], list[Example]]:
-    """(selection, test): every other image of each domain, with all its questions; no image is in both.
+    """(selection, test): the images of each domain alternate between the two, with all their questions; no image is in both.
 
     Raises:
         ValueError: a domain has only one image.

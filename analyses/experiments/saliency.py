@@ -1,12 +1,12 @@
-"""Which map finds what an answer depends on? Saliency over a data set: insertion, deletion, pointing.
+"""Which saliency map finds what an answer depends on? Insertion, deletion and pointing over a data set.
 
-1. Take questions with an image that the model answers rightly. On the embedded world, also what the answer depends on is known
-   cell by cell: pointing and average precision (see `grounding`) are over its items that depend on some cells, not all.
-2. For each method of `analyses.saliency`, the map of the whole answer, and its insertion and deletion curves, by keys and by
-   pixels: the areas under the probability of the answer. Deletion: smaller is better; insertion: larger is better.
+1. Take questions about one image that the model answers right. On the embedded world the cells that the answer depends on are
+   known: pointing and average precision (see `grounding`) are over its items that depend on some cells, but not all.
+2. For each method of `analyses.saliency`: the map of the whole answer, and the areas under its insertion and deletion curves
+   (probability of the answer), by keys and by pixels. Deletion: smaller is better; insertion: larger is better.
 3. Means with 95 % intervals that resample images, and for each method the difference to the random order on the same items.
 
-The exact knockout is what deletion by keys measures, one token at a time: judge it by pixels too.
+Deletion by keys uses the same intervention as the knockout, so compare knockout maps by pixels too.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class SaliencyExperiment(Result):
     """How well each method's maps find what answers depend on.
 
     Attributes:
-        table: one row per item and method: id, image, category, method, and FIGURES (pointing and ap are NaN where the truth is unknown).
-        skipped: items left out, by reason.
-        settings: methods, steps, batch of cells, seed. model_name: of the model.
+        table: one row per item and method: id, image, category, method, and FIGURES (pointing and ap are NaN if the truth is unknown).
+        skipped: reason -> number of items left out.
+        settings: methods, steps, cells, seed. model_name: name of the model.
     """
 
     table: pd.DataFrame
@@ -73,7 +73,7 @@ class SaliencyExperiment(Result):
         return pd.DataFrame(rows)
 
     def plot(self, path: Any = None) -> Any:
-        """A panel a figure, each method's mean with its interval."""
+        """One panel per figure: each method's mean with its interval."""
         from analyses.views.saliency import areas_plot
 
         table = self.to_dataframe()
@@ -82,10 +82,10 @@ class SaliencyExperiment(Result):
 
 
 class SaliencyRun(Experiment):
-    """The work: every method's figures for a question.
+    """The experiment: the figures of every method for every question.
 
     Args:
-        methods: of `analyses.saliency.METHODS`. steps: of the curves, and of the integral. cells: copies of a prompt run side by side.
+        methods: of `analyses.saliency.METHODS`. steps: of the curves and of the integral. cells: `batch_size` of `saliency`.
     """
 
     name = "saliency"
@@ -140,7 +140,7 @@ class SaliencyRun(Experiment):
 
     @staticmethod
     def result(done: Done) -> SaliencyExperiment:
-        """Raises ValueError: no question could be used."""
+        """The figures; ValueError if no question could be used."""
         rows = done.rows
         skipped = {} if "skipped" not in rows else rows[rows["skipped"].fillna("") != ""]["skipped"].value_counts().to_dict()
         if "method" not in rows or not len(table := rows.dropna(subset=["method"])):

@@ -1,4 +1,4 @@
-"""Runs over data sets that can be killed at any moment, shared between processes, and resumed."""
+"""Runs over data sets that can be killed at any moment, resumed, and shared between processes."""
 
 from hooked_qwen2vl.moved import moved_names
 

@@ -1,18 +1,17 @@
 """Activations of a whole data set on disk, one row per position, for sparse autoencoders and probes.
 
-Writing is a run (see `runs`): it can be killed at any moment, shared between processes, and it goes on. Each shard is
-one safetensors file:
+A store is written by a run (see `runs`), which can be killed at any moment, resumed, and shared between processes. Each shard
+is one safetensors file:
 
-    <hook name>     [row, …]   the activation, padding left out; the batches' composition is in the plan
-    item            [row]      the question's place in the data (`ActivationStore.items` says the rest)
-    position        [row]      of the token in its prompt, from 0, padding not counted
-    token           [row]      its id
-    is_image        [row]      whether it is an image's or a video's token, not text
+    <hook name>     [row, …]   the activation, without padding; the plan has the composition of the batches
+    item            [row]      index of the question in the data (see `ActivationStore.items`)
+    position        [row]      of the token in its prompt, from 0, not counting padding
+    token           [row]      token id
+    is_image        [row]      whether the token is an image or video token
     mrope           [row 3]    M-RoPE position (t, row, col)
 
-Reading back, shuffled: shards are taken in random order into a pool; the pool is shuffled, half of it is given out,
-and more is read. Each row comes exactly once a pass, the order follows from the seed, and memory holds the pool and
-one shard.
+Shuffled reading: shards are read in random order into a pool; the pool is shuffled, half of it is returned as batches, and more
+shards are read. Each row comes exactly once per pass, the seed determines the order, and memory holds the pool and one shard.
 """
 
 from __future__ import annotations
@@ -60,18 +59,18 @@ def store_activations(
     batches_per_shard: int = 16,
     window: int = 1024,
 ) -> Run:
-    """Runs the model over the data and keeps the named activations of every position.
+    """Runs the model over the data and stores activations of every position.
 
     Args:
-        examples: as `runs.run` takes them.
-        names: hooks of the text side (`blocks.5.hook_resid_post`), not scores or patterns.
-        keep: "all" positions, or those of a segment of the prompt: "image", "text", "question", "last", … (names that
-            `Inputs.positions` knows); a prompt without that segment gives no row.
-        dtype: on disk; None keeps the model's own, and then nothing is rounded.
+        examples: as for `runs.run`.
+        names: hook points of the text side (`blocks.5.hook_resid_post`), but not scores or patterns.
+        keep: "all" positions, or those of a segment of the prompt: "image", "text", "question", "last", … (names of
+            `Inputs.positions`); a prompt without that segment has no rows.
+        dtype: on disk; None: the model's, without rounding.
         answers: whether the questions' answers are part of the prompt (teacher-forced).
-        The others are `runs.run`'s.
+        The other arguments are those of `runs.run`.
     Raises:
-        ValueError: a hook that is not there or has no rows, or as `runs.run`.
+        ValueError: no such hook point, one without an activation per position, or as `runs.run`.
     """
     names = [names] if isinstance(names, str) else list(names)
     _check_names(model, names)
@@ -101,18 +100,18 @@ def store_activations(
 
 
 class ActivationStore:
-    """A folder that `store_activations` has filled.
+    """Activations in a folder that `store_activations` wrote.
 
     Attributes:
-        folder: where it is.
-        names: of the activations.
-        items: one row per question: item, id, domain, category, answer, …: what probes need as labels.
-        n_rows: positions stored.
-        failures: questions that gave none, with the reason.
+        folder: its path.
+        names: hook points of the activations.
+        items: one row per question: item, id, domain, category, answer, …, for example as labels for probes.
+        n_rows: number of stored positions.
+        failures: questions that failed, with the reason.
     """
 
     def __init__(self, folder: str | Path, partial: bool = False):
-        """Opens it; only headers and labels are read.
+        """Opens a store; activations are not read yet.
 
         Raises:
             ValueError: no store there, or one that is not finished (unless `partial`).
@@ -141,7 +140,7 @@ class ActivationStore:
         return f"ActivationStore({self.folder}, {self.n_rows} rows of {', '.join(self.names)})"
 
     def question(self, id: str) -> dict[str, Tensor]:
-        """Everything stored of one question, in the order of its positions.
+        """Activations and labels of one question, in the order of its positions.
 
         Raises:
             ValueError: no such question, or one that failed.
@@ -165,16 +164,16 @@ class ActivationStore:
         pool: int = 1 << 16,
         drop_last: bool = False,
     ) -> Iterator[dict[str, Tensor]]:
-        """One pass over the rows: name -> [batch …], with the labels beside the activations.
+        """One pass over the rows in batches: name -> [batch …], for activations and labels.
 
         Args:
-            names: activations to read; None reads all.
-            seed: of the order; another one for each epoch. None keeps the order of the shards.
-            which: rows of image tokens only, of text tokens only, or all.
-            pool: rows that are shuffled among each other: memory holds them and one shard.
-            drop_last: leave out a last batch that is not full.
+            names: activations to read; None: all.
+            seed: of the order; use another one for each epoch. None: the order of the shards.
+            which: rows of image tokens, of text tokens, or all.
+            pool: number of rows that are shuffled together; memory holds them and one shard.
+            drop_last: leave out an incomplete last batch.
         Raises:
-            ValueError: (at once) an unknown name, or a size below 1.
+            ValueError: (when called, before the first batch) an unknown name, or a size below 1.
         """
         names = self.names if names is None else [names] if isinstance(names, str) else list(names)
         unknown = [name for name in names if name not in self.names]
@@ -200,7 +199,7 @@ class ActivationStore:
             if draw is not None:
                 order = torch.from_numpy(draw.permutation(n))
                 held = {name: values[order] for name, values in held.items()}
-            # Half goes out, in whole batches; the rest is mixed with what is read next. At the end, all.
+            # Return half of the pool in whole batches; shuffle the rest with what is read next. At the end, return all.
             out = max(n // 2, batch_size) // batch_size * batch_size if left else n
             for start in range(0, out, batch_size):
                 batch = {name: values[start : min(start + batch_size, out)].clone() for name, values in held.items()}
@@ -216,7 +215,7 @@ class ActivationStore:
         return {name: value[rows] for name, value in values.items()}
 
     def _read(self, shard: int, names: Sequence[str]) -> dict[str, Tensor]:
-        """A shard's rows; nothing where none of its questions gave any."""
+        """A shard's rows; empty if none of its questions has rows."""
         file = shard_path(self.folder, shard, SUFFIX)
         some = len(_read_tensors(file, ["item"])[0]["item"])
         return _read_tensors(file, (*names, *LABELS))[0] if some else {}
@@ -248,7 +247,7 @@ def _rows_of(cache: Mapping[str, Tensor], inputs: Any, row: int, names: Sequence
 
 
 def _write_tensors(state: Run, number: int, shard: Shard, file: Path) -> None:
-    """A shard as safetensors, question after question in the order of the data."""
+    """Writes a shard as safetensors, with the questions in the order of the data."""
     rows = [{**row["tensors"], "item": torch.full((len(row["tensors"]["token"]),), item)} for item, _, _, row in shard.results]
     failures, composition = [vars(failure) for failure in shard.failures], shard.composition
     if shard.earlier is not None:
@@ -264,7 +263,7 @@ def _write_tensors(state: Run, number: int, shard: Shard, file: Path) -> None:
 
 
 def _read_tensors(file: Path, names: Sequence[str] | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, what the file says of itself); None takes all that are there.
+    """(tensors, header of the file); names None: all tensors.
 
     Raises:
         ValueError: a damaged file.
@@ -289,8 +288,8 @@ def _check_names(model: Model, names: Sequence[str]) -> None:
     wrong = [name for name in names if name.startswith("vision_") or name.endswith(NOT_ROWS)]
     if wrong:
         raise ValueError(
-            f"{', '.join(wrong)}: expected activations of the text side with one row a position; the embeddings of an image "
-            f"is in 'hook_embed' at its positions."
+            f"{', '.join(wrong)}: expected activations of the text side with one row per position; image embeddings are in "
+            f"'hook_embed', at the positions of the image tokens."
         )
 
 

@@ -1,11 +1,11 @@
-"""A run's shards on a Ray cluster: each worker loads the model once, and takes the next shard whenever it is free.
+"""The shards of a run on a Ray cluster: each worker loads the model once, and takes the next shard whenever it is free.
 
-1. One worker for each GPU of the cluster, or for each so many CPUs; also of nodes that join while the run is under way.
-2. The driver reads the data, opens the images, and gives a worker a shard's questions: no folder has to be common.
-3. A worker gives back the shard's rows, and the driver writes the same file that a single process writes.
-4. A worker that dies, or its node with it, has its shard done again by another. Errors of the work itself end the run.
+1. There is one worker per GPU of the cluster, or per `Cluster.cpus` CPUs if there are no GPUs; nodes may join during the run.
+2. The driver reads the data, opens the images, and sends a worker the questions of a shard; no shared folder is needed.
+3. The worker returns the rows of the shard, and the driver writes the same file as a single process would.
+4. If a worker or its node dies, another worker runs its shard again. Errors raised by the work itself end the run.
 
-A worker whose weights or packages differ from the driver's is refused: its rows would belong to another run.
+A worker with other weights or packages than the driver's ends the run with an error, because its rows would differ.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
     from analyses.data.examples import Example
     from analyses.runs.engine import Run, Shard
 
-ATTEMPTS = 3  # of a shard whose workers die: then it is the shard that kills them
+ATTEMPTS = 3  # attempts at a shard whose workers die; then the run ends
 PATIENCE = 60.0  # seconds to wait for a node when no worker is left
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where shards are worked on.
+    """A Ray cluster that runs shards.
 
     Attributes:
-        address: "auto" for the cluster that this machine belongs to, or its address.
-        load: loads the model, on a worker; called once for each.
-        cpus: of a worker, where the cluster has no GPU.
+        address: the cluster's address, or "auto" for the cluster that this machine belongs to.
+        load: function that loads the model; called once on each worker.
+        cpus: CPUs per worker, if the cluster has no GPU.
         patience: seconds to wait for a node when no worker is left.
     """
 
@@ -47,14 +47,14 @@ class Cluster:
         work: Any,
         done: Callable[[int, Shard], Any],
     ) -> None:
-        """Has every shard worked on.
+        """Runs every shard on the cluster.
 
         Args:
-            shards: (number, what is done of it already, its part of the plan, its opened questions or why one cannot be opened).
-            work: an `Experiment`; a worker makes its own for the model that it has loaded (`Experiment.of`).
-            done: called with each shard, in the order in which they are finished.
+            shards: (number, the shard as far as it is done, its rows of the plan, its opened questions or the errors from opening them).
+            work: an `Experiment`; a worker makes the same one for the model that it loaded (`Experiment.of`).
+            done: called with each shard, in the order in which they finish.
         Raises:
-            ValueError: ray is not installed, a worker's weights or packages differ, or a shard whose workers die again and again.
+            ValueError: ray is not installed, a worker's weights or packages differ, or a shard's workers died 3 times.
             ConnectionError: no such cluster, or no node of it is left.
         """
         ray = _ray()
@@ -66,7 +66,7 @@ class Cluster:
             workers.stop()
 
     def _hand_out(self, ray: Any, workers: _Workers, shards: Iterator, done: Callable, seed: int) -> None:
-        waiting: deque[_Task] = deque()  # given back by workers that died
+        waiting: deque[_Task] = deque()  # tasks to run next, among them those of workers that died
         running: dict[Any, tuple[_Task, Any]] = {}
         deaths: Counter[int] = Counter()
         left = True
@@ -105,15 +105,15 @@ class Cluster:
 class _Task:
     number: int
     begun: Shard
-    questions: Any  # in Ray's store, for whoever does it, also the second time
+    questions: Any  # a reference into Ray's object store, kept for further attempts
 
 
 @dataclass
 class _Workers:
-    """The workers: as many as the cluster has room for.
+    """The workers: as many as the cluster has resources for.
 
     Attributes:
-        free: those that have loaded their model and have no shard.
+        free: workers that have loaded their model and have no shard.
     """
 
     ray: Any
@@ -126,7 +126,7 @@ class _Workers:
     _alone_since: float | None = None
 
     def grow(self) -> None:
-        """Starts workers for what the cluster has room for; on a node that is just dying they never come."""
+        """Starts a worker for every free share of the cluster's resources; on a dying node it may never become ready."""
         kind, size = self._kind()
         for _ in range(int(self.ray.cluster_resources().get(kind, 0) // size) - len(self._all)):
             options = {"num_gpus": 1, "num_cpus": 1} if kind == "GPU" else {"num_cpus": size}
@@ -138,7 +138,7 @@ class _Workers:
         return ("GPU", 1) if self.ray.cluster_resources().get("GPU") else ("CPU", self.cluster.cpus)
 
     def wait(self, running: list[Any]) -> list[Any]:
-        """What has been finished, after a second at most; workers that have loaded their model become free.
+        """The finished answers, after at most one second; workers that have loaded their model become free.
 
         Raises:
             ValueError: a worker's model or packages differ, or it cannot load the model.
@@ -157,7 +157,7 @@ class _Workers:
                     raise ValueError(problem)
                 self.free.append(worker)
             except self.ray.exceptions.ActorDiedError as error:
-                if "creation task" in str(error) or "__init__" in str(error):  # it cannot load the model: no other could
+                if "creation task" in str(error) or "__init__" in str(error):  # loading failed, as it would on any worker
                     raise ValueError(f"a worker could not load the model: {' '.join(str(error).split())[-500:]}") from error
                 self.lost(worker)
             except self.ray.exceptions.RayError:
@@ -184,7 +184,7 @@ class _Workers:
 
 
 class Worker:
-    """On a node: the model, loaded once, and the work on one shard after another."""
+    """A worker process on a node: loads the model once, then runs shards."""
 
     def __init__(self, load: Callable[[], Any], make: Callable[[Any], Any], manifest: dict[str, Any]):
         self.said, self.work = "", None
@@ -199,11 +199,11 @@ class Worker:
         self.work = make(model)
 
     def problem(self) -> str:
-        """Why it cannot work: another model or other packages than the driver's; "" where all is well."""
+        """The reason why this worker cannot be used (its weights or packages differ from the driver's), or ""."""
         return self.said
 
     def do(self, begun: Shard, given: tuple[Any, dict[int, Example | str]], seed: int) -> Shard:
-        """The shard's rows."""
+        """Runs the questions of a shard that are not done yet; returns the shard with their rows."""
         from analyses.runs.engine import do_shard
 
         planned, questions = given
@@ -226,7 +226,11 @@ def _ray() -> Any:
 
 
 def _connect(ray: Any, address: str) -> None:
-    """Raises ConnectionError where there is no such cluster."""
+    """Connects to the cluster, unless that was done before.
+
+    Raises:
+        ConnectionError: no such cluster.
+    """
     if ray.is_initialized():
         return
     try:

@@ -1,16 +1,16 @@
-"""Runs over thousands of questions that can be killed at any moment and started again.
+"""Runs over thousands of questions that can be killed at any moment and resumed.
 
-1. Plan: which questions form which batch and which shard (see `runs.plan`); the plan follows from data and settings.
-2. Each shard that is not there yet is worked on, batch by batch, and written as one Parquet file: under a temporary
-   name first, moved to its own when it is whole. What has its name is done; what has not is done again.
-3. A question that cannot be answered (an unreadable image, a prompt too long) is kept with its reason.
-4. Processes and machines share the shards; merging is reading the folder.
-5. Ctrl-C (KeyboardInterrupt) writes the whole batches of the shard in hand; the next start goes on after them.
+1. Plan: which questions form which batch and which shard (see `runs.plan`); data and settings determine the plan.
+2. Each missing shard is run, batch by batch, and written as one Parquet file: first under a temporary name, then renamed when it
+   is complete. A shard that has its final name is done; any other is run again.
+3. A question that fails (an unreadable image, a prompt that is too long) is recorded with the reason.
+4. Processes and machines can share the shards; to merge their results is to read the folder.
+5. Ctrl-C (KeyboardInterrupt) writes the complete batches of the current shard; the next start continues after them.
 
-    OUT/run.json              name, model, settings, versions, seed, the data's digest; never changed once written
+    OUT/run.json              name, model, settings, versions, seed, digest of the data; never changed once written
     OUT/plan.parquet          the composition of the batches: item, id, part, batch, size, …
-    OUT/part-00012.parquet    a shard's rows; what failed has its reason in `error`; in the file's metadata,
-                              `composition`: the batches as they really ran, and what it belongs to, with a checksum
+    OUT/part-00012.parquet    the rows of shard 12; questions that failed have the reason in `error`. The file's metadata has
+                              `composition` (the batches as they ran), the run it belongs to, and a checksum
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ if TYPE_CHECKING:
     from analyses.data.examples import Example
 
 PACKAGES = ("hooked-qwen2vl", "torch", "transformers", "transformer_lens")
-SHOWN = 8  # sizes that a description lists
+SHOWN = 8  # number of sizes that `Run.describe` lists
 RESERVED = ("item", "batch", "error")
 
 Row = Mapping[str, Any]
@@ -89,7 +89,7 @@ Data = Iterable["Example"] | Callable[[], Iterable["Example"]]
 
 @dataclass(frozen=True)
 class Failure:
-    """A question without a result, and why."""
+    """A question that failed, with the reason."""
 
     item: int
     id: str
@@ -99,16 +99,15 @@ class Failure:
 
 @dataclass(frozen=True)
 class Shard:
-    """What one shard has given, before it is written.
+    """The rows of one shard, before they are written.
 
     Attributes:
-        results: (item, id, batch, what `work` gave for it), in the order of the batches.
-        failures: questions without a result.
-        composition: the items of each batch as they really ran: without those whose image could not be read,
-            and one by one where the batch as a whole could not be worked on.
-        items: every question that belongs to the file, also of `earlier`.
-        earlier: the file of this shard's first batches, done before it was interrupted; None where there is none. A
-            writer puts its content before the rest.
+        results: (item, id, batch, row returned by `work`), in the order of the batches.
+        failures: questions that failed.
+        composition: the items of each batch as it ran: without questions whose image could not be read, and as single questions
+            if the whole batch failed.
+        items: all questions of the file, including those of `earlier`.
+        earlier: file with the first batches of this shard, from before an interruption, or None. A writer puts its rows first.
     """
 
     results: list[tuple[int, str, int, Row]]
@@ -124,15 +123,15 @@ Writer = Callable[["Run", int, Shard, Path], None]
 @renamed_attributes
 @dataclass(frozen=True)
 class Run:
-    """What is planned, and how far it is.
+    """State of a run: its plan, and which shards are done.
 
     Attributes:
         out: the folder.
         manifest: as in `run.json`.
         plan: one row per question (see `runs.plan.make_plan`).
-        rank: (k, n): this process does every n-th shard, from the k-th.
-        done: shards that are written, by whichever process.
-        memory: what the model's forward needs; None where no model was given.
+        rank: (k, n): this process runs the shards k, k + n, k + 2n, ….
+        done: shards that are written, by any process.
+        memory: estimate for the model's forward; None without a model.
         suffix: of the shards' files.
     """
 
@@ -146,17 +145,17 @@ class Run:
 
     @property
     def complete(self) -> bool:
-        """Whether every shard of the whole run is written, other processes' too."""
+        """Whether all shards of the run are written, including those of other processes."""
         return set(self.plan["part"]) <= self.done
 
     @property
     def todo(self) -> list[int]:
-        """Shards of this process that are not written yet, in order."""
+        """Shards of this process that are not written yet, in increasing order."""
         k, n = self.rank
         return [shard for shard in sorted(set(self.plan["part"])) if shard % n == k and shard not in self.done]
 
     def describe(self) -> str:
-        """What would be done: for --dry-run."""
+        """A text that says what is done and what is left, for --dry-run."""
         plan, (k, n) = self.plan, self.rank
         ours = plan[plan["part"].isin(self.todo)]
         n_batches, n_shards = plan["batch"].nunique(), plan["part"].nunique()
@@ -197,34 +196,35 @@ def run(
     write: Writer | None = None,
     cluster: Any = None,
 ) -> Run:
-    """Does `work` on every question that has no result in the folder yet.
+    """Runs `work` on every question that has no result in the folder yet.
 
     Args:
-        name: of the analysis; it belongs to the manifest.
-        examples: the data, in an order that never changes: a sequence, or a function that gives a fresh iterator
-            (`lambda: data.examples("scenes", 5000)`). They are gone through twice: to plan and to work.
-        work: a batch of questions, their images opened, to rows; any number of rows a question, each with the
-            question's "id", and values that Parquet knows (numbers, strings, lists). It must depend on nothing but the
-            batch: random numbers are seeded anew before each.
-        settings: all that decides the numbers and can be written as JSON.
-        model: its name, dtype and the hash of its weights then belong to the manifest, sizes are its own, and the
-            memory is estimated.
-        size: what batches have in common; None takes `size_by_model` or `size_by_pixels`.
-        rank: (k, n) for the k-th of n processes, from 0; None asks accelerate (see `this_rank`).
-        dry_run: write nothing and work on nothing.
-        batches_per_shard: batches that are written together, and lost together when the process is killed.
-        window: questions among which those of the same size are brought together.
-        embeddings: bytes that `work` keeps of image embeddings (`ImageEmbeddingsCache.capacity`), for the estimate of memory.
-        gradients: whether `work` takes gradients, for the same.
-        write: how a shard's rows are written, after those of `Shard.earlier`; None keeps them as they are (`write_rows`).
-        cluster: a `runs.cluster.Cluster` whose nodes work on the shards; `work` is then an `Experiment`, and the rank the whole run's.
+        name: of the analysis, for the manifest.
+        examples: the data, always in the same order: a sequence, or a function that returns a new iterator
+            (`lambda: data.examples("scenes", 5000)`). They are iterated twice: for the plan, and for the work.
+        work: function from a batch of questions with opened images to rows: any number of rows per question, each with the
+            question's "id" and values that Parquet can store (numbers, strings, lists). The rows may depend on the batch only;
+            random numbers are seeded before each batch.
+        settings: everything that determines the rows, as JSON values.
+        model: if given, its name, dtype and hash of weights are in the manifest, sizes come from its processor, and memory is
+            estimated.
+        size: question -> what questions of one batch have in common; None: `size_by_model` or, without a model, `size_by_pixels`.
+        rank: (k, n) for process k = 0..n−1 of n; None: from accelerate (see `this_rank`).
+        dry_run: only plan: run and write nothing.
+        batches_per_shard: batches that are written together, and lost together if the process is killed.
+        window: number of questions among which batches of equal size are formed.
+        embeddings: bytes of image embeddings that `work` keeps (`ImageEmbeddingsCache.capacity`), for the estimate of memory.
+        gradients: whether `work` computes gradients, for the estimate of memory.
+        write: function that writes a shard's rows after those of `Shard.earlier`; None: `write_rows`.
+        cluster: a `runs.cluster.Cluster` whose nodes run the shards; `work` must then be an `Experiment`, and `rank` (0, 1).
     Returns:
-        the run as it stands: `Run.complete` says whether other processes have finished too.
+        the state of the run; `Run.complete` says whether all processes have finished.
     Raises:
-        ValueError: another run lives in the folder (the difference is named), the data cannot be gone through
-            twice or changed meanwhile, an id comes twice, a row is not as described, the work failed on every
-            question of the first shard, or a file in the folder is damaged or belongs elsewhere (it is named).
-        KeyboardInterrupt: interrupted; what was done is written, and the message says how much.
+        ValueError: the folder has another run (the message names the differences), the data are an iterator or have changed, two
+            questions have the same id, the first shard failed completely, or a file in the folder is damaged or of another run
+            (the message names it).
+        TypeError: `work` returned something else than the rows described above.
+        KeyboardInterrupt: interrupted; complete batches are written, and the message says how many questions are done.
     """
     settings = {**(settings or {}), "batch_size": batch_size, "batches_per_shard": batches_per_shard, "window": window}
     state = prepare(name, examples, out, settings, model, size, seed, rank, embeddings=embeddings, gradients=gradients)
@@ -235,10 +235,10 @@ def run(
 
 
 def read_results(out: str | Path, partial: bool = False) -> pd.DataFrame:
-    """All rows of a run, in the order of the data: item, id, and the columns that `work` gave.
+    """All rows of a run, in the order of the data: item, id, and the columns of `work`'s rows.
 
     Args:
-        partial: also of a run that is not finished.
+        partial: also read a run that is not finished.
     Raises:
         ValueError: no run there, or one that is not finished.
     """
@@ -246,21 +246,23 @@ def read_results(out: str | Path, partial: bool = False) -> pd.DataFrame:
 
 
 def read_failures(out: str | Path, partial: bool = False) -> pd.DataFrame:
-    """Questions without a result: item, id, batch, and the reason in `error`."""
+    """Questions that failed: item, id, batch, and the reason in `error`."""
     return _read(Path(out), partial, failed=True)[["item", "id", "batch", "error"]]
 
 
 def read_composition(out: str | Path, partial: bool = False) -> pd.DataFrame:
-    """The batches as they really ran, one row per forward: part (the shard's number), items."""
+    """The batches as they ran, one row per batch: part (number of the shard), items."""
     rows = [(shard, items) for shard, _, kept in _written(Path(out), partial) for items in kept]
     return pd.DataFrame(rows, columns=["part", "items"])
 
 
 def this_rank(text: str | None = None) -> tuple[int, int]:
-    """Which of the run's processes this is, and so which shards it does: "k/n" with k from 0, or what `accelerate launch` says, or all.
+    """(k, n): this is process k = 0..n−1 of n processes that share a run.
 
+    Args:
+        text: "k/n"; None: from `accelerate launch`, or (0, 1) without it.
     Raises:
-        ValueError: not such a text, or accelerate was set up before for another number of processes.
+        ValueError: another text, or accelerate was initialised before with another number of processes.
     """
     if text is None:
         launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -269,7 +271,7 @@ def this_rank(text: str | None = None) -> tuple[int, int]:
         import torch
         from accelerate import PartialState
 
-        state = PartialState(cpu=not torch.accelerator.is_available())  # on CPUs it must be told, or sees one process
+        state = PartialState(cpu=not torch.accelerator.is_available())  # on CPUs it needs cpu=True to see all processes
         if state.num_processes != launched:
             raise ValueError(
                 f"{launched} processes were launched, but accelerate counts {state.num_processes}: it was set up before. "
@@ -299,11 +301,13 @@ def prepare(
     embeddings: int = 0,
     gradients: bool = False,
 ) -> Run:
-    """Plans a run, and refuses a folder that another run lives in; writes nothing.
+    """Plans a run and checks its folder; writes nothing.
 
     Args:
-        settings: with batch_size, batches_per_shard and window.
-        suffix: of the shards' files. embeddings, gradients: as `run` takes them.
+        settings: including batch_size, batches_per_shard and window.
+        suffix: of the shards' files. The other arguments: see `run`.
+    Raises:
+        ValueError: the folder has another run, or as `run`.
     """
     rank = this_rank() if rank is None else rank
     _check_rank(rank, str(rank))
@@ -334,10 +338,10 @@ def prepare(
 
 
 def work_on(state: Run, examples: Data, work: Callable, write: Writer, progress: bool = True, cluster: Any = None) -> None:
-    """Does the shards of this process that are not written yet, here or on a cluster.
+    """Runs and writes the missing shards of this process, here or on a cluster.
 
     Args:
-        write: puts a shard into the (temporary) file it is given.
+        write: writes a shard to the (temporary) file it is given.
     """
     from tqdm.auto import tqdm
 
@@ -371,7 +375,7 @@ def work_on(state: Run, examples: Data, work: Callable, write: Writer, progress:
 
 
 def _on_cluster(state: Run, shards: Iterator, work: Callable, keep: Callable, tick: Callable[[int], Any], cluster: Any) -> None:
-    """The driver's side of a run on a cluster: it opens the questions, and writes what comes back."""
+    """The driver's side of a run on a cluster: opens the questions, and writes the shards that workers return."""
 
     def opening_all(planned: pd.DataFrame, here: Mapping[int, Example]) -> dict[int, Example | str]:
         found: dict[int, Example | str] = {}
@@ -396,10 +400,10 @@ def _on_cluster(state: Run, shards: Iterator, work: Callable, keep: Callable, ti
 
 
 def _waiting(state: Run, examples: Data) -> Iterator[tuple[int, pd.DataFrame, dict[int, Example]]]:
-    """(number, its part of the plan, questions among which its own are) of each shard of this process that is not written.
+    """(number, rows of the plan, questions of its window by item) of each missing shard of this process.
 
     Raises:
-        ValueError: the data end before the plan.
+        ValueError: the data have fewer questions than the plan.
     """
     waiting = state.todo
     by_shard = dict(tuple(state.plan[state.plan["part"].isin(waiting)].groupby("part")))
@@ -424,7 +428,7 @@ def _refuse_all_failed(state: Run, number: int, shard: Shard) -> None:
 
 
 def _begun(state: Run, number: int, planned: pd.DataFrame) -> Shard:
-    """The shard as an interrupted process has left it, or an empty one."""
+    """The shard as an interrupted process left it, or an empty one."""
     file = unfinished_path(state.out, number, state.suffix)
     if not file.exists():
         return Shard([], [], [])
@@ -433,7 +437,7 @@ def _begun(state: Run, number: int, planned: pd.DataFrame) -> Shard:
 
 
 def _interrupted(state: Run, number: int, shard: Shard, write: Writer) -> str:
-    """Writes what is done of a shard; what to say about it."""
+    """Writes the complete batches of an interrupted shard; returns the message for the user."""
     if len(shard.items) and (shard.results or shard.failures or shard.composition):
         with whole_file(unfinished_path(state.out, number, state.suffix)) as file:
             write(state, number, shard, file)
@@ -446,18 +450,18 @@ def _interrupted(state: Run, number: int, shard: Shard, write: Writer) -> str:
 
 
 def wait_for_all(state: Run, every: float = 0.5) -> None:
-    """Returns when every shard is written, by this process and those launched with it."""
+    """Waits until all shards are written, by this process and those launched with it."""
     while not refreshed(state).complete:
         time.sleep(every)
 
 
 def refreshed(state: Run) -> Run:
-    """The run as its folder has it now."""
+    """The state of the run, with `done` read from the folder again."""
     return replace(state, done=written_shards(state.out, state.suffix))
 
 
 def write_rows(state: Run, number: int, shard: Shard, file: Path) -> None:
-    """A shard as Parquet."""
+    """Writes a shard as Parquet."""
     results = [(item, id, batch, None, row) for item, id, batch, row in shard.results]
     rows = results + [(f.item, f.id, f.batch, f.error, {"id": f.id}) for f in shard.failures]
     rows.sort(key=lambda row: row[0])  # stable: a question's rows stay in their order
@@ -478,7 +482,7 @@ def write_rows(state: Run, number: int, shard: Shard, file: Path) -> None:
 
 
 def read_rows(file: Path) -> tuple[pa.Table, list[list[int]]]:
-    """The table that `write_rows` has written, and the composition of its batches.
+    """(the table that `write_rows` wrote, the composition of its batches).
 
     Raises:
         ValueError: a damaged file.
@@ -495,18 +499,18 @@ def _column(name: str, values: list) -> pa.Array:
         raise TypeError(f"column {name!r} cannot be written: {error}; give numbers, strings, or lists of them.") from error
 
 
-# ---- working on a shard ------------------------------------------------------------------------
+# ---- running a shard ---------------------------------------------------------------------------
 
 
 class DataChanged(ValueError):
-    """A question is not the one that was planned."""
+    """The data differ from the data of the plan."""
 
 
 def _checked(row: Any, examples: Mapping[int, Example]) -> Example:
     """The question of a row of the plan, its images opened.
 
     Raises:
-        DataChanged: another question is in its place.
+        DataChanged: the data have another question there.
         ValueError, OSError: as `opened`.
     """
     example = examples.get(row.item)
@@ -523,10 +527,11 @@ def do_shard(
     seed: int,
     tick: Callable[[int], Any] = lambda n: None,
 ) -> None:
-    """Does the batches that the shard does not have yet; each comes into it when it is whole.
+    """Runs the batches that the shard does not have yet, and adds each to the shard when it is complete.
 
     Args:
-        question: the opened question of a row of the plan, or a ValueError or OSError that says why there is none.
+        question: function from a row of the plan to the opened question; raises ValueError or OSError if it cannot be opened.
+        tick: called with the number of questions done.
     """
     before = set(shard.items)
     tick(len(before))
@@ -550,7 +555,7 @@ def do_shard(
 
 
 def _do_batch(shard: Shard, number: int, batch: Mapping[int, Example], work: Callable, seed: int) -> None:
-    """One batch; when it cannot be worked on as a whole, its questions one by one, so that each has its own reason."""
+    """Runs one batch; if it fails as a whole, runs its questions one at a time, so that each failure has its own reason."""
     items = list(batch)
     try:
         with seeded(seed, *items):
@@ -575,7 +580,7 @@ def opened(example: Example) -> Example:
     """The question with its images read from their files.
 
     Raises:
-        ValueError, OSError: an image that cannot be read, or what is no question (`problem_of`).
+        ValueError, OSError: an image that cannot be read, or an invalid question (`problem_of`).
     """
     if problem := problem_of(example):
         raise ValueError(problem)
@@ -588,7 +593,7 @@ def opened(example: Example) -> Example:
 
 @contextlib.contextmanager
 def seeded(seed: int, *items: int) -> Iterator[None]:
-    """Random numbers that depend on the seed and on these items only; what was there before comes back after."""
+    """Context in which random numbers depend only on the seed and these items; afterwards the generators are restored."""
     import torch
 
     number = int.from_bytes(hashlib.blake2b(repr((seed, items)).encode(), digest_size=4).digest(), "little")
@@ -605,17 +610,17 @@ def seeded(seed: int, *items: int) -> Iterator[None]:
 
 
 def read_shard(out: Path, shard: int, failed: bool = False) -> pa.Table:
-    """A shard's rows, or its questions without a result."""
+    """A shard's rows, or with `failed` its questions that failed."""
     return _some(read_rows(shard_path(out, shard, ".parquet"))[0], failed)
 
 
 def _some(table: pa.Table, failed: bool) -> pa.Table:
-    """Taken apart before pandas would make a whole number of a column with gaps a float."""
+    """The rows of a table that failed, or the others; filtered in Arrow, because pandas makes integers with gaps floats."""
     return table.filter(pc.is_valid(table["error"]) if failed else pc.is_null(table["error"]))
 
 
 def _written(out: Path, partial: bool) -> Iterator[tuple[int, pa.Table, list[list[int]]]]:
-    """(shard, table, composition) of what is there; with `partial` also of shards that were interrupted."""
+    """(shard, table, composition) of each written shard; with `partial` also of interrupted shards."""
     for shard in finished_shards(out, ".parquet", partial):
         yield shard, *read_rows(shard_path(out, shard, ".parquet"))
     if partial:
@@ -635,11 +640,11 @@ def _read(out: Path, partial: bool, failed: bool) -> pd.DataFrame:
     return table.sort_values("item", kind="stable", ignore_index=True)
 
 
-# ---- what the manifest says -------------------------------------------------------------------
+# ---- the manifest -----------------------------------------------------------------------------
 
 
 def _sees(model: Model) -> bool:
-    """Whether it is a Qwen2-VL that can be given questions, not a text model of TransformerLens."""
+    """Whether the model takes questions with images: a HookedQwen2VL with a processor, not a text-only model."""
     return hasattr(getattr(model, "cfg", None), "vision") and model.processor is not None
 
 
@@ -673,7 +678,7 @@ def _as_json(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Settings that JSON does not know; what has no fixed spelling would never equal itself."""
+    """JSON values for paths, dtypes and NumPy numbers; other objects are refused, because their text may differ between runs."""
     if isinstance(value, (Path, np.dtype)):
         return str(value)
     if isinstance(value, np.generic):
@@ -682,7 +687,7 @@ def _plain(value: Any) -> Any:
 
 
 def versions() -> dict[str, str | None]:
-    """Of the packages that decide a run's numbers."""
+    """Installed versions of the packages that determine a run's numbers."""
     return {package: _version(package) for package in PACKAGES}
 
 

@@ -1,12 +1,12 @@
-"""The files of a run: written whole or not at all, and one run a folder.
+"""The files of a run: each is written completely or not at all; one run per folder.
 
     OUT/run.json              the manifest, written once
     OUT/plan.parquet          the composition of the batches
-    OUT/part-00012.parquet    a shard; it has this name only when it is whole and on the disk
-    OUT/unfinished-00013.parquet    batches of a shard that was interrupted (Ctrl-C); gone when the shard is whole
+    OUT/part-00012.parquet    a shard; it has this name only when it is complete and on disk
+    OUT/unfinished-00013.parquet    complete batches of an interrupted shard (Ctrl-C); deleted when the shard is complete
 
-A shard says which run and which questions it belongs to. Parquet files are sealed: a checksum of all their bytes stands in their
-metadata, and is compared before they are parsed, because a damaged one can crash the parser.
+The file of a shard names its run and its questions. Parquet files are sealed: their metadata has a checksum of all their bytes,
+which is compared before parsing, because a damaged file can crash the parser.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from analyses.runs.plan import plan_digest
 from hooked_qwen2vl.files import open_regular, whole_file
 
 MANIFEST, PLAN = "run.json", "plan.parquet"
-FORMAT = 2  # of the folder; shards say where they belong since 2
+FORMAT = 2  # of the folder; since 2 the files of shards name their run
 SEAL, _DIGITS = b"hooked-qwen2vl seal ", 32
 AGAIN = "Delete it and start the same command again: it is made anew."
 
@@ -66,15 +66,15 @@ def _manifest(file: Path) -> dict[str, Any]:
 
 @contextmanager
 def opening(file: Path, advice: str = AGAIN) -> Iterator[None]:
-    """What goes wrong in reading a file of a run, with the file's name and what to do.
+    """Context for reading a file of a run: turns errors into a ValueError with the file's name and advice.
 
     Raises:
-        ValueError: (from inside) damaged, truncated, or of another kind.
+        ValueError: the file is damaged, truncated, or of another kind.
     """
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, RecursionError, pa.ArrowException, SafetensorError) as error:
-        if str(error).startswith(str(file)):  # said already, further in
+        if str(error).startswith(str(file)):  # from a nested `opening`
             raise
         why = (getattr(error, "strerror", None) or str(error)).strip().split("\n")[0].replace(repr(str(file)), "it")
         why = why[:200].rstrip(".") or type(error).__name__
@@ -82,7 +82,7 @@ def opening(file: Path, advice: str = AGAIN) -> Iterator[None]:
 
 
 def read_plan(out: str | Path) -> pd.DataFrame:
-    """`plan.parquet`, as the manifest knows it.
+    """`plan.parquet`, checked against the digest in the manifest.
 
     Raises:
         ValueError: a damaged plan, or one of another run.
@@ -124,7 +124,7 @@ def written_shards(out: Path, suffix: str) -> frozenset[int]:
 
 
 def write_manifest_and_plan(out: Path, manifest: Mapping[str, Any], plan: pd.DataFrame) -> None:
-    """Manifest and plan, each written once; whoever comes second compares."""
+    """Writes manifest and plan if they are missing; if another process wrote the manifest, compares it."""
     kept = {**manifest, "started": datetime.now(UTC).isoformat(timespec="seconds")}
     if not (out / MANIFEST).exists():
         try:
@@ -132,13 +132,13 @@ def write_manifest_and_plan(out: Path, manifest: Mapping[str, Any], plan: pd.Dat
                 file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         except FileExistsError:
             refuse_another(out, manifest)
-    if not (out / PLAN).exists():  # the manifest holds its digest: whoever writes it writes the same
+    if not (out / PLAN).exists():  # the manifest has its digest, so every process writes the same plan
         with whole_file(out / PLAN) as file:
             write_sealed(pa.Table.from_pandas(plan, preserve_index=False), file)
 
 
 def finished_shards(out: Path, suffix: str, partial: bool) -> list[int]:
-    """The shards that are written, each looked at: whether it is this run's.
+    """The written shards, in order, after checking that each belongs to this run.
 
     Raises:
         ValueError: no run there, one that is not finished (unless `partial`), or a shard that does not belong.
@@ -155,27 +155,27 @@ def finished_shards(out: Path, suffix: str, partial: bool) -> list[int]:
     return sorted(written)
 
 
-# ---- where a shard belongs, and whether it is whole ------------------------------------------------
+# ---- which run a shard belongs to, and whether it is intact ----------------------------------------
 
 
 def run_digest(manifest: Mapping[str, Any]) -> str:
-    """The same for every process and every start of a run."""
+    """A hash that identifies the run, equal for all its processes and starts."""
     kept = {name: value for name, value in manifest.items() if name != "started"}
     return hashlib.blake2b(json.dumps(kept, sort_keys=True).encode(), digest_size=12).hexdigest()
 
 
 def belonging(manifest: Mapping[str, Any], shard: int, items: Iterable[int]) -> dict[str, str]:
-    """What a shard's file says of itself: the run, the shard's number, and its questions."""
+    """The metadata of a shard's file: its run, its number, and its questions."""
     return {"run": run_digest(manifest), "part": str(shard), "items": json.dumps(sorted(items))}
 
 
 def check_shards(out: Path, suffix: str, manifest: Mapping[str, Any], plan: pd.DataFrame, shards: Iterable[int]) -> None:
-    """Whether each of these files is whole and holds what the plan has there.
+    """Checks that each of these files is intact and has the questions of the plan.
 
     Raises:
-        ValueError: a file that belongs elsewhere or cannot be read, by name.
+        ValueError: a file of another run or shard, or one that cannot be read; the message names it.
     """
-    if "format" not in manifest:  # of an earlier version, which did not say
+    if "format" not in manifest:  # runs of an earlier version have no such metadata
         return
     run, items = run_digest(manifest), plan.groupby("part")["item"].apply(sorted)
     for shard in sorted(shards):
@@ -191,7 +191,7 @@ def check_shards(out: Path, suffix: str, manifest: Mapping[str, Any], plan: pd.D
 
 
 def check_unfinished(file: Path, manifest: Mapping[str, Any], shard: int, planned: pd.DataFrame) -> list[int]:
-    """The questions of an interrupted shard's file: whole batches of what is planned there.
+    """The questions in the file of an interrupted shard, after checking that they are complete batches of the plan.
 
     Raises:
         ValueError: a file of another run or shard, or one that cannot be read.
@@ -206,10 +206,10 @@ def check_unfinished(file: Path, manifest: Mapping[str, Any], shard: int, planne
 
 
 def read_about(file: Path) -> dict[str, str]:
-    """What a shard's file says of itself.
+    """The metadata of a shard's file.
 
     Raises:
-        ValueError: a file that cannot be read, or says nothing.
+        ValueError: a file that cannot be read, or has no such metadata.
     """
     with opening(file):
         if file.suffix == ".parquet":
@@ -223,13 +223,13 @@ def read_about(file: Path) -> dict[str, str]:
 
 
 def about_checksum(about: Mapping[str, str]) -> str:
-    """Of what a file says of itself."""
+    """Checksum of a file's metadata."""
     said = {name: value for name, value in sorted(about.items()) if name not in ("checksum", "ARROW:schema")}
     return hashlib.blake2b(json.dumps(said).encode(), digest_size=16).hexdigest()
 
 
 def write_sealed(table: pa.Table, file: Path, about: Mapping[str, str] | None = None) -> None:
-    """A table as Parquet with its seal, and what the file says of itself."""
+    """Writes a table as Parquet with metadata and a seal."""
     buffer = pa.BufferOutputStream()
     more = {k.encode(): v.encode() for k, v in (about or {}).items()}
     kept = {**(table.schema.metadata or {}), **more, b"seal": SEAL + b"0" * _DIGITS}
@@ -241,7 +241,7 @@ def write_sealed(table: pa.Table, file: Path, about: Mapping[str, str] | None = 
 
 
 def read_sealed(file: Path) -> tuple[pa.Table, dict[str, str]]:
-    """(table, what the file says of itself); files of earlier versions have no seal.
+    """(table, metadata), after comparing the seal; files of earlier versions have none.
 
     Raises:
         ValueError: a damaged file.
@@ -260,14 +260,14 @@ def read_sealed(file: Path) -> tuple[pa.Table, dict[str, str]]:
 
 
 def _seal(content: bytes | bytearray, at: int) -> bytes:
-    """The checksum of a file's bytes, those of the checksum itself left out."""
+    """Checksum of a file's bytes without the bytes of the checksum itself."""
     hashed = hashlib.blake2b(memoryview(content)[:at], digest_size=_DIGITS // 2)
     hashed.update(memoryview(content)[at + _DIGITS :])
     return hashed.hexdigest().encode()
 
 
 def tensor_checksum(tensor: torch.Tensor) -> str:
-    """Of a tensor's values, dtype and shape."""
+    """Checksum of a tensor's values, dtype and shape."""
     hashed = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=16)
     hashed.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType] (an array is a buffer)
     return hashed.hexdigest()

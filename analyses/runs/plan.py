@@ -1,11 +1,11 @@
-"""What a run over a data set will do: which questions go together, in which order, and the memory it takes.
+"""The plan of a run over a data set: which questions form a batch, in which order, and an estimate of the memory.
 
-1. The data are read in windows of some thousand questions; nothing but a line a question is kept.
-2. In a window, questions of the same size (image grids, length bucket) form batches, in the order in which they came.
-3. A few batches form a shard: what is written, or done again, as a whole.
+1. The data are read in windows of about a thousand questions; only one line per question is kept.
+2. In a window, questions of the same size (image grids, length bucket) form batches, in the order of the data.
+3. A few batches form a shard, which is written, or run again, as a whole.
 
-The plan depends on the data and on the settings alone, never on which process works or where it was stopped, so
-a batch always has the same members, and its floating-point numbers are the same whoever computes it.
+The plan depends only on the data and the settings, not on the process or on interruptions. So a batch always has the same
+questions, and its floating-point results do not depend on which process computes it.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ from hooked_qwen2vl.protocols import Model
 if TYPE_CHECKING:
     from analyses.data.examples import Example
 
-LENGTH_BUCKET = 8  # question tokens; a batch is padded by fewer than this
-TEMPLATE_TOKENS = 32  # what the chat template adds, at most, for the estimate of memory
+LENGTH_BUCKET = 8  # question tokens; rows of a batch are padded by fewer than this
+TEMPLATE_TOKENS = 32  # upper bound on what the chat template adds, for the estimate of memory
 ROTATED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
-PLACES = ("source", "mask")  # fields of a question that say where something lies
+PLACES = ("source", "mask")  # fields of a question that name a file
 COLUMNS = ("item", "id", "part", "batch", "size", "digest", "domain", "category", "answer")
 _FILLED = ("item", "part", "batch", "size", "digest", "id", "domain", "category", "answer")
 
 
 @dataclass(frozen=True)
 class Size:
-    """What a question costs; questions of one size share batches.
+    """Size of a question; questions of the same size share batches.
 
     Attributes:
         grids: (h, w) in patches of each image.
-        text: tokens of the question, rounded up to its bucket.
-        domain: where batches are to be of one domain.
+        text: tokens of the question, rounded up to a multiple of LENGTH_BUCKET.
+        domain: the question's domain if batches must have one domain, else "".
     """
 
     grids: tuple[tuple[int, int], ...]
@@ -64,13 +64,13 @@ Sizer = Callable[["Example"], Any]
 
 
 def size_by_model(model: Model, min_pixels: int | None = None, max_pixels: int | None = None, by_domain: bool = False) -> Sizer:
-    """The size of a question as this model's processor makes it; only headers of images are read.
+    """A function from a question to its size with this model's processor; it reads only the headers of images.
 
     Args:
-        by_domain: whether a batch is to hold questions of one domain only.
-        min_pixels, max_pixels: as given to `model.to_inputs`; None takes the processor's.
+        by_domain: whether a batch must have questions of one domain only.
+        min_pixels, max_pixels: as for `model.to_inputs`; None: the processor's.
     Raises:
-        ValueError: (when called) an image that is not there or not an image, or an extreme one.
+        ValueError: when called: a missing or unreadable image, or one whose aspect ratio the processor refuses.
     """
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
@@ -90,13 +90,13 @@ def size_by_model(model: Model, min_pixels: int | None = None, max_pixels: int |
 
 
 def size_by_pixels(example: Example) -> Size:
-    """The size of a question without a model: images in pixels instead of patches, four characters a token."""
+    """The size of a question without a model: images in pixels instead of patches, and four characters per token."""
     sizes = tuple((height, width) for width, height in map(image_size, example.images))
     return Size(sizes, math.ceil(len(example.question) / 4 / LENGTH_BUCKET) * LENGTH_BUCKET)
 
 
 def image_size(image: Any) -> tuple[int, int]:
-    """(width, height) as the image is seen: a camera's rotation applied. Files are not decoded.
+    """(width, height) of an image after its EXIF rotation, without decoding the file.
 
     Raises:
         ValueError: no such file, or not an image.
@@ -108,7 +108,7 @@ def image_size(image: Any) -> tuple[int, int]:
         return _seen_size(image)
     except MemoryError:
         raise
-    except Exception as error:  # whatever a decoder makes of a damaged or hostile header
+    except Exception as error:  # decoders can raise anything for a damaged header
         raise ValueError(f"{str(image)[:200]} is not a readable image ({getattr(error, 'strerror', None) or str(error)[:300]}).") from error
 
 
@@ -122,10 +122,10 @@ def make_plan(stream: Iterable[Example], size: Sizer, batch_size: int, batches_p
     """One row per question, in the order in which they will be run.
 
     Returns:
-        columns item (its place in the data), id, part (the shard's number), batch, size, digest (of all that the question is), domain,
-        category, answer.
+        columns item (index in the data), id, part (number of the shard), batch, size, digest (of the question), domain, category,
+        answer.
     Raises:
-        ValueError: no data, an id that comes twice, or a count below 1.
+        ValueError: no data, two questions with the same id, or a batch_size, batches_per_shard or window below 1.
     """
     for name, value in (("batch_size", batch_size), ("batches_per_shard", batches_per_shard), ("window", window)):
         if value < 1:
@@ -140,7 +140,7 @@ def make_plan(stream: Iterable[Example], size: Sizer, batch_size: int, batches_p
             shard = n_shards + number // batches_per_shard
             rows += [(i, shard, n_batches + number, key, digest(e), *_labels(e)) for i, e in batch]
         n_batches += len(batches)
-        n_shards += math.ceil(len(batches) / batches_per_shard)  # a shard never reaches into the next window
+        n_shards += math.ceil(len(batches) / batches_per_shard)  # a shard never spans two windows
     if not rows:
         raise ValueError("the data hold no question.")
     plan = pd.DataFrame(rows, columns=list(_FILLED))[list(COLUMNS)]
@@ -151,7 +151,7 @@ def make_plan(stream: Iterable[Example], size: Sizer, batch_size: int, batches_p
 
 
 def windows(stream: Iterable[Example], window: int) -> Iterator[Sequence[tuple[int, Example]]]:
-    """The data, numbered, some at a time."""
+    """The data as chunks of (item, question)."""
     return _batched(enumerate(stream), window)
 
 
@@ -162,7 +162,7 @@ def _batched(stream: Iterable, n: int) -> Iterator[list]:
 
 
 def label(text: Any) -> str:
-    """A text as a file can hold it: half a character as its escape, anything else as Python shows it."""
+    """A text that UTF-8 can store: lone surrogates become escapes, and other objects their `ascii()`."""
     return text.encode("utf-8", "backslashreplace").decode() if isinstance(text, str) else ascii(text)[:200]
 
 
@@ -176,26 +176,26 @@ def _size_of(example: Example, size: Sizer) -> str:
     try:
         return str(size(example))
     except ValueError:
-        return UNREADABLE  # the run itself records why
+        return UNREADABLE  # the run records the reason
 
 
 def digest(example: Example) -> str:
-    """Changes with anything a question is made of; of an image file, its length stands for its content.
+    """A hash of a question's fields and images; for an image file, its size in bytes is used instead of its content.
 
-    Where the data lie does not count: the same folder elsewhere is the same data.
+    Paths of files are left out, so the same folder in another place is the same data.
     """
     words = [(field.name, getattr(example, field.name)) for field in fields(example) if field.repr and field.name not in PLACES]
     hashed = hashlib.blake2b(repr(words).encode(), digest_size=12)
     for image in example.images if isinstance(example.images, (tuple, list)) else ():
         try:
             hashed.update(image_hash(image, wherever=True).encode())
-        except ValueError:  # no image: the run says so
+        except ValueError:  # not an image; the run records it
             hashed.update(type(image).__name__.encode())
     return hashed.hexdigest()
 
 
 def plan_digest(plan: pd.DataFrame) -> str:
-    """Of every row of a plan."""
+    """A hash of all rows of a plan."""
     return hashlib.blake2b(plan.to_json(orient="split").encode(), digest_size=16).hexdigest()
 
 
@@ -205,17 +205,17 @@ def plan_digest(plan: pd.DataFrame) -> str:
 @renamed_attributes
 @dataclass(frozen=True)
 class Memory:
-    """Bytes a run needs, by what needs them; an estimate of the model's own forward.
+    """An estimate of the memory of a model's forward, in bytes.
 
-    What `work` keeps beside the logits (a cache, say) comes on top.
+    What `work` keeps besides the logits (such as a cache) is not included.
 
     Attributes:
-        weights: of the whole model, wherever they are kept.
-        decoder: activations of the largest batch in one block, all positions.
-        logits: of every position of the largest batch (with `logits_at`, a small part of it).
+        weights: of the whole model, on any device.
+        decoder: activations of the largest batch in one block, at all positions.
+        logits: at all positions of the largest batch (with `logits_at` only a small part of this is needed).
         tower: activations of the largest image in one block of the tower; images run one at a time.
-        embeddings: what the store of image embeddings may hold.
-        gradients: whether the activations of every block, and of the tower's images together, are kept for gradients.
+        embeddings: capacity of the `ImageEmbeddingsCache`.
+        gradients: whether activations are kept for gradients, of all blocks, and of all images of a batch at once.
     """
 
     weights: int
@@ -227,7 +227,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Tower and decoder do not run at the same time, but gradients need what both have left."""
+        """Largest total: tower and decoder do not run at the same time, but gradients need the activations of both."""
         decoder = self.decoder + self.logits
         return self.weights + (decoder + self.tower if self.gradients else max(decoder, self.tower)) + self.embeddings
 
@@ -238,10 +238,10 @@ class Memory:
 
 
 def embedding_bytes(model: Model, sizes: Mapping[Size, int]) -> int:
-    """Bytes of the image embeddings of all questions, each with images of its own.
+    """Bytes of the image embeddings of all questions, if no two share an image.
 
     Args:
-        sizes: size -> questions.
+        sizes: size -> number of questions.
     """
     vision = model.cfg.vision
     each = vision.d_out * model.cfg.dtype.itemsize * (1 + len(vision.deepstack_layers)) // vision.spatial_merge_size**2
@@ -252,8 +252,8 @@ def memory_for(model: Model, sizes: Iterable[tuple[Size, int]], embeddings: int 
     """The memory of the model's forward over batches of these (size, rows).
 
     Args:
-        embeddings: capacity in bytes of the store of image embeddings.
-        gradients: whether activations of all blocks are kept, for a backward.
+        embeddings: capacity of the `ImageEmbeddingsCache`, in bytes.
+        gradients: whether activations of all blocks are kept for a backward pass.
     """
     text, vision = model.cfg.text, model.cfg.vision
     wide = max(model.cfg.dtype.itemsize, 4)  # norms, rotation and softmax are computed in float32

@@ -1,10 +1,10 @@
-"""Runs whose result is a sum by domain, not a row a question: counts, and anything else that is added up.
+"""Runs whose result is sums by domain, module and layer instead of rows per question.
 
-1. `work` gives terms (`analyses.common.sums`), each with the "id" of a question. They may be large: a few a batch.
-2. A shard adds up its own terms, in the order of its batches, and writes the sums. Sums of an interrupted shard come first: the
-   order, and so every bit, is that of a shard done in one go.
-3. Reading adds up the shards, in their order. The shards follow from data and settings alone, so that the sums are the same
-   to the bit whoever wrote which shard; of whole numbers they are exact anyway.
+1. `work` returns terms (`analyses.common.sums`), each with the "id" of a question. Terms may be large, so return few per batch.
+2. A shard adds up its terms in the order of its batches and writes the sums. The sums of an interrupted shard are added first, so
+   the order of additions, and every bit, is the same as without the interruption.
+3. Reading adds up the shards in their order. Data and settings determine the shards, so the sums are the same bit for bit, no
+   matter which process wrote which shard.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from analyses.runs.files import finished_shards, shard_path
 
 
 def write_sums(state: Run, number: int, shard: Shard, file: Path) -> None:
-    """A shard's sums; each stands at the question that its first term belongs to."""
+    """Writes a shard's sums; each has the item and id of the question of its first term."""
     before = [] if shard.earlier is None else _kept(shard.earlier)
     results = [(row["item"], row["id"], row["batch"], row) for row in before] + shard.results
     places: dict[tuple, tuple] = {}
@@ -39,13 +39,13 @@ def write_sums(state: Run, number: int, shard: Shard, file: Path) -> None:
 
 
 def _kept(file: Path) -> list[dict[str, Any]]:
-    """Sums that are written, as terms."""
+    """The sums in a file, as terms."""
     table, _ = read_rows(file)
     return table.filter(pc.is_null(table["error"])).drop_columns(["error"]).to_pandas().to_dict("records")
 
 
 def read_sums(out: str | Path) -> Sums:
-    """The sums over a whole run, as `add_up` gives them.
+    """The sums over a whole run, as `add_up` returns them.
 
     Raises:
         ValueError: no run there, or one that is not finished.
@@ -54,6 +54,6 @@ def read_sums(out: str | Path) -> Sums:
 
 
 def _terms(out: Path) -> Iterator[Mapping[str, Any]]:
-    """One shard in memory at a time."""
+    """The sums of all shards as terms, with one shard in memory at a time."""
     for shard in finished_shards(out, ".parquet", partial=False):
         yield from _kept(shard_path(out, shard, ".parquet"))

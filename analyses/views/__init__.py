@@ -1,1 +1,1 @@
-"""Results to pictures; knows no model."""
+"""Figures and pages of results; never imports a model."""

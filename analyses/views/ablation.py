@@ -1,4 +1,4 @@
-"""Pictures of ablation experiments."""
+"""Figures of ablation experiments."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from analyses.views.figure import BLUE, GREY, ORANGE, Figure, intervals, rule
 
 
 def effects_plot(result: Any, path: str | Path | None = None, most: int = 24) -> Figure:
-    """Mean change of log p and of accuracy, a line a part, the largest loss first; random sets in grey."""
+    """Mean change of log p and of accuracy, one line per part, largest loss first; random sets in grey."""
     table = result.to_dataframe(by_category=False)
     shown = table.head(most)
     figure = Figure(figsize=(7.4, 1.5 + 0.2 * len(shown)), layout="constrained")
@@ -28,7 +28,7 @@ def effects_plot(result: Any, path: str | Path | None = None, most: int = 24) ->
 
 
 def search_plot(result: Any, path: str | Path | None = None) -> Figure:
-    """Left: the share carried as heads are given back, in the search. Right: held-out questions, the found set and random ones."""
+    """Left: the share carried as heads are restored in the search. Right: the found set and random sets on held-out questions."""
     figure = Figure(figsize=(8.4, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     names = [f"+L{layer}H{head}" for layer, head in result.search[["layer", "head"]].itertuples(index=False)]

@@ -1,4 +1,4 @@
-"""Maps over an image's tokens, drawn on the image; attention head by head and layer by layer."""
+"""Maps over image tokens drawn on the image, and attention by head and layer."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ def attention_on_image(
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
 ) -> Figure:
-    """Small multiples: a row a layer (the last on top), a column a head, after the mean of all heads.
+    """Small panels: one row per layer (the last on top), one column per head, and a first column with the mean over all heads.
 
-    Each panel runs from 0 to its own largest value, which it states in percent; beside each layer stands the share of the
-    attention, mean of heads, that goes to the image at all.
+    Each panel is scaled from 0 to its own largest value, which is given in percent. The label of each layer gives the share of
+    the attention (mean over all heads) that goes to the image.
 
     Args:
-        attention: from one text token to the image's tokens, in raster order, as shares of the whole attention.
+        attention: from one text token to the image tokens, in raster order, as shares of its whole attention.
         grid: (rows, cols) of image tokens.
-        image: the picture, whatever `to_inputs` takes; the grid is stretched over it.
-        layers, heads: which; None for all (at most 28 layers and 28 heads stay readable).
+        image: the picture, as `to_inputs` takes it; the grid is stretched over it.
+        layers, heads: which to show; None: all (up to 28 layers and 28 heads are readable).
     Raises:
-        ValueError: tokens that do not fill the grid.
+        ValueError: another number of tokens than the grid has.
     """
     _check_grid(attention.shape[-1], grid)
     image = open_image(image)
@@ -65,10 +65,10 @@ def maps_on_image(
     n_panels: int = 5,
     title: str = "",
 ) -> Figure:
-    """A row a map, evenly spaced layers as columns, one scale a row; maps with negative values are centred on 0.
+    """One row per map, evenly spaced layers as columns, one scale per row; maps with negative values are centred on 0.
 
     Raises:
-        ValueError: a map that does not fill the grid.
+        ValueError: a map with another number of tokens than the grid has.
     """
     image = open_image(image)
     n_panels = min(n_panels, max(len(tensor) for tensor in maps.values()))
@@ -79,7 +79,7 @@ def maps_on_image(
         _check_grid(tensor.shape[-1], grid)
         values = as_array(tensor)
         low, high, colours = _scale(values)
-        layers = evenly_spaced(len(values), n_panels)  # a short map has fewer
+        layers = evenly_spaced(len(values), n_panels)  # maps with few layers have fewer panels
         for axes in row[len(layers) :]:
             axes.set_axis_off()
         for axes, layer in zip(row, layers):
@@ -92,7 +92,7 @@ def maps_on_image(
 
 
 def _grid(rows: int, cols: int, side: float, tall: float) -> tuple[Figure, Any]:
-    """Equal panels at places computed here: a solver needs a minute for 28 × 28 of them."""
+    """A figure of equal panels, placed here because matplotlib's layout solver takes a minute for 28 × 28 of them."""
     left, right, above, below, gap, title = 0.6, 0.1, 0.25, 0.3, 0.06, 0.2  # inches
     width, height = left + right + (side + gap) * cols - gap, above + below + (tall + title) * rows - title
     figure = Figure(figsize=(width, height))
@@ -101,7 +101,7 @@ def _grid(rows: int, cols: int, side: float, tall: float) -> tuple[Figure, Any]:
 
 
 def _scale(values: np.ndarray) -> tuple[float, float, str]:
-    """(low, high, colour map): from 0 where nothing is negative, else symmetric."""
+    """(low, high, colour map): from 0 if no value is negative, else symmetric about 0."""
     most = largest(values)
     return (-most, most, "RdBu_r") if (values < 0).any() else (0.0, most, "cividis")
 

@@ -1,9 +1,8 @@
-"""circuitsvis on one self-contained page.
+"""circuitsvis figures on one self-contained page.
 
-circuitsvis loads its JavaScript from a network, or inlines 1.3 MB of it a figure; here it is inlined once
-and called for every figure. Tokens are text: what would be markup is escaped, for circuitsvis renders it.
-A prompt's image tokens are too many for it (`attention_patterns` does not finish at 600): `strip` pools them, whole or
-by name, before anything is drawn.
+circuitsvis itself loads its JavaScript from the network or inlines 1.3 MB of it for every figure; here it is inlined once per
+page. Tokens are escaped, because circuitsvis renders markup in them. A prompt has too many image tokens for it
+(`attention_patterns` does not finish with 600), so `strip` pools them, for the whole image or in named groups.
 
     shown = strip(tokens, inputs.segments[0], groups={"circle": inputs.positions(box)})
     page = Page("Attention")
@@ -31,8 +30,8 @@ from analyses.views.text import cut, readable
 from hooked_qwen2vl.files import whole_file
 from hooked_qwen2vl.moved import renamed_arguments
 
-MOST_TOKENS = 128  # of an attention figure: 300 take circuitsvis a minute and 600 never finish
-MOST_NUMBERS = 2_000_000  # of one figure: more is some 20 MB of page
+MOST_TOKENS = 128  # in an attention figure: circuitsvis takes a minute for 300 tokens and does not finish with 600
+MOST_NUMBERS = 2_000_000  # in one figure: about 20 MB of the page
 _POOLED = ("image[", "video[")
 
 _PAGE = """<!doctype html>
@@ -64,11 +63,11 @@ td {{ padding: .05rem .4rem; white-space: pre; }} td small {{ float: right; marg
 
 @dataclass(frozen=True)
 class Strip:
-    """A prompt as a figure shows it: most tokens stand for themselves, an image's for many.
+    """The tokens that a figure shows of a prompt; a shown token is one position, or several that are pooled.
 
     Attributes:
-        tokens: what is shown, as plain text.
-        members: for each, the positions it stands for.
+        tokens: the shown tokens, as plain text.
+        members: for each, its positions in the prompt.
     """
 
     tokens: tuple[str, ...]
@@ -78,19 +77,19 @@ class Strip:
         return len(self.tokens)
 
     def values(self, values: Float[Tensor, "pos ..."], pool: Literal["mean", "max", "sum"] = "mean") -> Float[Tensor, "shown ..."]:
-        """One value for each token shown.
+        """One value for each shown token, pooled over its positions.
 
         Raises:
-            ValueError: fewer positions than the strip refers to.
+            ValueError: fewer positions than the strip needs.
         """
         self._check(values.shape[0])
         reduce = {"mean": torch.mean, "max": torch.amax, "sum": torch.sum}[pool]
         return torch.stack([reduce(values[list(places)].float(), dim=0) for places in self.members])
 
     def attention(self, pattern: Float[Tensor, "... pos key_pos"]) -> Float[Tensor, "... shown shown"]:
-        """From shown token to shown token: what all its members get as keys, and their mean as queries.
+        """Attention between shown tokens: the sum over the positions of a key, the mean over the positions of a query.
 
-        Rows still sum to 1 as long as every position that is attended to is shown.
+        Rows sum to 1 if all attended positions are shown.
         """
         self._check(pattern.shape[-1])
         keys = torch.stack([pattern[..., list(places)].float().sum(-1) for places in self.members], dim=-1)
@@ -110,16 +109,17 @@ def strip(
     only: Sequence[str] | None = None,
     pool: bool = True,
 ) -> Strip:
-    """What to show of a prompt.
+    """Chooses the tokens that a figure shows of a prompt.
 
     Args:
-        tokens: the text of every position; segments: the one each belongs to (`inputs.segments[row]`). Padding is left out.
-        groups: label -> positions of an image that are pooled by themselves, such as an object's; what remains of the
-            image is pooled as its rest.
-        only: segments to show, by name; None for all.
-        pool: False lets every image token stand for itself.
+        tokens: the text of every position; segments: the segment of every position (`inputs.segments[row]`). Padding is left out.
+        groups: label -> image token positions that are pooled on their own, such as those of an object; the other positions of
+            the image are pooled as "rest of image[0]".
+        only: names of the segments to show; None: all.
+        pool: False shows every image token on its own.
     Raises:
-        ValueError: tokens and segments that do not match, groups that overlap or leave the image, or nothing to show.
+        ValueError: tokens and segments of different lengths, groups that overlap or have positions outside an image, or nothing to
+            show.
     """
     if len(tokens) != len(segments):
         raise ValueError(f"expected a segment for each of {len(tokens)} tokens, got {len(segments)}.")
@@ -178,7 +178,7 @@ class Page:
         self.calls.append(f'CircuitsVis.render("{name}", CircuitsVis.{component}, {as_json(props)});')
 
     def attention_patterns(self, pattern: Float[Tensor, "head pos key_pos"], shown: Strip) -> None:
-        """Heads as small maps over a strip of tokens to hover.
+        """All heads as small maps, with the tokens to hover over.
 
         Raises:
             ValueError: more than MOST_TOKENS tokens.
@@ -186,7 +186,7 @@ class Page:
         self.figure("AttentionPatterns", tokens=_texts(shown), attention=_attention(pattern, shown))
 
     def attention_heads(self, pattern: Float[Tensor, "head pos key_pos"], shown: Strip, names: Sequence[str] | None = None) -> None:
-        """A map for each head; the one chosen is shown large, long tokens cut. `names` label the heads.
+        """A small map for each head, and a large one for the chosen head; long tokens are cut. `names` label the heads.
 
         Raises:
             ValueError: more than MOST_TOKENS tokens.
@@ -194,7 +194,7 @@ class Page:
         labels = [f"head {head}" for head in range(len(pattern))] if names is None else list(names)
         self.figure(
             "AttentionHeads",
-            tokens=[cut(readable(token), 16) for token in shown.tokens],  # drawn on a canvas: the one figure that escapes nothing
+            tokens=[cut(readable(token), 16) for token in shown.tokens],  # this component draws on a canvas, so nothing is escaped
             attention=_attention(pattern, shown),
             attentionHeadNames=[html.escape(label) for label in labels],
             maxValue=1,
@@ -210,7 +210,7 @@ class Page:
         high: float | None = None,
         pool: Literal["mean", "max", "sum"] = "mean",
     ) -> None:
-        """Tokens coloured by a value each: negative red, positive blue; `low` and `high` end the scale."""
+        """Tokens coloured by a value: negative red, positive blue; `low` and `high` are the ends of the scale."""
         reduced = shown.values(values, pool)
         low, high = float(reduced.min()) if low is None else low, float(reduced.max()) if high is None else high
         self.figure("ColoredTokens", label, tokens=_texts(shown), values=reduced.tolist(), minValue=low, maxValue=high)
@@ -223,7 +223,7 @@ class Page:
         layers: Sequence[str] | None = None,
         pool: Literal["mean", "max"] = "max",
     ) -> None:
-        """For each neuron, the tokens that excite it most and least; layer and neuron to choose.
+        """The tokens with the highest and lowest activations of a neuron; the reader chooses layer and neuron.
 
         Raises:
             ValueError: more than MOST_NUMBERS numbers.
@@ -252,7 +252,7 @@ class Page:
         neurons: Sequence[str] | None = None,
         pool: Literal["mean", "max"] = "max",
     ) -> None:
-        """Tokens coloured by one neuron's activation; layer and neuron to choose.
+        """Tokens coloured by a neuron's activation; the reader chooses layer and neuron.
 
         Raises:
             ValueError: more than MOST_NUMBERS numbers: pass fewer neurons.
@@ -277,15 +277,14 @@ class Page:
         shown: Strip,
         top_k: int = 10,
     ) -> None:
-        """Text tokens coloured by the log-probability the model gave them; hover for what it expected instead.
+        """Text tokens coloured by the log-probability that the model gave them; hovering shows the top predictions.
 
-        Tokens that stand for several, such as a pooled image, are left out: placeholders are never predicted. So is a
-        prompt's first token.
+        The first token of the prompt and pooled tokens are left out, because the model does not predict them.
 
         Args:
             log_probs: of the next token at each position, nats. token_ids: of the prompt. to_string: the text of one id.
         Raises:
-            ValueError: no token that was predicted.
+            ValueError: no token is left.
         """
         places = [members[0] for members in shown.members if len(members) == 1 and members[0] > 0]
         if not places:
@@ -294,7 +293,7 @@ class Page:
         top, own = before.topk(top_k, dim=-1), before.gather(-1, true[:, None])
         self.figure(
             "TokenLogProbs",
-            prompt=["", *(as_text(to_string(int(token))) for token in true)],  # the component leaves out a first token
+            prompt=["", *(as_text(to_string(int(token))) for token in true)],  # the component does not draw the first token
             topKLogProbs=top.values.tolist(),
             topKTokens=[[as_text(to_string(token)) for token in row] for row in top.indices.tolist()],
             correctTokenRank=(before > own).sum(-1).tolist(),
@@ -302,7 +301,7 @@ class Page:
         )
 
     def html(self) -> str:
-        """The page, complete."""
+        """The HTML of the page."""
         library = files("circuitsvis").joinpath("dist/cdn/iife.js").read_text(encoding="utf-8")
         return _PAGE.format(
             title=html.escape(self.title),
@@ -316,7 +315,7 @@ class Page:
             file.write_text(self.html(), encoding="utf-8", errors="backslashreplace")
 
     def _repr_html_(self) -> str:
-        """In a notebook: the page in a frame of its own, which grows as figures are drawn; nothing is fetched."""
+        """For notebooks: the page in a frame that grows with its content; needs no network."""
         grow = "const f=this,d=f.contentDocument.body;new ResizeObserver(()=>f.style.height=d.scrollHeight+40+'px').observe(d)"
         return f'<iframe srcdoc="{html.escape(self.html())}" onload="{grow}" style="width:100%;height:400px;border:0"></iframe>'
 
@@ -340,12 +339,12 @@ def _texts(shown: Strip) -> list[str]:
 
 
 def as_json(value: Any) -> str:
-    """JSON that cannot end the script it stands in."""
+    """JSON that is safe inside a <script> element."""
     return json.dumps(value, ensure_ascii=True).replace("<", "\\u003c")
 
 
 def as_text(token: str) -> str:
-    """A token as circuitsvis should show it: escaped (it renders markup), blanks and controls visible."""
+    """A token for circuitsvis: spaces and control characters made visible, markup escaped."""
     return html.escape(readable(token))
 
 
@@ -357,10 +356,10 @@ def _picture(image: Any) -> str:
 
 
 def lens_page(lens: Any, path: str | Path | None = None, images: Sequence[Any] = ()) -> Page:
-    """A logit lens: at each position a table of the top tokens by layer, then circuitsvis's rows of top tokens by layer.
+    """A page for a logit lens: a table of the top tokens by layer for each position, then rows of top tokens for each layer.
 
     Args:
-        path: a file to write. images: of the prompt, shown above.
+        path: a file to write. images: of the prompt, shown at the top.
     """
     page = Page(f"Logit lens, {lens.model_name}")
     if images:
@@ -372,7 +371,7 @@ def lens_page(lens: Any, path: str | Path | None = None, images: Sequence[Any] =
             f"The last layer is the model's own prediction, {final}; the last column is that token's probability at every layer.",
         )
         page.body.append(_lens_table(lens, index, final))
-    page.heading("The top token of every layer", "A row a layer, a token a position; colour: its probability, white 0 to blue 1.")
+    page.heading("The top token of every layer", "One row per layer, one token per position; colour: its probability, white 0 to blue 1.")
     for layer, label in reversed(list(enumerate(lens.layer_labels))):
         page.figure(
             "ColoredTokens",
@@ -388,7 +387,7 @@ def lens_page(lens: Any, path: str | Path | None = None, images: Sequence[Any] =
 
 
 def _lens_table(lens: Any, index: int, final: str) -> str:
-    """Rows from the last layer down: the top tokens with their probabilities, and the final top token's."""
+    """One row per layer, the last on top: the top tokens with their probabilities, then the final top token's probability."""
     rows = []
     for layer, label in reversed(list(enumerate(lens.layer_labels))):
         tops = zip(lens.top_tokens[layer][index], lens.top_probs[layer, index].tolist())
@@ -401,7 +400,7 @@ def _lens_table(lens: Any, index: int, final: str) -> str:
 
 
 def _lens_cell(text: str, p: float) -> str:
-    """White to blue; the text in the one of black and white that has more contrast."""
+    """A table cell coloured from white (0) to blue (1), with black or white text for contrast."""
     shade = ",".join(f"{255 + p * (part - 255):.0f}" for part in (0, 114, 178))
     ink = "#fff" if p > 0.93 else "#000"
     return f'<td style="background:rgb({shade});color:{ink}">{text}<small>{p:.2g}</small></td>'

@@ -1,4 +1,4 @@
-"""Pictures of comparisons."""
+"""Figures of comparisons of models, of attention heads, and of cross-model patching."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def comparison_plot(comparison: Any, path: str | Path | None = None) -> Figure:
     """Six panels over relative depth: lens, trajectory and patching curves, and the best head of each kind by block."""
     models = list(dict.fromkeys(run.model for run in comparison.runs))
     colours = {model: COLOURS[number % len(COLOURS)] for number, model in enumerate(models)}
-    widths = {model: max(1.0, 2.8 - 1.0 * number) for number, model in enumerate(models)}  # a line under another shows
+    widths = {model: max(1.0, 2.8 - 1.0 * number) for number, model in enumerate(models)}  # so that a line under another is visible
     figure = Figure(figsize=(10.5, 6.2), layout="constrained")
     panels = figure.subplots(2, 3).flatten()
     for axes, (measure, title) in zip(panels, _PANELS.items()):
@@ -71,8 +71,8 @@ def _draw_heads(axes: Any, heads: Any, colours: dict[str, str], widths: dict[str
 
 
 def heads_plot(heads: Any, path: str | Path | None = None) -> Figure:
-    """Each head twice: its score on text and among image tokens, a panel a kind; the shade is its relative depth; dashed,
-    a head that attends evenly."""
+    """One panel per kind, one point per head: score on text against score among image tokens, coloured by relative depth; dashed:
+    the scores of a head that attends evenly."""
     shown = [kind for kind in _KINDS if kind in heads.image] or list(_KINDS)
     figure = Figure(figsize=(3.3 * len(shown) + 0.9, 3.3), layout="constrained")
     points = None
@@ -97,7 +97,7 @@ def heads_plot(heads: Any, path: str | Path | None = None) -> Figure:
 
 
 def model_patching_plot(result: Any, path: str | Path | None = None) -> Figure:
-    """Explained difference (0 the target's own, 1 the source's) by place; a line a span, a dot an item."""
+    """`explained` by place (0: as the target, 1: as the source), one line per span, one dot per item."""
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.subplots()
     places = np.arange(len(result.places))

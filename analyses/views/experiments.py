@@ -1,4 +1,4 @@
-"""Pictures of the data-set studies."""
+"""Figures of experiments: locality, knockout, flips, counterfactual pairs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def locality_plot(study: Any, path: str | Path | None = None) -> Figure:
 
 
 def lines_by_span(axes: Any, table: Any, group: str, value: str) -> None:
-    """One line per group by layer, with a band of one standard error; the legend stands beside the plot."""
+    """One line per group by layer, with a band of one standard error; the legend is to the right of the plot."""
     rule(axes, y=0)
     for place, (name, rows) in enumerate(table.groupby(group, sort=False)):
         colour, marker, style = (choice[place % 5] for choice in (_COLOURS, _MARKERS, _STYLES))
@@ -46,7 +46,7 @@ def lines_by_span(axes: Any, table: Any, group: str, value: str) -> None:
 
 
 def flip_study_plot(table: Any, path: str | Path | None = None) -> Figure:
-    """At which layer flips happen; the logit difference at the flip's layer, and at the output, as it is and ablated.
+    """Histogram of flips by layer; logit differences at the flip's layer and at the output, unchanged against ablated.
 
     Args:
         table: one row per flip.
@@ -95,7 +95,7 @@ def _before_after(axes: Any, before: Any, ablated: Any, control: Any) -> None:
 
 
 def attribution_plot(flip: Any, path: str | Path | None = None) -> Figure:
-    """Each part's share of the change of the logit difference (logits); what pushes to the new answer is orange."""
+    """Contribution of each component to the change of the logit difference (logits); towards the new answer in orange."""
     table = flip.to_dataframe()
     figure = Figure(figsize=(5, 1.0 + 0.24 * len(table)), layout="constrained")
     axes = figure.subplots()
@@ -107,7 +107,7 @@ def attribution_plot(flip: Any, path: str | Path | None = None) -> Figure:
 
 
 def pairs_plot(pairs: Any, path: str | Path | None = None) -> Figure:
-    """Left: a dot a pair, its logit difference clean and corrupted. Right: how many were kept, and refused for which reason."""
+    """Left: logit differences of each pair, clean against corrupted. Right: numbers of kept and refused candidates, by reason."""
     table = pairs.to_dataframe()
     counts = {"kept": len(pairs), **pairs.reasons}
     figure = Figure(figsize=(8.6, max(3.2, 1.2 + 0.3 * len(counts))), layout="constrained")

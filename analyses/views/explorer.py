@@ -1,12 +1,12 @@
-"""The explorer: one page that holds its data, opens without network, and needs no framework.
+"""The explorer page: one HTML file that contains its data and needs no network and no framework.
 
-Layout of the data, gzipped and in base64 in the page: length of the header (uint32, little-endian), the header (JSON,
-UTF-8, padded to 4 bytes with blanks), then the arrays it names, each padded to 4 bytes. Texts are in one table that the
-arrays index, and the page shows them as text, never as markup. How numbers are kept:
+The data are gzipped and in base64: length of the header (uint32, little-endian), the header (JSON, UTF-8, padded with spaces to
+a multiple of 4 bytes), then the arrays that it lists, each padded to a multiple of 4 bytes. Texts are in one table that the
+arrays index; the page shows them as text, never as markup. Encoding of numbers:
 
-    probabilities   16 bits, logarithmic from 1e-12 to 1: off by at most 0.03 % of themselves
-    attention        8 bits, square root, between 0 and its map's largest: off by at most 0.4 % of that
-    cosine, entropy 16 bits, linear between the array's smallest and largest
+    probabilities   16 bits, logarithmic from 1e-12 to 1; relative error at most 0.03 %
+    attention        8 bits, square root, from 0 to the map's largest value; error at most 0.4 % of that value
+    cosine, entropy 16 bits, linear from the array's smallest to its largest value
     recovery        32-bit floats
 """
 
@@ -28,13 +28,13 @@ import numpy as np
 
 from hooked_qwen2vl.files import whole_file
 
-FLOOR = -12.0  # log10 of the smallest probability told apart from 0
-_MOST_ATTENTION = 500_000  # bytes of the page, packed
-_SIDE = 896  # pixels of the picture's longer side, at most
+FLOOR = -12.0  # log10 of the smallest probability; smaller ones are stored as this
+_MOST_ATTENTION = 500_000  # compressed bytes of attention on the page, at most
+_SIDE = 896  # pixels of an image's longer side, at most
 
 
 class Embedded:
-    """A whole page, which a notebook shows in a frame of its own."""
+    """A whole page; a notebook shows it in a frame."""
 
     def __init__(self, text: str):
         self.text = text
@@ -44,10 +44,10 @@ class Embedded:
 
 
 def explorer_page(result: Any, path: str | Path | None = None) -> Embedded:
-    """The page of an `Explorer`, written where a path is given."""
+    """The page of an `Explorer`, also written to a file if a path is given."""
     title = f"{result.question or 'Explorer'}, {result.model_name}"
     parts = {"title": html.escape(title), "style": _file("css"), "script": _file("js"), "data": _payload(result)}
-    # In one pass: what is put in is never itself filled in.
+    # In one pass, so that braces in inserted texts are not replaced.
     page = re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], _file("html"))
     if path is not None:
         with whole_file(path) as file:
@@ -60,7 +60,7 @@ def _file(kind: str) -> str:
 
 
 def _payload(result: Any) -> str:
-    """Base64 of the gzipped header and arrays."""
+    """The data of the page: base64 of the gzipped header and arrays."""
     lens = result.lens
     ids, texts = _table(result)
     pack = _Pack()
@@ -94,7 +94,7 @@ def _payload(result: Any) -> str:
         "segments": list(result.segments),
         "last": result.last,
         "answerPlaces": list(result.answer),
-        "ids": np.diff(ids, prepend=0).tolist(),  # rising: differences are short
+        "ids": np.diff(ids, prepend=0).tolist(),  # differences of increasing ids are short
         "texts": texts,
         "floor": FLOOR,
         "images": [
@@ -109,7 +109,7 @@ def _payload(result: Any) -> str:
 
 
 def _table(result: Any) -> tuple[np.ndarray, list[str]]:
-    """Every token id that the page names, rising, and its text."""
+    """(all token ids on the page, increasing, their texts)."""
     lens = result.lens
     text = dict(zip(result.kept_ids.tolist(), result.kept_tokens))
     if lens.target_ids is not None:
@@ -122,7 +122,7 @@ def _table(result: Any) -> tuple[np.ndarray, list[str]]:
 
 
 class _Pack:
-    """Arrays one after another, and where each is."""
+    """Arrays one after another in `body`, with offsets and types in `arrays`."""
 
     def __init__(self) -> None:
         self.arrays: dict[str, dict[str, Any]] = {}
@@ -150,8 +150,10 @@ class _Pack:
         self._numbers(name, np.rint(scaled * 65535).astype("<u2"), "uint16", low=low, high=high)
 
     def by_map(self, name: str, values: np.ndarray, most: int) -> int:
-        """[layer query map pos], each map between 0 and its own largest: of as many queries as take `most` bytes when packed, at
-        least one; returns how many."""
+        """Adds [layer query map pos], each map scaled from 0 to its largest value, and returns the number of queries.
+
+        Takes as many queries as fit into `most` compressed bytes, but at least one.
+        """
         largest = values.max(-1).astype(np.float64)
         scaled = np.rint(255 * np.sqrt(values / np.where(largest, largest, 1.0)[..., None])).astype("<u1")
         sizes = np.cumsum([len(zlib.compress(scaled[:, query].tobytes())) for query in range(scaled.shape[1])])
@@ -163,7 +165,7 @@ class _Pack:
         self._numbers(name, values.astype("<f4"), "float32")
 
     def picture(self, name: str, image: Any) -> dict[str, Any]:
-        """PNG for a small picture, JPEG for a photograph, made smaller where it is larger than a screen shows."""
+        """Adds an image, at most _SIDE pixels large: PNG if it is small (up to 256 × 256 pixels in all), else JPEG."""
         drawn = image.convert("RGB")
         drawn.thumbnail((_SIDE, _SIDE))
         kind = "png" if drawn.width * drawn.height <= 256 * 256 else "jpeg"

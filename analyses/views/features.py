@@ -1,4 +1,4 @@
-"""Pictures of what features stand for."""
+"""Figures of how well features predict the attributes of objects."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from analyses.views.text import visible
 
 
 def judgement_plot(result: Any, path: str | Path | None = None) -> Figure:
-    """AUROC of the best unit of each kind and of a probe, a line a label, grouped by truth; 0.5 knows nothing."""
+    """AUROC of the best unit of each kind and of a probe, one line per label, grouped by truth; 0.5 is chance."""
     table = result.table
     names = list(dict.fromkeys(f"{truth}: {visible(label, 20)}" for truth, label in table[["truth", "label"]].itertuples(index=False)))
     units = list(dict.fromkeys(table["unit"]))

@@ -1,4 +1,4 @@
-"""The figure that every view draws on, and the shapes that several views share."""
+"""The figure class of all views, and drawing functions that several views use."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from hooked_qwen2vl.files import whole_file
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito's
 BLUE, ORANGE = COLOURS[:2]
 GREY, NO_VALUE = "#999999", "#d9d9d9"
-LONGEST = 22.0  # inches of an axis
-_LONGEST_BAR = 5.0
-_MOST_TOUCH = 0.22  # how much an image's detail may lighten or darken the colours over it
-_LINE = 1.3 / 72  # inches of a line of text, a point of its size
-_DIGIT = 0.64 / 72
+LONGEST = 22.0  # inches of an axis, at most
+_LONGEST_BAR = 5.0  # inches of a colour bar, at most
+_MOST_TOUCH = 0.22  # largest opacity with which an image's detail lightens or darkens a map
+_LINE = 1.3 / 72  # height of a line of text in inches, per point of font size
+_DIGIT = 0.64 / 72  # width of a digit in inches, per point of font size
 
 
 class Figure(figure.Figure):
-    """matplotlib's, for text that is not ours.
+    """matplotlib's figure, for texts that come from prompts and tokens.
 
-    A `$` is a dollar: nothing is read as mathematics. A character that no font has is shown as its escape. A notebook
-    shows the figure by itself, also one that has not imported pyplot.
+    A `$` is drawn as it is, not read as mathematics. Characters that no font has are drawn as escapes. A notebook shows the
+    figure, even if pyplot is not imported.
     """
 
     def draw(self, renderer: Any) -> None:
         for axis in (axis for axes in self.axes for axis in (axes.xaxis, axes.yaxis)):
-            if isinstance(axis.get_major_locator(), FixedLocator):  # its labels come from its formatter, at every draw
+            if isinstance(axis.get_major_locator(), FixedLocator):  # at every draw its formatter sets the labels again
                 labels = [label.get_text() for label in axis.get_ticklabels()]
                 if (legible := list(map(drawable, labels))) != labels:
                     axis.set_ticklabels(legible)
@@ -48,12 +48,12 @@ class Figure(figure.Figure):
         super().draw(renderer)
 
     def titled(self, text: str, fontsize: float = 9) -> None:
-        """A title over the whole figure, in as many lines as its width needs."""
+        """Sets a title over the whole figure, wrapped to its width."""
         width = int(self.get_figwidth() / (_DIGIT * fontsize))
         self.suptitle("\n".join(part for given in text.split("\n") for part in wrap(line(given, None), width)), fontsize=fontsize)
 
     def saved(self, path: str | Path | None) -> Figure:
-        """Itself, written to a file (png, pdf, svg, …) where one is named."""
+        """Writes the figure to a file (png, pdf, svg, …) if a path is given; returns the figure."""
         if path is not None:
             path = Path(path)
             with whole_file(path if path.suffix else path.with_suffix(".png")) as file:
@@ -70,13 +70,13 @@ class Figure(figure.Figure):
 
 
 def length(n: int, cell: float, least: float = 0.0) -> float:
-    """Inches of an axis of n cells: `cell` each, or as much as there is room for."""
+    """Inches of an axis of n cells of `cell` inches, at least `least` and at most LONGEST."""
     return max(least, min(LONGEST, cell * n))
 
 
 def label_ticks(axis: Any, labels: Sequence[Any], inches: float, size: float = 7, rotation: float = 0) -> None:
-    """A label at every k-th cell, k the least with which no two touch; the axis is so long. Rotated only where all of
-    them would not stand side by side."""
+    """Labels every k-th cell of an axis of this length, with the smallest k at which labels do not touch; `rotation` is used only
+    if not all labels fit side by side."""
     labels = list(map(str, labels))
     widest = max(map(columns, labels), default=1) * _DIGIT * size + 0.05
     rotation = 0 if widest * len(labels) <= inches else rotation
@@ -87,12 +87,12 @@ def label_ticks(axis: Any, labels: Sequence[Any], inches: float, size: float = 7
 
 
 def label_layers(axis: Any, layers: Sequence[int], most: int = 16) -> None:
-    """Ticks at the layers themselves, every few of them where there are many."""
+    """Ticks at layers, at most `most` of them, evenly spaced."""
     axis.set_ticks(list(layers)[:: ceil(len(layers) / most)])
 
 
 def colour_bar(figure: Figure, drawn: Any, axes: Any, label: str, shrink: float = 1.0, aspect: float = 20) -> None:
-    """A colour bar, no longer than it need be beside a tall map."""
+    """A colour bar of at most _LONGEST_BAR inches."""
     shrink = min(shrink, _LONGEST_BAR / figure.get_figheight())
     bar = figure.colorbar(drawn, ax=axes, shrink=shrink, aspect=aspect)
     bar.set_label(label, fontsize=8)
@@ -100,7 +100,7 @@ def colour_bar(figure: Figure, drawn: Any, axes: Any, label: str, shrink: float 
 
 
 def write_cells(axes: Any, texts: Sequence[Sequence[str]], values: np.ndarray, middle: float, size: float) -> None:
-    """A text in every cell, white on what is dark: below `middle`."""
+    """Writes a text in every cell, white if its value is below `middle` (dark colours), else black."""
     for (row, col), value in np.ndenumerate(values):
         shade = "white" if value < middle else "black"
         axes.text(col, row, texts[row][col], ha="center", va="center", fontsize=size, color=shade)
@@ -112,16 +112,16 @@ def no_ticks(*panels: Any) -> None:
 
 
 def rule(axes: Any, *, x: float | None = None, y: float | None = None, colour: str = GREY, line: str = "-") -> None:
-    """A thin line behind the data, at what a value means nothing, or everything."""
+    """A thin reference line behind the data, such as 0 for no effect or 1 for full recovery."""
     draw, at = (axes.axhline, y) if x is None else (axes.axvline, x)
     draw(at, color=colour, linewidth=0.8, linestyle=line, zorder=0)
 
 
-# ---- shapes -------------------------------------------------------------------------------------
+# ---- kinds of figures ---------------------------------------------------------------------------
 
 
 def panels_of(n: int, side: tuple[float, float], margin: tuple[float, float], **style: Any) -> tuple[Figure, list[Any]]:
-    """A figure of n panels, at most four a row, each so wide and high (inches); `margin` is for all of them together."""
+    """A figure of n panels, at most four per row; `side`: width and height of each, `margin`: of all margins together (inches)."""
     across = min(4, n)
     down = ceil(n / across)
     figure = Figure(figsize=(margin[0] + side[0] * across, margin[1] + side[1] * down), layout="constrained")
@@ -129,12 +129,12 @@ def panels_of(n: int, side: tuple[float, float], margin: tuple[float, float], **
     for axes in panels[n:]:
         axes.set_axis_off()
     for axes in panels[max(0, n - across) : n]:
-        axes.tick_params(labelbottom=True)  # those under which a shared axis has nothing
+        axes.tick_params(labelbottom=True)  # with a shared axis matplotlib labels the last row only
     return figure, panels[:n]
 
 
 def intervals(axes: Any, names: Sequence[str], middle: Any, low: Any, high: Any, colours: Any = BLUE, size: float = 7.5) -> None:
-    """A line a name, the first on top: a dot and its interval, which may be NaN."""
+    """One line per name, the first on top, with a dot and an interval; NaN is not drawn."""
     places = np.arange(len(names))
     axes.hlines(places, low, high, colors=colours, linewidth=1.5, alpha=0.6)
     axes.scatter(middle, places, c=colours, s=16, zorder=3)
@@ -146,7 +146,7 @@ def intervals(axes: Any, names: Sequence[str], middle: Any, low: Any, high: Any,
 
 
 def bars(axes: Any, names: Sequence[str], values: Any, colours: Any = BLUE, size: float = 8) -> None:
-    """A bar a name, the first on top."""
+    """One horizontal bar per name, the first on top."""
     axes.barh(range(len(names)), values, color=colours)
     axes.set_yticks(range(len(names)), names, fontsize=size)
     axes.set_ylim(len(names) - 0.5, -0.5)
@@ -154,15 +154,15 @@ def bars(axes: Any, names: Sequence[str], values: Any, colours: Any = BLUE, size
 
 
 def as_array(values: Any) -> np.ndarray:
-    """Numbers as float64 on the host: a tensor of any dtype on any device, an array, a list."""
+    """A tensor of any dtype and device, an array or a list as a float64 array."""
     return np.asarray(values.detach().cpu().double() if hasattr(values, "detach") else values, dtype=float)
 
 
 def on_image(axes: Any, values: Any, image: Any, colours: str, low: float, high: float) -> Any:
-    """A map [row col], stretched over the image (original pixels); places without a value show the image alone.
+    """Draws a map [row col], stretched over the image (original pixels); cells that are NaN show only the image, in grey.
 
-    The map is drawn as opaque as its colour bar, with the image's detail over it: what is lighter or darker there than around
-    it, as a touch of white or black. So flat places have the bar's colours, on dark photographs too.
+    The map is opaque. The image's detail is drawn over it: where the image is lighter or darker than its surroundings, a little
+    white or black is added. So the colours match the colour bar, also on dark photographs.
     """
     extent = (0, image.width, image.height, 0)
     values = np.ma.masked_invalid(as_array(values))
@@ -180,34 +180,34 @@ def on_image(axes: Any, values: Any, image: Any, colours: str, low: float, high:
 
 
 def grey_below(axes: Any, image: Any, pale: bool = False) -> None:
-    """The image in grey, for what is drawn over it; pale, its blacks are light enough for the colours over them."""
+    """Draws the image in grey as a background; with `pale`, black becomes a light grey."""
     axes.imshow(image.convert("L"), cmap="gray", vmin=-220 if pale else 0, vmax=255, extent=(0, image.width, image.height, 0))
 
 
 def picture(axes: Any, image: Any, title: str = "", size: float = 9) -> None:
-    """The image itself."""
+    """Draws the image."""
     axes.imshow(image, extent=(0, image.width, image.height, 0))
     axes.set_title(title, fontsize=size)
     no_ticks(axes)
 
 
 def evenly_spaced(n: int, most: int) -> list[int]:
-    """At most so many of 0..n−1, evenly spaced, the first and the last among them."""
+    """At most `most` of the numbers 0..n−1, evenly spaced, including the first and the last."""
     return sorted({round((n - 1) * place / max(1, most - 1)) for place in range(most)})
 
 
 def largest(values: Any) -> float:
-    """The largest absolute value, 1 where there is none: for a symmetric scale."""
+    """The largest absolute value, for a symmetric scale; 1 if it is 0 or there is none."""
     return float(np.nan_to_num(np.abs(as_array(values))).max(initial=0.0)) or 1.0
 
 
 def refuse_other_picture(image: Any, grid: tuple[int, int]) -> None:
-    """A picture that the token grid cannot have been read from: of other proportions, turned on its side for one.
+    """Raises an error if an image cannot be the one of this token grid, for example because it is rotated.
 
     Args:
-        image: PIL. grid: (rows, cols) of image tokens, near the picture's own proportions.
+        image: a PIL image. grid: (rows, cols) of image tokens.
     Raises:
-        ValueError: it is.
+        ValueError: the proportions of image and grid differ.
     """
     (width, height), (rows, cols) = image.size, grid
     if abs((width * rows) / (height * cols) - 1) > 1 / min(rows, cols):

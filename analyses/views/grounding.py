@@ -1,4 +1,4 @@
-"""Pictures of the contextual lens."""
+"""Figures of the contextual lens and of grounding."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _FOUND, _TRUE = ORANGE, "#ffffff"
 def grounding_plot(
     result: Any, path: str | Path | None = None, images: Sequence[Any] | None = None, truth: Sequence[Any] = (), note: str = ""
 ) -> Figure:
-    """A row for each image: the picture (where given), the cosine whose best rectangle is the box, and the paper's heat map.
+    """One row per image: the picture if given, the cosine map with the best box, and the paper's heat map.
 
-    The box is drawn on the picture and on the map that it was found in: the cosine at the two layers of the score. The
-    maximum over layers is another quantity, so it has a panel and a colour bar of its own and no box.
+    The box is drawn on the picture and on the map it was computed from: the cosine at the two layers of the score. The maximum
+    over layers is a different quantity and has its own panel and colour bar, without the box.
 
     Args:
-        images: PIL images in original pixels, one for each.
-        truth: known boxes (x0, y0, x1, y1) of the first image, dashed. note: said below the title.
+        images: PIL images in original pixels, one for each heat map.
+        truth: known boxes (x0, y0, x1, y1) of the first image, drawn dashed. note: text below the title.
     Raises:
-        ValueError: another number of images, or one of other proportions.
+        ValueError: another number of images, or an image with other proportions than its grid.
     """
     n = len(result.heat)
     if images is not None and len(images) != n:
@@ -70,7 +70,7 @@ def grounding_plot(
 
 
 def score_plot(result: Any, path: str | Path | None = None) -> Figure:
-    """A bar for each span: cosine with its closest image token."""
+    """One bar per span: cosine with its closest image token."""
     names = [f"{name}: {visible(text, 20)}" if name != text.strip() else name for name, text in zip(result.names, result.texts)]
     figure = Figure(figsize=(5.2, 1.0 + 0.3 * len(names)), layout="constrained")
     axes = figure.subplots()
@@ -81,7 +81,7 @@ def score_plot(result: Any, path: str | Path | None = None) -> Figure:
 
 
 def sweep_plot(result: Any, path: str | Path | None = None) -> Figure:
-    """AUROC of every pair of layers, 0.5 white; the chosen pair framed."""
+    """AUROC of every pair of layers, with 0.5 white and a frame around the best pair."""
     auroc = result.auroc.numpy()
     n = len(auroc)
     spread = max(float(np.abs(auroc - 0.5).max()), 0.05)
@@ -117,7 +117,7 @@ def methods_plot(table: Any, value: str, label: str, path: str | Path | None = N
 
 
 def _draw(axes: Any, box: Sequence[float], colour: str, style: str) -> None:
-    """A box on a dark rim, so that it shows on any picture."""
+    """Draws a box with a dark rim, so that it is visible on any picture."""
     x0, y0, x1, y1 = box
     for width, edge, dashes in ((3.4, "#222222", "-"), (1.8, colour, style)):
         axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=edge, linewidth=width, linestyle=dashes, clip_on=False))

@@ -1,4 +1,4 @@
-"""Pictures of hallucination detection."""
+"""Figures of hallucination detection."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _RIGHT, _WRONG = BLUE, ORANGE
 
 
 def roc_plot(result: Any, path: str | Path | None = None, category: str = "all") -> Figure:
-    """ROC curves, four methods a panel: share of right answers kept against share of hallucinated ones let through.
+    """ROC curves, four methods per panel: share of right answers kept against share of hallucinated answers let through.
 
     Raises:
         ValueError: no such category.
@@ -56,7 +56,7 @@ def roc_plot(result: Any, path: str | Path | None = None, category: str = "all")
 
 
 def score_plot(result: Any, path: str | Path | None = None, category: str = "all") -> Figure:
-    """Histograms of each method's scores over right and over hallucinated answers, each as shares of its own kind.
+    """Histograms of each method's scores for right and for hallucinated answers, each normalised to shares.
 
     Raises:
         ValueError: no such category.
@@ -81,7 +81,7 @@ def score_plot(result: Any, path: str | Path | None = None, category: str = "all
 
 
 def interval_plot(result: Any, path: str | Path | None = None) -> Figure:
-    """AUROC (dot) with its interval, one panel per category, one line per method; 0.5 knows nothing."""
+    """AUROC (dot) with its interval, one panel per category, one line per method; 0.5 is chance."""
     table, counts = result.to_dataframe(), result.counts()
     shown = [c for c in counts if table.loc[table["category"] == c, "auroc"].notna().any()]
     if not shown:
@@ -105,7 +105,7 @@ def interval_plot(result: Any, path: str | Path | None = None) -> Figure:
 
 
 def chair_plot(result: Any, path: str | Path | None = None, most: int = 15) -> Figure:
-    """Left: CHAIRs and CHAIRi (0..1). Right: the objects most often made up, as counts of mentions."""
+    """Left: CHAIRs and CHAIRi (0..1). Right: the objects that are hallucinated most often, as counts of mentions."""
     figures = result.to_dataframe().iloc[0]
     made_up = result.mentions.loc[result.mentions["hallucinated"], "object"].value_counts().head(most)
     figure = Figure(figsize=(8.6, max(2.6, 1.2 + 0.24 * len(made_up))), layout="constrained")
@@ -124,7 +124,7 @@ def chair_plot(result: Any, path: str | Path | None = None, most: int = 15) -> F
 
 
 def markdown(result: Any) -> str:
-    """What was run, and the tables of AUROC and of both average precisions; categories of one class only are named."""
+    """A report in Markdown: what was run, tables of AUROC and of both average precisions, and the categories with one class only."""
     counts, metrics = result.counts(), result.to_dataframe()
     defined = {c for c in counts if metrics.loc[metrics["category"] == c, "auroc"].notna().any()}
     parts = [
@@ -157,5 +157,5 @@ def _title(result: Any, category: str, table: Any) -> str:
 
 
 def _name(method: str) -> str:
-    """neg_x is shown as −x: higher is better for all."""
+    """The name of a method in figures; neg_x is shown as −x."""
     return method.replace("neg_", "−").replace("_", " ")

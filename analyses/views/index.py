@@ -1,4 +1,4 @@
-"""The page of a command's folder: the command, what it said, its pictures, its tables, and links to its pages."""
+"""The index page of a command's output folder: the command, its printed text, its figures, its tables, and links to its pages."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ th, td {{ padding: .1rem .7rem .1rem 0; text-align: left; white-space: pre; bord
 
 
 def index_page(title: str, command: str, about: Mapping[str, Any], said: str, files: Sequence[Path]) -> str:
-    """The page, complete but for the pictures and pages beside it, which it refers to by name.
+    """The HTML of the page; it refers to pictures and pages in the same folder by name.
 
     Args:
-        title: the command's name; command: the whole line.
-        about: what it was asked, such as the question and the answer.
-        said: what it printed.
-        files: that it wrote, where they are now.
+        title: the command's name; command: the whole command line.
+        about: name -> value, such as the question and the answer.
+        said: the text that the command printed.
+        files: the files that it wrote, at their current paths.
     """
     shown = {name.replace("_", " "): _text(value) for name, value in about.items() if value not in (None, "", [])}
     body = ["<dl>" + "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd>" for name, text in shown.items()) + "</dl>"]
@@ -79,7 +79,7 @@ def _figure(file: Path) -> str:
 
 
 def _table(file: Path) -> str:
-    """The first rows, folded away."""
+    """A collapsed section with the first rows of a table."""
     with file.open(newline="", encoding="utf-8", errors="replace") as opened:
         rows = list(csv.reader(opened))
     if not rows:
@@ -95,7 +95,7 @@ def _table(file: Path) -> str:
 
 
 def _cell(text: str) -> str:
-    """A number to four figures, a text as it is, at most 60 characters of it."""
+    """A cell: numbers with a decimal point to four digits, texts cut to 60 characters."""
     try:
         return f"{float(text):.4g}" if "." in text else text
     except ValueError:

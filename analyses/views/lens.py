@@ -1,4 +1,4 @@
-"""Pictures of what the residual stream reads as: a logit lens, and nearest neighbours."""
+"""Figures of a logit lens and of nearest neighbours."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from analyses.views.figure import (
 from analyses.views.readings import RIM, readings_on_image
 from analyses.views.text import visible
 
-MOST_COLUMNS = 32  # of a map whose cells hold tokens: more would not be readable at any printable width
-MOST_LABELS = 150  # of an image
+MOST_COLUMNS = 32  # columns of a map with a token in each cell; more would not be readable at a printable width
+MOST_LABELS = 150  # image tokens up to which every cell has a token
 _CELL, _NARROW = 0.75, 0.19  # inches
 
 
@@ -36,12 +36,12 @@ def token_map(
     words: tuple[str, str, str, str],
     path: str | Path | None = None,
 ) -> Figure:
-    """Layer × position, the last layer on top, coloured by value with the token in each cell; many positions: colours alone.
+    """Layers × positions, the last layer on top, coloured by value; up to MOST_COLUMNS positions with the token in each cell.
 
     Args:
         values: [layer pos]. tokens: by layer and position.
-        scale: where the colours begin and end.
-        words: title, label of the positions, of the layers, of the colours.
+        scale: the values at the ends of the colour scale.
+        words: title, and labels of positions, layers and colours.
     """
     title, across, up, label = words
     n_layers, n = values.shape
@@ -64,9 +64,9 @@ def token_map(
 
 
 def heat_map(lens: Any, path: str | Path | None = None) -> Figure:
-    """Layer × position, the top token in each cell, coloured by its probability (0..1); the last layer on top."""
+    """Layers × positions with the top token in each cell, coloured by its probability (0..1); the last layer on top."""
     tokens = [[at[0] for at in layer] for layer in lens.top_tokens]
-    many = len(lens.positions) > MOST_COLUMNS  # an image's placeholders are all alike
+    many = len(lens.positions) > MOST_COLUMNS  # image placeholders all have the same text
     columns = list(map(str, lens.positions)) if many else [visible(token) for token in lens.prompt_tokens]
     across = "position in the prompt" if many else "position (its own token; the lens reads the next)"
     differing = f"; the model's own top token is another at {lens.n_differs}" if lens.n_differs else ""
@@ -75,7 +75,7 @@ def heat_map(lens: Any, path: str | Path | None = None) -> Figure:
 
 
 def neighbours_plot(result: Any, path: str | Path | None = None) -> Figure:
-    """Layer × position, the nearest token in each cell, coloured by its cosine; the last layer on top."""
+    """Layers × positions with the nearest token in each cell, coloured by its cosine; the last layer on top."""
     cosines = result.similarity[..., 0].numpy()
     tokens = [[at[0] for at in layer] for layer in result.tokens]
     words = (f"Nearest neighbours, {result.model_name}", "position in the prompt", "layer", "cosine with the nearest")
@@ -84,15 +84,16 @@ def neighbours_plot(result: Any, path: str | Path | None = None) -> Figure:
 
 
 def image_overlay(lens: Any, image: Any, path: str | Path | None = None, every_token: bool = False) -> Figure:
-    """The image, and it again at some layers with what its tokens read as.
+    """The image, and at some layers the image with the top tokens of its image tokens.
 
-    Up to MOST_LABELS tokens a word stands in every cell, coloured by its probability; beyond, regions of one reading are named.
+    With up to MOST_LABELS image tokens, every cell has its top token, coloured by probability. With more, regions with the same
+    top token are labelled (see `analyses.views.readings`).
 
     Args:
         image: in original pixels; the token grid is stretched over it, as the model's resizing does.
-        every_token: a word in every cell whatever their number, at the last layer, in as large a picture as that needs (as PDF, to zoom into).
+        every_token: write the top token of the last layer into every cell, however many; the figure becomes large (save it as PDF).
     Raises:
-        ValueError: the lens was not read at one whole image, or not at one of these proportions.
+        ValueError: the lens is not of one whole image, or the image has other proportions than its grid.
     """
     if lens.grid is None:
         raise ValueError("the overlay needs a lens read at one whole image: logit_lens(model, inputs, 'image[0]').")
@@ -124,7 +125,7 @@ def image_overlay(lens: Any, image: Any, path: str | Path | None = None, every_t
 
 
 def _write_tokens(axes: Any, tokens: Sequence[str], values: Any, image: Any, size: float, rim: bool) -> None:
-    """A word in every cell; without a rim, which is drawn as outlines, the text of a PDF stays small and can be searched."""
+    """Writes the token into every cell. A rim is drawn as outlines; without it the text of a PDF is small and searchable."""
     rows, cols = values.shape
     for token, text in enumerate(tokens):
         row, col = divmod(token, cols)

@@ -20,12 +20,12 @@ def signed_map(
     ylabel: str = "",
     upward: bool = False,
 ) -> Figure:
-    """[row column] with 0 white, blue below and red above; cells that are NaN stay grey.
+    """A map [row column] with 0 white, negative values blue, positive values red, and NaN grey.
 
     Args:
-        rows, columns: their names, as text; special characters are shown, long ones cut, and where there are many, only
-            every k-th is written.
-        upward: the first row at the bottom.
+        rows, columns: their names; special characters are made visible, long names are cut, and if there are many, only every
+            k-th is written.
+        upward: whether the first row is at the bottom.
     """
     data = as_array(values)
     limit = largest(data)

@@ -1,4 +1,4 @@
-"""Pictures of domain-specific neurons."""
+"""Figures of domain-specific neurons."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SOURCES = {"image": ("#0072b2", "o"), "text": ("#d55e00", "s"), "last": ("#009e
 
 
 def layers_plot(table: pd.DataFrame, model_name: str, path: str | Path | None = None) -> Figure:
-    """A panel a module: how many neurons of each layer serve each domain."""
+    """One panel per module: how many neurons of each layer belong to each domain."""
     modules = list(dict.fromkeys(table["module"]))
     grids = {m: table[table["module"] == m].pivot_table(index="layer", columns="domain", values="neurons", sort=False) for m in modules}
     n_domains = len(dict.fromkeys(table["domain"]))
@@ -43,7 +43,7 @@ def layers_plot(table: pd.DataFrame, model_name: str, path: str | Path | None = 
 
 
 def accuracy_plot(table: pd.DataFrame, model_name: str, path: str | Path | None = None) -> Figure:
-    """What is off × domain: accuracy, and below it its 95 % interval (resampling images)."""
+    """What is switched off × domain of the questions: accuracy, and below it the 95 % interval (resamples images)."""
     domains = list(dict.fromkeys(table["domain"]))
     rows = list(dict.fromkeys(zip(table["module"], table["selection"])))
     order = list(dict.fromkeys(table.loc[table["selection"] != "none", "module"]))
@@ -73,7 +73,7 @@ def accuracy_plot(table: pd.DataFrame, model_name: str, path: str | Path | None 
 
 
 def controls_plot(table: pd.DataFrame, model_name: str, path: str | Path | None = None) -> Figure:
-    """Own minus control by module (columns) and domain; above: accuracy, below: log-probability of the right answer (nats)."""
+    """Own minus control, by module (columns) and domain; top: accuracy, bottom: log-probability of the right answer (nats)."""
     modules, domains = list(dict.fromkeys(table["module"])), list(dict.fromkeys(table["domain"]))
     pairs = list(dict.fromkeys(zip(table["selection"], table["control"])))
     figure = Figure(figsize=(1.2 + 2.2 * len(modules), 5.4), layout="constrained")
@@ -102,7 +102,7 @@ def controls_plot(table: pd.DataFrame, model_name: str, path: str | Path | None 
 
 
 def streams_plot(table: pd.DataFrame, model_name: str, path: str | Path | None = None, module: str = "all") -> Figure:
-    """Left: the lens's entropy by layer and kind of token, nothing off (thin lines: domains). Right: how far ablation moves the stream."""
+    """Left: entropy of the logit lens by layer and kind of token, nothing off (thin: domains). Right: change of the residual stream."""
     figure = Figure(figsize=(10.4, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     calm = table[table["selection"] == "none"]
@@ -136,7 +136,7 @@ def streams_plot(table: pd.DataFrame, model_name: str, path: str | Path | None =
 
 
 def top_images_plot(top: Any, path: str | Path | None = None) -> Figure:
-    """Each image, and below it, in grey, with the patches that fire the neuron coloured by activation."""
+    """Each image, and below it the image in grey, with the patches at which the neuron fires coloured by activation."""
     n = len(top.examples)
     tallest = max(example.image.size[1] / example.image.size[0] for example in top.examples)
     figure = Figure(figsize=(2.3 * n + 0.9, 2 * 2.3 * min(tallest, 1.4) + 0.9), layout="constrained")

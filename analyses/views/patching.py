@@ -1,4 +1,4 @@
-"""Pictures of a patching sweep: the map of layers × positions, and the image with its patches' recovery."""
+"""Figures of a patching sweep: a map of layers × positions, and recovery drawn on the image."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from hooked_qwen2vl.pictures import open_image
 
 
 def recovery_map(recovery: Any, layers: Sequence[int], labels: Sequence[str], title: str, path: str | Path | None = None) -> Figure:
-    """[layer position], the last layer on top, with no effect white, towards the clean run red and away from it blue.
+    """A map [layer position], the last layer on top: white for no effect, red towards the clean run, blue away from it.
 
     Args:
-        labels: of the positions, as text; special characters are shown, long ones cut.
+        labels: of the positions; special characters are made visible, long labels are cut.
     """
     return signed_map(recovery, layers, labels, title, path, "recovery", "layer", upward=True)
 
@@ -26,7 +26,7 @@ def recovery_on_image(
     """The clean and the corrupted image, then the recovery of each image token at evenly spaced layers.
 
     Args:
-        recovery: [layer rows cols]. images: clean and corrupted, in original pixels: whatever `to_inputs` takes.
+        recovery: [layer rows cols]. images: clean and corrupted, in original pixels, as `to_inputs` takes them.
     """
     data, images = as_array(recovery), [open_image(image) for image in images]
     limit = largest(data)

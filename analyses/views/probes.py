@@ -1,4 +1,4 @@
-"""Pictures of probes."""
+"""Figures of probes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from analyses.views.figure import GREY, Figure, intervals, rule
 
 
 def probes_plot(result: Any, path: str | Path | None = None) -> Figure:
-    """Accuracy of every site with its interval, beside that of shuffled labels (grey) and the most frequent label (dashed)."""
+    """Accuracy of every site with its interval; grey: with shuffled labels; dashed: always the most frequent label."""
     table = result.table
     figure = Figure(figsize=(6.4, 1.3 + 0.22 * len(table)), layout="constrained")
     axes = figure.subplots()

@@ -1,8 +1,9 @@
-"""What the tokens of a large image read as: a photograph has too many for a word in every cell.
+"""Top tokens of a logit lens on a large image, which has too many image tokens for a text in every cell.
 
-1. Neighbouring image tokens that read as one token are one region, outlined, and named once where the name fits.
-2. The tokens that are read most have a colour each, the same in every panel, and stand in the key; the surer, the stronger.
-3. The part of the image with the surest rare readings is drawn again, close up, with a word in every cell.
+1. Neighbouring image tokens with the same top token form a region, which is outlined, and labelled once if the label fits.
+2. The most frequent top tokens each have a colour, the same in all panels, and are listed in the key. A higher probability gives
+   a stronger colour.
+3. The part of the image with the most probable rare top tokens is drawn again, close up, with the top token in every cell.
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ from analyses.views.text import columns, visible
 
 _KEY = (*(c for c in COLOURS if c != "#000000"), "#8c510a", "#f0e442", "#762a83", "#1b7837")
 _SIDE = 4.4  # inches of a panel
-_CLOSE = 10  # image tokens across the part that is drawn close up
-_SIZES = (8.0, 5.0)  # points: the largest and the smallest name
-_SHORTEST = 14.0  # points of a row of cells with a name
+_CLOSE = 10  # width in image tokens of the part that is drawn close up
+_SIZES = (8.0, 5.0)  # largest and smallest font size of a label, in points
+_SHORTEST = 14.0  # width in points that a row of cells needs for a label
 RIM = [withStroke(linewidth=1.6, foreground="black")]
 
 
 def readings_on_image(lens: Any, image: Any, layers: Sequence[int], path: str | Path | None = None) -> Figure:
-    """The image, and at each of the layers its regions; below, a part of each close up.
+    """Top row: the image, and its regions at each layer. Bottom row: a part of each, close up.
 
     Args:
-        lens: a logit lens of one image. image: PIL, original pixels. layers: places in the lens's layers.
+        lens: a logit lens of one image. image: a PIL image in original pixels. layers: indices into the lens's layers.
     """
     rows, cols = lens.grid
     shown = {layer: np.array([at[0] for at in lens.top_tokens[layer]], dtype=object).reshape(rows, cols) for layer in layers}
@@ -66,7 +67,7 @@ def readings_on_image(lens: Any, image: Any, layers: Sequence[int], path: str | 
 
 
 def _paint(axes: Any, tokens: np.ndarray, sure: np.ndarray, colours: dict[str, str], image: Any) -> None:
-    """Every cell in its token's colour on the grey image, and a line where the reading changes."""
+    """Draws every cell in its token's colour over the grey image, and lines between cells with different top tokens."""
     grey_below(axes, image, pale=True)
     paint = np.zeros((*tokens.shape, 4))
     for place, token in np.ndenumerate(tokens):
@@ -81,7 +82,7 @@ def _paint(axes: Any, tokens: np.ndarray, sure: np.ndarray, colours: dict[str, s
 
 
 def _name_regions(axes: Any, tokens: np.ndarray, image: Any, cell: float, colours: dict[str, str]) -> int:
-    """Writes each region's token in the middle of its longest row, where it fits; how many cells are named or in the key."""
+    """Writes each region's token in the middle of its longest row, if it fits; returns the number of cells labelled or in the key."""
     rows, cols = tokens.shape
     told = sum(token in colours for token in tokens.flat)
     for token in dict.fromkeys(tokens.flat):
@@ -104,7 +105,7 @@ def _where(tokens: np.ndarray, token: str) -> np.ndarray:
 
 
 def _longest_row(mask: np.ndarray) -> tuple[int, int, int]:
-    """(row, first column, length) of the longest run of a region; of equals the one nearest its middle."""
+    """(row, first column, length) of the longest run of cells in a region; of equally long ones the closest to its middle row."""
     middle = float(np.nonzero(mask)[0].mean())
     best = (0, 0.0, 0, 0)
     for row in np.flatnonzero(mask.any(1)):
@@ -128,7 +129,7 @@ def _name_cells(axes: Any, tokens: np.ndarray, image: Any, window: tuple[int, in
 
 
 def _interesting(tokens: np.ndarray, sure: np.ndarray) -> tuple[int, int, int, int]:
-    """(row0, row1, col0, col1) of the window in which sure readings that are rare in the image weigh most."""
+    """(row0, row1, col0, col1) of the window with the largest sum of probability × rarity of the top token in the image."""
     rows, cols = tokens.shape
     counts = Counter(tokens.flat)
     weight = sure * np.array([[1 - counts[token] / tokens.size for token in row] for row in tokens])

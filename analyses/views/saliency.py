@@ -1,4 +1,4 @@
-"""Pictures and the page of saliency: what in the image each token of an answer depended on."""
+"""Figures and an HTML page of saliency maps."""
 
 from __future__ import annotations
 
@@ -34,17 +34,18 @@ UNITS = {
     "occlusion": "log p lost, pixels blank (nats)",
     "integrated gradients": "share of log p (nats)",
 }
-_MOST = 8  # answer tokens in a picture; the page has them all
-_SIDE = 1024  # pixels of a picture's longer side in a page, at most
+_MOST = 8  # answer tokens in a figure, at most; the page has all
+_SIDE = 1024  # pixels of an image's longer side in a page, at most
 
 
 def saliency_plot(result: Any, path: str | Path | None = None, images: Sequence[Any] | None = None) -> Figure:
-    """A row an image: the picture (where given), the map of the whole answer, and of its tokens (at most 8, evenly chosen).
+    """One row per image: the picture if given, the map of the whole answer, and maps of its tokens (at most 8, evenly chosen).
 
-    Every panel has a scale of its own, stated in its title: the largest absolute value; maps with negative values are centred on 0.
+    Every panel has its own scale, up to the largest absolute value, which its title gives; maps with negative values are centred
+    on 0.
 
     Raises:
-        ValueError: another number of images, or one of other proportions.
+        ValueError: another number of images, or an image with other proportions than its grid.
     """
     if images is not None:
         _check(result, images)
@@ -77,7 +78,7 @@ def saliency_plot(result: Any, path: str | Path | None = None, images: Sequence[
 
 
 def curves_plot(curves: Sequence[Any], path: str | Path | None = None) -> Figure:
-    """Deletion and insertion, a line a method, with the areas in the key."""
+    """Deletion and insertion curves, one line per method, with the areas in the legend."""
     figure = Figure(figsize=(7.6, 3.2), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for number, name in enumerate(("deletion", "insertion")):
@@ -93,10 +94,10 @@ def curves_plot(curves: Sequence[Any], path: str | Path | None = None) -> Figure
 
 
 def areas_plot(table: Any, figures: dict[str, str], path: str | Path | None = None) -> Figure:
-    """A panel a figure: each method's mean with its interval.
+    """One panel per figure: each method's mean with its interval.
 
     Args:
-        table: rows with method, and for each figure its mean, `_low` and `_high`. figures: name -> title.
+        table: rows with method, and for each figure its mean, `_low` and `_high`. figures: column -> title.
     """
     methods = list(table["method"])
     figure, panels = panels_of(len(figures), (2.3, 0.7 + 0.22 * len(methods)), (1.9, 0.8), sharey=True)
@@ -108,10 +109,10 @@ def areas_plot(table: Any, figures: dict[str, str], path: str | Path | None = No
 
 
 def saliency_page(result: Any, images: Sequence[Any], path: str | Path) -> None:
-    """Writes a page that opens without network: choose a token of the answer, see what it depended on.
+    """Writes an HTML page that needs no network; the reader chooses a token of the answer and sees its map.
 
     Raises:
-        ValueError: another number of images, or one of other proportions.
+        ValueError: another number of images, or an image with other proportions than its grid.
     """
     _check(result, images)
     data = {

@@ -1,4 +1,4 @@
-"""Pictures of attention sinks and massive activations."""
+"""Figures of attention sinks and massive activations."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from analyses.views.text import visible
 
 
 def sinks_plot(result: Any, path: str | Path | None = None, images: Sequence[Any] = ()) -> Figure:
-    """Above: norm and attention received, by block and position; sinks are named, image tokens underlined. Below: each image
-    with the attention that its tokens receive, sinks framed.
+    """Top: norm and attention received, by block and position; sinks are labelled, image tokens underlined. Bottom, with images:
+    the attention that their tokens receive; sinks are framed.
 
     Raises:
-        ValueError: another number of images, or one of other proportions.
+        ValueError: another number of images, or an image with other proportions than its grid.
     """
     if len(images) not in (0, len(result.grids)):
         raise ValueError(f"expected {len(result.grids)} images, one for each that the prompt has, or none, got {len(images)}.")
@@ -42,7 +42,7 @@ def sinks_plot(result: Any, path: str | Path | None = None, images: Sequence[Any
     sinks = np.flatnonzero(result.is_sink.numpy())
     names = [f"{position} {'▢' if position in result.image else visible(result.tokens[position], 10)}" for position in sinks]
     named, last = [], -np.inf
-    for number, position in enumerate(sinks):  # of neighbours the first is named
+    for number, position in enumerate(sinks):  # of sinks close together only the first is labelled
         if position - last >= len(result.tokens) / 60:
             named, last = [*named, number], position
     panels[1].set_xticks(sinks[named], [names[number] for number in named], rotation=90, fontsize=6)
@@ -61,7 +61,7 @@ def sinks_plot(result: Any, path: str | Path | None = None, images: Sequence[Any
 
 
 def _on_images(part: Any, result: Any, images: Sequence[Any]) -> None:
-    """The attention that each image's tokens receive."""
+    """Draws the attention that each image's tokens receive on the images."""
     mean = result.received[result.from_layer :].mean(0).numpy()[list(result.image)]
     panels, first = part.subplots(1, len(images), squeeze=False)[0], 0
     for axes, image, (rows, cols) in zip(panels, images, result.grids):
@@ -78,7 +78,7 @@ def _on_images(part: Any, result: Any, images: Sequence[Any]) -> None:
 
 
 def _bar(part: Any, drawn: Any, axes: Any, label: str) -> None:
-    """A colour bar with plain numbers: a logarithmic one would have them as mathematics."""
+    """A colour bar with plain numbers; a logarithmic one would write them as powers of 10."""
     bar = part.colorbar(drawn, ax=axes, shrink=0.9, format=FuncFormatter(lambda x, _: f"{x:g}"))
     bar.ax.yaxis.set_minor_formatter(NullFormatter())
     bar.set_label(label, fontsize=8)

@@ -1,12 +1,12 @@
-"""Text that is not ours, made legible: tokens, questions, names from data sets.
+"""Makes tokens, questions and names from data sets legible in figures and pages.
 
-1. Every blank, and every character that draws nothing or moves others, becomes a sign or its escape: ␣, ⏎, ⇥, `\\x00`, `\\u202e`.
-2. matplotlib draws with its own font, then with the installed fonts of FALLBACKS. A character that none of them has becomes
-   its escape (`\\u4e2d`), for a box says nothing.
-3. What is too wide is cut, with an ellipsis; an escape is kept whole or left out. Widths are the fonts' own, in columns: a
-   digit is one wide, most letters a little less, a W or a Chinese character one and a half.
+1. Spaces, and characters that are invisible or move others, become signs or escapes: ␣, ⏎, ⇥, `\\x00`, `\\u202e`.
+2. matplotlib draws with its own font, then with the installed fonts of FALLBACKS. A character that none of them has becomes its
+   escape (`\\u4e2d`) instead of an empty box.
+3. Texts that are too wide are cut, with an ellipsis; escapes are never cut in the middle. Widths are measured with the fonts, in
+   columns: a digit is 1 wide, most letters a little less, a W or a Chinese character 1.5.
 
-Nothing here is markup: matplotlib's figures read no mathematics in it (see `figure`), pages escape it.
+Texts are never read as markup: figures do not read mathematics (see `figure`), and pages escape HTML.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _POINTS = 100
 
 
 def readable(token: str) -> str:
-    """A token with its blanks and its unprintable characters as signs or escapes; for pages, whose fonts are the browser's."""
+    """A token with spaces and unprintable characters as signs or escapes; for pages, where the browser has the fonts."""
     return "".join(map(_shown, token)) or EMPTY
 
 
@@ -41,18 +41,18 @@ def visible(token: str, width: int | None = WIDTH) -> str:
 
 
 def line(text: str, width: int | None = 80) -> str:
-    """A question, a name: as `visible`, but with its blanks as they are and its lines in one."""
+    """A question or name, as `visible`, but with its spaces kept and its lines joined."""
     words = " ".join(text.split())
     return cut([c if c == " " else visible(c, None) for c in words], width)
 
 
 def drawable(text: str) -> str:
-    """The text with an escape for every character that no font has; its blanks and lines are kept."""
+    """The text with an escape for every character that no font has; spaces and line breaks are kept."""
     return "".join(c if c in " \n" or _has(c) else _escape(c) for c in text)
 
 
 def cut(pieces: Sequence[str], width: int | None) -> str:
-    """The pieces joined; where they are wider than `width` columns, as many as fit before an ellipsis."""
+    """The pieces joined; if they are wider than `width` columns, as many as fit, and an ellipsis."""
     whole = "".join(pieces)
     if width is None or columns(whole) <= width:
         return whole
@@ -62,20 +62,20 @@ def cut(pieces: Sequence[str], width: int | None) -> str:
         if used > width:
             break
         kept.append(piece)
-    if not kept and pieces[0].startswith("\\U"):  # the longest escape: an ellipsis alone would say nothing
+    if not kept and pieces[0].startswith("\\U"):  # an escape wider than `width` is better than an ellipsis alone
         return pieces[0] + ELLIPSIS * (len(pieces) > 1)
     return "".join(kept) + ELLIPSIS
 
 
 def columns(text: str) -> float:
-    """How wide a text is: in digits."""
+    """Width of a text in columns (1 is the width of a digit)."""
     names = families()
     return sum(_width(c, names) for c in text) / _width("0", names)
 
 
 @lru_cache(maxsize=8192)
 def _width(c: str, names: tuple[str, ...]) -> float:
-    """Of the first font that has it, in em; one em where none has."""
+    """Width of a character in em, in the first font that has it; 1 if no font has it."""
     for font in _fonts(names):
         if font.get_char_index(ord(c)):
             font.set_size(_POINTS, 72)
@@ -84,13 +84,13 @@ def _width(c: str, names: tuple[str, ...]) -> float:
 
 
 def families() -> tuple[str, ...]:
-    """What matplotlib is set to draw with, then the fonts of FALLBACKS that are installed."""
+    """matplotlib's configured font families, then the installed fonts of FALLBACKS."""
     return (*rcParams["font.family"], *_installed())
 
 
 @lru_cache(maxsize=1)
 def _installed() -> tuple[str, ...]:
-    if not (there := _known()) & set(FALLBACKS):  # matplotlib keeps its list of fonts: what was installed since is not in it
+    if not (there := _known()) & set(FALLBACKS):  # matplotlib's cached list lacks fonts installed since
         listed = {font.fname for font in font_manager.fontManager.ttflist}
         for path in set(font_manager.findSystemFonts()) - listed:
             with suppress(OSError, RuntimeError):  # a font that matplotlib cannot draw with

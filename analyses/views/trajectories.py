@@ -1,4 +1,4 @@
-"""Pictures of answer trajectories."""
+"""Figures of answer trajectories and of attention knockout."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _OUTCOMES = {"straight": "#0072b2", "wavered": "#56b4e9", "held then lost": "#d5
 
 
 def trajectory_plot(item: Any, path: str | Path | None = None) -> Figure:
-    """Above, every token that is on top at some layer, and where; below, the probability of the answer and of its rival (left
-    axis, 0..1) and entropy (right axis, nats), flips dotted.
+    """Top: the top-1 token of each layer. Bottom: probability of the answer and its rival (left axis, 0..1), entropy (right axis,
+    nats), and dotted lines at flips.
 
-    Where the answer is longer than what is followed, the legend says so and the whole answer's probability is drawn too.
+    If the answer has several tokens, the legend says which is drawn, and the whole answer's probability is drawn too.
     """
     layers = range(item.n_layers + 1)
     tokens = list(dict.fromkeys(item.top1.tolist()))
@@ -57,7 +57,7 @@ def trajectory_plot(item: Any, path: str | Path | None = None) -> Figure:
 
 
 def _draw_tops(axes: Any, item: Any, tokens: list[int]) -> None:
-    """A row a token, in the order of their first appearance: the layers at which it is on top."""
+    """One row per token, in the order of first appearance, with a mark at the layers at which it is top-1."""
     shown = {}
     for row, token in enumerate(tokens):
         layers = [layer for layer, top in enumerate(item.top1.tolist()) if top == token]
@@ -74,10 +74,10 @@ def _draw_tops(axes: Any, item: Any, tokens: list[int]) -> None:
 
 
 def trajectories_plot(table: Any, shares: Any, path: str | Path | None = None) -> Figure:
-    """Left: share of each outcome by category. Right: births and stability as a fraction of depth (medians marked).
+    """Left: share of each outcome by category. Right: depths of birth and stability as fractions of L, with medians.
 
     Args:
-        table: one row per item, its figures. shares: one row per category, a column an outcome.
+        table: one row per item (`Trajectory.summary`). shares: one row per category, one column per outcome.
     """
     categories = list(shares.index)
     figure = Figure(figsize=(10, 0.9 + 0.5 * len(categories)), layout="constrained")
