@@ -1,11 +1,10 @@
 """Qwen2-VL (and Qwen2.5-VL, Qwen3-VL) for TransformerLens users: hooks, cache, lens and patching on images.
 
-Axis words used throughout: `batch pos key_pos head kv_head d_model d_head d_mlp d_vocab layer` in the text
-decoder; `image patch image_token rows cols d_vision` in the vision tower, where a patch is 14×14 pixels (16×16 in Qwen3-VL) and
-an image token 2×2 patches. `thw` is always (t, h, w). Boxes are (x0, y0, x1, y1), origin top left, in
-original pixels.
+Axis names used throughout: `batch pos key_pos head kv_head d_model d_head d_mlp d_vocab layer` in the text decoder;
+`image patch image_token rows cols d_vision` in the vision tower, where a patch is 14×14 pixels (16×16 in Qwen3-VL) and
+an image token 2×2 patches. `thw` is always (t, h, w). Boxes are (x0, y0, x1, y1), origin top left, in original pixels.
 
-Names are imported when first used, so that the command's --help need not wait for torch.
+Public names are imported when first used, so that --help does not wait for torch.
 """
 
 import sys

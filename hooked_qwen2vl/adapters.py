@@ -1,8 +1,8 @@
-"""LoRA adapters, merged by peft: (base weights, adapter) -> the weights of the tuned model.
+"""LoRA adapters, merged by peft: (base weights, adapter) -> weights of the tuned model.
 
-Two ways lead here: a PEFT folder (`adapter_config.json` with `adapter_model.safetensors`) beside or apart from its
-base, and a model in memory that peft has wrapped. In both, peft's own layers merge their own weights; the user's model
-is not altered, and weights without an adapter are shared, not copied.
+The adapter is a PEFT folder (`adapter_config.json` and `adapter_model.safetensors`), or is part of a model in memory that peft
+has wrapped. In both cases peft's layers merge their weights. The user's model is not changed, and weights without an adapter are
+shared, not copied.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from .checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, refuse_other_adapters
 from .config import HookedQwen2VLConfig
 from .weights import LM_HEAD, canonical, canonical_tensors, few
 
-_WRAPPED = "base_model.model."  # what peft writes before the base model's own names
+_WRAPPED = "base_model.model."  # peft's prefix of the base model's names
 _ADAPTED = re.compile(r"(.+?)\.(?:lora_\w+|base_layer)(?:\.|$)")
 
 
 def merge_adapter(
     cfg: HookedQwen2VLConfig, config: Mapping[str, Any], base: Mapping[str, Tensor], folder: Path, dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
-    """The base's weights with the adapter of a folder merged in, by HF name.
+    """HF name -> weights of the base with the adapter of a folder merged in.
 
     Args:
         config: the base's parsed `config.json`.
-        base: the base's tensors by HF name, in either layout, of one dtype or with a dtype to cast them to.
-        dtype: of the base before the merge, as a user of peft would load it; None keeps its own.
+        base: HF name -> tensors of the base, in the layout of transformers 4 or 5.
+        dtype: to which the base is cast before the merge, as a user of peft would load it; None: its own.
     Raises:
-        ValueError: peft is not installed, another base's adapter, settings this peft does not know, or weights in the
-            file that no layer of the model takes, or that a layer misses.
+        ValueError: peft is not installed, the adapter belongs to another base, this peft does not know one of its settings, a weight
+            of the file is not used, or an adapted layer has no weights in it.
     """
     peft = _peft(str(folder))
     with torch.device("meta"):
@@ -55,15 +55,15 @@ def merge_adapter(
 
 
 def is_adapted(hf_model: Any) -> bool:
-    """Whether peft has put adapters into a model, by a PeftModel or by transformers' own `add_adapter`."""
+    """Whether a model has peft's adapters, from a PeftModel or from transformers' `add_adapter`."""
     return any(type(module).__module__.split(".")[0] == "peft" for module in hf_model.modules())
 
 
 def adapted_model(hf_model: Any) -> tuple[nn.Module, str | None]:
-    """(the reference model inside, the names of its adapters at work; None where they are switched off).
+    """(the transformers model inside, the names of its active adapters; None if there are none).
 
     Raises:
-        ValueError: an adapter that is no LoRA.
+        ValueError: an adapter that is not a LoRA.
     """
     configs = getattr(hf_model, "peft_config", {})
     for config in configs.values():
@@ -75,7 +75,7 @@ def adapted_model(hf_model: Any) -> tuple[nn.Module, str | None]:
 
 
 def merged_weights(hf_model: Any) -> dict[str, Tensor]:
-    """What the model computes with, by HF name: peft's layers merged in copies, everything else the model's own storage."""
+    """HF name -> the weights that the model computes with: merged copies for peft's layers, the model's own storage for others."""
     inner = hf_model.get_base_model() if hasattr(hf_model, "get_base_model") else hf_model
     return dict(_weights(inner, "", _merge))
 
@@ -90,7 +90,7 @@ def _weights(module: Any, prefix: str, merge: Callable[[nn.Module], nn.Module]) 
 
 @torch.no_grad()
 def _merge(module: Any) -> nn.Module:
-    """A module as it is; one of peft's as the plain module that computes the same."""
+    """For a module of peft, the plain module with merged weights; other modules unchanged."""
     if hasattr(module, "unload_and_optionally_merge_module"):  # modules_to_save, trainable tokens
         if module.disable_adapters:
             return module.original_module
@@ -99,7 +99,7 @@ def _merge(module: Any) -> nn.Module:
         return copy.deepcopy(module).unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
     if not hasattr(module, "base_layer"):
         return module
-    if module.merged != module.disable_adapters:  # merged and at work, or neither: the base is what runs
+    if module.merged != module.disable_adapters:  # merged and active, or neither: the base layer is right
         return module.get_base_layer()
     module = copy.deepcopy(module)
     if module.disable_adapters:
@@ -110,7 +110,7 @@ def _merge(module: Any) -> nn.Module:
 
 
 def _with_adapter(peft: ModuleType, hf_model: Any, folder: Path) -> nn.Module:
-    """The base as a PeftModel with every weight of the adapter's file in it."""
+    """The base as a PeftModel with all weights of the adapter's file loaded."""
     settings = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     known = {field.name for field in dataclasses.fields(peft.LoraConfig)}
     if unknown := [f"{key} = {value!r}"[:80] for key, value in settings.items() if key not in known and value]:
@@ -132,8 +132,8 @@ def _with_adapter(peft: ModuleType, hf_model: Any, folder: Path) -> nn.Module:
 
 
 def _follow_names(peft: ModuleType, config: Any, stored: list[str]) -> None:
-    """Settings that name layers as transformers did before 5, as names of now: exactly the layers in the file, each with
-    the rank and scale its old name had."""
+    """Changes settings that name layers as in transformers 4: the target modules become exactly the layers in the file, under their
+    names in transformers 5, and keep the rank and scale of their old names."""
     old = {found[1] for key in stored if ".lora_" in key and (found := _ADAPTED.match(key.removeprefix(_WRAPPED)))}
     new = {name: _hf_name(canonical(name + ".weight")).removesuffix(".weight") for name in old}
     config.target_modules, config.exclude_modules = set(new.values()), None
@@ -149,7 +149,7 @@ def _follow_names(peft: ModuleType, config: Any, stored: list[str]) -> None:
 def _require_every_weight(
     tensors: Mapping[str, Tensor], needed: Mapping[str, Tensor], possible: Mapping[str, Tensor], folder: Path
 ) -> None:
-    """Every tensor of the file has its layer, and every adapted layer its tensors; peft would only warn."""
+    """Raises ValueError unless every tensor of the file has a layer and every adapted layer its tensors; peft would only warn."""
     problems = [f"unused: {name}" for name in tensors if name not in possible]
     problems += [f"missing: {name}" for name in needed if name not in tensors]
     problems += [
@@ -165,7 +165,7 @@ def _require_every_weight(
 
 
 def _renamed(key: str) -> str:
-    """A weight of the adapter under the names of transformers 5."""
+    """The name of an adapter's weight in transformers 5."""
     if not key.startswith(_WRAPPED):
         return key
     return _WRAPPED + _hf_name(canonical(key.removeprefix(_WRAPPED)))

@@ -1,9 +1,8 @@
-"""Hooked multi-head attention, one class for both halves.
+"""Hooked multi-head attention, the same class for the vision tower and the text decoder.
 
-The tower and the decoder differ in what a query may see (`Segments`, `Causal`) and in the rotation
-they are given; the attention itself is the same. Unless something listens to the scores or the
-pattern, `scaled_dot_product_attention` computes it; otherwise it is written out, and what the hooks
-return is what runs. `Causal` and `Segments` give the same mask to both paths.
+They differ in the mask (`Segments`, `Causal`) and in the rotation that is passed in. If no hook listens to scores or pattern,
+`scaled_dot_product_attention` computes the attention; otherwise it is written out, and the run continues with what the hooks
+return. `Causal` and `Segments` give both paths the same mask.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ from .rope import Rotation, rotate
 
 @dataclass(frozen=True)
 class Causal:
-    """Each token sees itself and the tokens before it that are not padding.
+    """Causal mask: each token sees itself and earlier tokens that are not padding.
 
-    The queries are the last `n_queries` of the keys.
+    The queries are at the last `n_queries` positions of the keys.
 
     Attributes:
-        seen: [batch key_pos], True where the key is a token; None when every key is.
-        hidden: [batch key_pos], True where only the token itself sees its key; None when there are none.
+        seen: [batch key_pos], False for padding; None without padding.
+        hidden: [batch key_pos], True for keys that only their own token sees; None without such keys.
     """
 
     n_queries: int
@@ -67,10 +66,10 @@ class Causal:
 
 @dataclass(frozen=True)
 class Segments:
-    """Each patch sees every patch of its own image or frame, and no other.
+    """Block-diagonal mask: each patch sees all patches of its own segment (an image, a frame or a window) and no others.
 
     Attributes:
-        lengths: patches of each segment, in order.
+        lengths: number of patches of each segment, in order.
     """
 
     lengths: tuple[int, ...]
@@ -88,7 +87,7 @@ class Segments:
         k: Float[Tensor, "1 head patch d_head"],
         v: Float[Tensor, "1 head patch d_head"],
     ) -> Float[Tensor, "1 head patch d_head"]:
-        """Segment by segment: a block mask would compute, and keep, the square of all patches."""
+        """Attention one segment at a time; with a mask, time and memory would grow with the square of all patches."""
         parts = zip(*(x.split(self.lengths, dim=-2) for x in (q, k, v)))
         return torch.cat([F.scaled_dot_product_attention(*part) for part in parts], dim=-2)
 
@@ -97,14 +96,14 @@ Visibility = Causal | Segments
 
 
 class Attention(nn.Module):
-    """Multi-head attention with grouped keys and values; with or without biases, and norms of queries and keys.
+    """Multi-head attention with grouped keys and values, optional biases, and optional norms of queries and keys.
 
-    `hook_q_input`, `hook_k_input` and `hook_v_input` carry the residual stream once per head when
-    something listens to them (see `Block`).
+    `hook_q_input`, `hook_k_input` and `hook_v_input` have one copy of the residual stream per head, if something listens to them
+    (see `Block`).
     """
 
     def __init__(self, d_model: int, n_heads: int, n_key_value_heads: int, d_head: int, bias: bool = True, norm_eps: float | None = None):
-        """bias: of queries, keys and values. norm_eps: of the norms of queries and keys; None for none."""
+        """bias: whether queries, keys and values have biases. norm_eps: eps of the norms of queries and keys; None: no such norms."""
         super().__init__()
         self.d_model, self.n_heads, self.n_key_value_heads, self.d_head = d_model, n_heads, n_key_value_heads, d_head
         self.q_proj = nn.Linear(d_model, n_heads * d_head, bias=bias)
@@ -138,10 +137,11 @@ class Attention(nn.Module):
         visible: Visibility,
         past: TransformerLensKeyValueCacheEntry | None = None,
     ) -> Float[Tensor, "batch pos d_model"]:
-        """Attention over normalised inputs, shared by all heads or one for each head.
+        """Attention of normalised inputs, which are the same for all heads or have a head axis.
 
         Args:
-            past: rotated keys and values of earlier positions; this call's are appended to it.
+            visible: the mask.
+            past: rotated keys and values of earlier positions; those of this call are appended to it.
         """
         q = self.hook_q(self._project(self.q_proj, query_input, self.n_heads))
         k = self.hook_k(self._project(self.k_proj, key_input, self.n_key_value_heads))
@@ -165,7 +165,7 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "batch pos head d_head"]:
         if x.ndim == 3:
             return linear(x).unflatten(-1, (n_heads, self.d_head))
-        if isinstance(linear, Quantised):  # its kernel, on every head's input; each head's own rows of that
+        if isinstance(linear, Quantised):  # apply the kernel to every head's input, then take each head's own output
             return linear(x).unflatten(-1, (n_heads, self.d_head)).diagonal(dim1=2, dim2=3).movedim(-1, 2)
         weight = readable(linear.weight, "a head's projection").unflatten(0, (n_heads, self.d_head))
         projected = torch.einsum("bphm,hdm->bphd", x, weight)
@@ -178,8 +178,10 @@ class Attention(nn.Module):
         v: Float[Tensor, "batch kv_head key_pos d_head"],
         visible: Visibility,
     ) -> Float[Tensor, "batch head pos d_head"]:
-        """Softmax attention written out, as the reference's eager path: scores in the model's dtype, softmax in
-        float32. A padded query sees nothing, so its pattern is 0 (as `scaled_dot_product_attention` has it)."""
+        """Attention written out, as in the reference's eager path: scores in the model's dtype, softmax in float32.
+
+        A query that sees no key (padding) has a pattern of 0, as in `scaled_dot_product_attention`.
+        """
         groups = (self.n_key_value_heads, self.n_heads // self.n_key_value_heads)
         scores = (q.unflatten(1, groups) @ k.unsqueeze(2).transpose(-1, -2)).flatten(1, 2) * self.d_head**-0.5
         allowed = visible.allowed.to(q.device)
@@ -193,7 +195,7 @@ class Attention(nn.Module):
     def _output(self, z: Float[Tensor, "batch pos head d_head"]) -> Float[Tensor, "batch pos d_model"]:
         if not listened(self.hook_result):
             return self.o_proj(z.flatten(-2))
-        if isinstance(self.o_proj, Quantised):  # what its kernel gives, and what hooks change of the dequantised weight's results
+        if isinstance(self.o_proj, Quantised):  # the kernel's output, plus what hooks change in the dequantised result
             W_O = self.o_proj.dequantised().T.unflatten(0, (self.n_heads, self.d_head))
             result = torch.einsum("bphd,hdm->bphm", z, W_O)
             unchanged = result.sum(-2)
@@ -234,5 +236,5 @@ class Attention(nn.Module):
 
     @property
     def b_O(self) -> Float[Tensor, "d_model"]:
-        """Zero in every checkpoint (the reference has no such bias); folding value biases fills it."""
+        """Zero after loading, as the reference has no such bias; `process_weights` folds the value biases into it."""
         return readable(self.o_proj.bias, "b_O")

@@ -1,4 +1,4 @@
-"""The transformer block both halves share (norm, attention, add; norm, MLP, add), and the decoder's own."""
+"""The transformer block of tower and decoder (norm, attention, add; norm, MLP, add), and the decoder's version of it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from .rope import Rotation
 class Block(nn.Module):
     """A pre-norm transformer block with TransformerLens's hook points.
 
-    The residual stream forks three times. Whoever listens at the entry of a branch (`hook_attn_in`,
-    `hook_mlp_in`, `attn.hook_{q,k,v}_input`) is handed a copy, because TransformerLens's patch
-    setters write in place and the other branch must not see it.
+    Hooks at the input of a branch (`hook_attn_in`, `hook_mlp_in`, `attn.hook_{q,k,v}_input`) get a copy of the residual stream,
+    because TransformerLens's patch setters write in place, and the other branch must not change.
     """
 
-    hook_out_is_single_residual_stream = True  # what TransformerLens's lens asks of a block
+    hook_out_is_single_residual_stream = True  # read by TransformerLens's logit lens
 
     def __init__(self, ln1: RMSNorm | LayerNorm, attn: Attention, ln2: RMSNorm | LayerNorm, mlp: GatedMLP | MLP):
         super().__init__()
@@ -48,23 +47,23 @@ class Block(nn.Module):
         return self.hook_resid_post(resid_mid + mlp_out)
 
     def _attention_inputs(self, resid_pre: Float[Tensor, "batch pos d_model"]) -> tuple[Tensor, Tensor, Tensor]:
-        """What queries, keys and values are made from: the normalised stream, once or once per head."""
+        """The normalised inputs of queries, keys and values: one for all heads, or one per head if a hook listens to those."""
         normalized = self.ln1(resid_pre)
         attn = self.attn
         split = (attn.hook_q_input, attn.hook_k_input, attn.hook_v_input)
         if not listened(self.hook_attn_in, *split):
             return normalized, normalized, normalized
-        # ln1's hooks fired on the unsplit stream; what they changed is carried over to every head's own.
+        # ln1's hooks ran once, on the unsplit stream; their change is added to the input of every head.
         edit = normalized - self.ln1.without_hooks(resid_pre)
         heads = resid_pre.unsqueeze(-2).repeat(1, 1, attn.n_heads, 1)
         heads = self.hook_attn_in(heads)
-        groups = heads[..., : attn.n_key_value_heads, :]  # as TransformerLens: a key head reads the copy of its number
+        groups = heads[..., : attn.n_key_value_heads, :]  # as in TransformerLens: key-value head i uses copy i
         streams = (hook(stream.clone()) for hook, stream in zip(split, (heads, groups, groups)))
         return tuple(self.ln1.without_hooks(stream) + edit.unsqueeze(-2) for stream in streams)
 
 
 def decoder_block(cfg: TextConfig) -> Block:
-    """A block of the text decoder: RMSNorm, grouped-query attention with M-RoPE, SwiGLU; weights still to be loaded."""
+    """A block of the text decoder, without its weights: RMSNorm, grouped-query attention with M-RoPE, SwiGLU."""
     norm_eps = cfg.eps if cfg.qk_norm else None
     return Block(
         ln1=RMSNorm(cfg.d_model, cfg.eps),

@@ -1,7 +1,6 @@
-"""How many bytes an activation cache will hold, from the shapes of prompts and model, before anything is run.
+"""The size in bytes of an activation cache, computed from the shapes of prompts and model before anything runs.
 
-Scores and patterns of attention hold a number for each pair of positions, so they grow with the square of the prompt; everything
-else grows with its length.
+Attention scores and patterns grow with the square of the prompt's length; all other activations grow with its length.
 """
 
 from __future__ import annotations
@@ -15,16 +14,16 @@ import torch
 from transformer_lens.utilities import Slice, SliceInput
 
 _SQUARE = ("hook_attn_scores", "hook_pattern")
-_SMALL = 1 << 28  # bytes that are never refused
-_SHOWN = 3
+_SMALL = 1 << 28  # caches with fewer bytes are never refused
+_SHOWN = 3  # number of activations in messages
 
 
 class CacheSize(int):
-    """Bytes, as a number.
+    """Number of bytes, an int.
 
     Attributes:
-        by_hook: bytes of each kind of activation over all layers ("blocks.attn.hook_pattern"), the largest first. A tensor that two
-            names share (`hook_resid_post` and the next `hook_resid_pre`) is counted once.
+        by_hook: bytes of each kind of activation over all layers ("blocks.attn.hook_pattern"), largest first. A tensor with two names
+            (`hook_resid_post` and the next `hook_resid_pre`) is counted once.
     """
 
     by_hook: dict[str, int]
@@ -40,12 +39,12 @@ class CacheSize(int):
 
 
 def cache_size(model: Any, inputs: Any, names: Iterable[str], pos_slice: Slice | SliceInput = None) -> CacheSize:
-    """Bytes of these activations of a run.
+    """Bytes of a cache of these activations.
 
     Args:
         inputs: one or more prompts (`Inputs`).
-        names: of hook points.
-        pos_slice: positions kept on the text side.
+        names: hook points.
+        pos_slice: positions that are cached on the text side.
     """
     length = inputs.shape[1]
     kept = Slice.unwrap(pos_slice).apply(torch.empty(1, length, device="meta"), dim=1).numel()
@@ -64,7 +63,7 @@ def cache_size(model: Any, inputs: Any, names: Iterable[str], pos_slice: Slice |
 
 
 def _same_tensor(name: str, names: set[str]) -> str:
-    """Another name of the same tensor; "" where there is none. (A stream that a DeepStack term was added to is a new one.)"""
+    """Another name of the same tensor, or "". (After DeepStack adds to the stream, `hook_resid_pre` is a new tensor.)"""
     if found := re.fullmatch(r"(.*blocks\.)(\d+)\.hook_resid_pre", name):
         block = f"{found[1]}{int(found[2]) - 1}"
         return "" if f"{block}.hook_deepstack" in names else f"{block}.hook_resid_post"
@@ -107,7 +106,7 @@ def _of_projector(cfg: Any, name: str, patches: int, own: int, wide: int) -> int
     vision, hook = cfg.vision, name.rpartition(".")[2]
     tokens = patches // vision.spatial_merge_size**2
     if hook == "hook_scale":
-        return (tokens if ".deepstack." in name else patches) * wide  # those norm what is merged
+        return (tokens if ".deepstack." in name else patches) * wide  # DeepStack's mergers normalise after the merge
     if hook in ("hook_pre", "hook_post"):
         return tokens * vision.d_merge * own
     if hook == "hook_out":
@@ -116,10 +115,10 @@ def _of_projector(cfg: Any, name: str, patches: int, own: int, wide: int) -> int
 
 
 def require_room(size: CacheSize, device: torch.device | str) -> None:
-    """Refuses a cache that the device has no room for.
+    """Refuses a cache that does not fit into the free memory of the device.
 
     Raises:
-        ValueError: how much it would hold, what of it is largest, what is free, and what to leave out.
+        ValueError: the message gives the size, the largest activations, the free memory, and what to leave out.
     """
     if size < _SMALL or (free := free_bytes(torch.device(device))) is None or size <= free:
         return
@@ -136,7 +135,7 @@ def require_room(size: CacheSize, device: torch.device | str) -> None:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """What can still be allocated there; None where nobody says."""
+    """Bytes of free memory on a device; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type != "cpu":
@@ -145,17 +144,17 @@ def free_bytes(device: torch.device) -> int | None:
 
     limits = [psutil.virtual_memory().available]
     group = Path("/sys/fs/cgroup")
-    try:  # of a container
+    try:  # the limit of a container
         held = int((group / "memory.current").read_text())
         reclaimable = re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)
         limits.append(int((group / "memory.max").read_text()) - held + (int(reclaimable[1]) if reclaimable else 0))
-    except (OSError, ValueError):  # none, or "max"
+    except (OSError, ValueError):  # no such file, or "max"
         pass
     return max(0, min(limits))
 
 
 def in_words(n: float) -> str:
-    """ "3.6 GB"."""
+    """Bytes as text, such as "3.6 GB"."""
     for unit in ("B", "kB", "MB"):
         if n < 1000:
             return f"{n:.0f} {unit}"

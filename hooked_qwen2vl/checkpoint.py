@@ -1,7 +1,6 @@
-"""A Qwen2-VL folder or hub id, as a configuration and lazily read tensors.
+"""A checkpoint (a folder or hub id) as a configuration and lazily read tensors.
 
-Only JSON and safetensors are read; never pickle, never code from a checkpoint. A tensor's numbers are
-mapped from the file (copy-on-write) and read when first used.
+Only JSON and safetensors are read, never pickles or code. Tensors are memory-mapped (copy-on-write) and read when first used.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from .files import open_regular
 SCENES = Path(__file__).parent / "scenes" / "checkpoint"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-WANTED = ["*.json", "*.safetensors", "*.txt", "*.jinja"]  # no *.bin, no *.py
+WANTED = ["*.json", "*.safetensors", "*.txt", "*.jinja"]  # files to download: no *.bin, no *.py
 
 
 @dataclass(frozen=True)
@@ -31,11 +30,11 @@ class Checkpoint(Mapping[str, Tensor]):
 
     Attributes:
         folder: where the files are.
-        name: what the user called it.
+        name: as the user gave it.
         config: the parsed `config.json`.
-        generation: the parsed `generation_config.json`, empty where there is none.
-        files: HF parameter name -> the safetensors file that holds it.
-        adapter: the PEFT folder whose adapter belongs on these weights, None where there is none.
+        generation: the parsed `generation_config.json`, empty if there is none.
+        files: HF parameter name -> its safetensors file.
+        adapter: PEFT folder of an adapter to merge into these weights, or None.
     """
 
     folder: Path
@@ -49,7 +48,7 @@ class Checkpoint(Mapping[str, Tensor]):
         object.__setattr__(self, "_stamps", {path: _stamp(path) for path in set(self.files.values())})
 
     def _refuse_changed(self, path: Path) -> None:
-        """What is mapped must be what was opened: a file that was cut short ends the process (SIGBUS) where it is read."""
+        """Raises ValueError if a file has changed since it was opened; reading a mapped file that was cut short kills the process."""
         if not path.exists() or _stamp(path) != self._stamps[path]:  # pyright: ignore[reportAttributeAccessIssue] (set in __post_init__)
             raise ValueError(f"{path} has changed since it was opened: load the model again, and replace a checkpoint by a new folder.")
 
@@ -58,7 +57,7 @@ class Checkpoint(Mapping[str, Tensor]):
         with _open(self.files[key]) as file:
             return file.get_tensor(key)
 
-    def items(self) -> Iterator[tuple[str, Tensor]]:  # one open file a shard, not one a tensor
+    def items(self) -> Iterator[tuple[str, Tensor]]:  # opens each shard once
         for path in dict.fromkeys(self.files.values()):
             self._refuse_changed(path)
             with _open(path) as file:
@@ -75,19 +74,19 @@ class Checkpoint(Mapping[str, Tensor]):
 def open_checkpoint(
     name: str | Path, revision: str | None = None, local_files_only: bool = False, adapter: str | Path | bool | None = None
 ) -> Checkpoint:
-    """Finds a checkpoint and lists its tensors, reading none.
+    """Finds a checkpoint and lists its tensors without reading them.
 
-    An adapter that lies in the folder belongs to it, as in transformers: on the folder's own weights where it has a
-    config.json, else on the base that `adapter_config.json` names.
+    An adapter in the folder is used, as in transformers: on the folder's own weights if it has a config.json, else on the base
+    that `adapter_config.json` names.
 
     Args:
-        name: "scenes" (the embedded model), a folder, or a hub id; a folder of that name wins.
+        name: "scenes" (the embedded model), a folder, or a hub id; an existing folder has precedence over a hub id.
         revision: branch, tag or commit of a hub id.
         local_files_only: look only in the hub's local cache.
-        adapter: a PEFT folder or hub id; False leaves out one that lies in the folder.
+        adapter: a PEFT folder or hub id; False: do not use the adapter in the folder.
     Raises:
-        ValueError: nothing there, no network for a hub id, a shard missing or truncated, a tensor in
-            the wrong shard, weights in pickle form only, two adapters, or one that is no LoRA.
+        ValueError: no such checkpoint, no network for a hub id, a missing or truncated shard, a tensor in the wrong shard, only
+            pickled weights, two adapters, or an adapter that is not a LoRA.
     """
     folder = _find(str(name), revision, local_files_only)
     folder, adapter = _with_adapter(folder, revision, local_files_only, adapter)
@@ -101,7 +100,7 @@ def open_checkpoint(
 def _with_adapter(
     folder: Path, revision: str | None, local_files_only: bool, adapter: str | Path | bool | None
 ) -> tuple[Path, Path | None]:
-    """(folder of the base, folder of its adapter)."""
+    """(folder of the base, folder of its adapter or None)."""
     whole, own = (folder / "config.json").exists(), (folder / ADAPTER_CONFIG).exists()
     if adapter is True or (adapter is False and own and not whole):
         raise ValueError(
@@ -144,7 +143,7 @@ def _read_adapter(folder: Path) -> dict[str, Any]:
     """The parsed `adapter_config.json` of a folder whose adapter can be merged.
 
     Raises:
-        ValueError: no such file or weights, weights in pickle form only, or an adapter that is no LoRA.
+        ValueError: no such file or weights, only pickled weights, or an adapter that is not a LoRA.
     """
     if not (folder / ADAPTER_CONFIG).exists():
         raise ValueError(f"{folder} has no {ADAPTER_CONFIG}: expected a folder that peft's save_pretrained wrote.")
@@ -162,7 +161,7 @@ def _read_adapter(folder: Path) -> dict[str, Any]:
 
 
 def refuse_other_adapters(kind: Any, where: str) -> None:
-    """Raises ValueError for an adapter (peft's `peft_type`) that is no LoRA."""
+    """Raises ValueError for an adapter whose type (peft's `peft_type`) is not LoRA."""
     if kind != "LORA":
         raise ValueError(
             f"{where} is an adapter of type {str(kind)!r}: only 'LORA' can be merged into plain weights here. Merge it with peft "
@@ -194,7 +193,7 @@ def _find(name: str, revision: str | None, local_files_only: bool) -> Path:
         ) from error
 
 
-# What is found in place of safetensors: (pattern, what it is, the way out).
+# Other formats of weights: (pattern, what it is, what to do).
 _FORMATS = (
     ("*.gguf", "GGUF weights", "load the checkpoint that they were converted from"),
     ("*.distcp", "shards of torch's distributed checkpoints (FSDP)", "merge them with `accelerate merge-weights`"),
@@ -213,7 +212,7 @@ _FORMATS = (
 
 
 def _refuse_other_formats(folder: Path) -> None:
-    """Raises ValueError for a folder without safetensors, which says what its weights are."""
+    """Raises ValueError for a folder without model.safetensors or an index; the message says what weights it has."""
     if (folder / SINGLE).exists() or (folder / INDEX).exists():
         return
     expected = f"expected {SINGLE} or {INDEX} with its shards"
@@ -228,7 +227,7 @@ def _refuse_other_formats(folder: Path) -> None:
 
 
 def _list_tensors(folder: Path) -> dict[str, Path]:
-    """HF name -> file; a whole model.safetensors goes before an index, as in transformers."""
+    """HF name -> file; model.safetensors has precedence over an index, as in transformers."""
     index = folder / INDEX
     if not (folder / SINGLE).exists():
         weight_map = _read_json(index, "the list of shards").get("weight_map")
@@ -256,7 +255,7 @@ def _list_tensors(folder: Path) -> dict[str, Path]:
 
 
 def _is_inside(shard: Any) -> bool:
-    """Whether an index's entry is the name of a file below its folder."""
+    """Whether an entry of an index is the name of a file inside the folder."""
     return (
         isinstance(shard, str)
         and bool(shard)

@@ -1,4 +1,4 @@
-"""`python -m hooked_qwen2vl.cli`, the command `hooked-qwen2vl`."""
+"""`python -m hooked_qwen2vl.cli` runs the command `hooked-qwen2vl`."""
 
 from analyses.cli import main
 

@@ -1,11 +1,11 @@
-"""HF's configuration of a model of the line as frozen numbers, and `model.cfg`, a TransformerLensConfig that carries them.
+"""Reads HF's configuration into frozen dataclasses, and into `model.cfg`, a TransformerLensConfig that contains them.
 
-Three model types are read: Qwen2-VL, Qwen2.5-VL and Qwen3-VL (`FAMILIES`). What they differ in is said by numbers and
-flags of `VisionConfig` and `TextConfig`, which choose the parts of the model.
+Three model types are supported: Qwen2-VL, Qwen2.5-VL and Qwen3-VL (`FAMILIES`). Their differences are numbers and flags of
+`VisionConfig` and `TextConfig`, from which the parts of the model are chosen.
 
-Axis words: `d_model` is the width of the text decoder's residual stream (HF `hidden_size`; the projector writes it: HF's
-`vision_config.hidden_size` in Qwen2-VL, `out_hidden_size` in its successors); `d_vision` is the width of the
-vision tower (HF `vision_config.embed_dim` in Qwen2-VL, `hidden_size` in its successors).
+`d_model` is the width of the decoder's residual stream and of the projector's output. HF calls it `hidden_size` in the text
+configuration; in the vision configuration it is `hidden_size` for Qwen2-VL and `out_hidden_size` for its successors. `d_vision`
+is the width of the vision tower: HF's `embed_dim` for Qwen2-VL, `hidden_size` for its successors.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers import PretrainedConfig, Qwen2_5_VLConfig, Qwen2VLConfig, Qwen
 ARCHITECTURE = "Qwen2VLForConditionalGeneration"
 VISION_LAYER_NORM_EPS = 1e-6  # fixed in the reference code, not in the configuration
 
-# Keys found in published configurations, and in those that trainers write, that say nothing about the computation.
+# Keys in published configurations, and in those that trainers write, that do not affect the computation.
 _METADATA_KEYS = {
     "architectures", "auto_map", "transformers_version", "torch_dtype", "dtype", "model_type", "use_cache",
     "initializer_range", "attention_dropout", "max_window_layers", "vision_token_id", "in_chans",
@@ -32,7 +32,7 @@ _METADATA_KEYS = {
     "output_attentions", "output_hidden_states", "return_dict", "id2label", "label2id", "finetuning_task", "problem_type", "name_or_path",
 }  # fmt: skip
 _METADATA = re.compile(r"_.*|unsloth_.*|(\w+_)?(lr|learning_rate)|(freeze|tune)_\w+")
-# What transformers 4 wrote of every model, and what the key says where it changes nothing. Other values are refused.
+# Keys that transformers 4 wrote for every model, with the value that has no effect. Other values are refused.
 _INERT = {
     "torchscript": False, "pruned_heads": {}, "use_bfloat16": False, "tf_legacy_loss": False, "tie_encoder_decoder": False,
     "add_cross_attention": False, "is_decoder": False, "is_encoder_decoder": False, "chunk_size_feed_forward": 0, "temperature": 1.0,
@@ -41,7 +41,7 @@ _INERT = {
     "max_length": 20, "min_length": 0, "do_sample": False, "early_stopping": False, "output_scores": False,
     "return_dict_in_generate": False, "remove_invalid_values": False,
 }  # fmt: skip
-# Whole numbers, and the largest that any model of the line could have: a larger one would only take time and memory.
+# Keys of whole numbers, with the largest plausible value; larger ones are refused before they take time and memory.
 _COUNTS = {
     "num_hidden_layers": 1000, "depth": 1000, "hidden_size": 10**6, "embed_dim": 10**6, "out_hidden_size": 10**6,
     "intermediate_size": 10**7, "num_attention_heads": 10**5, "num_key_value_heads": 10**5, "num_heads": 10**5, "head_dim": 10**5,
@@ -54,32 +54,32 @@ _FLAGS = ("tie_word_embeddings", "use_sliding_window", "attention_bias")
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The vision tower and projector, in numbers."""
+    """Sizes and flags of the vision tower and the projector."""
 
     n_layers: int
     d_vision: int
     n_heads: int
     d_head: int
     d_mlp: int
-    d_out: int  # width of what the projector writes: the decoder's d_model
+    d_out: int  # width of the projector's output: the decoder's d_model
     in_channels: int
     patch_size: int  # pixels
     temporal_patch_size: int  # frames
     spatial_merge_size: int  # patches
     rotary_base: float
     eps: float = VISION_LAYER_NORM_EPS
-    tower: str = "qwen2_vl"  # whose diagram it is: "qwen2_vl", "qwen2_5_vl" or "qwen3_vl"
-    window: int | None = None  # side of an attention window, in image tokens; None: attention spans the image
-    full_attention_layers: tuple[int, ...] = ()  # where there are windows: blocks whose attention spans the image
-    tokens_per_second: float | None = None  # steps of a video's time positions; None: one a frame
-    position_side: int | None = None  # side of the table of learned position embeddings
-    deepstack_layers: tuple[int, ...] = ()  # blocks whose merged streams are added after the decoder's first blocks
-    timestamps: bool = False  # whether every frame of a video stands behind its time in words
-    layer_norm: bool = True  # whether the tower norms by LayerNorm; else by RMSNorm
+    tower: str = "qwen2_vl"  # architecture of the tower: "qwen2_vl", "qwen2_5_vl" or "qwen3_vl"
+    window: int | None = None  # side of an attention window, in image tokens; None: attention over the whole image
+    full_attention_layers: tuple[int, ...] = ()  # with windows: blocks whose attention is over the whole image
+    tokens_per_second: float | None = None  # time positions per second of video; None: one per frame
+    position_side: int | None = None  # side of the grid of learned position embeddings
+    deepstack_layers: tuple[int, ...] = ()  # tower blocks whose merged streams are added after the decoder's first blocks
+    timestamps: bool = False  # whether the prompt has the time of every frame of a video as text before it
+    layer_norm: bool = True  # True: LayerNorm in the tower; False: RMSNorm
 
     @property
     def needs_fps(self) -> bool:
-        """Whether a prompt with a video depends on how many frames a second it has."""
+        """Whether a prompt with a video depends on its frames per second."""
         return self.timestamps or self.tokens_per_second is not None
 
     @property
@@ -95,7 +95,7 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The text decoder, in numbers."""
+    """Sizes and flags of the text decoder."""
 
     n_layers: int
     d_model: int
@@ -109,18 +109,18 @@ class TextConfig:
     rotary_base: float
     mrope_section: tuple[int, int, int]
     tie_word_embeddings: bool
-    mrope_interleaved: bool = False  # frequencies dealt in turns (t, row, col, t, …) instead of in sections
+    mrope_interleaved: bool = False  # frequencies alternate (t, row, col, t, …) instead of coming in sections
     qkv_bias: bool = True
     qk_norm: bool = False  # RMSNorm of every head's query and key
 
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Ids of the tokens that frame an image, and of those that frame a chat.
+    """Ids of special tokens.
 
     Attributes:
-        line_breaks: tokens that begin with a line break; () where the tokenizer is not known.
-        pad: what pads a row: the tokenizer's, without one the checkpoint's; None where neither names one.
+        line_breaks: tokens that begin with a line break; () without a tokenizer.
+        pad: the padding token of the tokenizer, else of the checkpoint; None if neither has one.
     """
 
     image: int
@@ -134,10 +134,9 @@ class SpecialTokens:
 
 @dataclass(repr=False)
 class HookedQwen2VLConfig(TransformerLensConfig):
-    """`model.cfg`: what TransformerLens's tools read, with the frozen numbers of both halves.
+    """`model.cfg`: a TransformerLensConfig for the text decoder, with the frozen configurations `text`, `vision` and `special`.
 
-    `cfg.text`, `cfg.vision` and `cfg.special` are frozen; the fields above them repeat the text
-    decoder under TransformerLens's names.
+    The other fields repeat `cfg.text` under TransformerLens's names.
     """
 
     text: TextConfig = field(default=cast(Any, None), kw_only=True)
@@ -146,7 +145,7 @@ class HookedQwen2VLConfig(TransformerLensConfig):
     model_name: str = "Qwen2-VL"
     original_architecture: str = ARCHITECTURE
     tokenizer_name: str | None = None
-    adapter: str | None = None  # what LoRA adapter is merged into the weights
+    adapter: str | None = None  # name of the LoRA adapter that is merged into the weights
     d_vocab_out: int = -1
     rotary_base: float = 1_000_000.0
     rotary_dim: int | None = None
@@ -161,7 +160,7 @@ class HookedQwen2VLConfig(TransformerLensConfig):
 
     @property
     def n_params(self) -> int:
-        """Numbers in the matrices of the decoder's blocks, as TransformerLens counts a model's size: no biases, norms or embeddings."""
+        """Number of parameters as TransformerLens counts them: the matrices of the decoder's blocks, no biases, norms or embeddings."""
         heads = 2 * (self.n_heads + cast(int, self.n_key_value_heads))
         return self.n_layers * self.d_model * (heads * self.d_head + 3 * cast(int, self.d_mlp))
 
@@ -187,15 +186,15 @@ def convert_config(
     name: str = "Qwen2-VL",
     generation: dict[str, Any] | None = None,
 ) -> HookedQwen2VLConfig:
-    """Reads the configuration of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL, old layout (flat) or new (with `text_config`).
+    """Reads the configuration of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL, in the old (flat) or the new layout (with `text_config`).
 
     Args:
         config: the parsed `config.json`, or the configuration of a model in memory.
-        name: what to call the model in results and errors.
-        generation: the parsed `generation_config.json`; its end tokens go before the configuration's.
+        name: the model's name in results and errors.
+        generation: the parsed `generation_config.json`; its end tokens have precedence over the configuration's.
     Raises:
-        ValueError: another architecture, an unknown key, or a value this port does not compute;
-            each is named with its value.
+        ValueError: another architecture, an unknown key, or a value that this package does not support; the message lists all of
+            them.
     """
     config = config.to_dict() if isinstance(config, PretrainedConfig) else dict(config)
     family = _family(config, name)
@@ -245,10 +244,10 @@ def convert_config(
 
 
 def _refuse_impossible(config: dict, name: str) -> None:
-    """Values of a wrong type, or of a size that no model has, before anything is made of them.
+    """Checks types and sizes of values before they are used.
 
     Raises:
-        ValueError: there are some; each is named.
+        ValueError: wrong types, or sizes that no model has; the message lists them.
     """
     problems = _Problems()
     for prefix in ("", "text_config", "vision_config"):
@@ -284,7 +283,7 @@ def _are_counts(values: Any, least: int = 1) -> bool:
 
 
 def _family(config: dict, name: str) -> Family:
-    """The model type's own reading of the configuration."""
+    """The `Family` of a configuration; ValueError if the model type is not supported."""
     model_type = str(config.get("model_type"))
     family = FAMILIES.get(model_type)
     architectures = config.get("architectures") or ([family.architecture] if family else [])
@@ -299,7 +298,7 @@ def _family(config: dict, name: str) -> Family:
 
 
 def _unknown_keys(config: dict, family: Family) -> list[str]:
-    """Keys that neither HF's configuration of this type nor the published files know, with their values."""
+    """One line for each key that is neither in HF's configuration of this type nor in published files, with its value."""
     reference = family.config().to_dict()
     text, vision = reference["text_config"], reference["vision_config"]
     text = {**text, **dict.fromkeys(("rope_theta", "rope_scaling", "eos_token_id", "bos_token_id", "pad_token_id"))}
@@ -324,7 +323,7 @@ def _brief(value: Any) -> str:
 
 
 class _Problems(list):
-    """One line for each value that is not what the port computes."""
+    """A list with one line for each unsupported value."""
 
     def expect(self, holds: bool, key: str, value: Any, expected: str) -> None:
         if not holds:
@@ -332,7 +331,7 @@ class _Problems(list):
 
 
 def _unsupported_values(hf: Any) -> list[str]:
-    """One line for each value the port does not compute, whatever the model type."""
+    """One line for each unsupported value; checks that are the same for all model types."""
     text, vision, problems = hf.text_config, hf.vision_config, _Problems()
     expect = problems.expect
     rope = text.rope_parameters or {}
@@ -372,7 +371,7 @@ def _unsupported_values(hf: Any) -> list[str]:
 
 
 def _expect_heads_of_the_stream(text: Any, expect: Callable) -> None:
-    """Qwen2's decoder: the heads share the stream's width, and M-RoPE comes in sections."""
+    """Checks for Qwen2's decoder: n_heads · d_head = d_model, and M-RoPE in sections."""
     head_dim, rope = getattr(text, "head_dim", None), text.rope_parameters or {}
     expect(
         text.hidden_size % text.num_attention_heads == 0 and head_dim in (None, _d_head(text)),
@@ -384,7 +383,7 @@ def _expect_heads_of_the_stream(text: Any, expect: Callable) -> None:
 
 
 def _expect_tower(hf: Any, width: str, writes: str, activation: str, expect: Callable) -> None:
-    """What every tower keeps: its activation, heads that 2-D rotary can turn, and the decoder's width at its end."""
+    """Checks for every tower: its activation function, a d_head that 2-D rotary allows, and an output of width d_model."""
     vision, d_vision = hf.vision_config, getattr(hf.vision_config, width)
     expect(vision.hidden_act == activation, "vision_config.hidden_act", vision.hidden_act, repr(activation))
     expect(
@@ -529,12 +528,13 @@ def _vision_3(hf: Any) -> VisionConfig:
 
 @dataclass(frozen=True)
 class Family:
-    """How the configurations of one model type are read.
+    """How to read the configurations of one model type.
 
     Attributes:
-        architecture: HF's name of its class.
-        config: HF's class of its configuration.
-        text, vision: its numbers. unsupported: one line for each value that this port does not compute.
+        architecture: name of HF's model class.
+        config: HF's configuration class.
+        text, vision: functions from HF's configuration to TextConfig and VisionConfig.
+        unsupported: function from HF's configuration to one line for each unsupported value.
     """
 
     architecture: str

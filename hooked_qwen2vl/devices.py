@@ -1,8 +1,8 @@
-"""One model over GPUs, CPU and disk, by accelerate: what its dispatch needs to be told, and what it must not do in silence.
+"""A model spread over GPUs, CPU and disk by accelerate.
 
-- A block stays whole, and is loaded whole before it runs, because its hooks read its children's weights.
-- A weight that is elsewhere is a placeholder on the meta device; a matmul with one gives garbage without an error
-  (torch 2.13), so whatever would read one is refused.
+- A block is never split, and is loaded completely before it runs, because its code reads the weights of its submodules.
+- An offloaded weight is a placeholder on the meta device. A matmul with one gives garbage without an error (torch 2.13), so code
+  that would read one raises an error.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ AWAY = ("cpu", "disk")
 
 
 def dispatch(model: Any, device_map: str | dict, max_memory: dict | None = None, offload_folder: str | Path | None = None) -> Any:
-    """Spreads a model over devices; blocks stay whole.
+    """Spreads a model over devices without splitting blocks.
 
     Raises:
-        ValueError: an unknown policy, a map that cuts a block in two or forgets a module, a part on disk without a
-            folder for it, or a folder that is not empty (accelerate would read whatever weights are in it).
+        ValueError: an unknown policy, a map that splits a block or lacks a module, modules on disk without a folder, or a folder
+            that is not empty (accelerate would read the weights in it).
     """
     from accelerate import dispatch_model, infer_auto_device_map
     from accelerate.utils import get_balanced_memory
@@ -68,13 +68,13 @@ def _empty_folder(device_map: dict, folder: str | Path | None) -> str | None:
 
 
 def n_devices(model: nn.Module) -> int:
-    """Devices that the model runs on; where weights only wait (CPU and disk beside a GPU) does not count."""
+    """Number of devices that the model runs on; CPU and disk do not count if they only store weights for a GPU."""
     devices = set(getattr(model, "hf_device_map", {}).values())
     return len(devices.difference(AWAY)) or 1
 
 
 def to_its_device(entry: TransformerLensKeyValueCacheEntry, block: nn.Module) -> TransformerLensKeyValueCacheEntry:
-    """The block's keys and values on the device it runs on; they are moved once, while they are empty."""
+    """The block's keys and values on the device that the block runs on; they are moved once, while they are empty."""
     device = getattr(getattr(block, "_hf_hook", None), "execution_device", None)
     if device is not None and entry.past_keys.device != torch.device(device):
         entry.past_keys, entry.past_values = entry.past_keys.to(device), entry.past_values.to(device)
@@ -82,10 +82,10 @@ def to_its_device(entry: TransformerLensKeyValueCacheEntry, block: nn.Module) ->
 
 
 def check_storage_can_be_shared(hf_model: nn.Module, name: str) -> None:
-    """A reference model whose storage cannot be shared, because it is spread over devices.
+    """Checks that a transformers model is not spread over devices, so that its storage can be shared.
 
     Raises:
-        ValueError: it is.
+        ValueError: it is spread over devices.
     """
     devices = {str(weight.device) for weight in hf_model.parameters()}
     if len(devices) > 1 or "meta" in devices:
@@ -96,13 +96,12 @@ def check_storage_can_be_shared(hf_model: nn.Module, name: str) -> None:
 
 
 class WeightsAt:
-    """A module as seen from another device: its weights are read there, and what it computes comes back there.
+    """A view of a module from another device: reading a weight, or calling the module, gives tensors on that device.
 
-    For code that reads weights beside activations that are kept elsewhere, such as a cache on the CPU. Nothing is kept: each
-    reading of a weight copies it.
+    For code that combines weights with activations on another device, such as a cache on the CPU. Every access copies the weight.
 
     Raises:
-        RuntimeError: a weight that is read is offloaded.
+        RuntimeError: when an offloaded weight is read.
     """
 
     def __init__(self, module: Any, device: torch.device):
@@ -125,7 +124,7 @@ class WeightsAt:
 
     def __call__(self, *args: Any) -> Any:
         own = next(self._module.parameters()).device
-        there = own if own.type != "meta" else self._device  # offloaded weights are brought by accelerate's own hook
+        there = own if own.type != "meta" else self._device  # accelerate's hook loads offloaded weights
         return self._seen(self._module(*(arg.to(there) for arg in args)))
 
     def _seen(self, value: Any) -> Any:

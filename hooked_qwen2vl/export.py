@@ -1,7 +1,6 @@
-"""The text decoder as a Qwen2 folder (of a Qwen3-VL: a Qwen3 folder) that any tool loads: the same weights, the same numbers
-on text.
+"""Exports the text decoder as a Qwen2 checkpoint (for Qwen3-VL: Qwen3), with the same weights and the same logits on text.
 
-On text the three M-RoPE streams are equal, so plain rotary embeddings compute the same; and DeepStack adds nothing.
+On text the three M-RoPE streams are equal, so plain rotary embeddings compute the same, and DeepStack adds nothing.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from .weights import OUR_ZEROS, text_table
 
 
 def export_text_model(model: Any, folder: str | Path) -> Path:
-    """Writes config.json, model.safetensors and, where there is one, the tokenizer.
+    """Writes config.json, model.safetensors and the tokenizer, if the model has one.
 
     Args:
-        folder: must not exist yet, or be empty.
+        folder: a new or empty folder.
     Returns:
         the folder.
     Raises:
-        ValueError: the folder holds something; or processed weights, whose output bias a Qwen2 has no place for.
+        ValueError: the folder is not empty, or value biases were folded into b_O, which Qwen2 does not have.
     """
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
@@ -51,7 +50,7 @@ def export_text_model(model: Any, folder: str | Path) -> Path:
 
 
 def _config(model: Any, tied: bool) -> Qwen2Config | Qwen3Config:
-    """Queries and keys are normalised in Qwen3, and its heads have a width of their own."""
+    """The configuration: Qwen3 if queries and keys are normalised, else Qwen2."""
     text = model.cfg.text
     kind, own = (Qwen3Config, {"head_dim": text.d_head, "attention_bias": text.qkv_bias}) if text.qk_norm else (Qwen2Config, {})
     config = kind(

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and read only where they are files."""
+"""Writes files completely or not at all, and reads regular files only."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _TEMPORARY = ".writing-"
 
 
 def open_regular(path: str | Path) -> BinaryIO:
-    """A file to read, as bytes; pipes and devices, which may never end, are not opened.
+    """Opens a regular file for reading bytes; pipes and devices are refused, because reading them may never end.
 
     Raises:
-        ValueError: not a regular file, or a name that no file can have.
-        OSError: no such file, or one that may not be read.
+        ValueError: not a regular file, or an invalid name.
+        OSError: no such file, or no permission.
     """
     path = Path(path)
     try:
@@ -31,7 +31,7 @@ def open_regular(path: str | Path) -> BinaryIO:
     _refuse_special(path, mode)
     file = os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb")
     try:
-        _refuse_special(path, os.fstat(file.fileno()).st_mode)  # what was a file a moment ago
+        _refuse_special(path, os.fstat(file.fileno()).st_mode)  # it may have been replaced since
     except ValueError:
         file.close()
         raise
@@ -57,12 +57,12 @@ def _short(path: Path) -> str:
 
 @contextlib.contextmanager
 def whole_file(path: str | Path, exclusive: bool = False) -> Iterator[Path]:
-    """A temporary file beside `path` to write; it gets its name only when it is whole and on the disk.
+    """Context that yields a temporary file in the same folder; at the end it is flushed to disk and renamed to `path`.
 
-    A file of that name is replaced then, and stays as it is if writing fails; its folder is made if need be.
+    An existing file is replaced, or stays unchanged if writing fails. The folder is created if needed.
 
     Args:
-        exclusive: raise FileExistsError instead of replacing a file of that name.
+        exclusive: raise FileExistsError instead of replacing an existing file.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,9 +81,9 @@ def whole_file(path: str | Path, exclusive: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_files(folder: str | Path) -> Iterator[Path]:
-    """A temporary folder in `folder` to write files in; they are moved to `folder` when all of them are whole and on the disk.
+    """Context that yields a temporary folder inside `folder`; at the end its files are flushed to disk and moved to `folder`.
 
-    Files of their names are replaced then. When writing fails nothing is moved, and a folder that was made for it is gone.
+    Existing files of the same names are replaced. If writing fails, nothing is moved, and folders that were created are removed.
     """
     folder = Path(folder)
     made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
@@ -102,7 +102,7 @@ def whole_files(folder: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         for parent in made:
             with contextlib.suppress(OSError):
-                parent.rmdir()  # only where nothing is in it
+                parent.rmdir()  # fails, as it should, if the folder is not empty
 
 
 def _flush(path: Path) -> None:
@@ -114,7 +114,7 @@ def _flush(path: Path) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes what killed processes of this machine left half-written; what is called alike is left alone."""
+    """Removes temporary files and folders of processes of this machine that no longer run; other files are left alone."""
     ours = re.compile(rf"{re.escape(_TEMPORARY + socket.gethostname())}-(\d{{1,9}})-[0-9a-f]{{32}}(\..*)?")
     for file in folder.glob(f"{_TEMPORARY}*"):
         named = ours.fullmatch(file.name)

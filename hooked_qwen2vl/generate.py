@@ -1,8 +1,7 @@
-"""Decoding with a KV cache and with hooks, the images always in the run.
+"""Generation with a key-value cache, with hooks, and always with the images.
 
-The prompt is run once (prefill), then one position a step. Hooks act at every step: an activation is
-`[batch, prompt, …]` in the prefill and `[batch, 1, …]` after. A token the model generates is text, also
-when its id is an image placeholder's.
+The prompt runs once (the prefill), then one position per step. Hooks act at every step: activations are `[batch, prompt, …]` in
+the prefill and `[batch, 1, …]` afterwards. A generated token is text, even if its id is the one of an image placeholder.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from .mixin import Mixin
 from .overflow import FiniteCheck, finite_check
 from .running import running_positions
 
-SPARE = 128  # positions that the buffer of keys and values has beyond those it holds, when it is made anew
+SPARE = 128  # free positions in a new buffer of keys and values
 Hooks = Sequence[tuple[str | Callable[[str], bool], Callable]]
 
 
@@ -57,11 +56,11 @@ class Sampling:
             raise ValueError("temperature and freq_penalty must not be negative, repetition_penalty must be positive.")
 
     def choose(self, logits: Float[Tensor, "batch d_vocab"], sequence: Inputs, step: int) -> Int[Tensor, "batch"]:
-        """The next token of each row; with a seed, the same whatever else draws random numbers."""
+        """The next token of each row; with a seed, other uses of random numbers do not affect it."""
         temperature = self.temperature if self.do_sample else 0.0
         logits, tokens = logits.float(), sequence.tokens
         penalised = self.freq_penalty > 0 or self.repetition_penalty != 1
-        if penalised and sequence.has_padding:  # padding is no token that was said: a column of its own
+        if penalised and sequence.has_padding:  # count padding in an extra column, so that its token is not penalised
             tokens = tokens.masked_fill(sequence.attention_mask == 0, logits.shape[-1])
             logits = torch.nn.functional.pad(logits, (0, 1), value=float("-inf"))
         with _seeded(None if self.seed is None else self.seed * 1_000_003 + step, logits.device):
@@ -111,31 +110,30 @@ class Generation(Mixin):
         fwd_hooks: Hooks = (),
         seed: int | None = None,
     ) -> Any:
-        """Continues each prompt; TransformerLens's arguments (it samples by default, as TransformerLens does).
+        """Continues each prompt; the arguments are TransformerLens's (as there, the default is to sample).
 
         Args:
-            prepend_bos, padding_side, attention_mask: of the prompt, see `as_inputs`; decoding pads on the left.
-            eos_token_id: what ends a row; None takes the checkpoint's generation settings.
-            use_past_kv_cache: False runs the whole sequence anew at every step: the same tokens, slower.
-            return_type: "tokens" [batch pos+new], the prompt included, filled after the end with the padding
-                token; "inputs" the same as Inputs, the new tokens named `answer`; "str" the text (of the
-                answer alone when `input` is Inputs, prompt included otherwise, as in TransformerLens); "input"
-                the kind that came in.
+            prepend_bos, padding_side, attention_mask: of the prompt, see `as_inputs`; generation pads on the left.
+            eos_token_id: tokens that end a row; None: from the checkpoint's generation settings.
+            use_past_kv_cache: False runs the whole sequence again at every step: the same tokens, slower.
+            return_type: "tokens": [batch pos+new], prompt included, rows that ended earlier filled with the padding token;
+                "inputs": the same as `Inputs`, with the new tokens as segment `answer`; "str": the text, without the prompt if
+                `input` is `Inputs`, else with it, as in TransformerLens; "input": the same type as `input`.
             fwd_hooks: hooks for this call, at the prefill and at every step.
-            return_cache: also the activations named by `names_filter`, over prompt and generated tokens, as they
-                were when those tokens were run (with hooks, the hooked ones), on `device`.
-            output_logits: the continuation as transformers' `GenerateDecoderOnlyOutput`, whatever the return_type: its
-                `sequences` are the tokens, its `logits` those of each new token, [batch d_vocab] each.
-            return_input_tokens: also the prompt's tokens as they were run, [batch pos].
-            stop_strings: a row stops after the token with which one of them is complete; [] stops nothing.
+            return_cache: also return the activations of `names_filter` for prompt and generated tokens, as they were when these
+                tokens ran (after hooks), on `device`.
+            output_logits: return transformers' `GenerateDecoderOnlyOutput`, whatever the return_type; `sequences` are the tokens,
+                `logits` the logits of each new token, [batch d_vocab] each.
+            return_input_tokens: also return the prompt's tokens as they were run, [batch pos].
+            stop_strings: a row stops after the token that completes one of them; [] has no effect.
             stopping_criteria: transformers' criteria, called with (tokens, logits of the last token).
-            pixel_values, forced_bos_token_id: refused: images travel in `Inputs`, and Qwen has no BOS.
+            pixel_values, forced_bos_token_id: refused; images are part of `Inputs`, and Qwen has no BOS.
             seed: makes sampling repeatable.
         Returns:
-            the continuation; with return_cache or return_input_tokens (continuation, HookedCache, tokens), those asked for.
+            the continuation; with return_cache or return_input_tokens the tuple (continuation, HookedCache, tokens) of those asked for.
         Raises:
-            ValueError: a continuation past the context, contradictory sampling settings, placeholders
-                without images, or an argument that is refused.
+            ValueError: a continuation longer than the context, contradictory sampling settings, placeholders without images, or a
+                refused argument.
         """
         if return_type not in ("input", "str", "tokens", "inputs"):
             raise ValueError(f"return_type must be 'input', 'str', 'tokens' or 'inputs', got {return_type!r}.")
@@ -187,15 +185,15 @@ class Generation(Mixin):
         fwd_hooks: Hooks = (),
         seed: int | None = None,
     ) -> Iterator[Int[Tensor, "batch new"] | str | list[str]]:
-        """`generate` in chunks: put together they are what it returns as tokens or as text, the prompt in the first chunk.
+        """`generate` in chunks; joined, they are what `generate` returns as tokens or text, with the prompt in the first chunk.
 
-        The hooks are on the model while the generator is being advanced, and only then.
+        Hooks are on the model only while the generator computes the next chunk.
 
         Args:
-            max_tokens_per_yield: a chunk is given when it has so many tokens, the prompt's counted in the first, as in
-                TransformerLens: 1 gives every token as it comes.
-            return_type: "tokens" [batch new]; "str" the text, a list of texts for several prompts (for `Inputs` the answers'
-                alone); "input" text for text and Inputs, tokens for tokens. Half a character waits for its rest.
+            max_tokens_per_yield: number of tokens after which a chunk is yielded; the first chunk includes the prompt's tokens, as
+                in TransformerLens. 1 yields every token.
+            return_type: "tokens": [batch new]; "str": text, or a list of texts for several prompts (without the prompts if `input` is
+                `Inputs`); "input": text for text and `Inputs`, tokens for tokens. Incomplete characters are held back.
         Raises:
             ValueError: as `generate`.
         """
@@ -218,7 +216,7 @@ class Generation(Mixin):
             if ended or done.shape[1] - given >= max_tokens_per_yield:
                 if as_text:
                     texts = self._answer_text(prompt, done) if isinstance(input, Inputs) else self._row_texts(done)
-                    texts = texts if ended else [text.rstrip("\ufffd") for text in texts]  # half a character waits for its rest
+                    texts = texts if ended else [text.rstrip("\ufffd") for text in texts]  # hold back incomplete characters
                     chunk = [text[len(before) :] for text, before in zip(texts, said)]
                     said = texts
                     if any(chunk):
@@ -240,7 +238,7 @@ class Generation(Mixin):
         use_past_kv_cache: bool,
         collector: Collector | None,
     ) -> Iterator[tuple[Inputs, Float[Tensor, "batch d_vocab"]]]:
-        """The prompt with one token more at each step, and the logits it was chosen from, until every row has stopped."""
+        """(the sequence with one more token, the logits that it was chosen from) at each step, until all rows have stopped."""
         if max_new_tokens < 0 or prompt.shape[1] + max_new_tokens > self.cfg.n_ctx:
             raise ValueError(
                 f"the prompt has {prompt.shape[1]} tokens and {max_new_tokens} more do not fit the context of "
@@ -259,17 +257,17 @@ class Generation(Mixin):
         check, logits = self._next_logits(prompt, prompt, past)
         for step in range(max_new_tokens):
             if sampling.do_sample:
-                check.ask()  # torch refuses to draw from what is not finite, without saying where it came from
+                check.ask()  # before torch refuses to sample, with an unclear error
             chosen = sampling.choose(logits, sequence, step)
             chosen = torch.where(running, chosen, self._fill_id())
             sequence = sequence.extend(chosen, running, alive)
             running = running & ~stop(sequence.tokens, logits)
-            flags = torch.cat((check.flags().to(running.device), running)).tolist()  # what a step transfers to the host, at once
+            flags = torch.cat((check.flags().to(running.device), running)).tolist()  # the only transfer to the host per step
             check.judge(flags[: -len(prompt)])
             yield sequence, logits
             alive = flags[-len(prompt) :]
             last = not any(alive) or step == max_new_tokens - 1
-            if not last or collector is not None:  # the last token is run only for its activations
+            if not last or collector is not None:  # the last token runs only for the cache
                 check, logits = self._next_logits(sequence, prompt, past)
             if last:
                 return check.ask()
@@ -277,7 +275,7 @@ class Generation(Mixin):
     def _next_logits(
         self, sequence: Inputs, prompt: Inputs, past: TransformerLensKeyValueCache | None
     ) -> tuple[FiniteCheck, Float[Tensor, "batch d_vocab"]]:
-        """Logits of the next token, of the whole sequence or of its last position on top of the past, and whether all was finite."""
+        """(check for finite numbers, logits of the next token), from the whole sequence, or its last position and the past."""
         with finite_check(ask=False) as check, self.watched_run(prompt):
             if past is None or sequence is prompt:
                 start, (residual, images) = 0, self.embed_prompts(sequence)
@@ -293,7 +291,7 @@ class Generation(Mixin):
     def _stopping(
         self, stop_at_eos: bool, eos_token_id: Any, stop_strings: Any, stopping_criteria: Any
     ) -> Callable[[Tensor, Tensor], Bool[Tensor, "batch"]]:
-        """A function (tokens, logits) -> which rows have stopped."""
+        """A function (tokens, logits) -> [batch] whether each row has stopped."""
         eos = self.cfg.special.eos if eos_token_id is None else eos_token_id
         eos = [eos] if isinstance(eos, int) else list(eos)
         if stop_at_eos and not eos:
@@ -319,7 +317,7 @@ class Generation(Mixin):
         return stop
 
     def _fill_id(self) -> int:
-        """What fills a row after its end."""
+        """The token that fills a row after its end."""
         special = self.cfg.special
         return special.pad if special.pad is not None else (special.eos or (0,))[0]
 
@@ -338,11 +336,11 @@ class Generation(Mixin):
         return texts if len(texts) > 1 else texts[0]
 
     def _row_texts(self, done: Inputs) -> list[str]:
-        """The text of each row, prompt included, special tokens left out."""
+        """The text of each row, with the prompt, without special tokens."""
         return [self._decode(row.tokens[0][row.attention_mask[0].bool()]) for row in done]
 
     def _answer_text(self, prompt: Inputs, done: Inputs) -> list[str]:
-        """The text of each row's new tokens, special tokens left out."""
+        """The text of each row's new tokens, without special tokens."""
         new = slice(prompt.shape[1], None)
         return [self._decode(row.tokens[0, new][row.attention_mask[0, new].bool()]) for row in done]
 
@@ -356,10 +354,10 @@ class Generation(Mixin):
 
 
 def said_so_far(past: Any, new: Inputs) -> Inputs:
-    """The prompts of a cache of keys and values, and the new tokens after them.
+    """The prompts of a key-value cache, extended by the new tokens.
 
     Raises:
-        ValueError: no cache of TransformerLens's kind, one that this model has not filled, of another batch, or new images.
+        ValueError: not a TransformerLensKeyValueCache, one that another model filled, another batch size, or new images.
     """
     if not isinstance(past, TransformerLensKeyValueCache):
         raise ValueError(
@@ -383,14 +381,14 @@ def said_so_far(past: Any, new: Inputs) -> Inputs:
 
 
 class StopStrings(StoppingCriteria):
-    """Says which rows a stop string has come to an end in with their last token, as transformers' `StopStringCriteria` does.
+    """Stops rows whose last token completes a stop string, as transformers' `StopStringCriteria` does.
 
-    That one works through the whole vocabulary at every call of `generate`; this one reads the text of the last few tokens.
+    transformers' class processes the whole vocabulary at every call of `generate`; this one decodes the last few tokens.
     """
 
     def __init__(self, tokenizer: Any, strings: Sequence[str]):
         self.tokenizer, self.strings = tokenizer, strings
-        self.window = max(len(string.encode()) for string in strings) + 1  # a token is a byte or more
+        self.window = max(len(string.encode()) for string in strings) + 1  # a token has at least one byte
 
     def __call__(self, tokens: Int[Tensor, "batch pos"], logits: Any = None, **unused: Any) -> Bool[Tensor, "batch"]:
         stopped = [self._ends_in(row) for row in tokens[:, -self.window :].tolist()]
@@ -398,14 +396,14 @@ class StopStrings(StoppingCriteria):
 
     def _ends_in(self, row: list[int]) -> bool:
         before, text = (self.tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in (row[:-1], row))
-        old = len(os.path.commonprefix([before, text]))  # half a character may have become a whole one
+        old = len(os.path.commonprefix([before, text]))  # the last token may complete a character
         return any(string in text[max(0, old - len(string) + 1) :] for string in self.strings)
 
 
 class KeysAndValues(TransformerLensKeyValueCacheEntry):
-    """TransformerLens's entry with room for more positions: a new token copies its own key and value, not all before it.
+    """TransformerLens's cache entry with a buffer that has free positions, so that appending a token copies only its key and value.
 
-    In memory they lie head by head, as attention reads them. Earlier results of `append` stay valid.
+    The memory layout is head by head, as attention reads it. Earlier results of `append` stay valid.
     """
 
     buffer: Any = None  # [2 batch head capacity d_head]
@@ -431,7 +429,7 @@ class KeysAndValues(TransformerLensKeyValueCacheEntry):
 
 
 class Collector:
-    """Gathers activations over prefill and steps, and joins them along their position axis."""
+    """Collects activations over prefill and steps, and concatenates them along the position axis."""
 
     def __init__(self, model: Any, names_filter: Any, device: Any):
         self.chunks: dict[str, list[Tensor]] = {}
@@ -447,7 +445,7 @@ class Collector:
         return save
 
     def joined(self) -> dict[str, Tensor]:
-        """Hook name -> activation over all positions; without a KV cache the last run holds them all."""
+        """Hook name -> activation at all positions; without a key-value cache this is the activation of the last run."""
         return {name: self._join(name, chunks) for name, chunks in self.chunks.items()}
 
     @staticmethod

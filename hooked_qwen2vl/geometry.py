@@ -1,7 +1,7 @@
-"""What is where in a prompt: images and videos on their grids, named segments, boxes, and the one meaning of a place.
+"""Positions in a prompt: grids of images and videos, named segments, boxes, and places.
 
-A *place* is what every analysis takes where it asks for positions (see `Geometry.resolve`). Frames: a box is
-(x0, y0, x1, y1) in original pixels, origin top left; a grid is (t, h, w) in patches, or (rows, cols) in image tokens.
+A *place* is what all analyses accept for positions (see `Geometry.resolve`). A box is (x0, y0, x1, y1) in original pixels, origin
+top left. A grid is (t, h, w) in patches, or (rows, cols) in image tokens.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .segments import KINDS, PADDING
 
 
 class Box(NamedTuple):
-    """A rectangle of an image, in original pixels, origin top left; any tuple of four numbers is read as one."""
+    """A rectangle in an image, in original pixels, origin top left; a tuple of four numbers is also read as a box."""
 
     x0: float
     y0: float
@@ -42,13 +42,13 @@ class Visual:
     """One image or video of a batch.
 
     Attributes:
-        row: the prompt it belongs to.
+        row: index of its prompt.
         kind: IMAGE or VIDEO.
         grid: (t, h, w) in patches.
         size: (width, height) in original pixels.
         merge: side of a merge block, in patches.
-        window: side of the tower's attention windows, in image tokens; None where it has none.
-        seconds_per_frame: how long a video's frame (of the grid) lasts, where the model's positions know time.
+        window: side of the tower's attention windows, in image tokens; None without windows.
+        seconds_per_frame: duration of a frame of the grid, for videos of models whose positions depend on time; else None.
     """
 
     row: int
@@ -83,11 +83,11 @@ class Visual:
 
 @dataclass(frozen=True)
 class PromptShape:
-    """What must be equal for the positions of two batches of prompts to mean the same: padding, and where the images lie.
+    """Layout of a batch of prompts: padding, and grids and places of the images. Positions correspond only in equal layouts.
 
     Attributes:
         position_ids: [3 batch pos] M-RoPE positions. attention_mask: [batch pos].
-        sliced: whether it is that of activations of which only some positions were kept.
+        sliced: True for activations that were cached at some positions only.
     """
 
     position_ids: Int[Tensor, "3 batch pos"]
@@ -95,17 +95,17 @@ class PromptShape:
     sliced: bool = False
 
     def rows(self, batch_slice: Slice | SliceInput) -> PromptShape:
-        """That of some rows, as TransformerLens slices a batch."""
+        """The layout of some rows; `batch_slice` as in TransformerLens."""
         batch_slice = Slice.unwrap(batch_slice)
         kept = batch_slice.apply(torch.arange(len(self.attention_mask)), dim=0).reshape(-1)
         return PromptShape(self.position_ids[:, kept], self.attention_mask[kept], self.sliced)
 
     def beginning(self, n: int) -> PromptShape:
-        """That of the first n positions: a prompt and what follows it begin alike."""
+        """The layout of the first n positions, to compare a prompt with its continuation."""
         return PromptShape(self.position_ids[..., :n], self.attention_mask[:, :n], self.sliced)
 
     def difference(self, other: PromptShape) -> str | None:
-        """Why positions of one are not those of the other; None where they are. One prompt fits every row like it."""
+        """Why positions of the two do not correspond; None if they do. A batch of one is compared with every row of the other."""
         ours, theirs = self.attention_mask, other.attention_mask.to(self.attention_mask.device)
         if self.sliced or other.sliced:
             return "only some positions were kept of one of them (pos_slice)"
@@ -121,11 +121,11 @@ class PromptShape:
 
 
 def refuse_unaligned(first: Any, second: Any, what: str) -> None:
-    """Raises ValueError where positions of two `Inputs` do not correspond.
+    """Raises ValueError if the positions of two batches do not correspond.
 
     Args:
-        first, second: `Inputs`, or caches, which know the shape of their prompts (an old file's does not, and passes).
-        what: what they are, for the message: "the clean and the corrupted prompts".
+        first, second: `Inputs`, or caches; caches from old files have no `prompt_shape` and are not checked.
+        what: subject of the message, such as "the clean and the corrupted prompts".
     """
     ours, theirs = getattr(first, "prompt_shape", None), getattr(second, "prompt_shape", None)
     if ours is not None and theirs is not None and (why := ours.difference(theirs)):
@@ -134,7 +134,7 @@ def refuse_unaligned(first: Any, second: Any, what: str) -> None:
 
 @renamed_attributes
 class Geometry:
-    """Mixed into `Inputs`: reads its `tokens`, `attention_mask`, `segments` and `visuals`."""
+    """Mixin of `Inputs`; uses its `tokens`, `attention_mask`, `segments` and `visuals`."""
 
     tokens: Int[Tensor, "batch pos"]
     attention_mask: Int[Tensor, "batch pos"]
@@ -153,32 +153,32 @@ class Geometry:
 
     @property
     def prompt_shape(self) -> PromptShape:
-        """Padding and places of the images, to tell whether positions of other prompts correspond to these."""
+        """The layout of the batch, to check whether positions of other prompts correspond."""
         return PromptShape(self.position_ids, self.attention_mask)
 
     def has_segment(self, name: str, row: int = 0) -> bool:
-        """Whether the row has a segment of this name; every row has a `last`."""
+        """Whether the row has a segment of this name; every row has `last`."""
         names = self.segment_names(row)
         return name == "last" or name in names or (name in _ONE and any(_ONE[name].fullmatch(own) for own in names))
 
     def resolve(self, where: Place, row: int = 0, image: int = 0) -> Int[Tensor, "n"]:
-        """Positions of a place in one row: the one meaning that all analyses share.
+        """Positions of a place in one row; all analyses use this function.
 
         Args:
             where: one of
-                - the name of a segment, one of those that partition a row (`system`, `vision_start`, `image[k]`,
-                  `video[k]`, `vision_end`, `question`, `history`, `template`, `answer`, `padding`); `image` or `video` for
-                  all of them; `video[k].frame[t]` (two frames of the video are one here), and in Qwen3-VL `video[k].time[t]`,
-                  the timestamp before it; or `last`, the position that predicts the first answer token or, without an
+                - the name of a segment. These partition a row: `system`, `vision_start`, `image[k]`, `video[k]`, `vision_end`,
+                  `question`, `history`, `template`, `answer`, `padding`. Further names: `image` or `video` for all of them;
+                  `video[k].frame[t]`, a frame of the grid (two frames of the video); in Qwen3-VL `video[k].time[t]`, the
+                  timestamp before that frame; and `last`, the position that predicts the first answer token or, without an
                   answer, the next token;
-                - a box: `Box(x0, y0, x1, y1)` or a tuple of four numbers, in original pixels of image `image`: the image
-                  tokens that it overlaps by any area at all;
-                - a position (an int), or several (a list, a range, an integer tensor or array), negative from the end;
-                - a slice of the row (padding is left out), or a mask [pos] (or [batch pos]: this row's).
-            image: which image of the row a box lies in.
+                - a box: `Box(x0, y0, x1, y1)` or a tuple of four numbers, in original pixels of image `image`; it gives all
+                  image tokens that it overlaps;
+                - a position (an int), or several (a list, a range, an integer tensor or array); negative ones count from the end;
+                - a slice of the row (without padding), or a mask [pos] (or [batch pos], of which this row is used).
+            image: which image of the row a box is in.
         Raises:
-            ValueError: no such row, segment, image or position; padding; a box that touches no token, reaches out of the
-                image or is in fractions of it; or nothing at all.
+            ValueError: no such row, segment, image or position; a position in the padding; a box that overlaps no token, extends
+                outside the image, or is in fractions of the image; or no position at all.
         """
         row = self._row(row)
         if isinstance(where, str):
@@ -190,7 +190,7 @@ class Geometry:
         return resolve_positions(where, self.attention_mask[row], row)
 
     def positions(self, name: Place, row: int = 0, image: int = 0) -> Int[Tensor, "n"]:
-        """`resolve`, under the name it has for segments and boxes."""
+        """The same as `resolve`."""
         return self.resolve(name, row, image)
 
     def span(self, name: Place, row: int = 0, image: int = 0) -> slice:
@@ -205,10 +205,10 @@ class Geometry:
         return slice(found[0], found[-1] + 1)
 
     def position(self, where: Place, row: int = 0) -> int:
-        """`resolve` of a place that is one position.
+        """The position of a place that covers exactly one.
 
         Raises:
-            ValueError: as `resolve`, or it is several.
+            ValueError: as `resolve`, or the place does not cover one position.
         """
         found = self.resolve(where, row)
         if len(found) != 1:
@@ -234,12 +234,12 @@ class Geometry:
 
     @property
     def labels(self) -> Int[Tensor, "batch pos"] | None:
-        """The answer's tokens, -100 elsewhere; None when no row has an answer."""
+        """The tokens of the answers, -100 elsewhere; None if no row has an answer."""
         answer = torch.tensor([[name == "answer" for name in row] for row in self.segments], device=self.device)
         return self.tokens.masked_fill(~answer, -100) if answer.any() else None
 
     def segment_names(self, row: int = 0) -> list[str]:
-        """The names that partition this row (padding left out), in order of appearance."""
+        """The names of the segments that partition this row, without padding, in order of appearance."""
         return list(dict.fromkeys(name for name in self.segments[self._row(row)] if name != PADDING))
 
     def grid(self, row: int = 0, image: int = 0, video: int | None = None) -> tuple[int, int]:
@@ -251,9 +251,9 @@ class Geometry:
         return self._image_or_video(row, image, video)[1].token_grid[1:]
 
     def boxes(self, row: int = 0, image: int = 0, video: int | None = None) -> Float[Tensor, "image_token 4"]:
-        """Box (x0, y0, x1, y1) of each token of an image, or of a video's frame, in original pixels; raster order.
+        """Box (x0, y0, x1, y1) of each token of an image, or of a video's frame, in original pixels, origin top left, raster order.
 
-        Origin top left. The image is resized to a multiple of the token's side, so the tokens tile it exactly.
+        The processor resizes images to multiples of a token's side, so the tokens tile the image exactly.
 
         Raises:
             ValueError: no such row or image.
@@ -267,13 +267,13 @@ class Geometry:
     def unpack_image(
         self, packed: Float[Tensor, "packed ..."], row: int = 0, image: int = 0, video: int | None = None
     ) -> Float[Tensor, "rows cols ..."]:
-        """One image cut out of an activation of the tower, in raster order; a video gives [t rows cols …].
+        """The part of a packed activation that belongs to one image, in raster order; for a video [t rows cols …].
 
         Args:
-            packed: over the batch's patches in the tower's order, or over its image tokens; or `pixels` themselves, which come
-                merge block by merge block, whatever windows the tower has.
+            packed: an activation of the tower over all patches of the batch, one over all its image tokens, or `pixels` (which are
+                ordered by merge block, also in models with attention windows).
         Raises:
-            ValueError: the activation is neither.
+            ValueError: `packed` has another length.
         """
         number, visual = self._image_or_video(row, image, video)
         n_patches = sum(v.n_patches for v in self.visuals)
@@ -317,7 +317,7 @@ class Geometry:
         return self._positions_of_segment(f"image[{image}]", row)[touched]
 
     def _visual(self, row: int, index: int, kind: int) -> tuple[int, Visual]:
-        """(place among all visuals, visual) of the index-th image or video of a row."""
+        """(index in `visuals`, visual) of the index-th image or video of a row."""
         row = self._row(row)
         found = [(n, v) for n, v in enumerate(self.visuals) if v.row == row and v.kind == kind]
         if not 0 <= index < len(found):
@@ -335,20 +335,20 @@ class Geometry:
         return row % len(self)
 
     def _slice(self, number: int, tokens: bool) -> slice:
-        """Where the number-th visual lies in `pixels` (or in `image_embeds`)."""
+        """The slice of `pixels` (or with `tokens`, of `image_embeds`) that belongs to the number-th visual."""
         sizes = [visual.n_tokens if tokens else visual.n_patches for visual in self.visuals]
         start = sum(sizes[:number])
         return slice(start, start + sizes[number])
 
 
 def resolve_positions(where: Any, attention_mask: Int[Tensor, "pos"], row: int = 0) -> Int[Tensor, "n"]:
-    """Positions given as numbers: the part of `Geometry.resolve` that needs no geometry.
+    """The part of `Geometry.resolve` for places that are given as numbers.
 
     Args:
         where: a position, a list, a range, a slice (padding is left out), an integer tensor or array, or a mask [pos].
-        attention_mask: of the row, 0 where there is padding. row: its number, for the errors.
+        attention_mask: of the row, 0 for padding. row: its index, for error messages.
     Raises:
-        ValueError: none of these, out of range, padding, or nothing at all.
+        ValueError: another type, a position out of range or in the padding, or no position at all.
     """
     seen = attention_mask.cpu().bool()
     found = _numbers(where, len(seen), f"row {row}")
@@ -363,7 +363,7 @@ def resolve_positions(where: Any, attention_mask: Int[Tensor, "pos"], row: int =
 
 
 def _numbers(where: Any, length: int, owner: str) -> Int[Tensor, "n"]:
-    """The positions, negative ones counted from the end."""
+    """The positions as a tensor; negative ones count from the end."""
     if isinstance(where, slice):
         try:
             return torch.arange(length)[where]
@@ -387,12 +387,12 @@ def _numbers(where: Any, length: int, owner: str) -> Int[Tensor, "n"]:
 
 
 def checked_box(box: Any, size: tuple[float, float], slack: tuple[float, float] = (1.0, 1.0)) -> Box:
-    """The box itself.
+    """Checks a box and returns it.
 
     Args:
-        size: (width, height) of its image in pixels. slack: how far past the edges it may reach, in pixels.
+        size: (width, height) of its image in pixels. slack: how far the box may extend over the edges, in pixels.
     Raises:
-        ValueError: not four finite numbers, no area, in fractions of the image, or out of it.
+        ValueError: not four finite numbers, no area, in fractions of the image, or outside the image.
     """
     numbers = isinstance(box, tuple) and len(box) == 4 and all(isinstance(v, Real) and not isinstance(v, bool) for v in box)
     if not numbers or not np.isfinite(box).all():

@@ -1,4 +1,4 @@
-"""What TransformerLens users call a model for besides running it: its bridge's methods, and the arguments of versions 2 and 3."""
+"""Methods of TransformerLens's bridge, and help for arguments of TransformerLens 2 and 3."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ _ELSEWHERE = {
 
 
 def refuse_old_arguments(arguments: dict[str, Any]) -> None:
-    """Says, for what TransformerLens's own `from_pretrained` takes, the way here. What asks for nothing passes.
+    """Refuses arguments of TransformerLens's `from_pretrained`, with what to write instead. None and False are accepted.
 
     Raises:
-        ValueError: an argument of TransformerLens's, with what to write instead.
-        TypeError: an argument of nobody's.
+        ValueError: an argument of TransformerLens's `from_pretrained`.
+        TypeError: an unknown argument.
     """
     asked = {name: value for name, value in arguments.items() if value not in (None, False)}
     processing = [name for name in _PROCESSING if name in asked]
@@ -63,7 +63,7 @@ def refuse_old_arguments(arguments: dict[str, Any]) -> None:
 
 
 class Habits(Mixin):
-    """Mixed into HookedQwen2VL, before HookedRootModule."""
+    """Mixin of HookedQwen2VL, before HookedRootModule."""
 
     def __getattr__(self, name: str) -> Any:
         if name in _NOT_THERE:
@@ -74,7 +74,7 @@ class Habits(Mixin):
 
     @classmethod
     def from_pretrained_no_processing(cls, name: Any, *args: Any, **kwargs: Any) -> Any:
-        """`from_pretrained`, which never processes weights."""
+        """The same as `from_pretrained`, which never processes weights."""
         return cls.from_pretrained(name, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue] (HookedQwen2VL's)
 
     def enable_compatibility_mode(
@@ -87,10 +87,10 @@ class Habits(Mixin):
         fold_value_biases: bool = True,
         refactor_factored_attn_matrices: bool = False,
     ) -> None:
-        """`process_weights`, unless `no_processing`; hook names are TransformerLens's with and without it.
+        """Calls `process_weights`, unless `no_processing`. Hook names are TransformerLens's in any case.
 
         Args:
-            disable_warnings: of what process_weights leaves out.
+            disable_warnings: suppress the warnings of process_weights about steps that it leaves out.
         """
         if no_processing:
             return
@@ -106,18 +106,18 @@ class Habits(Mixin):
             )
 
     def get_params(self) -> dict[str, Tensor]:
-        """TransformerLens name -> weight of the text side, grouped keys and values repeated for each head."""
+        """TransformerLens name -> weight of the text side; keys and values are repeated for each head."""
         return get_bridge_params(self)
 
     @property
     def n_params_total(self) -> int:
-        """Numbers in all weights, tower and biases included; tied ones count once, and `b_O`, which no checkpoint has, not at all."""
+        """Number of all parameters, including tower and biases; tied weights count once; `b_O`, which checkpoints lack, does not count."""
         layers = [module.layer for module in self.modules() if isinstance(module, Quantised)]
         packed = {id(layer.weight): layer.in_features * layer.out_features for layer in layers}
         return sum(packed.get(id(weight), weight.numel()) for name, weight in self.named_parameters() if not OUR_ZEROS.match(name))
 
     def to(self, *args: Any, print_details: bool = True, **kwargs: Any) -> Any:
-        """torch's; nothing is printed, whatever print_details."""
+        """torch's `to`; `print_details` has no effect, nothing is printed."""
         return super().to(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue] (HookedRootModule's)
 
     # ---- running ------------------------------------------------------------------------------
@@ -129,10 +129,10 @@ class Habits(Mixin):
         padding_side: str | None = None,
         attention_mask: Int[Tensor, "batch pos"] | None = None,
     ) -> tuple[Float[Tensor, "batch pos d_model"], Any, None, Int[Tensor, "batch pos"]]:
-        """(residual, tokens, None, attention mask): the stream that enters block 0, images merged in, and what it is of.
+        """(residual, tokens, None, attention mask); `residual` is the stream that enters block 0, with image embeddings.
 
-        `model(residual, start_at_layer=0, inputs=tokens, attention_mask=mask)` goes on from there; for `Inputs` the tokens are
-        the Inputs, and then without the mask.
+        `model(residual, start_at_layer=0, inputs=tokens, attention_mask=mask)` continues the run. If `input` is `Inputs`, `tokens` is
+        that `Inputs`; then leave out the mask.
         """
         inputs = self.as_inputs(input, attention_mask, prepend_bos, padding_side)
         tokens = inputs if isinstance(input, Inputs) else inputs.tokens
@@ -141,10 +141,10 @@ class Habits(Mixin):
     def run_with_hooks(
         self, input: Any, *args: Any, fwd_hooks: Any = (), bwd_hooks: Any = (), remove_batch_dim: bool = False, **kwargs: Any
     ) -> Any:
-        """TransformerLens's.
+        """As in TransformerLens.
 
         Args:
-            remove_batch_dim: for one prompt: hooks of the text side are handed, and return, activations without the batch axis.
+            remove_batch_dim: for one prompt: hooks of the text side get and return activations without the batch axis.
         Raises:
             ValueError: an unknown hook name, or remove_batch_dim with several prompts.
         """
@@ -163,7 +163,7 @@ class Habits(Mixin):
         hook_fn: Callable | None = None,
         **kwargs: Any,
     ) -> None:
-        """TransformerLens's, with either name of its second argument."""
+        """As in TransformerLens; the second argument may be called hook or hook_fn."""
         if (hook is None) == (hook_fn is None):
             raise TypeError("add_hook takes the hook as hook= or hook_fn=, one of them.")
         for own in hooked(name, self.hook_dict):
@@ -175,7 +175,7 @@ class Habits(Mixin):
 
 
 def refuse_several(input: Any) -> None:
-    """Raises ValueError where a batch axis of 1 is to be removed and there are several prompts."""
+    """Raises ValueError for several prompts, whose batch axis cannot be removed."""
     batch = 1 if isinstance(input, str) or (isinstance(input, Tensor) and input.ndim == 1) else len(input)
     if batch != 1:
         raise ValueError(f"remove_batch_dim needs one prompt, got a batch of {batch}.")

@@ -1,7 +1,7 @@
-"""Other names of the hook points: TransformerLens's shorthand for the split inputs, and its bridge's own names.
+"""Alternative names of hook points: TransformerLens's shorthand for the split inputs, and the names of its bridge.
 
-`utilities.get_act_name("q_input", 2)` is `blocks.2.hook_q_input`; here that hook point is `blocks.2.attn.hook_q_input`. The names in
-`model.hook_dict`, in caches and in `hook.name` are this model's; the others are understood wherever a name is asked for.
+`utilities.get_act_name("q_input", 2)` is `blocks.2.hook_q_input`; this model's name is `blocks.2.attn.hook_q_input`. The model's own
+names are in `model.hook_dict`, in caches and in `hook.name`; alternative names are accepted wherever a name is given.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _IN_A_BLOCK = re.compile(r"((?:vision_encoder\.)?blocks\.\d+\.)(.+)")
 
 
 def canonical(name: str) -> str:
-    """This model's own name of a hook point; a name that is no other name comes back as it is."""
+    """The model's own name of a hook point; names that are not alternative names are returned unchanged."""
     found = _IN_A_BLOCK.fullmatch(name)
     if found is None:
         return _OF_THE_MODEL.get(name, name)
@@ -34,7 +34,7 @@ def canonical(name: str) -> str:
 
 
 def others(name: str) -> list[str]:
-    """The other names of a hook point."""
+    """The alternative names of a hook point."""
     found = _IN_A_BLOCK.fullmatch(name)
     if found is None:
         return [other for other, own in _OF_THE_MODEL.items() if own == name]
@@ -42,12 +42,12 @@ def others(name: str) -> list[str]:
 
 
 def chosen(names_filter: str | Sequence[str] | Callable[[str], bool], known: Collection[str]) -> list[str]:
-    """The hook points that a filter names, in the model's order.
+    """The hook points that a filter selects, in the model's order.
 
-    A function is asked about the model's own names, and about the others only where it takes none of them.
+    A function is called with the model's own names; only if it selects none of them, with the alternative names.
 
     Raises:
-        ValueError: a name that no hook point has.
+        ValueError: an unknown name.
     """
     if not callable(names_filter):
         wanted = require([names_filter] if isinstance(names_filter, str) else names_filter, known)
@@ -56,10 +56,10 @@ def chosen(names_filter: str | Sequence[str] | Callable[[str], bool], known: Col
 
 
 def hooked(names_filter: str | Sequence[str] | Callable[[str], bool], known: Collection[str]) -> list[str]:
-    """The hook points that a hook goes on: `chosen`, but a function that takes the decoder's and the vision tower's means the decoder's.
+    """The hook points to which a hook is added: `chosen`, but without the tower's if a function selects the decoder's and the tower's.
 
-    TransformerLens's users write `lambda name: name.endswith("pattern")` for the model that answers; its scores by layer and head
-    would be overwritten by the tower's. A warning says which were left out, and how to have them.
+    TransformerLens users write `lambda name: name.endswith("pattern")` and mean the decoder; with the tower's patterns added, results
+    by layer and head would be overwritten. A warning says how many hook points were left out, and how to include them.
     """
     names = chosen(names_filter, known)
     decoder = [name for name in names if not is_vision(name)]
@@ -74,12 +74,12 @@ def hooked(names_filter: str | Sequence[str] | Callable[[str], bool], known: Col
 
 
 def is_vision(name: str) -> bool:
-    """Whether a hook point's activations belong to the packed images, not to the decoder's rows."""
+    """Whether a hook point is in the vision tower or the projector, whose activations are packed over images."""
     return name.startswith(("vision_encoder.", "vision_projector."))
 
 
 def require(names: Sequence[str], known: Collection[str]) -> set[str]:
-    """The model's own names of these hook points, or a ValueError that says which there are none of."""
+    """The model's own names of these hook points; ValueError if a name is unknown."""
     own = {name: canonical(name) for name in names}
     unknown = [name for name in names if own[name] not in known]
     if unknown:

@@ -1,12 +1,12 @@
-"""What the tower makes of the images: how it is computed, kept, and known to be stale.
+"""Image embeddings: computing them, storing them, and detecting that they are stale.
 
     pixels ─► vision_encoder ─► vision_projector ─► image embeddings ─► merged into the token embeddings
                                                  └► (Qwen3-VL) what DeepStack adds after the decoder's first blocks
 
-Image embeddings that `encode` has computed are used again only by the weights, in the precision and for the pixels that
-gave them. Weights count as the same when they lie where they lay, no in-place edit was counted (`tensor._version`), and
-samples of every tensor of the tower are unchanged. Not seen: an edit behind torch's back (`.data`, `.numpy()`, inference
-mode) that leaves all samples as they were; call `encode` again after such an edit.
+Image embeddings from `encode` are reused only with the same weights, precision and pixels. Weights count as the same if their
+storage is at the same address, torch has counted no in-place edit (`tensor._version`), and samples of every tensor of the tower are
+unchanged. An edit that torch does not count (`.data`, `.numpy()`, inference mode) and that changes no sample is not detected:
+call `encode` again after such an edit.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from .overflow import finite_check, first_not_finite
 
 __getattr__ = moved_names(__name__)
 
-CAPACITY = 1 << 30
-SAMPLES = 64  # numbers of each tensor of the tower that are compared
+CAPACITY = 1 << 30  # default capacity of an ImageEmbeddingsCache, in bytes
+SAMPLES = 64  # elements of each tensor of the tower that are compared, about
 
 
 def merge(
     embedded: Float[Tensor, "batch pos d_model"], images: Float[Tensor, "image_token d_model"] | None, inputs: Inputs
 ) -> Float[Tensor, "batch pos d_model"]:
-    """Token embeddings with every image's embeddings in the place of its placeholders.
+    """Token embeddings with the image embeddings in place of the placeholders.
 
     Args:
-        images: in order of appearance; None where there are none. A batch that comes n times over takes n times the images.
+        images: in order of appearance; None without images. If `embedded` has n copies of the batch, `images` must have n copies, too.
     """
     if images is None:
         return embedded
@@ -56,12 +56,12 @@ def deepstack_terms(
     positions: slice,
     like: Float[Tensor, "rows pos d_model"],
 ) -> list[Float[Tensor, "rows pos d_model"]]:
-    """What DeepStack adds to the decoder's stream after each of its first blocks: 0 where there is no image.
+    """What DeepStack adds to the residual stream after each of the decoder's first blocks; 0 at positions without an image.
 
     Args:
-        images: stream 0 is the image embeddings; each further one is added. Of the batch, or of its copies.
-        copies: how many times over the batch comes. positions: of the prompts, those that are run.
-        like: the stream that they are added to.
+        images: stream 0 has the image embeddings, the further streams what is added; for the batch, or for all of its copies.
+        copies: number of copies of the batch in the run. positions: the positions that are run.
+        like: the residual stream.
     """
     if images is None or len(images) == 1:
         return []
@@ -73,10 +73,10 @@ def deepstack_terms(
 
 
 class ImageEmbeddings(Mixin):
-    """Mixed into HookedQwen2VL."""
+    """Mixin of HookedQwen2VL."""
 
     def encode(self, inputs: Inputs) -> Inputs:
-        """The same batch on the model's device with its image embeddings, so that later runs need not run the tower."""
+        """The same batch on the model's device, with its image embeddings, so that later runs do not run the tower."""
         inputs = inputs.to(self.cfg.device)
         if not inputs.visuals:
             return inputs
@@ -84,15 +84,15 @@ class ImageEmbeddings(Mixin):
         return inputs.with_image_embeddings(images[0], self.tower_stamp(), images[1:])
 
     def image_embeddings(self, inputs: Inputs) -> Float[Tensor, "image_token d_model"] | None:
-        """The images' embeddings, in order of appearance: as encoded before, or from the tower when it must run."""
+        """The image embeddings, in order of appearance, from `encode` or from the tower (see `image_streams`)."""
         images = self.image_streams(inputs)
         return None if images is None else images[0]
 
     def image_streams(self, inputs: Inputs) -> Float[Tensor, "stream image_token d_model"] | None:
-        """All that the projector writes for the decoder: the image embeddings, then what DeepStack adds.
+        """The projector's output: stream 0 has the image embeddings, further streams what DeepStack adds.
 
-        As encoded before, or from the tower when it must run: when they are stale, and when anything listens inside it.
-        None for prompts without images.
+        From `encode`, or from the tower if they are missing or stale or if something listens inside the tower. None for prompts
+        without images.
         """
         if not inputs.visuals:
             return None
@@ -104,10 +104,10 @@ class ImageEmbeddings(Mixin):
         return torch.cat([hook(stream.clone()) for hook, stream in zip(hooks, streams.split(1))])
 
     def run_tower(self, inputs: Inputs) -> Float[Tensor, "stream image_token d_model"]:
-        """Pixels through tower and projector.
+        """Runs tower and projector on the pixels.
 
         Raises:
-            ValueError: the result is not finite; the first stage where it was not is named.
+            ValueError: the result is not finite; the message names the first stage with a number that is not finite.
         """
         pixels = inputs.pixels.to(self.cfg.device, self.cfg.dtype)
         images = self.vision_projector(self.vision_encoder(pixels, inputs.grids), inputs.grids)
@@ -115,21 +115,21 @@ class ImageEmbeddings(Mixin):
             check.note(images, lambda: first_not_finite(self, pixels, inputs.grids))
         return images
 
-    @torch.compiler.disable  # a question to the host
+    @torch.compiler.disable  # runs on the host
     def is_encoded(self, inputs: Inputs) -> bool:
-        """Whether the inputs carry image embeddings that this tower, as it is now, has made of their pixels."""
+        """Whether the inputs have image embeddings that this tower computed with its current weights."""
         whole = (inputs.deepstack_embeds is not None) == bool(self.cfg.vision.deepstack_layers)
         return inputs.has_image_embeddings and whole and inputs.encoded_by == self.tower_stamp()
 
     def tower_is_listened_to(self) -> bool:
-        """Whether anything listens before the image embeddings: a hook point, or a bare torch hook on a module."""
+        """Whether a hook (of a hook point, or torch's on a module) listens in the tower or in the projector before its output."""
         exempt = {id(hook) for hook in self.vision_projector.out_hooks}
         modules = (module for tower in (self.vision_encoder, self.vision_projector) for module in tower.modules())
         return any(id(module) not in exempt and listened(module) for module in modules)
 
     @torch.no_grad()
     def tower_stamp(self) -> tuple:
-        """Says which weights compute image embeddings, and in which precision: another model's, or edited ones, differ."""
+        """A value that identifies the tower's weights and precision; it differs for another model and after edits."""
         weights = [*self.vision_encoder.parameters(), *self.vision_projector.parameters()]
         edits = hash(tuple((w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights))
         device = self.cfg.device
@@ -139,7 +139,7 @@ class ImageEmbeddings(Mixin):
 
 
 def samples_of(tensors: Sequence[Tensor]) -> int:
-    """A hash of some numbers of each tensor, spread over it; what lies on the meta device is left out."""
+    """A hash of some elements of each tensor, evenly spaced; tensors on the meta device are left out."""
     here = [tensor.detach().flatten() for tensor in tensors if not tensor.is_meta]
     picked = [flat[:: max(1, len(flat) // SAMPLES) | 1] for flat in here]
     by_device: dict[torch.device, list[Tensor]] = {}
@@ -149,18 +149,18 @@ def samples_of(tensors: Sequence[Tensor]) -> int:
 
 
 class ImageEmbeddingsCache:
-    """Image embeddings computed once an image, however many questions are asked about it.
+    """Computes the embeddings of each image once and stores them, for many questions about the same images.
 
-    An image is known by the pixels the tower is given, so two files with the same picture are one image. The tower runs on
-    one image at a time: what an image gives then never depends on which others were met before, and a run that was stopped
-    and resumed gets the same numbers. Beyond its capacity it forgets the least recently used.
+    Images are identified by the pixels that the tower gets, so two files with the same picture are one image. The tower runs on one
+    image at a time, so that the numbers do not depend on other images, and a resumed run gets the same ones. When the capacity is
+    exceeded, the least recently used images are dropped.
 
     Attributes:
-        model: a HookedQwen2VL; when its tower's weights change, what was held is not used again.
-        capacity: bytes it may hold.
-        watch: entered while the tower runs on one image (its inputs are given); the tensors that it gives are kept with
-            the embeddings.
-        computed: how many images the tower has run on.
+        model: a HookedQwen2VL; when the weights of its tower change, stored embeddings are not used any more.
+        capacity: bytes.
+        watch: function from the inputs with one image to a context that is entered while the tower runs on it; the tensors that the
+            context yields are stored with the embeddings.
+        computed: number of images that the tower has run on.
     """
 
     def __init__(
@@ -170,12 +170,12 @@ class ImageEmbeddingsCache:
         self._held: OrderedDict[tuple, tuple[Float[Tensor, "stream image_token d_model"], Sequence[Tensor]]] = OrderedDict()
 
     def __call__(self, inputs: Inputs) -> Inputs:
-        """The same batch with its image embeddings, as `model.encode` gives it."""
+        """The same batch with its image embeddings, as from `model.encode`."""
         return self.watched(inputs)[0]
 
     @torch.no_grad()
     def watched(self, inputs: Inputs) -> tuple[Inputs, list[Sequence[Tensor]]]:
-        """The batch with its image embeddings, and for each of `inputs.visuals` what `watch` gave."""
+        """(the batch with its image embeddings, for each of `inputs.visuals` the tensors from `watch`)."""
         if not inputs.visuals:
             return inputs, []
         stamp = self.model.tower_stamp()
@@ -189,7 +189,7 @@ class ImageEmbeddingsCache:
     ) -> tuple[Float[Tensor, "stream image_token d_model"], Sequence[Tensor]]:
         key = (stamp, visual.grid, image_hash(pixels))
         if key not in self._held:
-            # only pixels and grids reach the tower: the tokens of this batch stand by
+            # the tower uses only pixels and grids, so the tokens of the batch do not matter
             one = replace(inputs, visuals=(visual,), pixels=pixels)
             with self.watch(one) as seen:
                 self._held[key] = self.model.encode(one).image_streams, seen

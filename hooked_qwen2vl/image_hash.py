@@ -1,4 +1,4 @@
-"""One hash for images, wherever two must be told apart: stored image embeddings, resumed runs, clusters of questions about one image."""
+"""A hash of images, for stored image embeddings, resumed runs, and clusters of questions about one image."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ def _length(path: Path) -> int | None:
 
 
 def image_hash(image: Any, wherever: bool = False) -> str:
-    """32 digits that tell images apart: files by their path; pictures by their pixels, mode and size; arrays and tensors by
-    their values, dtype and shape.
+    """32 hexadecimal digits that identify an image.
+
+    A file is identified by its path; a PIL image by its pixels, mode and size; an array or tensor by its values, dtype and shape.
 
     Args:
-        wherever: a file is its name and length instead, so that the same folder elsewhere holds the same images.
+        wherever: identify a file by its name and size in bytes instead, so that a copy of the folder has the same images.
     """
     hashed = hashlib.blake2b(digest_size=16)
     if isinstance(image, (str, os.PathLike)):

@@ -1,4 +1,4 @@
-"""Compares the model with transformers' own, stage by stage."""
+"""Compares the model with transformers' model of the same checkpoint, stage by stage."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from analyses.cli.shared import add_model, check_device, load_model
 
-# Said wherever pixels are compared: which of transformers' two image processors these are.
+# Printed with every comparison: which of transformers' two image processors the pixels equal.
 PIXELS = (
     "pixels: both models are given this package's, which equal those of transformers' PIL image processor. With torchvision\n"
     "installed transformers resizes in torch by default, up to 2 grey levels apart (with random weights up to 6 % of the logits'\n"
@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _models(options: argparse.Namespace, dtype: str) -> tuple[Any, Any]:
-    """This package's model, and transformers' of the same files, dtype and device."""
+    """(this package's model, transformers' model of the same files, dtype and device)."""
     import transformers
 
     from hooked_qwen2vl.checkpoint import open_checkpoint
@@ -65,7 +65,7 @@ def _models(options: argparse.Namespace, dtype: str) -> tuple[Any, Any]:
     checkpoint = open_checkpoint(options.model, adapter=options.adapter)
     architecture = getattr(transformers, model.cfg.original_architecture)
     reference = architecture.from_pretrained(checkpoint.folder, dtype=model.cfg.dtype).eval().to(model.cfg.device)
-    if checkpoint.adapter not in (None, checkpoint.folder):  # one in the folder itself transformers applies
+    if checkpoint.adapter not in (None, checkpoint.folder):  # transformers itself applies an adapter in the folder
         from peft import PeftModel
 
         reference = PeftModel.from_pretrained(reference, checkpoint.adapter).merge_and_unload()

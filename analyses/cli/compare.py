@@ -1,7 +1,7 @@
-"""The same questions and summaries for several models, aligned by relative depth: lens, trajectory, patching, heads.
+"""Compares models on the same questions, aligned by relative depth: lens, trajectory, patching, heads.
 
-Without --with, the model stands beside its "twin": its own text decoder, exported as a Qwen2 (or Qwen3) and run by TransformerLens.
-With --tuned, activations of the model are patched into its fine-tuned version, and back.
+Without --with, the model is compared with its "twin": its own text decoder, exported as a Qwen2 (or Qwen3) and run by TransformerLens.
+With --tuned, activations of the model are patched into its fine-tuned version, and the other way round.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from analyses.cli.shared import add_model, add_out, at_least_one, load_model, lo
 from hooked_qwen2vl.protocols import Model
 
 NAME = "compare"
-HELP = "beside other models: lens, trajectories, patching and heads on shared questions"
+HELP = "compare with other models: lens, trajectories, patching and heads on the same questions"
 EXAMPLES = (
     "",
     "--with gpt2 --with qwen=Qwen/Qwen2-0.5B-Instruct",
@@ -93,7 +93,9 @@ def _tuned(options: argparse.Namespace, model: Model, questions: list) -> int:
 
 
 def _named(spec: str, options: argparse.Namespace, model: Model) -> tuple[str, Any]:
-    """(name, model) of NAME=MODEL or MODEL: a Qwen2-VL, Qwen2.5-VL or Qwen3-VL as ours, a text model as TransformerLens's bridge, or the twin.
+    """(name, model) for NAME=MODEL or MODEL.
+
+    A Qwen2-VL, Qwen2.5-VL or Qwen3-VL becomes a HookedQwen2VL, a text model TransformerLens's bridge, and "twin" the model's twin.
 
     Raises:
         ValueError: another model with a vision tower.
@@ -120,7 +122,7 @@ def _named(spec: str, options: argparse.Namespace, model: Model) -> tuple[str, A
 
 
 def _qwen(place: str, options: argparse.Namespace) -> Any:
-    """A model of the line, of a folder or hub id; an adapter's folder is --model with it."""
+    """The HookedQwen2VL of a folder or hub id; for the folder of an adapter, --model with the adapter."""
     from hooked_qwen2vl.model import HookedQwen2VL
 
     base, adapter = (options.model, place) if _is_adapter(place) else (place, None)

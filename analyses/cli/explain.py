@@ -1,4 +1,4 @@
-"""What in the image made each token of an answer: hide image tokens one by one, and see which tokens become less likely."""
+"""Which image tokens each token of an answer depends on: hides image tokens one at a time and measures the answer's probability."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from analyses.cli.outputs import Outputs
 from analyses.cli.shared import SAMPLES, add_model, add_out, at_least_one, load_model
 
 NAME = "explain"
-HELP = "what in the image made each token of the answer"
+HELP = "which image tokens each token of the answer depends on"
 EXAMPLES = (
     "",
     '--image photo.jpg --question "What color is the car?" --open',
@@ -22,10 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("--image", action="append", default=[], help="an image file; may be repeated")
     parser.add_argument("--question", help="default: a shipped image and its question")
-    parser.add_argument("--answer", help="teacher-forced; without it, what the model itself answers")
-    parser.add_argument("--method", default="knockout", choices=METHODS, help="default knockout, which is exact; docs/saliency.md has all")
-    parser.add_argument("--max-new-tokens", type=int, default=20, metavar="N", help="of an answer of its own (default 20)")
-    parser.add_argument("--batch-size", type=int, default=16, help="image tokens hidden side by side (default 16)")
+    parser.add_argument("--answer", help="teacher-forced; default: the model's own answer")
+    parser.add_argument("--method", default="knockout", choices=METHODS, help="default knockout, which is exact; see docs/saliency.md")
+    parser.add_argument("--max-new-tokens", type=int, default=20, metavar="N", help="limit for the model's own answer (default 20)")
+    parser.add_argument("--batch-size", type=int, default=16, help="changed copies of the prompt in one forward (default 16)")
     add_out(parser)
 
 

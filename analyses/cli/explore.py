@@ -1,4 +1,4 @@
-"""A page to explore a prompt with: the image, what every token of it reads as, attention, grounding, patching."""
+"""An HTML page to explore a prompt: the image, the logit lens at every token, attention, grounding, patching."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hooked_qwen2vl.files import open_regular
 from hooked_qwen2vl.protocols import Model
 
 NAME = "explore"
-HELP = "one page to explore an image and a question with, without network"
+HELP = "one page to explore an image and a question; needs no network"
 EXAMPLES = (
     "--open",
     '--image photo.jpg --question "What color is the car?" --follow " red"',
@@ -28,15 +28,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--video", action="append", default=[], help="a folder of frames (in the order of their names), or a GIF; may be repeated"
     )
     parser.add_argument("--question", help="default: a picture of the embedded world, its question and counterfactual")
-    parser.add_argument("--answer", help="teacher-forced; without it, the tokens that the model itself answers")
+    parser.add_argument("--answer", help="teacher-forced; default: the model's own answer")
     parser.add_argument(
         "--counterfactual",
         metavar="IMAGE",
-        help="another image of the same grid, answered differently: adds patching recovery (a run for each layer and position)",
+        help="another image of the same grid, with another answer: adds patching recovery (one run per layer and position)",
     )
     parser.add_argument("--top-k", type=int, default=5, metavar="K", help="tokens to keep by layer and position (default 5)")
     parser.add_argument(
-        "--follow", action="append", default=[], metavar="TOKEN", help="a token to know at every layer and position; may be repeated"
+        "--follow", action="append", default=[], metavar="TOKEN", help="a token to show at every layer and position; may be repeated"
     )
     add_out(parser)
 
@@ -83,10 +83,10 @@ def _what(options: argparse.Namespace) -> tuple[list[Any], list[Any], str, Any]:
 
 
 def _frames(video: str) -> list[Any]:
-    """The frames of a folder, or of a picture that moves.
+    """The frames in a folder or in a GIF.
 
     Raises:
-        ValueError: neither.
+        ValueError: neither of the two, or no frames.
     """
     from PIL import Image, ImageSequence, UnidentifiedImageError
 
@@ -109,7 +109,7 @@ def _frames(video: str) -> list[Any]:
 
 
 def _recovery(model: Model, prompt: Any, inputs: Any, question: str, images: list[Any], others: list[Any]) -> dict[str, Any]:
-    """Residual stream patched from the image shown into the other, at every layer and position from the image on."""
+    """Recovery when the residual stream is patched from `images` into `others`, at every layer and position from the image on."""
     import torch
 
     from analyses.explorer import recovery_by_position
@@ -132,7 +132,7 @@ def _recovery(model: Model, prompt: Any, inputs: Any, question: str, images: lis
     def metric(logits: Any) -> Any:
         return logits[:, -1, right] - logits[:, -1, wrong]
 
-    first = int(prompt.positions("image[0]")[0])  # before it nothing differs
+    first = int(prompt.positions("image[0]")[0])  # the prompts are equal before it
     sweep = patch_sweep(model, prompt, corrupted, metric, positions=range(first, prompt.shape[1]))
     recovered = recovery_by_position(sweep, metric(clean_logits[:, None]).float().cpu(), (model.cfg.n_layers, inputs.shape[1]))
     return {"recovered": recovered, "other_answer": model.to_string([wrong])}

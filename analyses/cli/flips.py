@@ -1,4 +1,4 @@
-"""Where answers flip between layers, and which heads and MLPs make them: one prompt, or a data set."""
+"""At which layers answers flip, and which heads and MLPs cause the flips: for one prompt, or a data set."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from analyses.cli.outputs import Outputs
 from analyses.cli.shared import add_model, add_out, add_run, at_least_one, check_data, finished, load_model, reports, run_options
 
 NAME = "flips"
-ROWS = "rows"  # the run's folder, beside the tables made from it
-HELP = "where the answer flips between layers, and what makes it"
+ROWS = "rows"  # folder of the run, next to the tables made from it
+HELP = "at which layers the answer flips, and what causes it"
 EXAMPLES = (
     '--image photo.jpg --question "What color is the car?" --answer red --candidates red,blue,green',
     "--data scenes --limit 50",
@@ -26,11 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--answer", help="one prompt: the right answer")
     parser.add_argument("--candidates", default="", help="one prompt: possible answers, separated by commas")
     parser.add_argument("--data", default="scenes", help="a data set: 'scenes', a .jsonl file or a folder (see analyses.data.examples)")
-    parser.add_argument(
-        "--limit", type=int, default=200, help="questions of the data set to follow, domains and categories in turn (default 200)"
-    )
+    parser.add_argument("--limit", type=int, default=200, help="questions of the data set, domains and categories in turn (default 200)")
     parser.add_argument("--components", type=int, default=2, help="components to ablate for a flip (default 2)")
-    parser.add_argument("--random", type=int, default=10, help="random draws beside them (default 10)")
+    parser.add_argument("--random", type=int, default=10, help="random draws of as many components (default 10)")
     add_run(parser, 8)
     add_out(parser)
 
@@ -72,7 +70,7 @@ def _one(options: argparse.Namespace) -> None:
 
 
 def _finding(question: str, item: Any) -> str:
-    """What became of the answer, in words."""
+    """A summary of the trajectory in words."""
     L = item.n_layers
     said = f"{item.answer!r}, and the model says {item.top1_tokens[-1]!r}"
     followed = "" if item.label == item.answer else f"\nfollowed:  {item.label} (the answer begins so; its other tokens are not)"
@@ -88,7 +86,7 @@ def _finding(question: str, item: Any) -> str:
 
 
 def _flip(layer: int, flip: Any, effects: Any) -> str:
-    """One flip, and the two components that the direct attribution ranks first, with what ablating each does."""
+    """One flip in words, with the two components of the largest direct attribution and the effects of ablating each."""
     most = ", ".join(f"{row.component} {row.attribution:+.2f} (ablated: {row.ablated:+.2f})" for row in effects.head(2).itertuples())
     return f"layer {layer}:   {flip.lost!r} → {flip.gained!r}, difference of logits {flip.before:+.2f} → {flip.after:+.2f}; most by {most}"
 
@@ -110,7 +108,7 @@ def _data_set(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace, rows: Path) -> None:
-    """Tables and pictures of a finished run."""
+    """Writes tables and figures of a finished run."""
     from analyses.experiments.flips import read_flip_study
     from analyses.runs.engine import read_failures
 

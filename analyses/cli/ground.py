@@ -1,4 +1,4 @@
-"""Where in the image the answer is: the contextual lens's heat map and best box."""
+"""Where the answer is in the image: the contextual lens's heat map and best box."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import json
 from analyses.cli.outputs import Outputs
 from analyses.cli.shared import SAMPLES, add_model, add_out, at_least_one, load_model
 
-# What docs/grounding_results.md found with this package's own model, whose pictures say what each answer depends on.
+# Results for this package's own model, from docs/grounding_results.md.
 MEASURED = (
     "The contextual lens is a weak pointer here: over 421 items of the embedded world its hottest token (maximum over layers) lay on "
     "what the answer depends on in 60 % [55, 64], attention from the last position in 86 % [83, 89]; its box overlapped it by .23."
 )
 NAME = "ground"
-HELP = "where in the image the answer is"
+HELP = "where the answer is in the image"
 EXAMPLES = (
     "",
     '--image photo.jpg --question "Where is the dog?" --answer "on the sofa"',
@@ -25,10 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("--image", action="append", default=[], help="an image file; may be repeated")
     parser.add_argument("--question", help="default: a shipped image and its question")
-    parser.add_argument("--answer", help="teacher-forced; without it, what the model itself answers")
+    parser.add_argument("--answer", help="teacher-forced; default: the model's own answer")
     parser.add_argument("--image-layer", type=int, metavar="L", help="layer of the image tokens (default round(0.5 L))")
     parser.add_argument("--text-layer", type=int, metavar="L", help="layer of the answer (default round(0.75 L))")
-    parser.add_argument("--max-new-tokens", type=int, default=20, metavar="N", help="of an answer of its own (default 20)")
+    parser.add_argument("--max-new-tokens", type=int, default=20, metavar="N", help="limit for the model's own answer (default 20)")
     add_out(parser)
 
 

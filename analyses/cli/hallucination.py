@@ -1,4 +1,4 @@
-"""Which score tells the model's right answers from its hallucinated ones, on a benchmark's local copy."""
+"""Which score separates the model's right answers from its hallucinated ones, on a local copy of a benchmark."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from analyses.cli.shared import add_model, add_out, add_run, at_least_one, finis
 from hooked_qwen2vl.protocols import Model
 
 NAME = "hallucination"
-HELP = "scores of the model's answers against the truth, by category"
+HELP = "how well scores detect hallucinated answers, by category"
 EXAMPLES = (
     "--limit 300",
     "--data pope:coco_pope_random.json --images val2014",
     "--data amber:AMBER --judgements verdicts.jsonl",
 )
-ROWS = "rows"  # the run's folder, beside the tables made from it
+ROWS = "rows"  # folder of the run, next to the tables made from it
 KINDS = ("scenes", "pope", "hqh", "amber", "chair", "mmhal")
 
 
@@ -27,16 +27,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", default="scenes", metavar="KIND:PATH",
         help="pope:FILE, hqh:DIR, amber:DIR, chair:FILE, mmhal:FILE, or scenes (the embedded world's test split; default)",
     )  # fmt: skip
-    parser.add_argument("--limit", type=int, default=1000, help="how many questions, categories in turn (default 1000)")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="the folder of the images, where it is another one")
-    parser.add_argument("--objects", type=Path, metavar="FILE", help='chair: {"image_id": ["dog", …]}, what is truly there')
-    parser.add_argument("--synonyms", type=Path, metavar="FILE", help="chair: a line an object, 'person, girl, boy'")
-    parser.add_argument("--judgements", type=Path, metavar="FILE", help='a judge\'s JSON lines {"id": …, "correct": true}')
-    parser.add_argument("--skip-bad", action="store_true", help="leave bad rows out (they are named) instead of stopping")
+    parser.add_argument("--limit", type=int, default=1000, help="questions, categories in turn (default 1000)")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="the folder of the images (default: as the benchmark has it)")
+    parser.add_argument("--objects", type=Path, metavar="FILE", help='chair: {"image_id": ["dog", …]}, the objects in each image')
+    parser.add_argument("--synonyms", type=Path, metavar="FILE", help="chair: one object per line, 'person, girl, boy'")
+    parser.add_argument("--judgements", type=Path, metavar="FILE", help='by an external judge: JSON lines {"id": …, "correct": true}')
+    parser.add_argument("--skip-bad", action="store_true", help="leave out bad rows and list them, instead of stopping")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="default: every score of analyses.answer_scores")
-    parser.add_argument("--image-layer", type=int, help="layer of the contextual lens's image side (default: half-way)")
-    parser.add_argument("--text-layer", type=int, help="and of its text side (default: three quarters of the way)")
-    parser.add_argument("--sweep", type=int, default=0, metavar="N", help="scenes: choose both on N items of the validation split instead")
+    parser.add_argument("--image-layer", type=int, help="contextual lens: layer of the image tokens (default round(0.5 L))")
+    parser.add_argument("--text-layer", type=int, help="contextual lens: layer of the answer (default round(0.75 L))")
+    parser.add_argument("--sweep", type=int, default=0, metavar="N", help="scenes: choose both layers on N items of the validation split")
     parser.add_argument("--max-new-tokens", type=int, default=32)
     parser.add_argument("--n-boot", type=int, default=1000, help="resamples for the intervals (default 1000)")
     add_run(parser, 8)
@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _run(options: argparse.Namespace, items: Any, rows: Path, vocabulary: Any, rank: tuple[int, int]) -> Any:
-    """Answers and scores what is not there yet."""
+    """Runs the questions that have no result yet."""
     from analyses.experiments.hallucination import HallucinationExperiment
 
     model = load_model(options)
@@ -126,14 +126,14 @@ def _layers(options: argparse.Namespace, model: Model) -> tuple[int | None, int 
 
 
 def _problems(items: Any) -> Any:
-    """Rows that could not be read, as a table of failures."""
+    """The bad rows of the data as a table of failures."""
     import pandas as pd
 
     return pd.DataFrame({"item": None, "id": "", "batch": None, "error": list(items.problems)})
 
 
 def _report(options: argparse.Namespace, items: Any, name: str, judgements: Any, rows: Path, out: Outputs) -> None:
-    """Prints the table of methods × categories; writes claims, metrics and pictures."""
+    """Prints the table of methods × categories; writes claims, metrics and figures."""
     import pandas as pd
 
     from analyses.experiments.hallucination import read_hallucinations
@@ -185,7 +185,7 @@ def _yes_no(items: Any, result: Any, out: Outputs) -> None:
 
 
 def _chair(items: Any, vocabulary: Any, out: Outputs) -> None:
-    """CHAIRs and CHAIRi, where the objects truly there are known."""
+    """Prints and writes CHAIRs and CHAIRi; ValueError if the objects in an image are not known."""
     from analyses.data.benchmarks import OBJECTS, chair
 
     if any(item.judge != OBJECTS for item in items):

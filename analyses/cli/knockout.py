@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("--image", action="append", default=[], help="one prompt: an image file; may be repeated")
     parser.add_argument("--question", help="one prompt: the question")
-    parser.add_argument("--answer", help="one prompt: the token whose probability is followed (default: what the model says first)")
+    parser.add_argument("--answer", help="one prompt: the token whose probability is measured (default: the model's first token)")
     parser.add_argument("--limit", type=int, default=100, help="without --question: questions of the embedded world (default 100)")
     parser.add_argument("--window", type=int, help="layers blocked at once (default: a quarter of the layers)")
     add_out(parser)
@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _one(options: argparse.Namespace) -> tuple[Any, str]:
-    """(effects on one prompt, the token whose probability they are of)."""
+    """(effects on one prompt, the text of the token whose probability they change)."""
     from analyses.knockout import attention_knockout
     from hooked_qwen2vl.processor import open_image
 

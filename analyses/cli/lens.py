@@ -1,4 +1,4 @@
-"""What the model would answer if it stopped after each layer."""
+"""The logit lens: what the model would answer if it stopped after each layer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("--image", action="append", default=[], help="an image file; may be repeated")
     parser.add_argument("--question", help="default: a shipped image and its question")
-    parser.add_argument("--answer", help="teacher-forced; without it, the tokens that the model itself answers")
+    parser.add_argument("--answer", help="teacher-forced; default: the model's own answer")
     parser.add_argument("--top-k", type=int, default=5, metavar="K", help="tokens to show for each layer (default 5)")
     add_out(parser)
 
@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _table(lens) -> str:
-    """The layers of the first answer token: entropy, and the top tokens with their probabilities."""
+    """A table in text: at the first answer token, each layer's entropy and top tokens with their probabilities."""
     lines = [f"{'layer':>11}  {'entropy':>8}  top tokens at the first token of the answer"]
     for layer, label in enumerate(lens.layer_labels):
         tops = zip(lens.top_tokens[layer][0], lens.top_probs[layer, 0].tolist())

@@ -1,4 +1,4 @@
-"""Domain-specific neurons: which neurons serve one visual domain, and what switching them off costs."""
+"""Domain-specific neurons: which neurons belong to a visual domain, and what switching them off costs."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ EXAMPLES = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("--data", default="scenes", help="a folder with a folder per domain (images and questions.jsonl), or 'scenes'")
-    parser.add_argument("--test", help="data to judge on; default: of scenes the test split, of other data every second image")
+    parser.add_argument("--test", help="data to test on; default: the test split of scenes, every second image of other data")
     parser.add_argument("--limit", type=int, help="questions to select on, domains in turn (default: 500 of scenes, all of other data)")
-    parser.add_argument("--test-limit", type=int, default=150, help="questions to judge on, domains in turn (default 150)")
-    parser.add_argument("--generate", type=int, default=4, metavar="N", help="answer tokens counted an example, at most (default 4)")
-    parser.add_argument("--share", type=float, default=0.01, help="of each module's neurons to select (default 0.01)")
-    parser.add_argument("--quantile", type=float, default=0.95, help="of all firing rates, to be exceeded (default 0.95)")
-    parser.add_argument("--sources", default="image,text,generated", help="whose tokens count (default image,text,generated)")
+    parser.add_argument("--test-limit", type=int, default=150, help="questions to test on, domains in turn (default 150)")
+    parser.add_argument("--generate", type=int, default=4, metavar="N", help="answer tokens to generate per question (default 4)")
+    parser.add_argument("--share", type=float, default=0.01, help="share of each module's neurons to select (default 0.01)")
+    parser.add_argument("--quantile", type=float, default=0.95, help="quantile of firing rates that a neuron must exceed (default 0.95)")
+    parser.add_argument("--sources", default="image,text,generated", help="kinds of tokens to count (default image,text,generated)")
     parser.add_argument("--seeds", type=int, default=3, help="draws of each control (default 3)")
-    parser.add_argument("--only-select", action="store_true", help="count and select; switch nothing off")
+    parser.add_argument("--only-select", action="store_true", help="only count and select; switch nothing off")
     add_run(parser, 16)
     add_out(parser)
 
@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _describe(options, model, judged, states, how) -> None:
-    """What would be done; the conditions are known once firings and effects are there."""
+    """Prints what would be done; the number of conditions is known only when firings and effects are complete."""
     from analyses.experiments.neurons import AblationExperiment
 
     print("\n".join(state.describe() for state in states))
@@ -84,7 +84,7 @@ def _describe(options, model, judged, states, how) -> None:
 
 
 def _select(options: argparse.Namespace) -> tuple[Any, Any]:
-    """(the neurons that the firings select, every condition to answer under)."""
+    """(the selected neurons, the conditions to run; None with --only-select)."""
     from analyses.experiments.neurons import conditions, read_effects, read_firings
 
     folder = options.out
@@ -96,7 +96,7 @@ def _select(options: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def _data(options: argparse.Namespace) -> tuple[Any, Any]:
-    """(questions to select on, questions to judge on), on different images, each gone through as often as needed."""
+    """(questions to select on, questions to test on), about different images; each can be iterated several times."""
     from analyses.data.examples import examples, spread
     from analyses.experiments.neurons import split_by_image
 
@@ -106,12 +106,12 @@ def _data(options: argparse.Namespace) -> tuple[Any, Any]:
     if options.test:
         return (lambda: examples(options.data, options.limit, keep_bad=True),
                 lambda: examples(options.test, options.test_limit, keep_bad=True))  # fmt: skip
-    chosen, judged = split_by_image(examples(options.data, keep_bad=True))  # paths, not pictures
+    chosen, judged = split_by_image(examples(options.data, keep_bad=True))  # has paths, not opened images
     return spread(chosen, options.limit), spread(judged, options.test_limit)
 
 
 def _report(options, model, neurons, wanted, judged) -> None:
-    """Tables and pictures of the finished runs."""
+    """Writes tables and figures of the finished runs."""
     with Outputs(options, NAME) as out:
         tables = {"neurons": neurons.to_dataframe(), "neurons_by_layer": neurons.by_layer(), "neurons_overlaps": neurons.overlaps()}
         neurons.plot(out.path("neurons_by_layer.png"))
@@ -124,7 +124,7 @@ def _report(options, model, neurons, wanted, judged) -> None:
 
 
 def _failures(folder: Path, stages: Sequence[str], out: Outputs) -> Any:
-    """Questions that failed in any run."""
+    """A table of the questions that failed in any run."""
     import pandas as pd
 
     from analyses.runs.engine import read_failures
@@ -136,7 +136,7 @@ def _failures(folder: Path, stages: Sequence[str], out: Outputs) -> Any:
 
 
 def _experiment(options: Any, model: Model, neurons: Any, wanted: Any, judged: Any, out: Any) -> dict:
-    """What switching off did: prints, draws, returns the tables."""
+    """Prints and draws the effects of switching neurons off; returns the tables."""
     from analyses.data.examples import in_turn
     from analyses.experiments.max_activating import top_images, written_tokens
     from analyses.experiments.neurons import prepare, read_ablations, stream_by_layer
@@ -175,13 +175,13 @@ def _experiment(options: Any, model: Model, neurons: Any, wanted: Any, judged: A
 
 
 def _purest(neurons) -> list[tuple[str, int, int]]:
-    """The neuron of lowest DAPE of each module."""
+    """The neuron with the lowest DAPE in each module."""
     table = neurons.to_dataframe().sort_values("dape_nats").drop_duplicates("module")
     return list(table[["module", "layer", "neuron"]].itertuples(index=False, name=None))
 
 
 def _selection(neurons) -> str:
-    """How many neurons serve each domain, and how specific they are."""
+    """A table in text: how many neurons belong to each domain, and how specific they are."""
     from math import log
 
     table = neurons.to_dataframe()
@@ -195,7 +195,7 @@ def _selection(neurons) -> str:
 
 
 def _verdict(accuracy, excess) -> str:
-    """Accuracies, then each selection against its controls over all domains, in words."""
+    """Accuracies, then each selection compared with its controls over all domains, as text."""
     shown = accuracy[accuracy["module"].isin(["all", *accuracy["module"].unique()])]
     matrix = shown.pivot_table(index=["module", "selection"], columns="domain", values="accuracy", sort=False)
     lines = ["\naccuracy on a domain with its own neurons, or a control for them, off", matrix.round(3).to_string(), ""]
@@ -206,7 +206,7 @@ def _verdict(accuracy, excess) -> str:
 
 
 def _told_apart(row, column: str) -> str:
-    """What switching the own neurons off costs beyond the control, and whether its interval leaves out 0."""
+    """Cost of switching off the own neurons beyond the control's, with its interval and whether that excludes 0, as text."""
     low, high = row[f"{column}_low"], row[f"{column}_high"]
     says = "hurts more" if high < 0 else "hurts less" if low > 0 else "not told apart"
     return f"{row[column]:+.3f} [{low:+.3f}, {high:+.3f}], {says}"

@@ -1,14 +1,15 @@
-"""What a command writes: a folder of its own, all of its files or none, with a page and a manifest of what they were made of.
+"""The output folder of a command: all of its files or none, with an index page and a manifest.
 
-1. Files are written in a temporary folder. When all are there they are moved to their places; a command that fails, or is
-   killed before that, leaves the folder as it was.
-2. `COMMAND.json` beside them says the command, its options, what it was asked, the versions, and a checksum of each file. It is
-   taken away before the first file is moved and written after the last: files without it, or with other checksums, are of a
+1. Files are written to a temporary folder and moved to the output folder when all are complete. A command that fails or is killed
+   before that leaves the folder unchanged.
+2. `COMMAND.json`, the manifest, has the command, its options, the question, the version, and a checksum of each file. It is deleted
+   before the first file is moved and written after the last. Files without a manifest, or with other checksums, come from a
    command that was killed in between.
-3. Files that the last manifest lists and this one does not (of a second image, say) are removed; those that someone edited since stay.
-4. `index.html` beside them shows the command, what it said, its pictures and its tables.
-5. Without --out the folder is `out/COMMAND/WHAT`, after the question, the images and the data; one where other options have
-   already written is left alone, and `WHAT-2` is taken. A folder with the results of another command is refused.
+3. Files of the previous manifest that are not in the new one (such as those of a second image) are deleted, unless they were
+   changed.
+4. `index.html` shows the command, its printed text, its figures and its tables.
+5. Without --out the folder is `out/COMMAND/WHAT`, named after the question, the images and the data. If it has the results of
+   other options, `WHAT-2` is used. A folder with the results of another command is refused.
 """
 
 from __future__ import annotations
@@ -27,21 +28,21 @@ from typing import TYPE_CHECKING, Any, Self
 from hooked_qwen2vl.files import open_regular, whole_file, whole_files
 from hooked_qwen2vl.version import __version__
 
-if TYPE_CHECKING:  # --help need not wait for it
+if TYPE_CHECKING:  # importing pandas would slow down --help
     import pandas as pd
 
 
 INDEX = "index.html"
-_NOT_ASKED = {"run", "out", "open", "line"}  # what is no part of what a command was asked
+_NOT_ASKED = {"run", "out", "open", "line"}  # attributes that are not options of the analysis
 
 
 class Outputs:
-    """The folder --out, filled as a whole, as a context manager; what was said is printed once the files are there.
+    """Context manager that writes the output folder; on success it moves the files there and prints the texts of `say`.
 
     Args:
-        options: of the command; they stand in the manifest.
+        options: of the command, for the manifest.
         command: its name.
-        about: what more the manifest says (the question, the answer).
+        about: further entries of the manifest (the question, the answer).
     """
 
     def __init__(self, options: argparse.Namespace, command: str, **about: Any):
@@ -83,7 +84,7 @@ class Outputs:
         return self.folder / f"{self.command}.json"
 
     def path(self, name: str) -> Path:
-        """Where to write a file of that name now."""
+        """The temporary path at which to write the file of that name."""
         self.names.append(name)
         return self._place / name
 
@@ -94,11 +95,11 @@ class Outputs:
         write_csv(table, self.path(name))
 
     def say(self, text: str) -> None:
-        """What the command found: printed when all is written, and shown on the page."""
+        """Adds a text to print when all files are written, and to show on the index page."""
         self.said.append(text)
 
     def wrote(self) -> str:
-        """A line a file: `wrote FOLDER/a.csv`."""
+        """One line per file: `wrote FOLDER/a.csv`."""
         return "\n".join(f"wrote {self.folder / name}" for name in self.names)
 
     def _write_index(self) -> None:
@@ -114,16 +115,16 @@ class Outputs:
         return {**made, **about, "files": {name: _checksum(self._place / name) for name in self.names}}
 
     def _before(self) -> dict[str, str]:
-        """The files of the last manifest; none where there is no manifest that can be read."""
+        """The files of the previous manifest; empty without a readable one."""
         files = _manifest_of(self.folder, self.command).get("files")
         return {str(name): str(checksum) for name, checksum in files.items()} if isinstance(files, dict) else {}
 
 
 def take_place(options: argparse.Namespace, command: str, commands: Iterator[str]) -> None:
-    """Sets options.out to the folder that this command writes into (5. above).
+    """Sets options.out to the folder that this command writes to (see 5. above).
 
     Raises:
-        ValueError: --out is the folder of another command.
+        ValueError: --out has the results of another command.
     """
     if options.out is not None:
         for other in commands:
@@ -132,7 +133,7 @@ def take_place(options: argparse.Namespace, command: str, commands: Iterator[str
         return
     first = Path("out") / command / _words(options)
     if hasattr(options, "rank") and getattr(options, "question", None) is None:
-        options.out = first  # a run goes on where it was, and refuses the folder of another one
+        options.out = first  # a run resumes in its folder, and refuses the folder of another run
         return
     asked = json.loads(json.dumps(_asked(options), default=str))
     places = (first if n == 1 else first.with_name(f"{first.name}-{n}") for n in range(1, 10_000))
@@ -140,7 +141,7 @@ def take_place(options: argparse.Namespace, command: str, commands: Iterator[str
 
 
 def _words(options: argparse.Namespace) -> str:
-    """A folder's name for what is asked: model, data, images, question, answer; `example` where nothing is given."""
+    """A folder name made from model, data, images, question and answer; `example` if none is given."""
     given = vars(options)
     names = [given.get("model") if given.get("model") != "scenes" else None, given.get("adapter"), given.get("tuned")]
     names += [given.get("data") if given.get("question") is None else None]
@@ -158,7 +159,7 @@ def _asked(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _manifest_of(folder: Path, command: str) -> dict[str, Any]:
-    """The manifest that a command left in a folder; empty where there is none that can be read."""
+    """The manifest of a command in a folder; empty without a readable one."""
     try:
         with open_regular(folder / f"{command}.json") as file:
             manifest = json.loads(file.read())

@@ -1,4 +1,4 @@
-"""Activation patching between two images: one pair's map, or where recovery lies over many pairs."""
+"""Activation patching between two images: a map for one pair, or recovery by span over many pairs."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", help="one pair: the clean image (default: a pair of the embedded world)")
     parser.add_argument("--corrupted", help="one pair: the corrupted image, of the same grid")
     parser.add_argument("--question", help="one pair: the question")
-    parser.add_argument("--answer", help="one pair: right for the clean image")
-    parser.add_argument("--other", help="one pair: right for the corrupted image (default: what the model says)")
+    parser.add_argument("--answer", help="one pair: the right answer for the clean image")
+    parser.add_argument("--other", help="one pair: the right answer for the corrupted image (default: the model's answer)")
     parser.add_argument("--activation", default="resid_pre", help="resid_pre, attn_out, mlp_out, z, …, or vision_encoder.resid_pre, …")
     parser.add_argument("--direction", default="denoise", choices=("denoise", "noise"))
-    parser.add_argument("--data", help="many pairs instead: 'scenes', or a table of pairs (see analyses.counterfactuals)")
+    parser.add_argument("--data", help="many pairs: 'scenes', or a table of pairs (see analyses.counterfactuals)")
     parser.add_argument("--n", type=int, default=200, help="pairs to keep, with --data (default 200)")
-    parser.add_argument("--batch-size", type=int, default=16, help="prompts in one forward at most: bounds the memory (default 16)")
+    parser.add_argument("--batch-size", type=int, default=16, help="prompts in one forward, at most; limits the memory (default 16)")
     add_out(parser)
 
 
@@ -73,9 +73,9 @@ def _one(options: argparse.Namespace) -> None:
     table.insert(2, "token", [visible(words[place], None) for place in table["pos"]])
     table.insert(3, "image_cell", [cells.get(place, "") for place in table["pos"]])
     if options.direction == "noise":
-        shares = 1 - shares  # drawn: the share that is lost
+        shares = 1 - shares  # the lost share is drawn
     heads = shares.ndim == 3
-    if heads:  # drawn: the strongest at each position
+    if heads:  # the strongest head at each position is drawn
         strongest = shares.abs().argmax(-1, keepdim=True)
         shares = shares.gather(-1, strongest)[..., 0]
     positions = list(dict.fromkeys(sweep.index_df["pos"]))
@@ -108,7 +108,7 @@ def _cells(inputs: Any) -> dict[int, str]:
 
 
 def _refused(model: Any, candidate: Any, reasons: list[str]) -> str:
-    """Why a pair can't be patched, with what to do about it."""
+    """The error message for a pair that cannot be patched."""
     from hooked_qwen2vl.processor import open_image
 
     more = ""

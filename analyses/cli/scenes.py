@@ -13,7 +13,7 @@ EXAMPLES = ("--n 16 --seed 3",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--n", type=int, default=9, help="how many pictures (default 9)")
+    parser.add_argument("--n", type=int, default=9, help="number of pictures (default 9)")
     parser.add_argument("--seed", type=int, default=0)
     add_out(parser)
 

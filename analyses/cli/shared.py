@@ -1,4 +1,4 @@
-"""What the commands share: options that several take, and where they write."""
+"""Options and checks that several commands use."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SAMPLES = Path(hooked_qwen2vl.__file__).parent / "scenes" / "samples"
 
 
 class Renamed(argparse.Action):
-    """An option under the name of earlier versions: `new` is its name now."""
+    """An option under the name that it had in earlier versions; `new` is its current name."""
 
     def __init__(self, *args: Any, new: str, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -46,36 +46,34 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def add_out(parser: argparse.ArgumentParser) -> None:
-    """--out, a folder that may not exist yet, and --open."""
-    parser.add_argument("--out", type=_folder, help="folder for what is written (default: one of its own below out/)")
-    parser.add_argument("--open", action="store_true", help="show the folder's index.html in the browser when it is written")
+    """--out, a folder that need not exist yet, and --open."""
+    parser.add_argument("--out", type=_folder, help="output folder (default: a new one below out/)")
+    parser.add_argument("--open", action="store_true", help="open the folder's index.html in the browser at the end")
 
 
 def add_run(parser: argparse.ArgumentParser, batch_size: int) -> None:
-    """--batch-size, --rank, --cluster, --dry-run, of what is a run over a data set."""
+    """The options of a run over a data set: --batch-size, --rank, --cluster, --dry-run."""
     parser.add_argument("--batch-size", type=int, default=batch_size, help=f"a data set: questions in a batch (default {batch_size})")
     parser.add_argument("--shard", dest="rank", action=Renamed, new="--rank", help=argparse.SUPPRESS)
     parser.add_argument(
-        "--rank", metavar="k/n", help="a data set: be the k-th of n processes that share the run, from 0 (see docs/data_sets.md)"
+        "--rank", metavar="k/n", help="a data set: this is process k = 0..n-1 of n that share the run (see docs/data_sets.md)"
     )
     parser.add_argument(
         "--cluster",
         metavar="auto|ADDRESS",
-        help="a data set: have it worked on by the nodes of a Ray cluster, this machine's or the one at the address (see docs/scale.md)",
+        help="a data set: run it on the nodes of a Ray cluster, this machine's or the one at the address (see docs/scale.md)",
     )
-    parser.add_argument(
-        "--cluster-cpus", type=int, default=1, metavar="N", help="processors of each worker, where the cluster has no GPU (default 1)"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="a data set: say what would be done, and do nothing")
+    parser.add_argument("--cluster-cpus", type=int, default=1, metavar="N", help="CPUs per worker, if the cluster has no GPU (default 1)")
+    parser.add_argument("--dry-run", action="store_true", help="a data set: print what would be done, and do nothing")
 
 
 def run_options(options: argparse.Namespace, rank: tuple[int, int]) -> dict[str, Any]:
-    """What these options are to `Experiment.start`.
+    """The arguments of `Experiment.start` for these options.
 
     Args:
-        rank: of `this_rank(options.rank)`, asked before the model is loaded.
+        rank: from `this_rank(options.rank)`, called before the model is loaded.
     Raises:
-        ValueError: a rank on a cluster, which shares the run out itself.
+        ValueError: a rank together with --cluster.
     """
     return {"batch_size": options.batch_size, "rank": rank, "dry_run": options.dry_run, "cluster": _cluster(options, rank)}
 
@@ -92,7 +90,7 @@ def _cluster(options: argparse.Namespace, rank: tuple[int, int]) -> Cluster | No
 
 
 def _on_a_node(options: argparse.Namespace) -> HookedQwen2VL:
-    """The model on a worker: where --device says, else on the GPU that Ray has given it, else on the CPU."""
+    """Loads the model on a worker: on --device, else on the GPU that Ray gave to the worker, else on the CPU."""
     import torch
 
     device = options.device or ("cuda" if torch.cuda.is_available() else None)
@@ -100,7 +98,7 @@ def _on_a_node(options: argparse.Namespace) -> HookedQwen2VL:
 
 
 def finished(options: argparse.Namespace, state: Any) -> bool:
-    """Whether a run is complete: processes launched together wait until it is, a process with --rank says what is missing."""
+    """Whether a run is complete. Processes launched together wait for it; a process with --rank prints what is missing."""
     if _launched(options, state):
         from analyses.runs.engine import wait_for_all
 
@@ -113,7 +111,7 @@ def finished(options: argparse.Namespace, state: Any) -> bool:
 
 
 def reports(options: argparse.Namespace, state: Any) -> bool:
-    """Whether this process makes the tables of a finished run: the first of those launched together."""
+    """Whether this process writes the tables of a finished run; of processes launched together only the first does."""
     return not _launched(options, state) or state.rank[0] == 0
 
 
@@ -147,12 +145,12 @@ def _refuse_unwritable(folder: Path) -> None:
 
 
 def load_model(options: argparse.Namespace) -> HookedQwen2VL:
-    """The model that the options name.
+    """Loads the model of the options.
 
     Raises:
-        ValueError: no such device, nothing there, or files that cannot be loaded, whatever is wrong with them.
+        ValueError: no such device, no such checkpoint, or files that cannot be loaded for any reason.
     """
-    on_cluster = getattr(options, "cluster", None) is not None  # the nodes work, this process plans
+    on_cluster = getattr(options, "cluster", None) is not None  # this process only plans; the nodes use the device
     return _loaded(options, None if on_cluster else options.device)
 
 
@@ -168,7 +166,7 @@ def single_token(model: HookedQwen2VL, name: str, text: str) -> int:
     """The id of a text that is one token.
 
     Raises:
-        ValueError: it is several.
+        ValueError: the text is several tokens.
     """
     from hooked_qwen2vl.prompt_text import text_ids
 
@@ -179,16 +177,16 @@ def single_token(model: HookedQwen2VL, name: str, text: str) -> int:
 
 
 def say_pieces(model: HookedQwen2VL, text: str) -> str:
-    """How the model's tokenizer cuts a text."""
+    """The tokens of a text, for error messages."""
     pieces = list(map(repr, model.to_str_tokens(text)))
     return f"{len(pieces)} tokens, {' + '.join(pieces[:8] + ['…'] * (len(pieces) > 8))}"
 
 
 def say_grids(model: Model, images: dict[str, Any]) -> str:
-    """Why images cannot stand in for one another: their sizes, their grids, and what to do.
+    """An error message about images whose grids differ: sizes, grids, and what to do.
 
     Args:
-        images: their names, and the pictures.
+        images: name -> PIL image.
     """
     sizes = {name: (image.size, model.to_inputs("?", images=[image]).grid()) for name, image in images.items()}
     said = "; ".join(f"{name} has {w}×{h} pixels and gives {rows}×{cols} image tokens" for name, ((w, h), (rows, cols)) in sizes.items())
@@ -198,16 +196,16 @@ def say_grids(model: Model, images: dict[str, Any]) -> str:
 
 @contextmanager
 def loading(name: str) -> Iterator[None]:
-    """What goes wrong in loading a model, in a paragraph with its name: hostile files can raise anything.
+    """Context for loading a model: turns any error into a ValueError that names the model, as damaged files can raise anything.
 
     Raises:
-        ValueError: (from inside) anything but an interruption or a lack of memory.
+        ValueError: for all errors but interruptions and MemoryError.
     """
     try:
         yield
     except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
         raise
-    except BaseException as error:  # noqa: B036, what Rust panics with is no Exception
+    except BaseException as error:  # noqa: B036 (a Rust panic is not an Exception)
         why = " ".join(str(error).split())[:500].rstrip(".") or "no reason is given"
         if type(error) is ValueError and str(name) in str(error):
             raise
@@ -219,10 +217,10 @@ def loading(name: str) -> Iterator[None]:
 
 
 def check_device(device: str | None) -> None:
-    """Asks torch for a tensor there.
+    """Checks that torch can make a tensor on a device.
 
     Raises:
-        ValueError: a device that is not there.
+        ValueError: it cannot.
     """
     if device is None:
         return
@@ -236,10 +234,10 @@ def check_device(device: str | None) -> None:
 
 
 def in_range(options: argparse.Namespace, name: str, inside: Callable[[Any], bool], expected: str) -> None:
-    """A number, where it is given, must be as expected.
+    """Checks the value of an option, if it is given.
 
     Raises:
-        ValueError: it is not.
+        ValueError: `inside(value)` is False.
     """
     value = getattr(options, name)
     if value is not None and not inside(value):
@@ -247,10 +245,10 @@ def in_range(options: argparse.Namespace, name: str, inside: Callable[[Any], boo
 
 
 def at_least_one(options: argparse.Namespace, *names: str) -> None:
-    """Counts must be positive, where they are given.
+    """Checks that options are at least 1, if they are given.
 
     Raises:
-        ValueError: one is not.
+        ValueError: one is less than 1.
     """
     for name in names:
         if getattr(options, name) is not None and getattr(options, name) < 1:
@@ -258,10 +256,10 @@ def at_least_one(options: argparse.Namespace, *names: str) -> None:
 
 
 def readable(questions: Iterable[Any]) -> list[Any]:
-    """The questions that can be read; the others are named.
+    """The valid questions; prints why others are left out.
 
     Raises:
-        ValueError: none can.
+        ValueError: no question is valid.
     """
     from analyses.data.examples import problem_of
 
@@ -276,10 +274,10 @@ def readable(questions: Iterable[Any]) -> list[Any]:
 
 
 def check_data(*names: str | None) -> None:
-    """Whether there are questions under these names (of `data.examples`): before a model is loaded.
+    """Checks, before a model is loaded, that these data sets (see `data.examples`) have questions.
 
     Raises:
-        ValueError: there are none.
+        ValueError: one has none.
     """
     from analyses.data.examples import examples
 

@@ -180,9 +180,9 @@ def _size_of(example: Example, size: Sizer) -> str:
 
 
 def digest(example: Example) -> str:
-    """A hash of a question's fields and images; for an image file, its size in bytes is used instead of its content.
+    """A hash of a question's fields and images; an image file counts by its name and its size in bytes.
 
-    Paths of files are left out, so the same folder in another place is the same data.
+    Folders do not count, so the same files in another place are the same data.
     """
     words = [(field.name, getattr(example, field.name)) for field in fields(example) if field.repr and field.name not in PLACES]
     hashed = hashlib.blake2b(repr(words).encode(), digest_size=12)
