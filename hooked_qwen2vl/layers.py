@@ -1,8 +1,7 @@
-"""Hooked norms and MLPs of both halves.
+"""Hooked norms and MLPs of the vision tower and the text decoder.
 
-Every activation passes through a `HookPoint`, and what the hook returns is what runs.
-Weights keep the checkpoint's layout (`[out in]`, what the matmul wants); `W_in`, `W_out`, … are
-views of them in TransformerLens's shapes. Axes: see docs/architecture.md; `batch` is 1 in the tower.
+Every activation passes through a `HookPoint`, and the run continues with what its hooks return. Weights keep the checkpoint's
+layout (`[out in]`); `W_in`, `W_out`, … are views of them in TransformerLens's shapes. In the tower, `batch` is 1.
 """
 
 from __future__ import annotations
@@ -18,24 +17,24 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens import hook_points
 
-# The shape of the prompts that are being run (`geometry.PromptShape`), and under which name a cached activation knows its own.
+# The layout of the prompts that are running (`geometry.PromptShape`), and the attribute of cached activations with theirs.
 running_prompt: ContextVar[Any] = ContextVar("running_prompt", default=None)
 PROMPT = "hooked_qwen2vl_prompt"
 
 
 class HookPoint(hook_points.HookPoint):
-    """TransformerLens's hook point, passed over while nothing listens: an idle one is not worth a module's call."""
+    """TransformerLens's hook point, skipped if it has no hooks, to save the call of a module."""
 
     def __call__(self, x: Tensor) -> Tensor:
         return super().__call__(x) if listened(self) else x
 
     def add_hook(self, hook: Callable, *args: Any, **kwargs: Any) -> hook_points.LensHandle:
-        """TransformerLens's; a `partial` that carries a cached activation runs on prompts of that cache's shape only."""
+        """As in TransformerLens; a `partial` with a cached activation runs only on prompts with the layout of that cache."""
         return super().add_hook(on_its_own_prompts(hook), *args, **kwargs)
 
 
 def on_its_own_prompts(hook: Callable) -> Callable:
-    """The hook itself, or one that refuses to put an activation into prompts whose positions mean something else."""
+    """The hook; if it is a `partial` with a cached activation, a hook that refuses prompts of another layout."""
     given = (*hook.args, *hook.keywords.values()) if isinstance(hook, partial) else ()
     shapes = [shape for value in given if (shape := getattr(value, PROMPT, None)) is not None]
     if not shapes:
@@ -56,12 +55,12 @@ def on_its_own_prompts(hook: Callable) -> Callable:
 
 
 def require_prompt(shape: Any, hook: Any, what: str) -> None:
-    """For hooks that act at places of one prompt: the prompts that are run must begin as it does.
+    """Checks, for hooks that act at positions of one prompt, that the running prompts begin with the same layout.
 
     Args:
-        shape: the prompt's (`geometry.PromptShape`). hook: the hook point. what: what is to act, for the message.
+        shape: the prompt's (`geometry.PromptShape`). hook: the hook point. what: subject of the error message.
     Raises:
-        ValueError: other padding, or images of another grid or place.
+        ValueError: other padding, or images with another grid or place.
     """
     running = running_prompt.get()
     if running is not None and (why := shape.difference(running.beginning(shape.attention_mask.shape[1]))):
@@ -72,19 +71,18 @@ def require_prompt(shape: Any, hook: Any, what: str) -> None:
 
 
 def listened(*hooks: nn.Module) -> bool:
-    """Whether anything, a TransformerLens hook or a bare torch one, listens to any of these hook points."""
-    for hook in hooks:  # a loop, because this is asked hundreds of times a token
+    """Whether any of these modules has a hook, TransformerLens's or torch's own."""
+    for hook in hooks:  # a plain loop, because this is called hundreds of times per token
         if hook._forward_hooks or hook._forward_pre_hooks or hook._backward_hooks or hook._backward_pre_hooks:
             return True
     return False
 
 
 def readable(weight: Tensor, name: str) -> Tensor:
-    """The weight itself, or an error when its numbers are elsewhere.
+    """The weight, after checking that it is in memory.
 
     Raises:
-        RuntimeError: the weight is on the meta device (offloaded by accelerate): reading it would give
-            garbage, and writing to it would be lost.
+        RuntimeError: the weight is on the meta device (offloaded by accelerate), where reads give garbage and writes are lost.
     """
     if weight.is_meta:
         raise RuntimeError(
@@ -95,18 +93,18 @@ def readable(weight: Tensor, name: str) -> Tensor:
 
 
 def no_bias(like: Float[Tensor, "out in"], size: int) -> Float[Tensor, "size"]:
-    """Zeros that refuse to be written: the reference has no such bias, so a value put there could not run."""
-    device = "cpu" if like.is_meta else like.device  # an offloaded weight is a placeholder; these zeros are real
+    """Zeros that cannot be written in place, for a bias that the model does not have and would not use."""
+    device = "cpu" if like.is_meta else like.device  # an offloaded weight is on the meta device
     return torch.zeros(1, dtype=like.dtype, device=device).expand(size)
 
 
 def bias_of(linear: nn.Linear, name: str) -> Float[Tensor, "out"]:
-    """The layer's bias, or where it has none zeros that refuse to be written."""
+    """The layer's bias, or if it has none, zeros that cannot be written in place."""
     return no_bias(linear.weight, linear.out_features) if linear.bias is None else readable(linear.bias, name)
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · w, with the statistics in float32 and the cast back before the weight, as the reference."""
+    """x / rms(x) · w; statistics in float32, cast back before the multiplication by w, as in the reference."""
 
     def __init__(self, d: int, eps: float):
         super().__init__()
@@ -121,7 +119,7 @@ class RMSNorm(nn.Module):
         return self.hook_normalized((wide / scale).to(x.dtype)) * self.w
 
     def without_hooks(self, x: Float[Tensor, "batch pos *head d"]) -> Float[Tensor, "batch pos *head d"]:
-        """The same function, firing nothing: for the split inputs of single heads."""
+        """The same without calling hooks, for the split inputs of single heads."""
         wide = _widen(x)
         return (wide / self.scale(wide)).to(x.dtype) * self.w
 
@@ -130,7 +128,7 @@ class RMSNorm(nn.Module):
 
 
 class HeadNorm(RMSNorm):
-    """RMSNorm of every head's query or key, over d_head; hooks and shapes as TransformerLens's Qwen3 bridge has them."""
+    """RMSNorm of every head's query or key over d_head, with the hooks and shapes of TransformerLens's Qwen3 bridge."""
 
     def __init__(self, d_head: int, eps: float):
         super().__init__(d_head, eps)
@@ -144,7 +142,7 @@ class HeadNorm(RMSNorm):
 
 
 class LayerNorm(nn.Module):
-    """(x − mean) / std · w + b, with the statistics in float32; the tower's norm."""
+    """(x − mean) / std · w + b, statistics in float32; the tower's norm."""
 
     def __init__(self, d: int, eps: float):
         super().__init__()
@@ -164,7 +162,7 @@ class LayerNorm(nn.Module):
         return (normalized * _widen(self.w) + _widen(self.b)).to(x.dtype)
 
     def without_hooks(self, x: Float[Tensor, "batch pos *head d"]) -> Float[Tensor, "batch pos *head d"]:
-        """The same function, firing nothing."""
+        """The same without calling hooks."""
         return F.layer_norm(x, self.w.shape, self.w, self.b, self.eps)
 
 
@@ -173,7 +171,7 @@ def _widen(x: Tensor) -> Tensor:
 
 
 class GatedMLP(nn.Module):
-    """SwiGLU: W_out(silu(x W_gate) · x W_in); the decoder's, and with biases the one of Qwen2.5-VL's tower."""
+    """SwiGLU, W_out(silu(x W_gate) · x W_in): the decoder's MLP, and with biases that of Qwen2.5-VL's tower."""
 
     def __init__(self, d_model: int, d_mlp: int, bias: bool = False):
         super().__init__()
@@ -181,7 +179,7 @@ class GatedMLP(nn.Module):
         self.up_proj = nn.Linear(d_model, d_mlp, bias=bias)
         self.down_proj = nn.Linear(d_mlp, d_model, bias=bias)
         self.hook_pre = HookPoint()  # [batch, pos, d_mlp], the gate before silu
-        self.hook_pre_linear = HookPoint()  # [batch, pos, d_mlp], what the gate multiplies
+        self.hook_pre_linear = HookPoint()  # [batch, pos, d_mlp], multiplied by the gate
         self.hook_post = HookPoint()  # [batch, pos, d_mlp], the product
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
@@ -215,7 +213,7 @@ class GatedMLP(nn.Module):
 
 
 class MLP(nn.Module):
-    """W_out(activation(x W_in + b_in)) + b_out; the tower's: quick_gelu in Qwen2-VL, tanh-GELU in Qwen3-VL."""
+    """W_out(activation(x W_in + b_in)) + b_out: the tower's MLP, with quick_gelu in Qwen2-VL and tanh-GELU in Qwen3-VL."""
 
     def __init__(self, d_model: int, d_mlp: int, activation: Callable[[Tensor], Tensor]):
         super().__init__()

@@ -1,4 +1,4 @@
-"""A limit to the time that something takes which a file decides: loops in a chat template, say."""
+"""A time limit for code whose duration a file determines, such as loops in a chat template."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 
 @contextlib.contextmanager
 def time_limit(seconds: float, what: str) -> Iterator[None]:
-    """Stops what runs inside after so many seconds.
+    """Context that stops the code inside after some seconds.
 
-    Only Python code can be stopped, and only in the main thread of a system with timers, where nobody else has one; elsewhere there is
-    no limit.
+    It stops Python code only, and only in the main thread, on systems with `setitimer`, if no other timer runs. Otherwise there is no
+    limit.
 
     Raises:
-        ValueError: it took longer; `what` says what was going on.
+        ValueError: the code took longer; the message names `what`.
     """
     possible = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
     if not possible or signal.getitimer(signal.ITIMER_REAL)[0]:

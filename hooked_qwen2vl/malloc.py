@@ -1,7 +1,7 @@
-"""Freed memory is kept for the next activation, instead of going back to the system: an opt-in call.
+"""Keeps freed memory for the next activations instead of returning it to the system; used only if called.
 
-A cache writes activations into memory that was not used before, and the system clears each page (4 kB) when it is first touched.
-glibc gives large blocks back as soon as they are freed, so every forward pays for that again; told to keep them, it pays once.
+The system clears each new page of memory (4 kB) at its first use. glibc returns large blocks as soon as they are freed, so every
+forward with a cache pays for clearing them again. If glibc keeps them, this cost arises only once.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ _MOST = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-    """From now on this process keeps the memory that it frees, for its own next use; it can not be taken back.
+    """Makes this process keep the memory that it frees, for the rest of its life.
 
-    The process stays as large as it ever was. Worth it for many runs with a cache, on Linux with glibc.
+    The process never becomes smaller. Useful for many runs with a cache, on Linux with glibc.
 
     Returns:
-        whether it was done: False where the C library is another (macOS, Windows, musl).
+        True, or False if the C library is not glibc (macOS, Windows, musl).
     """
     if platform.libc_ver()[0] != "glibc":
         return False

@@ -1,4 +1,4 @@
-"""What the classes that are mixed into HookedQwen2VL may rely on: its parts, and each other's methods."""
+"""Base class of the mixins of HookedQwen2VL, with types for the attributes that they use."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Mixin:
     Attributes:
         cfg: the model's configuration.
         processor: its `Processor`, or None.
-        embed, blocks, ln_final, unembed, vision_encoder, vision_projector: modules, whose own attributes torch does not type.
+        embed, blocks, ln_final, unembed, vision_encoder, vision_projector: modules (Any, as torch does not type their attributes).
         hook_embed: see `model.HookedQwen2VL`.
     """
 

@@ -1,10 +1,10 @@
-"""Names of earlier versions, of both packages: each gives the very thing that is meant now, with a DeprecationWarning.
+"""Names of earlier versions, in both packages; each refers to the current object and gives a DeprecationWarning.
 
-modules      MOVED, found by MovedModules; KEPT are public paths that stay, without a warning
-names        NAMES, by a module's `__getattr__ = moved_names(__name__)`
-attributes   ATTRIBUTES, by the class decorator `renamed_attributes`
-arguments    ARGUMENTS, by the function decorator `renamed_arguments`
-stored       fields and columns in files that earlier versions wrote: ATTRIBUTES and COLUMNS, by `current_fields` and `renamed_columns`
+modules      MOVED, found by MovedModules; KEPT are public paths that remain valid, without a warning
+names        NAMES, through a module's `__getattr__ = moved_names(__name__)`
+attributes   ATTRIBUTES, through the class decorator `renamed_attributes`
+arguments    ARGUMENTS, through the function decorator `renamed_arguments`
+stored       fields and columns in files of earlier versions: ATTRIBUTES and COLUMNS, through `current_fields` and `renamed_columns`
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ C = TypeVar("C")
 R = TypeVar("R")
 P = ParamSpec("P")
 
-KEPT = {  # public paths that stay: no warning
+KEPT = {  # public paths that remain valid: no warning
     "analyses.benchmarks": "analyses.data.benchmarks",
     "analyses.compare": "analyses.experiments.compare",
 }
@@ -46,7 +46,7 @@ MOVED = {
     "analyses.views.studies": "analyses.views.experiments",
     "hooked_qwen2vl.scenes.sheet": "hooked_qwen2vl.scenes.contact_sheets",
 }
-NAMES = {  # module -> name of earlier versions -> module and name now
+NAMES = {  # module -> earlier name -> current module and name
     "analyses.common.statistics": {"within": "analyses.common.statistics:within_groups"},
     "analyses.common.vocabulary": {
         "Readout": "analyses.common.vocabulary:Predictions",
@@ -97,7 +97,7 @@ NAMES = {  # module -> name of earlier versions -> module and name now
     },
 }
 
-ATTRIBUTES = {  # class -> name of earlier versions -> name now
+ATTRIBUTES = {  # class -> earlier name -> current name
     "hooked_qwen2vl.geometry:Geometry": {"part_names": "segment_names"},
     "hooked_qwen2vl.inputs:Inputs": {"names": "segments"},
     "analyses.explorer:Explorer": {"parts": "segments"},
@@ -106,7 +106,7 @@ ATTRIBUTES = {  # class -> name of earlier versions -> name now
     "analyses.runs.plan:Memory": {"prefixes": "embeddings"},
     "analyses.flip_patching:FlipTest": {"entry_difference": "lens_difference"},
 }
-ARGUMENTS = {  # function -> name of earlier versions -> name now
+ARGUMENTS = {  # function -> earlier name -> current name
     "hooked_qwen2vl.inputs:Inputs.build": {"names": "segments"},
     "analyses.contextual_lens:word_spans": {"part": "segment"},
     "analyses.views.circuits:strip": {"names": "segments"},
@@ -122,7 +122,7 @@ ARGUMENTS = {  # function -> name of earlier versions -> name now
     "analyses.experiments.neurons:ablation_effects": {"shard": "rank"},
     "analyses.experiments.neurons:ablate": {"shard": "rank"},
 }
-COLUMNS = {  # result -> column of earlier versions -> column now, of its tables in files
+COLUMNS = {  # result -> earlier column -> current column, for tables in files
     "analyses.experiments.flips:FlipStudy": {
         "entry": "layer",
         "entry_difference": "lens_difference",
@@ -133,7 +133,7 @@ COLUMNS = {  # result -> column of earlier versions -> column now, of its tables
 
 
 def moved_names(module: str) -> Callable[[str], Any]:
-    """A module's `__getattr__`: names that it had in earlier versions, each with a DeprecationWarning."""
+    """A `__getattr__` for a module that finds names of earlier versions, with a DeprecationWarning."""
 
     def find(name: str) -> Any:
         if name not in NAMES[module]:
@@ -146,7 +146,7 @@ def moved_names(module: str) -> Callable[[str], Any]:
 
 
 def renamed_attributes(cls: type[C]) -> type[C]:
-    """Class decorator: attributes that had another name in earlier versions are read under it too."""
+    """Class decorator that makes renamed attributes readable under their earlier names."""
     for old, new in ATTRIBUTES[place_of(cls)].items():
         setattr(cls, old, _renamed_attribute(f"{place_of(cls)}.{old}", f"{place_of(cls)}.{new}", new))
     return cls
@@ -161,10 +161,10 @@ def _renamed_attribute(was: str, now: str, new: str) -> property:
 
 
 def renamed_arguments(function: Callable[P, R]) -> Callable[P, R]:
-    """Function decorator: keyword arguments that had another name in earlier versions are taken under it too.
+    """Function decorator that accepts renamed keyword arguments under their earlier names.
 
     Raises:
-        TypeError: (when called) an argument under both names.
+        TypeError: when called: an argument under both names.
     """
     place, names = place_of(function), ARGUMENTS[place_of(function)]
 
@@ -183,33 +183,33 @@ def renamed_arguments(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def place_of(thing: Any) -> str:
-    """Module and name of a class or function, as the tables above have them."""
+    """ "module:name" of a class or function, as in the tables above."""
     return f"{thing.__module__}:{thing.__qualname__}"
 
 
 def warn_of(was: str, now: str, stacklevel: int = 3) -> None:
-    """The one wording: `was is now now.`"""
+    """Gives the DeprecationWarning "`was` is now `now`."."""
     warnings.warn(f"{was.replace(':', '.')} is now {now.replace(':', '.')}.", DeprecationWarning, stacklevel=stacklevel + 1)
 
 
 def renamed_columns(kind: type) -> dict[str, str]:
-    """Columns of a result's tables that had another name in earlier versions, by that name."""
+    """Earlier name -> current name of the renamed columns in a result's tables."""
     return COLUMNS.get(place_of(kind), {})
 
 
 def current_fields(place: str, stored: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a class as a file has them, by their names now."""
+    """The fields that a file stores for a class, under their current names."""
     names = ATTRIBUTES.get(place, {})
     return {(names[name] if name in names and names[name] not in stored else name): value for name, value in stored.items()}
 
 
 class MovedModules(MetaPathFinder, InspectLoader):
-    """Finds a module under the path it had before, also for `python -m`."""
+    """Import finder for modules under their earlier paths, also for `python -m`."""
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: Any = None) -> ModuleSpec | None:
         if name not in KEPT and name not in MOVED:
             return None
-        return ModuleSpec(name, self, origin=find_spec(current_path(name)).origin)  # which `python -m` makes sys.argv[0]
+        return ModuleSpec(name, self, origin=find_spec(current_path(name)).origin)  # becomes sys.argv[0] with `python -m`
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         if spec.name in MOVED:
@@ -219,7 +219,7 @@ class MovedModules(MetaPathFinder, InspectLoader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__ = module.__spec__.loader_state  # the import system has put the old path's there
+        module.__spec__ = module.__spec__.loader_state  # the import system has set the spec of the old path
 
     def get_code(self, fullname: str) -> CodeType | None:
         spec = find_spec(current_path(fullname))
@@ -231,5 +231,5 @@ class MovedModules(MetaPathFinder, InspectLoader):
 
 
 def current_path(name: str) -> str:
-    """Where a module is now; its own name where it was never moved."""
+    """The current path of a module; the given path if it was never moved."""
     return KEPT.get(name) or MOVED.get(name, name)

@@ -1,7 +1,7 @@
-"""Numbers that are not finite: an error that names the first stage they came from, before anybody reads them as results.
+"""Raises an error for numbers that are not finite, which names the first stage that they came from.
 
-Every stage notes the sum of what it gives, which is not finite if any number of it is not. The sums are brought to the host
-together, once a forward: steps inside a `finite_check` share that of the forward they belong to.
+Every stage records the sum of its output, which is not finite if any element is not. The sums are moved to the host together, once
+per forward: nested `finite_check` contexts use the check of the outermost one.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from torch import Tensor, nn
 
 
 class FiniteCheck:
-    """The sums of a forward's stages, on their devices until they are asked for."""
+    """The sums of the stages of a forward, kept on their devices until they are checked."""
 
     def __init__(self) -> None:
         self.notes: list[tuple[Tensor, str | Callable[[], str], torch.dtype]] = []
 
     def note(self, x: Tensor, stage: str | Callable[[], str]) -> None:
-        """Remembers whether x is finite.
+        """Records the sum of x.
 
         Args:
-            stage: its name, or a function that finds it when it is needed.
+            stage: name of the stage, or a function that finds the name if it is needed.
         """
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         self.notes.append((x.detach().sum(dtype=wide), stage, x.dtype))
 
     def flags(self) -> Bool[Tensor, "stage"]:
-        """Whether each stage's numbers are finite, on the first one's device."""
+        """Whether each recorded sum is finite, on the device of the first."""
         if not self.notes:
             return torch.zeros(0, dtype=torch.bool)
         device = self.notes[0][0].device
@@ -44,7 +44,7 @@ class FiniteCheck:
             self.judge(self.flags().tolist())
 
     def judge(self, finite: Sequence[bool]) -> None:
-        """The same, of flags that have been brought to the host; the notes are then done with.
+        """As `ask`, with flags that were moved to the host before; clears the recorded sums.
 
         Raises:
             ValueError: for the first stage whose numbers are not finite.
@@ -61,13 +61,13 @@ _current: ContextVar[FiniteCheck | None] = ContextVar("finite_check", default=No
 
 @contextmanager
 def finite_check(ask: bool = True) -> Iterator[FiniteCheck]:
-    """The check of the forward that is under way; the outermost asks when it ends.
+    """Context that yields the check of the current forward; the outermost context calls `ask` at its end.
 
     Args:
-        ask: False leaves that to the caller.
+        ask: False: the caller calls `ask` or `judge`.
 
     Raises:
-        ValueError: (on leaving) a stage gave numbers that are not finite.
+        ValueError: at the end: a stage gave numbers that are not finite.
     """
     outer = _current.get()
     if outer is not None:
@@ -84,10 +84,10 @@ def finite_check(ask: bool = True) -> Iterator[FiniteCheck]:
 
 
 def finite(x: Tensor, stage: str) -> Tensor:
-    """x itself.
+    """Records x for the check of the current forward and returns it.
 
     Raises:
-        ValueError: (at the end of the forward) it is not finite.
+        ValueError: at the end of the forward: x is not finite.
     """
     with finite_check() as check:
         check.note(x, stage)

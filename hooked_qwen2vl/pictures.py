@@ -1,8 +1,7 @@
-"""Pictures from whatever people have: PIL images, paths, arrays, data URIs and base64 text; and Qwen's own keys for their size.
+"""Opens images from PIL images, paths, arrays, data URIs and base64 text, and applies Qwen's keys for their size.
 
-As transformers reads them: a file is turned upright by its EXIF orientation, a PIL image is taken as it is. The keys
-`min_pixels`, `max_pixels`, `resized_height` and `resized_width` of a message resize a picture before the processor does, as
-`qwen_vl_utils.fetch_image` has it.
+As in transformers, the EXIF orientation of a file is applied, and a PIL image is used as it is. The keys `min_pixels`, `max_pixels`,
+`resized_height` and `resized_width` of a message resize an image before the processor does, as in `qwen_vl_utils.fetch_image`.
 """
 
 from __future__ import annotations
@@ -30,25 +29,25 @@ ImageLike = Image.Image | str | Path | np.ndarray | Tensor
 VideoLike = Sequence[ImageLike] | np.ndarray | Tensor
 MAX_ASPECT_RATIO = 200  # the reference refuses more
 MAX_ENCODED = 64 * 2**20  # characters of a data URI or of base64 text
-SHOWN = 200  # characters of what came that an error repeats
+SHOWN = 200  # characters of a value in error messages, at most
 SIZE_KEYS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
-_LOSSY = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F", "LAB")  # what PIL's convert("RGB") clips or wraps
+_LOSSY = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F", "LAB")  # modes whose values PIL's convert("RGB") clips or wraps
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
 
 
 def short(value: Any) -> str:
-    """What came, for an error: at most 200 characters of it."""
+    """A value for error messages, in at most 200 characters."""
     text = repr(value[:SHOWN] if isinstance(value, (str, bytes)) else value)
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 10]}…"
 
 
 @dataclass(frozen=True)
 class Element:
-    """An image or a video of a message that has keys of its own.
+    """An image or a video of a message with further keys.
 
     Attributes:
-        content: the picture, or the video's frames.
-        settings: SIZE_KEYS, and of a video `fps`.
+        content: the image, or the video's frames.
+        settings: SIZE_KEYS, and for a video `fps`.
     """
 
     content: Any
@@ -58,10 +57,10 @@ class Element:
         return len(self.content)
 
     def resized(self, picture: Image.Image, side: int) -> Image.Image:
-        """The picture as `qwen_vl_utils` hands it to the processor.
+        """The picture, resized as `qwen_vl_utils` does before the processor.
 
         Args:
-            side: of an image token, in pixels.
+            side: side of an image token, in pixels.
         """
         settings = self.settings
         if not set(SIZE_KEYS) & set(settings):
@@ -79,10 +78,10 @@ class Element:
 
 
 def element(kind: str, content: Any, settings: Mapping[str, Any]) -> Any:
-    """The content, with its message's own keys where there are any.
+    """The content, as an `Element` if its message has further keys.
 
     Raises:
-        ValueError: keys that are no numbers, or half a size.
+        ValueError: a key that is not a number, or only one of resized_height and resized_width.
     """
     if not settings:
         return content
@@ -101,14 +100,14 @@ def element(kind: str, content: Any, settings: Mapping[str, Any]) -> Any:
 
 
 def open_image(image: ImageLike) -> Image.Image:
-    """A picture from a PIL image, a path, a data URI or base64 text, or an array or tensor [h w 3] or [3 h w] of bytes.
+    """Opens an image: a PIL image, a path, a data URI or base64 text, or an array or tensor [h w 3] or [3 h w] of bytes.
 
-    As transformers reads them: a file is turned upright by its EXIF orientation, a PIL image is taken as it is
-    (where it has transparency, the image processor puts it on white).
+    As in transformers, the EXIF orientation of a file is applied, and a PIL image is used as it is (if it has transparency, the image
+    processor puts it on white).
 
     Raises:
-        ValueError: missing or corrupt file, no pixels, an extreme aspect ratio, more than 8 bits a channel, text too long to
-            decode, or another kind of thing.
+        ValueError: a missing or damaged file, no pixels, an extreme aspect ratio, more than 8 bits per channel, a text that is too
+            long, or another type.
     """
     if isinstance(image, (str, Path)):
         picture = _open_file(image)
@@ -161,7 +160,7 @@ def _open_file(path: str | Path) -> Image.Image:
     except MemoryError:
         raise
     except Exception as error:  # decoders raise anything: KeyError, struct.error, ZeroDivisionError, …
-        why = getattr(error, "strerror", None) or re.sub(" <_io[^>]*>", "", str(error).replace(str(path), "it"))  # a handle has a number
+        why = getattr(error, "strerror", None) or re.sub(" <_io[^>]*>", "", str(error).replace(str(path), "it"))  # a handle's text varies
         raise ValueError(f"{name} is not a readable image ({why[:400]}): it is damaged or of another kind.") from error
 
 
@@ -170,10 +169,10 @@ def _source(path: str | Path, encoded: bytes | None) -> IO[bytes]:
 
 
 def _encoded(text: str) -> bytes | None:
-    """The bytes of a data URI or of base64 text; None for what can only be a path.
+    """The bytes of a data URI or of base64 text; None for other texts, which are paths.
 
     Raises:
-        ValueError: a data URI of something else, or text that is too long or no base64.
+        ValueError: a data URI that is not an image or not base64, or a text that is too long.
     """
     if len(text) > MAX_ENCODED:
         raise ValueError(f"an encoded image of {len(text)} characters is longer than {MAX_ENCODED}: save it to a file and pass its path.")
@@ -193,7 +192,7 @@ def _encoded(text: str) -> bytes | None:
 
 
 def _from_array(array: np.ndarray | Tensor) -> Image.Image:
-    """[h w 3] of bytes, or [3 h w] where the last axis is not 3 long."""
+    """An image from bytes [h w 3], or [3 h w] if the last axis does not have length 3."""
     bytes_ = torch.uint8 if isinstance(array, Tensor) else np.uint8
     shape = tuple(array.shape)
     if len(shape) != 3 or 3 not in (shape[0], shape[-1]) or array.dtype != bytes_:

@@ -1,8 +1,8 @@
-"""Where things are: patches in the tower, tokens in the decoder. Pure functions.
+"""Positions of patches in the tower and of tokens in the decoder. Pure functions.
 
-Frames: a grid is (t, h, w) in patches (14 pixels a side; 16 in Qwen3-VL). The tower's order is merge block by merge
-block (2×2 patches), blocks in raster order, frame after frame. Image tokens are merge blocks, in raster order. Where the
-tower has attention windows (Qwen2.5-VL), its merge blocks come window by window instead.
+A grid is (t, h, w) in patches (14 pixels a side; 16 in Qwen3-VL). The tower orders patches by merge block (2×2 patches), merge
+blocks in raster order, frame after frame. Image tokens are merge blocks, in raster order. In a tower with attention windows
+(Qwen2.5-VL), merge blocks are ordered by window.
 
 Source: Qwen2-VL technical report, section 2.1; Qwen2.5-VL technical report, section 2.1; `get_rope_index` and
 `get_vision_window_index` of transformers.
@@ -20,7 +20,7 @@ TEXT, IMAGE, VIDEO = 0, 1, 2  # token types, as HF's mm_token_type_ids
 
 
 def patch_coordinates(grid_thw: Int[Tensor, "image 3"], merge: int) -> Int[Tensor, "patch 2"]:
-    """(row, col) of each patch, in the tower's order; a video repeats its frame's coordinates.
+    """(row, col) of each patch, in the tower's order (by merge block); the frames of a video have the same coordinates.
 
     Args:
         grid_thw: patches along (t, h, w) of each image.
@@ -42,9 +42,9 @@ def _frame_coordinates(h: int, w: int, merge: int) -> Int[Tensor, "patch 2"]:
 
 
 def raster_order(h: int, w: int, merge: int) -> Int[Tensor, "patch"]:
-    """For each patch of a frame in raster order (row by row), its place in the tower's order.
+    """For each patch of a frame in raster order (row by row), its index in the tower's order.
 
-    `packed[raster_order(h, w, merge)]` is the frame in raster order; `argsort` of it is the way back.
+    `packed[raster_order(h, w, merge)]` is the frame in raster order; the `argsort` of this order reverses it.
 
     Raises:
         ValueError: h or w is not a multiple of merge.
@@ -54,13 +54,13 @@ def raster_order(h: int, w: int, merge: int) -> Int[Tensor, "patch"]:
 
 
 def interpolation(grid_thw: Int[Tensor, "image 3"], merge: int, side: int) -> tuple[Int[Tensor, "patch 4"], Float[Tensor, "patch 4"]]:
-    """Bilinear interpolation of a square table of positions to each grid, whose corners are the table's corners.
+    """Bilinear interpolation of a square table of position embeddings to each grid; the corners of table and grid coincide.
 
     Args:
         grid_thw: patches along (t, h, w) of each image.
-        side: rows (and columns) of the table.
+        side: number of rows (and columns) of the table.
     Returns:
-        places in the table (row by row) of each patch's four neighbours, and their weights in float32; in the tower's order.
+        (indices into the table, row by row, of each patch's four neighbours, their weights in float32), in the tower's order.
     Source: Qwen3-VL; `get_vision_interpolation_indices_and_weights` of transformers.
     """
     coordinates = patch_coordinates(grid_thw, merge).float()  # [patch 2]
@@ -75,22 +75,22 @@ def interpolation(grid_thw: Int[Tensor, "image 3"], merge: int, side: int) -> tu
 
 
 def attention_segments(grid_thw: Int[Tensor, "image 3"]) -> Int[Tensor, "segment"]:
-    """How many patches each image, or each frame of a video, has: attention stays inside them."""
+    """Number of patches of each image, or of each frame of a video; attention does not go beyond these."""
     return (grid_thw[:, 1] * grid_thw[:, 2]).repeat_interleave(grid_thw[:, 0])
 
 
 def window_order(grid_thw: Int[Tensor, "image 3"], merge: int, window: int) -> tuple[Int[Tensor, "image_token"], Int[Tensor, "window"]]:
-    """Image tokens window by window, and how many each window has.
+    """The order of image tokens by attention window, and the number of tokens of each window.
 
-    A frame's windows come in raster order, and so do the tokens inside each; where the grid does not divide, the windows at
-    its right and lower edge are smaller.
+    The windows of a frame are in raster order, and so are the tokens of a window. If the grid is not a multiple of the window, the
+    windows at its right and lower edges are smaller.
 
     Args:
         grid_thw: patches along (t, h, w) of each image.
         window: side of a window, in image tokens.
     Returns:
-        order: `tokens[order]` puts tokens in raster order (frame after frame, image after image) window by window;
-        `argsort` of it is the way back. lengths: image tokens of each window.
+        (order, lengths): `tokens[order]` sorts tokens in raster order (frame after frame, image after image) by window; the `argsort`
+        of order reverses it. lengths: image tokens of each window.
     """
     keys, n_windows = [], 0
     for t, h, w in grid_thw.tolist():
@@ -105,12 +105,12 @@ def window_order(grid_thw: Int[Tensor, "image 3"], merge: int, window: int) -> t
 
 
 def patches_of(tokens: Int[Tensor, "image_token"], merge: int) -> Int[Tensor, "patch"]:
-    """The places of these image tokens' patches, where patches lie merge block by merge block."""
+    """Indices of the patches of these image tokens, for patches that are ordered by merge block."""
     return (tokens[:, None] * merge**2 + torch.arange(merge**2, device=tokens.device)).flatten()
 
 
 def tower_order(h: int, w: int, merge: int, window: int | None) -> Int[Tensor, "patch"]:
-    """For each patch of a frame in raster order, its place in the tower's order; `raster_order` where there are no windows."""
+    """For each patch of a frame in raster order, its index in the tower's order; without windows the same as `raster_order`."""
     order = raster_order(h, w, merge)
     if window is None:
         return order
@@ -126,23 +126,23 @@ def mrope_positions(
     merge: int,
     frame_steps: Sequence[float] | None = None,
 ) -> tuple[Int[Tensor, "3 batch pos"], Int[Tensor, "batch"]]:
-    """(t, row, col) position of every token, and what decoding adds to the token count.
+    """M-RoPE positions (t, row, col) of all tokens, and the difference between position and token count for generation.
 
-    Text advances all three streams by one; an image's tokens are (0, row, col) from where it starts, and what
-    follows goes on from its largest position + 1. A video's tokens are (frame, row, col), and what follows goes on
-    from the largest row or column + 1, as in transformers 5: the text after a video with more frames than rows and columns
-    repeats time positions that its last frames have. Images with no token between them are told apart by their grids.
-    Padding takes no position (it is given 0). Frame k of a video lies at time k, or at ⌊k · step⌋ where frames have a step. Of
-    Qwen3-VL, whose frames stand apart in the text, the caller passes each frame as a grid of its own.
+    A text token advances all three streams by one. An image's tokens are at start + (0, row, col), and the next token is at the
+    image's largest position + 1. A video's tokens are at start + (time, row, col), and the next token is at the largest row or
+    column position + 1, as in transformers 5: if a video has more frames than rows and columns, the text after it repeats time
+    positions of its last frames. The time of frame k is k, or ⌊k · step⌋ with frame steps. In Qwen3-VL there is text between
+    frames; the caller passes each frame as a grid of its own. Images without a token between them are separated by their grids.
+    Padding has position 0 and does not count.
 
     Args:
         token_types: 0 text, 1 image, 2 video, for each token.
         image_grids, video_grids: grids in order of appearance in the batch, row by row.
         merge: side of a merge block, in patches.
-        frame_steps: for each video, time positions from one frame (of the grid) to the next; None for 1.
+        frame_steps: for each video, time positions from one frame (of the grid) to the next; None: 1.
     Returns:
-        position_ids [3 batch pos], and delta [batch]: the next token's position is the row's number of
-        tokens + delta. The delta of an image is negative or 0.
+        (position_ids [3 batch pos], delta [batch]): the position of the next token is the row's number of tokens + delta. The delta
+        from an image is negative or 0.
     Raises:
         ValueError: the placeholders do not match the grids.
     """
@@ -183,7 +183,7 @@ def _row_positions(types: list[int], grids: dict[int, Iterator[tuple[list[int], 
                 f"an image of {grid[1]}×{grid[2]} patches needs {n} placeholders in a row, the prompt has "
                 f"{sum(1 for k in types[index:] if k == kind)} left from its first."
             )
-        times = (torch.arange(t) * torch.tensor(step, dtype=torch.float32)).long()  # in float32, as the reference
+        times = (torch.arange(t) * torch.tensor(step, dtype=torch.float32)).long()  # in float32, as in the reference
         axes = torch.meshgrid(times, torch.arange(h), torch.arange(w), indexing="ij")
         parts.append(torch.stack(axes).reshape(3, -1) + start)
         start, index = start + max(h, w), index + n

@@ -1,12 +1,12 @@
-"""Prompts, chat messages, images and videos become `Inputs`, as the reference processor would have them.
+"""Turns prompts, chat messages, images and videos into `Inputs`, as the reference processor does.
 
-    messages ─► chat template ─► text with one placeholder an image ─► one placeholder an image token ─► token ids
+    messages ─► chat template ─► text with one placeholder per image ─► one placeholder per image token ─► token ids
     images ─► resized to multiples of an image token's side (28 pixels; 32 in Qwen3-VL) ─► normalised patches
 
-Text is rendered with a marker in place of every content part, so that each token is known by the segment
-of the conversation it came from. An answer is tokenised by itself, as a model's own would be: its first
-token never merges with the prompt's last. Needs no torchvision: videos are lists of frames, and a video's
-patches are put together from its frames' patches. In Qwen3-VL every frame (two frames of the video) stands behind its time:
+The template is rendered with markers in place of the texts, so that the segment of every token is known. An answer is tokenised
+separately, like a generated answer: its first token never merges with the prompt's last. torchvision is not needed: videos are
+lists of frames, and a video's patches are combined from its frames' patches. In Qwen3-VL, every frame of the grid (two frames of
+the video) comes after its time:
 
     <|vision_start|><|video_pad|><|vision_end|> ─► <0.2 seconds><|vision_start|><|video_pad|>…<|vision_end|><1.2 seconds>…
 """
@@ -63,10 +63,10 @@ class Processor:
         tokenizer: a fast tokenizer with Qwen2-VL's special tokens.
         image_processor: resizes, normalises and cuts images into patches.
         chat_template: Jinja source, or several by name.
-        video_size: {"shortest_edge", "longest_edge"}: areas in pixels that bound a video's frame; in Qwen3-VL, all its frames
-            together.
-        video_processor: normalises the frames of videos; None: as images.
-        video_budget: a bound on a video's pixels, all frames together; None where the checkpoint has none (`cap_pixels_per_frame`).
+        video_size: {"shortest_edge", "longest_edge"}: smallest and largest area in pixels of a video's frame; in Qwen3-VL, of all its
+            frames together.
+        video_processor: normalises the frames of videos; None: the image processor does.
+        video_budget: largest number of pixels of a video; None if the checkpoint has no such limit (`cap_pixels_per_frame`).
     """
 
     tokenizer: Any
@@ -81,10 +81,10 @@ class Processor:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Processor:
-        """From a checkpoint folder's tokenizer, image and video settings and chat template; see `processor_files`.
+        """Reads the tokenizer, the image and video settings and the chat template of a checkpoint folder; see `processor_files`.
 
         Raises:
-            ValueError: one of them is missing or unreadable.
+            ValueError: one of these is missing or unreadable.
         """
         folder = Path(folder)
         tokenizer = read_tokenizer(folder)
@@ -93,7 +93,7 @@ class Processor:
 
     @classmethod
     def from_hf(cls, processor: Any) -> Processor:
-        """From transformers' own Qwen2VLProcessor (or anything with its tokenizer and image processor)."""
+        """From transformers' Qwen2VLProcessor, or any object with its tokenizer and image processor."""
         where = type(processor).__name__
         theirs, video = processor.image_processor, getattr(processor, "video_processor", None)
         template = getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
@@ -132,7 +132,7 @@ class Processor:
     def _conversations(
         self, prompt, images, videos, answers, messages, template, system, special_tokens
     ) -> Iterator[tuple[list[Segment], list[tuple[int, Any]]]]:
-        """Each row's segments and its images and videos in order of appearance."""
+        """(segments, images and videos in order of appearance) of each row."""
         if (prompt is None) == (messages is None):
             raise ValueError("expected either a prompt (a string or several) or messages=, not both and not neither.")
         if messages is not None:
@@ -164,7 +164,7 @@ class Processor:
     def _render(
         self, messages: list[dict], answer: str | None, template: bool | str, special_tokens: bool
     ) -> tuple[list[Segment], list[tuple[int, Any]]]:
-        """Chat messages through the template, each content part marked and named."""
+        """Renders chat messages with the template; returns their segments, and images and videos in order."""
         source = self._template(template)
         marked, contents, medias, final = _mark(messages, typed=not special_tokens)
         try:
@@ -178,7 +178,7 @@ class Processor:
                 )
         except (ValueError, MemoryError):
             raise
-        except Exception as error:  # a template is a program: it can fail in any way
+        except Exception as error:  # a template is a program and can raise anything
             why = " ".join(str(error).split())[:300].rstrip(".")
             raise ValueError(f"the checkpoint's chat template cannot be applied ({type(error).__name__}: {why}).") from error
         segments = []
@@ -197,7 +197,7 @@ class Processor:
         return segments, medias
 
     def _template(self, name: bool | str) -> str:
-        """The source of a chat template: the only one, the one called "default", or the one that is named."""
+        """The source of a chat template: the only one, the one called "default", or the one of the given name."""
         templates = self.chat_template
         if templates is None:
             raise ValueError("this checkpoint has no chat template: use template=False, as base models want.")
@@ -217,10 +217,10 @@ class Processor:
         bounds: dict[str, int],
         rates: Iterator[float | None],
     ) -> Inputs:
-        """One prompt: placeholders expanded, tokenised as a whole, every token named by its segment.
+        """`Inputs` of one prompt, with placeholders expanded and every token assigned to its segment.
 
         Args:
-            rates: frames a second of this prompt's videos, and then of the next prompts'.
+            rates: frames per second of this prompt's videos, followed by those of the next prompts.
         """
         placed = "".join(segment.text for segment in segments if not segment.typed)
         placeholders = re.findall(f"{re.escape(IMAGE_PAD)}|{re.escape(VIDEO_PAD)}", placed)
@@ -243,14 +243,14 @@ class Processor:
         return Inputs.build(torch.tensor([ids], dtype=torch.long).reshape(1, -1), cfg, None, visuals, pixels, [names])
 
     def _tokenize(self, segments: list[Segment]) -> tuple[list[int], list[str]]:
-        """The prompt as a whole (tokens may not depend on where its segments meet), then the answer; each token is
-        named by the segment it starts in."""
+        """(token ids, segment of each token). The prompt is tokenised as a whole, so that segment boundaries do not change its tokens,
+        then the answer; a token belongs to the segment in which it starts."""
         first = next((index for index, segment in enumerate(segments) if segment.name == "answer"), len(segments))
         prompt, answer = (tokenize_segments(self.tokenizer, stretch) for stretch in (segments[:first], segments[first:]))
         return prompt[0] + answer[0], prompt[1] + answer[1]
 
     def _check_fit(self, cfg: HookedQwen2VLConfig) -> None:
-        """Refuses a processor that is another checkpoint's."""
+        """Raises ValueError for a processor that does not fit the model."""
         ours, theirs = self.image_processor, cfg.vision
         pairs = {
             IMAGE_PAD: (self.tokenizer.convert_tokens_to_ids(IMAGE_PAD), cfg.image_token_id),
@@ -276,7 +276,7 @@ class Processor:
     def _image(
         self, image: ImageLike, bounds: dict[str, int]
     ) -> tuple[Float[Tensor, "patch d_patch"], tuple[int, int, int], tuple[float, float]]:
-        """Patches in the tower's order, grid (t, h, w), and original size (width, height)."""
+        """(patches in the tower's order, grid (t, h, w), original size (width, height))."""
         given = image if isinstance(image, Element) else Element(image, {})
         original = open_image(given.content)
         picture = given.resized(original, self.image_processor.patch_size * self.image_processor.merge_size)
@@ -287,10 +287,10 @@ class Processor:
     def _video(
         self, video: VideoLike, bounds: dict[str, int], whole: bool = False
     ) -> tuple[Float[Tensor, "patch d_patch"], tuple[int, int, int], tuple[float, float]]:
-        """As `_image`, for frames: pairs of frames share patches, a last odd frame is repeated.
+        """As `_image`, for frames: two frames share patches; with an odd number of frames, the last one is repeated.
 
         Args:
-            whole: whether the bounds are of all frames together, as Qwen3-VL has them.
+            whole: whether the bounds are for all frames together, as in Qwen3-VL.
         """
         given = video if isinstance(video, Element) else Element(video, {})
         video = given.content
@@ -319,17 +319,17 @@ class Processor:
         processed = resizer(images=frames, size=size, return_tensors="pt")
         _, h, w = processed["image_grid_thw"][0].tolist()
         t, side = len(frames) // pair, processor.patch_size
-        # every image is `pair` copies of itself in time: take the n-th copy from the n-th frame of each group
+        # the processor repeats every image `pair` times in time: take the n-th copy from the n-th frame of each group
         patches = processed["pixel_values"].reshape(t, pair, h * w, -1, pair, side * side)
         mixed = torch.stack([patches[:, n, :, :, n] for n in range(pair)], dim=3)
         return mixed.reshape(t * h * w, -1), (t, h, w), original
 
 
 def _resizer_of_frames(ours: Qwen2VLImageProcessorPil, frames: list[Image.Image], bounds: dict[str, int]) -> Qwen2VLImageProcessorPil:
-    """The frames' processor, resizing to what Qwen3-VL makes of so many frames of this size.
+    """An image processor that resizes to the size that Qwen3-VL uses for this number of frames of this size.
 
     Raises:
-        ValueError: fewer frames than one patch takes.
+        ValueError: fewer frames than a patch needs.
     """
     width, height = frames[0].size
     if len(frames) < ours.temporal_patch_size:
@@ -341,7 +341,7 @@ def _resizer_of_frames(ours: Qwen2VLImageProcessorPil, frames: list[Image.Image]
 
 
 class _FixedSize(Qwen2VLImageProcessorPil):
-    """An image processor with another's settings, and one size for every image."""
+    """An image processor with the settings of another one, and one size for all images."""
 
     def __init__(self, height: int, width: int, other: Qwen2VLImageProcessorPil):
         super().__init__(**{key: value for key, value in other.to_dict().items() if key in SETTINGS})
@@ -352,7 +352,7 @@ class _FixedSize(Qwen2VLImageProcessorPil):
 
 
 def _stated_rates(videos: list[Any], fps: float | Sequence[float] | None, needed: bool) -> float | Sequence[float] | None:
-    """`fps`, or what the messages say of their videos; Qwen2-VL's reference takes it there, to no effect."""
+    """`fps`, or the rates in the messages; Qwen2-VL's reference accepts rates in messages, without effect."""
     stated: list[Any] = [video.settings.get("fps") if isinstance(video, Element) else None for video in videos]
     if not any(stated):
         return fps
@@ -362,7 +362,7 @@ def _stated_rates(videos: list[Any], fps: float | Sequence[float] | None, needed
 
 
 def _frame_rates(fps: float | Sequence[float] | None, n_videos: int, needed: bool) -> Sequence[float | None]:
-    """Frames a second of each video; None where the model does not ask."""
+    """Frames per second of each video; None if the model does not use them."""
     if not needed:
         if fps is not None:
             raise ValueError("fps= would have no effect: this model's positions count a video's frames, not seconds. Drop it.")
@@ -383,13 +383,13 @@ def _frame_rates(fps: float | Sequence[float] | None, n_videos: int, needed: boo
 
 
 def _timestamps(n_frames: int, pair: int, fps: float) -> list[str]:
-    """What stands before each frame of the grid: the mean time of its first and last frame, the last one repeated."""
+    """The text before each frame of the grid: the mean time of its first and last frame; the last frame may be repeated."""
     seconds = [min(frame, n_frames - 1) / fps for frame in range(n_frames + -n_frames % pair)]
     return [f"<{(seconds[t] + seconds[t + pair - 1]) / 2:.1f} seconds>" for t in range(0, len(seconds), pair)]
 
 
 def _expanded(segments: list[Segment], visuals: Sequence[Visual], times: Sequence[list[str] | None]) -> Iterator[Segment]:
-    """The segments with a placeholder for every image token; a video's frames behind their timestamps, where it has them."""
+    """The segments with one placeholder per image token, and with the timestamps of a video's frames if it has them."""
     following, n_videos = iter(zip(visuals, times)), 0
     for segment in segments:
         if segment.typed:
@@ -413,7 +413,7 @@ def _expanded(segments: list[Segment], visuals: Sequence[Visual], times: Sequenc
 
 
 def _pixel_bounds(min_pixels: int | None, max_pixels: int | None) -> dict[str, int]:
-    """Areas in pixels under the image processor's names; only those that are given."""
+    """The given areas in pixels, under the image processor's names."""
     for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"{name} is an area in pixels, a positive whole number, got {short(value)}.")
@@ -424,10 +424,10 @@ def _pixel_bounds(min_pixels: int | None, max_pixels: int | None) -> dict[str, i
 
 
 def _bounded(size: Mapping[str, int], bounds: dict[str, int], what: str) -> dict[str, int]:
-    """The checkpoint's bounds with the caller's in their place.
+    """The checkpoint's bounds, replaced by the caller's where given.
 
     Raises:
-        ValueError: the smallest area is more than the largest.
+        ValueError: the smallest area is larger than the largest.
     """
     size = {**dict(size), **bounds}
     if size["shortest_edge"] > size["longest_edge"]:
@@ -439,7 +439,7 @@ def _bounded(size: Mapping[str, int], bounds: dict[str, int], what: str) -> dict
 
 
 def _as_messages(text: str, images: list, videos: list, system: str | None, special_tokens: bool) -> list[dict]:
-    """A user's turn; where special tokens count and the text has its own placeholders, they say where the images go."""
+    """The messages of a user turn, images first; with special_tokens, placeholders in the text decide where images go."""
     turn: list[dict] = [] if system is None else [{"role": "system", "content": system}]
     if special_tokens and (IMAGE_PAD in text or VIDEO_PAD in text):
         return [*turn, {"role": "user", "content": [{"type": "text", "text": text}], "_medias": (images, videos)}]
@@ -451,7 +451,7 @@ def _as_messages(text: str, images: list, videos: list, system: str | None, spec
 def _without_template(
     text: str, images: list, videos: list, answer: str | None, special_tokens: bool
 ) -> tuple[list[Segment], list[tuple[int, Any]]]:
-    """Images, then the text, as base models are prompted."""
+    """Segments and media of a prompt without chat template: images, then the text."""
     medias = [(IMAGE, image) for image in images] + [(VIDEO, video) for video in videos]
     segments = []
     if not special_tokens or (IMAGE_PAD not in text and VIDEO_PAD not in text):
@@ -462,7 +462,7 @@ def _without_template(
 
 
 def _chats(messages: Any) -> list[list[dict]]:
-    """One conversation or several, as a list of them."""
+    """A list of conversations, from one or several."""
     if not isinstance(messages, (list, tuple)) or not messages:
         raise ValueError(f"expected messages=[{{'role': 'user', 'content': …}}, …] or a list of such, got {short(messages)}.")
     chats = [list(messages)] if isinstance(messages[0], dict) else [list(chat) for chat in messages]
@@ -473,8 +473,8 @@ def _chats(messages: Any) -> list[list[dict]]:
 
 
 def _mark(messages: list[dict], typed: bool = True) -> tuple[list[dict], list[Segment], list[tuple[int, Any]], bool]:
-    """Messages with every text replaced by a marker; the texts, named; images and videos in order; whether the
-    conversation ends with the assistant's words."""
+    """(messages with markers in place of texts, the texts as segments, images and videos in order, whether the conversation ends with
+    a turn of the assistant)."""
     final = messages[-1].get("role") == "assistant" if messages else False
     turns = [index for index, message in enumerate(messages) if message.get("role") == "user"]
     if not turns:
@@ -525,7 +525,7 @@ def _mark(messages: list[dict], typed: bool = True) -> tuple[list[dict], list[Se
 
 
 def _template_parts(text: str, first: bool) -> list[Segment]:
-    """A stretch of the template's own; the default system prompt in it is named."""
+    """The segments of a part of the rendered template; a default system prompt becomes the segment `system`."""
     default = re.match(r"(<\|im_start\|>system\n)(.+?)(<\|im_end\|>)", text, re.DOTALL) if first else None
     if not default:
         return [Segment(text, "template")] if text else []
@@ -534,7 +534,7 @@ def _template_parts(text: str, first: bool) -> list[Segment]:
 
 
 def _in_order(placeholders: list[str], medias: list[tuple[int, Any]]) -> list[tuple[int, Any]]:
-    """Images and videos as the prompt's placeholders take turns."""
+    """Images and videos in the order of the prompt's placeholders."""
     queues = {kind: iter([m for m in medias if m[0] == kind]) for kind in (IMAGE, VIDEO)}
     return [next(queues[IMAGE if pad == IMAGE_PAD else VIDEO]) for pad in placeholders]
 
@@ -564,10 +564,10 @@ def _per_row(values: str | Sequence[str | None] | None, n_rows: int, word: str) 
 
 
 def _video(settings: dict[str, Any], where: str, images: Qwen2VLImageProcessorPil) -> dict[str, Any]:
-    """The fields of `Processor` that a video processor's settings fill.
+    """The fields of `Processor` that come from a video processor's settings.
 
     Args:
-        images: whose sides of patches are taken where the settings do not say.
+        images: image processor whose patch sizes are used if the settings have none.
     """
     settings = {key: getattr(images, key) for key in ("patch_size", "temporal_patch_size", "merge_size")} | settings
     whole = "Qwen3VL" in str(settings.get("video_processor_type"))  # its class has other defaults
@@ -576,7 +576,7 @@ def _video(settings: dict[str, Any], where: str, images: Qwen2VLImageProcessorPi
     token = (images.patch_size * images.merge_size) ** 2
     videos = image_processor(settings, where, {edge: area // 28**2 * token for edge, area in VIDEO_SIZE.items()})
     budget = None
-    if settings.get("cap_pixels_per_frame"):  # Qwen3-VL's is of one frame, Qwen2-VL's of all
+    if settings.get("cap_pixels_per_frame"):  # in Qwen3-VL the limit is per frame, in Qwen2-VL for all frames
         most = settings.get("max_video_tokens", 768 if whole else 128_000) * token
         budget = most if whole else int(most * 0.9)
     return {"video_size": dict(videos.size), "video_processor": videos, "video_budget": budget}

@@ -1,4 +1,4 @@
-"""A checkpoint folder's tokenizer, image and video settings and chat templates, read in transformers' order of precedence.
+"""Reads the tokenizer, the image and video settings and the chat templates of a checkpoint, in transformers' order of precedence.
 
     images      "image_processor" in processor_config.json, else preprocessor_config.json
     videos      "video_processor" in processor_config.json, else video_preprocessor_config.json, else preprocessor_config.json
@@ -27,7 +27,7 @@ PROCESSOR, IMAGES, VIDEOS = "processor_config.json", "preprocessor_config.json",
 TOKENIZER, VOCABULARY, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 FILES = (PROCESSOR, IMAGES, VIDEOS, TOKENIZER, VOCABULARY, "tokenizer_config.json")
 Templates = str | dict[str, str] | None  # one, or several by name
-IMAGE_SIZE = {"shortest_edge": 56 * 56, "longest_edge": 1280 * 28 * 28}  # transformers' own, for want of settings
+IMAGE_SIZE = {"shortest_edge": 56 * 56, "longest_edge": 1280 * 28 * 28}  # transformers' default
 VIDEO_SIZE = {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28}
 SETTINGS = {
     "do_resize", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "do_convert_rgb",
@@ -47,7 +47,7 @@ def read_tokenizer(folder: Path) -> Any:
     """The folder's tokenizer.
 
     Raises:
-        ValueError: none that transformers can read, or one without a vocabulary, which turns every text into nothing.
+        ValueError: none that transformers can read, or one with an incomplete vocabulary, which would lose text.
     """
     whole = (folder / TOKENIZER).exists()
     if not whole and not ((folder / VOCABULARY).exists() and (folder / MERGES).exists()):
@@ -67,28 +67,28 @@ def read_tokenizer(folder: Path) -> Any:
 
 
 def image_settings(folder: Path) -> tuple[dict[str, Any], str]:
-    """(settings, the file they are from, and where in it) of images.
+    """(settings for images, the file and key they are from).
 
     Raises:
-        ValueError: there are none, or a file is not JSON.
+        ValueError: there are no settings, or a file is not JSON.
     """
     return _nested(folder, "image_processor") or _whole(folder, IMAGES, "how images are resized and normalised")
 
 
 def video_settings(folder: Path) -> tuple[dict[str, Any], str]:
-    """As `image_settings`, of videos."""
+    """(settings for videos, the file and key they are from); empty settings if no file has them."""
     nested = _nested(folder, "video_processor")
     file = VIDEOS if (folder / VIDEOS).exists() else IMAGES
-    if not nested and not (folder / file).exists():  # images alone have settings
+    if not nested and not (folder / file).exists():  # only images have settings
         return {}, str(folder)
     return nested or _whole(folder, file, "how videos are resized and normalised")
 
 
 def chat_templates(folder: Path, tokenizer: Any) -> Templates:
-    """The folder's chat template, or several by name; None where there is none.
+    """The folder's chat template, or several by name; None if there is none.
 
     Raises:
-        ValueError: a file is not JSON, or chat_template.json lies beside separate templates (transformers refuses that).
+        ValueError: a file is not JSON, or there are chat_template.json and separate templates (which transformers refuses, too).
     """
     own = (read_json(folder / PROCESSOR) or {}).get("chat_template")
     if own is not None:
@@ -110,7 +110,7 @@ def chat_templates(folder: Path, tokenizer: Any) -> Templates:
 
 
 def named_templates(templates: Any, where: str) -> Templates:
-    """Templates as transformers writes them: one, a mapping, or a list of {"name", "template"}."""
+    """Chat templates from the forms that transformers writes: a text, a mapping, or a list of {"name", "template"}."""
     if isinstance(templates, (list, tuple)) and all(isinstance(t, Mapping) and {"name", "template"} <= set(t) for t in templates):
         templates = {t["name"]: t["template"] for t in templates}
     if templates is None or isinstance(templates, str):
@@ -121,13 +121,13 @@ def named_templates(templates: Any, where: str) -> Templates:
 
 
 def image_processor(settings: Mapping[str, Any], where: str, size: Mapping[str, int] = IMAGE_SIZE) -> Qwen2VLImageProcessorPil:
-    """Settings as the image processor that follows them.
+    """The image processor with these settings.
 
     Args:
-        where: the file, for errors.
-        size: where the settings have none.
+        where: the file, for error messages.
+        size: default if the settings have no size.
     Raises:
-        ValueError: another kind of processor, or settings that are no numbers to compute with; each is named.
+        ValueError: settings of another kind of processor, or invalid values, which the message lists.
     """
     kinds = [settings.get(f"{half}_processor_type") for half in ("image", "video")]
     if other := [kind for kind in kinds if kind is not None and not _KINDS.fullmatch(str(kind))]:
@@ -143,7 +143,7 @@ def image_processor(settings: Mapping[str, Any], where: str, size: Mapping[str, 
 
 
 def _size(settings: Mapping[str, Any], where: str, default: Mapping[str, int]) -> dict[str, int]:
-    """{"shortest_edge", "longest_edge"}: areas in pixels; `min_pixels` and `max_pixels` go before them, as in transformers."""
+    """{"shortest_edge", "longest_edge"}, areas in pixels; `min_pixels` and `max_pixels` have precedence, as in transformers."""
     size = settings.get("size")
     size = default if size is None else size
     known = {*_EDGES, *_EDGES.values()}
@@ -196,7 +196,7 @@ def _whole(folder: Path, file: str, what: str) -> tuple[dict[str, Any], str]:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """A file's JSON object; None where there is no file."""
+    """The JSON object in a file; None if there is no such file. ValueError if it is not a JSON object."""
     if not path.exists():
         return None
     try:

@@ -1,9 +1,8 @@
-"""Text that was written becomes tokens that mean it: in what a user says, `<|im_end|>` is eight characters of text.
+"""Tokenises prompts so that special tokens in a user's text are read as text.
 
-A prompt is made of segments. Special tokens count only in segments that the library placed (the template, the frames of
-images); in a user's text each is spelt by plain tokens, so that nothing typed can end a turn or stand for an image.
-Special tokens are hard borders for the tokenizer: what lies between two of them is tokenised as a whole, however many
-segments it comes from.
+A prompt is a list of segments. Special tokens are recognised only in segments that the library wrote (the template, the tokens
+around images). In a user's text, "<|im_end|>" is tokenised as plain text, so that no input can end a turn or stand for an image.
+The text between two special tokens is tokenised as a whole, even if it comes from several segments.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ VISION_TOKENS = {"<|vision_start|>": "vision_start", "<|vision_end|>": "vision_e
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of the rendered prompt.
+    """A part of the rendered prompt.
 
     Attributes:
-        text: as it was written.
+        text: its text.
         name: its name (see `Inputs.positions`).
-        typed: whether special tokens in it are text.
+        typed: whether special tokens in it are read as text.
     """
 
     text: str
@@ -38,14 +37,14 @@ class Segment:
 
 
 def text_ids(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text, special tokens in it spelt by plain tokens; none are added."""
+    """Token ids of a text; special tokens in it are read as text, and none are added."""
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] if text else []
 
 
 def tokenize_segments(tokenizer: Any, segments: Sequence[Segment]) -> tuple[list[int], list[str]]:
-    """The ids of the segments joined to one text, and for each the name of the segment it starts in.
+    """(token ids of the joined segments, for each token the name of the segment in which it starts).
 
-    `vision_start` and `vision_end`, where the library placed them, are named after themselves.
+    The special tokens <|vision_start|> and <|vision_end|> get the names `vision_start` and `vision_end`.
     """
     special = special_tokens(tokenizer)
     borders = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True)))) if special else None
@@ -73,12 +72,12 @@ def tokenize_segments(tokenizer: Any, segments: Sequence[Segment]) -> tuple[list
 
 
 def special_tokens(tokenizer: Any) -> dict[str, int]:
-    """Each special token's text and id."""
+    """Text -> id of all special tokens."""
     return {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 def _stretch(tokenizer: Any, segments: Sequence[Segment]) -> list[tuple[int, str]]:
-    """(id, name of the segment it starts in) of text without special tokens."""
+    """(token id, name of the segment in which it starts) for text without special tokens."""
     text = "".join(segment.text for segment in segments)
     if not text:
         return []

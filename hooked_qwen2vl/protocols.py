@@ -1,6 +1,6 @@
-"""What an analysis asks of a model: any TransformerLens model has it, `HookedQwen2VL` or a bridge.
+"""The type of a model for analyses: any TransformerLens model, such as `HookedQwen2VL` or a bridge.
 
-For the type checker; nothing is checked while running, where a model that lacks something says so itself.
+For the type checker only; nothing is checked at run time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     class Model(Protocol):
-        """A TransformerLens model. `run_with_cache` gives (what the model returns, an ActivationCache)."""
+        """A TransformerLens model. `run_with_cache` returns (the model's output, an ActivationCache)."""
 
         @property
         def cfg(self) -> Any: ...

@@ -1,7 +1,7 @@
-"""Linear layers that bitsandbytes quantised, as they are: its own kernels run, and what is read of them is dequantised.
+"""Linear layers quantised by bitsandbytes: its kernels run, and reading a weight dequantises it.
 
-The reference's modules (`Linear4bit`, `Linear8bitLt`) take the place of ours. `W_Q`, `W_in`, … are made anew at each reading
-and refuse to be written: a number put there could not run.
+The modules of the reference (`Linear4bit`, `Linear8bitLt`) replace ours. `W_Q`, `W_in`, … are computed at every access and cannot be
+written in place, because the model would not use the written values.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ KINDS = ("Linear4bit", "Linear8bitLt")
 
 
 class Quantised(nn.Module):
-    """A quantised linear layer of the reference's, or some rows of it: the tower's queries, keys and values are one layer there.
+    """A quantised linear layer of the reference, or some of its rows (the tower's queries, keys and values are one layer there).
 
     Args:
-        layer: bitsandbytes' module, shared with the reference. rows: of its output; a part computes the whole layer.
-        dtype: of the activations, in which biases and dequantised weights are read.
+        layer: bitsandbytes' module, shared with the reference. rows: rows of its output; all rows are computed in any case.
+        dtype: of the activations, and of biases and dequantised weights.
     """
 
     def __init__(self, layer: Any, rows: slice, dtype: torch.dtype):
@@ -31,24 +31,24 @@ class Quantised(nn.Module):
         self.in_features, self.out_features = layer.in_features, len(range(*rows.indices(layer.out_features)))
 
     def forward(self, x: Float[Tensor, "*axes d_in"]) -> Float[Tensor, "*axes d_out"]:
-        flat = self.layer(x.flatten(0, -2))  # its kernels know two and three axes
+        flat = self.layer(x.flatten(0, -2))  # its kernels take two or three axes
         return flat[:, self.rows].unflatten(0, x.shape[:-1])
 
     def dequantised(self) -> Float[Tensor, "out in"]:
-        """The numbers that the packed weight stands for, in a copy."""
+        """The dequantised weight, a copy."""
         from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
         return dequantize_bnb_weight(self.layer.weight, getattr(self.layer, "state", None)).to(self.dtype)[self.rows]
 
     @property
     def weight(self) -> Float[Tensor, "out in"]:
-        """As `dequantised`; writing into it is torch's error about inference tensors (`.clone()` gives a free copy)."""
+        """As `dequantised`, but an inference tensor, so that writing into it is an error (`.clone()` gives a writable copy)."""
         with torch.inference_mode():
             return self.dequantised()
 
     @property
     def bias(self) -> Float[Tensor, "out"]:
-        """The layer's, or zeros that refuse to be written."""
+        """The layer's bias, or zeros that cannot be written in place."""
         if self.layer.bias is None:
             return torch.zeros(1, dtype=self.dtype, device=self.layer.weight.device).expand(self.out_features)
         with torch.inference_mode():
@@ -63,10 +63,10 @@ def by_bitsandbytes(config: Mapping[str, Any]) -> bool:
 
 
 def quantised_layers(hf_model: Any) -> dict[str, Any]:
-    """Module name -> layer of bitsandbytes', in a reference model; empty where none is quantised and holds its numbers.
+    """Module name -> bitsandbytes layer, for a transformers model; empty if it has none.
 
     Raises:
-        ValueError: a layer that is not quantised yet (its packing is done when it is moved to a device).
+        ValueError: a layer is not quantised yet (bitsandbytes packs the weights when a layer is moved to a device).
     """
     layers = {name: module for name, module in hf_model.named_modules() if type(module).__name__ in KINDS}
     waiting = [name for name, layer in layers.items() if layer.weight.dtype not in (torch.uint8, torch.int8)]
@@ -79,12 +79,12 @@ def quantised_layers(hf_model: Any) -> dict[str, Any]:
 
 
 def put_in(model: nn.Module, layers: Mapping[str, Any], table: Mapping[str, tuple[str, ...]], dtype: torch.dtype) -> None:
-    """Gives the quantised layers the places of the model's own.
+    """Replaces linear layers of the model by quantised layers.
 
     Args:
         layers: canonical module name -> layer. table: canonical weight name -> our parameters (`weights.conversion_table`).
     Raises:
-        ValueError: a layer has no place here, or another shape.
+        ValueError: a layer that does not correspond to a linear layer of the model, or has another shape.
     """
     for name, layer in layers.items():
         ours = table.get(f"{name}.weight", ())
@@ -104,10 +104,10 @@ def put_in(model: nn.Module, layers: Mapping[str, Any], table: Mapping[str, tupl
 
 
 def refuse_editing(model: nn.Module, what: str) -> None:
-    """Refuses what needs plain weights in place.
+    """Refuses an operation that changes weights in place.
 
     Raises:
-        ValueError: some of the model's layers are quantised.
+        ValueError: some layers of the model are quantised.
     """
     names = [name for name, module in model.named_modules() if isinstance(module, Quantised)]
     if names:
@@ -118,7 +118,7 @@ def refuse_editing(model: nn.Module, what: str) -> None:
 
 
 def load_reference(folder: Any, name: str, device: Any, dtype: torch.dtype | None) -> Any:
-    """transformers' model of a folder that bitsandbytes quantised, every weight of which it has used.
+    """Loads a folder that bitsandbytes quantised as a transformers model, and checks that all its weights were used.
 
     Raises:
         ValueError: bitsandbytes is not installed, or weights are missing, unused or misshapen.
@@ -131,7 +131,7 @@ def load_reference(folder: Any, name: str, device: Any, dtype: torch.dtype | Non
     from transformers import AutoModelForImageTextToText
 
     place = {"": str(device or "cpu")}
-    load: Any = AutoModelForImageTextToText.from_pretrained  # with output_loading_info= it gives two
+    load: Any = AutoModelForImageTextToText.from_pretrained  # returns a pair with output_loading_info=
     model, info = load(folder, dtype=dtype or "auto", device_map=place, output_loading_info=True, local_files_only=True)
     wrong = [
         f"{kind.removesuffix('_keys')}: {key}" for kind, keys in info.items() if kind.endswith("_keys") for key in sorted(map(str, keys))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class Rotation(NamedTuple):
-    """Cosine and sine of every angle, both halves of the head repeated."""
+    """Cosine and sine of every angle; the second half of d_head repeats the first."""
 
     cos: Float[Tensor, "... pos d_head"]
     sin: Float[Tensor, "... pos d_head"]
@@ -31,11 +31,11 @@ def _rotation(angles: Float[Tensor, "... pos half"], dtype: torch.dtype) -> Rota
 
 
 def vision_rotation(coordinates: Int[Tensor, "patch 2"], base: float, d_head: int, dtype: torch.dtype = torch.float32) -> Rotation:
-    """2-D rotation of each patch: the first quarter of the head turns with the row, the second with the column.
+    """2-D rotation of each patch: the first quarter of d_head uses the row, the second the column; then the same again.
 
     Args:
         coordinates: (row, col) of each patch.
-        dtype: of the rotation; the reference rotates the tower in float32 whatever the weights are.
+        dtype: of the rotation; the reference rotates the tower in float32, whatever the dtype of the weights.
     Returns:
         cos and sin, each [patch d_head].
     """
@@ -52,13 +52,13 @@ def text_rotation(
     dtype: torch.dtype,
     interleaved: bool = False,
 ) -> Rotation:
-    """M-RoPE: the frequencies are dealt to the time, row and column streams.
+    """M-RoPE rotation: each frequency uses the time, row or column position.
 
     Args:
-        position_ids: (t, row, col) position of every token; equal streams for text.
-        mrope_section: how many frequencies turn with each stream; sums to d_head / 2.
-        dtype: of the decoder's activations: the reference rounds cos and sin to it.
-        interleaved: dealt in turns, t row col t row col …, and to t once the others have theirs; else in sections.
+        position_ids: (t, row, col) position of every token; the three are equal for text.
+        mrope_section: number of frequencies for time, row and column; sums to d_head / 2.
+        dtype: of the decoder's activations; the reference rounds cos and sin to it.
+        interleaved: whether frequencies alternate (t row col t row col …, the rest t) instead of coming in sections.
     Returns:
         cos and sin, each [batch pos d_head].
     """
@@ -69,7 +69,7 @@ def text_rotation(
 
 
 def frequency_streams(mrope_section: Sequence[int], interleaved: bool) -> Int[Tensor, "frequency"]:
-    """Which position stream (0 time, 1 row, 2 column) each of the d_head / 2 frequencies turns with."""
+    """The position stream (0 time, 1 row, 2 column) that each of the d_head / 2 frequencies uses."""
     if not interleaved:
         return torch.repeat_interleave(torch.tensor(mrope_section))
     streams = torch.zeros(sum(mrope_section), dtype=torch.long)
@@ -79,7 +79,7 @@ def frequency_streams(mrope_section: Sequence[int], interleaved: bool) -> Int[Te
 
 
 def rotate(x: Float[Tensor, "batch pos head d_head"], rotation: Rotation) -> Float[Tensor, "batch pos head d_head"]:
-    """Turns every head's vector; computed in the rotation's dtype where that is wider than x's."""
+    """Rotates every head's vector; computed in the wider of the dtypes of x and rotation, returned in the dtype of x."""
     cos, sin = (part.unsqueeze(-2) for part in rotation)
     first, second = x.chunk(2, dim=-1)
     return ((x * cos) + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)

@@ -1,7 +1,7 @@
-"""Where in the prompts a run of the blocks is: the positions that its queries and keys stand for, for hooks that act at places.
+"""The prompt positions of the queries and keys in the current run of the blocks, for hooks that act at positions.
 
-In cached generation, in a sweep that starts halfway, and after tokens have left the stream, the first of an activation's
-positions is not the prompt's first.
+Index 0 of an activation is not position 0 of the prompt in generation with a key-value cache, in sweeps that start at a later
+position, and after tokens were dropped from the residual stream.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from torch import Tensor
 
 
 class RunningPositions:
-    """Of one pass through blocks.
+    """The positions of one pass through blocks.
 
     Attributes:
-        queries: [n] the positions that the residual stream holds now. keys: [m] those whose keys may be seen; the queries come last.
-        hidden: [rows pos] positions, from the prompts' first, that nobody else in the row sees; None: none.
-        n_layers: of the model.
+        queries: [n] positions that the residual stream has now. keys: [m] positions of the keys; the queries' positions come last.
+        hidden: [rows pos] positions, counted from the start of the prompts, that no other position of the row sees; None: none.
+        n_layers: number of layers of the model.
+        left: (positions, their residual stream) of positions that were dropped.
     """
 
     def __init__(self, start: int, stop: int, n_layers: int, hidden: Bool[Tensor, "rows pos"] | None = None):
@@ -30,12 +31,14 @@ class RunningPositions:
         self.left: list[tuple[Tensor, Tensor]] = []
 
     def narrow(self, residual: Float[Tensor, "rows pos d_model"], leaving: Bool[Tensor, "rows pos"]) -> Float[Tensor, "rows pos d_model"]:
-        """The stream without the positions that leave it, from here on.
+        """Drops positions from the run, and returns the residual stream without them.
 
-        A position leaves the stream where it leaves in every row; in a row that is alone with it, its keys are hidden.
+        A position is dropped if it leaves in every row; otherwise its keys are hidden in the rows in which it leaves.
 
         Args:
-            leaving: of the prompts' first positions.
+            leaving: whether each position leaves, counted from the start of the prompts.
+        Raises:
+            ValueError: no position would be left.
         """
         hidden = torch.zeros(len(residual), self.stop, dtype=torch.bool)
         n = min(leaving.shape[1], self.stop)
@@ -51,17 +54,17 @@ class RunningPositions:
         return residual[:, stay.to(residual.device)]
 
     def kept(self, x: Tensor, axis: int = 1) -> Tensor:
-        """Of something that is at all positions of this run, what is where the stream still is."""
+        """The part of a tensor over all positions of this run that belongs to the remaining positions."""
         return x.index_select(axis, (self.queries - self.start).to(x.device)) if self.left else x
 
     def add_to_left(self, term: Float[Tensor, "rows pos d_model"], first: int) -> None:
-        """What is added after a block is also added to the positions that have left the stream at its end (`left[first:]`)."""
+        """Adds a term to the positions that were dropped at the end of the block (`left[first:]`), as to the remaining ones."""
         self.left[first:] = [
             (at, stream + term[:, (at - self.start).to(term.device)].to(stream.device)) for at, stream in self.left[first:]
         ]
 
     def restored(self, residual: Float[Tensor, "rows kept d_model"]) -> Float[Tensor, "rows pos d_model"]:
-        """The stream at all positions: those that left it as they were then."""
+        """The residual stream at all positions; dropped positions have the stream from when they were dropped."""
         if not self.left:
             return residual
         whole = residual.new_empty(len(residual), self.stop - self.start, residual.shape[-1])
@@ -70,7 +73,7 @@ class RunningPositions:
         return whole
 
     def at_all_positions(self, activation: Tensor, axis: int, key_axis: int | None = None) -> Tensor:
-        """An activation with NaN at the positions that have left the stream, so that positions mean the same as before."""
+        """An activation over all positions of the run, with NaN at dropped positions."""
         n_queries = self.stop - self.start
         axes = [(axis, self.queries - self.start, n_queries)] + ([] if key_axis is None else [(key_axis, self.keys, self.stop)])
         for at, places, n in axes:
@@ -87,7 +90,7 @@ running_positions: ContextVar[RunningPositions | None] = ContextVar("running_pos
 
 @contextmanager
 def running_at(positions: RunningPositions) -> Iterator[RunningPositions]:
-    """Within this context hooks find these positions in `running_positions`."""
+    """Context in which hooks find these positions in `running_positions`."""
     token = running_positions.set(positions)
     try:
         yield positions
@@ -96,13 +99,13 @@ def running_at(positions: RunningPositions) -> Iterator[RunningPositions]:
 
 
 def query_positions(n: int) -> Int[Tensor, "n"]:
-    """The positions that an activation of n positions holds; outside a run of this model's blocks, the first n."""
+    """The prompt positions of an activation with n positions; outside a run of this model's blocks, 0..n−1."""
     running = running_positions.get()
     return torch.arange(n) if running is None else running.queries
 
 
 def attention_positions(n_queries: int, n_keys: int) -> tuple[Int[Tensor, "n_queries"], Int[Tensor, "n_keys"]]:
-    """The positions of a pattern's queries and keys; outside a run of this model's blocks, the queries are the last of the keys."""
+    """The prompt positions of a pattern's queries and keys; outside a run of this model's blocks, the queries are the last keys."""
     running = running_positions.get()
     if running is None:
         return torch.arange(n_keys - n_queries, n_keys), torch.arange(n_keys)

@@ -1,11 +1,11 @@
-"""What the positions of a prompt are called, where only its token ids are known.
+"""Finds the segments of a prompt from its token ids alone.
 
-A chat is recognised by its shape, which Qwen2-VL's template gives every conversation:
+A chat has the form that Qwen2-VL's template gives every conversation:
 
     <start> role \\n content <end> \\n <start> role \\n content <end> \\n … <start> role \\n [content]
 
-where <start> is the row's first token and <end> one of the checkpoint's end tokens. Anything else is a raw
-prompt, all of it `question`. A prompt built by `model.to_inputs` needs no guessing: its segments are known.
+where <start> is the row's first token and <end> one of the checkpoint's end tokens. Any other prompt is one segment, `question`.
+This is not needed for prompts from `model.to_inputs`, whose segments are known.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ def is_segment_name(name: str) -> bool:
 
 
 def segments_from_ids(tokens: Sequence[int], types: Sequence[int], cfg: HookedQwen2VLConfig, frames: Sequence[int] = ()) -> list[str]:
-    """The segment each position of one unpadded row belongs to.
+    """The segment of each position of one row without padding.
 
-    Where content begins with line breaks, one token may hold them and the template's own: it is the template's.
+    If content begins with line breaks, one token may contain both these and the template's line break; it belongs to `template`.
 
     Args:
-        tokens: the row's ids, padding left out.
-        types: 0 text, 1 image, 2 video, for each.
-        frames: how many frames each video of the row has, where each stands behind its timestamp.
+        tokens: the row's token ids, without padding.
+        types: 0 text, 1 image, 2 video, for each token.
+        frames: number of frames of each video of the row, if frames come after timestamps.
     """
     breaks: set[int] = set(getattr(cfg.special, "line_breaks", ()))
     names = _chat_names(list(tokens), set(cfg.special.eos), breaks) or ["question"] * len(tokens)
@@ -52,10 +52,10 @@ def segments_from_ids(tokens: Sequence[int], types: Sequence[int], cfg: HookedQw
 
 
 def _timestamps(tokens: list[int], types: list[int], frames: Sequence[int], cfg: HookedQwen2VLConfig) -> dict[int, str]:
-    """Position -> `video[k].time[t]`, of the timestamps that can be told by ids alone.
+    """Position -> `video[k].time[t]`, for the timestamps that can be found from token ids.
 
-    Between two frames of a video there is nothing but a timestamp. Before its first frame there is other text too: there the
-    timestamp begins with the token that the others begin with (of a video of one frame it is not told).
+    Between two frames of a video there is only a timestamp. Before the first frame there is other text, too; its timestamp begins
+    with the same token as the others. In a video with one frame it cannot be found.
     """
     starts = [i for i, kind in enumerate(types) if kind == VIDEO and (i == 0 or types[i - 1] != VIDEO)]
     frame_of = [(video, frame) for video, n in enumerate(frames) for frame in range(n)]
@@ -75,7 +75,7 @@ def _timestamps(tokens: list[int], types: list[int], frames: Sequence[int], cfg:
 
 
 def number_visuals(names: Sequence[str], types: Sequence[int], visuals: Sequence[tuple[int, int]]) -> list[str]:
-    """Writes `image[k]` over each image's tokens of one row, `video[k]` over each video's.
+    """The names with `image[k]` for the tokens of each image of one row, and `video[k]` for those of each video.
 
     Args:
         visuals: (kind, number of tokens) of the row's images and videos, in order of appearance.
@@ -90,13 +90,13 @@ def number_visuals(names: Sequence[str], types: Sequence[int], visuals: Sequence
 
 
 def _chat_names(tokens: list[int], ends: set[int], breaks: set[int]) -> list[str] | None:
-    """Names by turn, or None where the row is not a chat; `breaks` are the known tokens that begin with a line break."""
+    """Segment of each token, or None if the row is not a chat; `breaks`: tokens that begin with a line break, if known."""
     starts = [index for index, token in enumerate(tokens) if token == tokens[0]]
     if len(starts) < 2:
         return None
     line_break = tokens[starts[1] - 1]
     turns = [tokens[a:b] for a, b in zip(starts, [*starts[1:], len(tokens)])]
-    # The last turn's role is the longest word; where it is one token, and the tokenizer is not known, so are the others.
+    # Without a tokenizer: "assistant", the last turn's role, is the longest word; if it is one token, so are the other roles.
     single = not breaks and turns[-1][2:3] == [line_break]
     parsed = [_turn(turn, ends, line_break, breaks, single, last=turn is turns[-1]) for turn in turns]
     parsed = [turn for turn in parsed if turn is not None]
@@ -115,7 +115,7 @@ def _chat_names(tokens: list[int], ends: set[int], breaks: set[int]) -> list[str
 def _turn(
     turn: list[int], ends: set[int], line_break: int, breaks: set[int], single: bool, last: bool
 ) -> tuple[tuple[int, ...], int, int] | None:
-    """(role, length of the content, number of tokens that close the turn); None where it is not a turn."""
+    """(role, length of the content, number of tokens that close the turn); None if this is not a turn."""
     closing = 2 if turn[-2:-1] and turn[-2] in ends and turn[-1] == line_break else 1 if turn[-1] in ends else 0
     body = turn[1 : len(turn) - closing]
     if (closing < 2 and not last) or ends & set(body):
@@ -125,7 +125,7 @@ def _turn(
 
 
 def _called(roles: list[tuple[int, ...]], still_open: bool) -> list[str] | None:
-    """What each turn's content is called: an optional system turn, then user and assistant by turns."""
+    """The segment name of each turn's content, for an optional system turn, then alternating user and assistant turns."""
     has_system = roles[0] not in roles[1:] and not (still_open and len(roles) == 2)
     turns = roles[1:] if has_system else roles
     users, assistants = turns[0::2], turns[1::2]

@@ -1,11 +1,11 @@
-"""Is this port right on *these* weights? Stage by stage against transformers' own model.
+"""Compares this model with transformers' model of the same weights, stage by stage.
 
-1. One synthetic picture, not square, and a question; a left-padded batch of it with a text-only prompt.
+1. Prompts: a synthetic image that is not square with a question, and a left-padded batch of it with a text-only prompt.
 2. The reference (transformers' class of the same architecture, from the same folder) runs with torch hooks on its modules.
-3. The same activations are read from this model's cache: positions, patch embedding, every tower block,
-   projector, every decoder block, logits; then greedy tokens, cached and uncached.
-4. A stage's error is its largest difference relative to the stage's own spread. The first stage past the
-   tolerance is the one to look at.
+3. The same activations are read from this model's cache: positions, patch embedding, every tower block, projector, every decoder
+   block, logits; then greedy tokens with and without a key-value cache.
+4. The error of a stage is its largest difference divided by the reference's standard deviation. Look first at the first stage
+   whose error is above the tolerance.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NEW_TOKENS = 8
 
 
 def synthetic_image() -> Image.Image:
-    """A coloured gradient with a square in it, 168 × 112 pixels: nothing in it is symmetric."""
+    """A coloured gradient with a square, 168 × 112 pixels, without any symmetry."""
     y, x = np.mgrid[0:112, 0:168]
     pixels = np.stack([x * 255 / 167, y * 255 / 111, (x + y) % 256], axis=-1).astype(np.uint8)
     pixels[28:70, 98:140] = (220, 30, 40)
@@ -37,14 +37,14 @@ def synthetic_image() -> Image.Image:
 
 @torch.no_grad()
 def self_check(model: Any, hf: Any, image: Image.Image | None = None, question: str = QUESTION) -> pd.DataFrame:
-    """Compares a HookedQwen2VL with a reference model that has the same weights and dtype.
+    """Compares a HookedQwen2VL with a transformers model of the same weights and dtype.
 
     Args:
-        model: with its processor.
+        model: a HookedQwen2VL with a processor.
         hf: transformers' model of the same architecture.
-        image: None takes the synthetic picture. question: about it.
+        image: None: the synthetic image. question: about the image.
     Returns:
-        one row per stage, in the order of the computation: stage, error (relative to its spread), tolerance, ok.
+        one row per stage, in the order of the computation: stage, error (relative to the standard deviation), tolerance, ok.
     """
     image = synthetic_image() if image is None else image
     inputs = model.to_inputs(question, images=[image])
@@ -72,8 +72,8 @@ def self_check(model: Any, hf: Any, image: Image.Image | None = None, question: 
 
 
 def reference_tokens(hf: Any, batch: Inputs, n: int = NEW_TOKENS) -> Tensor:
-    """The prompts with n greedy tokens of the reference; the checkpoint's own settings (penalties, forbidden n-grams) stand aside meanwhile."""
-    hf.model.rope_deltas = None  # nothing left over from another call
+    """The prompts followed by n greedy tokens of the reference, without the checkpoint's generation settings (such as penalties)."""
+    hf.model.rope_deltas = None  # state from earlier calls
     theirs, hf.generation_config = hf.generation_config, GenerationConfig(pad_token_id=0)
     try:
         return hf.generate(**reference_batch(batch), max_new_tokens=n, do_sample=False, eos_token_id=-1)
@@ -82,7 +82,7 @@ def reference_tokens(hf: Any, batch: Inputs, n: int = NEW_TOKENS) -> Tensor:
 
 
 def reference_batch(inputs: Inputs) -> dict[str, Tensor]:
-    """What transformers' forward wants for the same prompts."""
+    """The arguments of transformers' forward for the same prompts."""
     batch = {
         "input_ids": inputs.tokens,
         "attention_mask": inputs.attention_mask,
@@ -102,9 +102,9 @@ def reference_batch(inputs: Inputs) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def reference_stages(hf: Any, inputs: Inputs) -> dict[str, Tensor]:
-    """The reference's activation after every stage under our hooks' names, and its logits, in order.
+    """Our hook name -> the reference's activation after that stage, in order; and "logits".
 
-    Of prompts with both images and videos the decoder's alone: the reference runs its tower once for each kind.
+    For prompts with both images and videos only the decoder's, because the reference runs its tower separately for each.
     """
     stages: dict[str, Tensor] = {}
 
@@ -118,27 +118,27 @@ def reference_stages(hf: Any, inputs: Inputs) -> dict[str, Tensor]:
     mixed = len({visual.kind for visual in inputs.visuals}) > 1
     watched = {name: module for name, module in _watched(hf).items() if not (mixed and name.startswith("vision"))}
     handles = [module.register_forward_hook(keep(name)) for name, module in watched.items()]
-    hf.model.rope_deltas = None  # nothing left over from another call
+    hf.model.rope_deltas = None  # state from earlier calls
     try:
         logits = hf(**reference_batch(inputs)).logits
     finally:
         for handle in handles:
             handle.remove()
     embedded = "vision_encoder.hook_patch_embed"
-    if embedded in stages and (window := inputs.visuals[0].window) is not None:  # there patches are put in order after they are embedded
+    if embedded in stages and (window := inputs.visuals[0].window) is not None:  # the reference sorts patches by window after embedding
         order, _ = window_order(inputs.grids, inputs.visuals[0].merge, window)
         stages[embedded] = stages[embedded][:, patches_of(order, inputs.visuals[0].merge)]
     return {**{name: stages[name] for name in watched if name in stages}, "logits": logits}
 
 
 def _watched(hf: Any) -> dict[str, Any]:
-    """Our hook's name -> the reference's module whose output it should be."""
+    """Our hook name -> the reference's module with the same output."""
     visual, text = hf.model.visual, hf.model.language_model
     watched = {"vision_encoder.hook_patch_embed": visual.patch_embed}
     watched |= {f"vision_encoder.blocks.{i}.hook_resid_post": block for i, block in enumerate(visual.blocks)}
     mergers = getattr(visual, "deepstack_merger_list", ())
     watched |= {f"vision_projector.deepstack.{k}.hook_out": merger for k, merger in enumerate(mergers)}
-    watched |= {"vision_projector.hook_out": visual}  # whole: where there are windows its merger's output is not in raster order
+    watched |= {"vision_projector.hook_out": visual}  # not its merger, whose output is not in raster order with windows
     for i, block in enumerate(text.layers):
         watched |= {f"blocks.{i}.hook_attn_out": block.self_attn, f"blocks.{i}.hook_mlp_out": block.mlp}
         watched |= {f"blocks.{i}.hook_resid_post": block}
@@ -146,7 +146,7 @@ def _watched(hf: Any) -> dict[str, Any]:
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:
-    """Largest difference, relative to the standard deviation of the reference; infinite for another shape or NaN."""
+    """Largest absolute difference divided by the reference's standard deviation; infinite for different shapes or NaN."""
     if ours.shape != theirs.shape:
         return float("inf")
     ours, theirs = ours.detach().cpu().double(), theirs.detach().cpu().double()  # a Mac's GPU has no float64

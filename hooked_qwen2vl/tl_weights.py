@@ -1,8 +1,7 @@
-"""TransformerLens's weight surface: names and shapes a TransformerLens user knows, stacked over layers.
+"""Weights under TransformerLens's names and in its shapes, stacked over layers.
 
-Per block the weights are views of the checkpoint's storage (`model.blocks[l].attn.W_Q`); the stacked
-ones here are copies, as in TransformerLens. Keys and values keep `n_key_value_heads`; only `QK`, `OV`
-and the composition scores expand them to one for each head.
+The weights of a block (`model.blocks[l].attn.W_Q`) are views of the checkpoint's storage; the stacked ones here are copies, as in
+TransformerLens. Keys and values have `n_key_value_heads`; only `QK`, `OV` and the composition scores repeat them for each head.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _MLP_WEIGHTS = ("W_in", "W_gate", "W_out", "b_in", "b_out")
 
 
 class TransformerLensWeights(Mixin):
-    """Mixed into HookedQwen2VL; reads `self.blocks`, `self.embed`, `self.unembed`, `self.ln_final`, `self.cfg`."""
+    """Mixin of HookedQwen2VL; uses `self.blocks`, `self.embed`, `self.unembed`, `self.ln_final`, `self.cfg`."""
 
     def _stack(self, part: str, name: str) -> Tensor:
         return torch.stack([getattr(getattr(block, part), name).to(self.cfg.device) for block in self.blocks])
@@ -97,10 +96,10 @@ class TransformerLensWeights(Mixin):
 
     @property
     def QK(self) -> FactoredMatrix:
-        """[layer head d_model d_model]: which source directions each destination direction looks for.
+        """W_Q W_K^T of each head, [layer head d_model d_model].
 
         Raises:
-            ValueError: queries and keys are normalised before they meet (Qwen3-VL), so that no matrix gives the scores.
+            ValueError: queries and keys are normalised (Qwen3-VL), so that no matrix gives the attention scores.
         """
         if self.cfg.text.qk_norm:
             raise ValueError(
@@ -111,16 +110,19 @@ class TransformerLensWeights(Mixin):
 
     @property
     def OV(self) -> FactoredMatrix:
-        """[layer head d_model d_model]: what a head writes for what it reads."""
+        """W_V W_O of each head, [layer head d_model d_model]."""
         return FactoredMatrix(self._for_each_head(self.W_V), self.W_O)
 
     def _for_each_head(self, W: Float[Tensor, "layer kv_head ..."]) -> Float[Tensor, "layer head ..."]:
         return W.repeat_interleave(self.cfg.n_heads // int(self.cfg.n_key_value_heads or self.cfg.n_heads), dim=1)
 
     def accumulated_bias(self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True) -> Float[Tensor, "d_model"]:
-        """Sum of the biases written into the residual stream before block `layer` (or before its MLP).
+        """Sum of the biases that are added to the residual stream before block `layer` (with `mlp_input`, before its MLP).
 
-        The decoder's MLP has no output bias, so `include_mlp_biases` changes nothing.
+        The decoder's MLPs have no output bias, so `include_mlp_biases` has no effect.
+
+        Raises:
+            ValueError: mlp_input for a layer after the last block.
         """
         blocks = list(self.blocks)[: layer + 1 if mlp_input else layer]
         if mlp_input and layer >= self.cfg.n_layers:
@@ -129,10 +131,9 @@ class TransformerLensWeights(Mixin):
         return sum((block.attn.b_O.to(self.cfg.device) for block in blocks), zero)
 
     def tokens_to_residual_directions(self, tokens: str | int | Int[Tensor, ""] | Int[Tensor, "..."]) -> Float[Tensor, "... d_model"]:
-        """The column of W_U of each token: the direction whose dot product with the *normalised* stream is its logit.
+        """The column of W_U of each token: its dot product with the output of the final norm is the token's logit.
 
-        On raw weights the final norm's weight γ stands between; `cache.apply_ln_to_stack` and
-        `cache.logit_attrs` apply it.
+        The final norm's output includes its weight γ, if that is not folded; `cache.apply_ln_to_stack` and `cache.logit_attrs` apply it.
         """
         if isinstance(tokens, str):
             tokens = self.to_single_token(tokens)
@@ -143,12 +144,12 @@ class TransformerLensWeights(Mixin):
         return directions[0] if ids.numel() == 1 and ids.ndim == 1 else directions
 
     def all_composition_scores(self, mode: Literal["Q", "K", "V"]) -> CompositionScores:
-        """How strongly each head's output is read by the queries, keys or values of each later head.
+        """Composition scores of each head's output with the queries, keys or values of each later head.
 
         Returns:
-            [layer head layer head], 0 unless the first layer is earlier.
+            [layer head layer head], 0 unless the first layer is earlier than the second.
         Raises:
-            ValueError: modes Q and K of a model whose queries and keys are normalised (see `QK`).
+            ValueError: an unknown mode, or Q or K for a model whose queries and keys are normalised (see `QK`).
         Source: A Mathematical Framework for Transformer Circuits (Elhage et al., 2021).
         """
         if mode not in ("Q", "K", "V"):
@@ -162,12 +163,12 @@ class TransformerLensWeights(Mixin):
 
     @property
     def all_head_labels(self) -> HeadLabels:
-        """["L0H0", "L0H1", …]; a list, and callable for those who call it."""
+        """["L0H0", "L0H1", …], as a list that can also be called."""
         return HeadLabels(f"L{layer}H{head}" for layer in range(self.cfg.n_layers) for head in range(self.cfg.n_heads))
 
     attn_head_labels = all_head_labels  # every block has attention
 
-    # TransformerLens asks whether a model is one of its own by looking names up statically, where submodules are not found.
+    # Properties, because TransformerLens checks statically whether a model has these names, which does not find submodules.
 
     @property
     def blocks(self) -> Any:
@@ -184,14 +185,14 @@ class TransformerLensWeights(Mixin):
         return [(layer, block) for layer, block in enumerate(self.blocks) if submodule in block._modules]
 
     def layer_types(self) -> list[str]:
-        """What each decoder block is made of, in TransformerLens's words."""
+        """The type of each decoder block, in TransformerLens's terms."""
         return ["attn+mlp"] * self.cfg.n_layers
 
     def tl_named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """TransformerLens name -> weight, text side.
+        """(TransformerLens name, weight) of all weights of the text side.
 
-        As in TransformerLens, grouped keys and values are repeated here for each head (copies), because the tools that
-        read these names index them by head; everything else is a view of the model's storage.
+        As in TransformerLens, keys and values are repeated for each head (copies), because tools index them by head. The other
+        weights are views of the model's storage.
         """
         groups = self.cfg.n_heads // int(self.cfg.n_key_value_heads or self.cfg.n_heads)
         yield "embed.W_E", self.W_E
@@ -208,19 +209,19 @@ class TransformerLensWeights(Mixin):
         yield "unembed.b_U", self.b_U
 
     def tl_parameters(self) -> dict[str, Tensor]:
-        """`tl_named_parameters` as a dict: what SVDInterpreter reads."""
+        """`tl_named_parameters` as a dict, as SVDInterpreter needs it."""
         return dict(self.tl_named_parameters())
 
 
 class HeadLabels(list):
-    """Labels of heads; calling them gives them, as versions of TransformerLens differ in which they have."""
+    """A list of labels of heads that can also be called, because `all_head_labels` is a method in some versions of TransformerLens."""
 
     def __call__(self) -> list[str]:
         return list(self)
 
 
 class Embed(nn.Embedding):
-    """Token ids to the stream that enters block 0."""
+    """Token ids to token embeddings."""
 
     @property
     def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
@@ -228,10 +229,10 @@ class Embed(nn.Embedding):
 
 
 class Unembed(nn.Module):
-    """Normed residual stream to logits; shares the embedding's weight where the checkpoint ties them.
+    """Normalised residual stream to logits; shares the embedding's weight if the checkpoint ties them.
 
     Raises:
-        ValueError: the logits, or what they are made from, are not finite: whoever reads them would read garbage.
+        ValueError: when run: the logits or their input are not finite.
     """
 
     def __init__(self, d_model: int, d_vocab: int):

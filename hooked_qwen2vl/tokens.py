@@ -1,4 +1,4 @@
-"""Strings and tokens, with TransformerLens's names. Qwen has no BOS: nothing is ever prepended."""
+"""TransformerLens's methods for strings and tokens. Qwen has no BOS, so none is ever prepended."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from .mixin import Mixin
 
 
 class Tokens(Mixin):
-    """Mixed into HookedQwen2VL; reads `self.processor` and `self.cfg`."""
+    """Mixin of HookedQwen2VL; uses `self.processor` and `self.cfg`."""
 
-    _lone_tokenizer: Any = None  # set on a model without a processor
+    _lone_tokenizer: Any = None  # the tokenizer of a model without a processor
     _bos_explained = False
 
     @property
     def tokenizer(self) -> Any:
-        """The checkpoint's tokenizer, or None for a model without a processor; another may be set.
+        """The checkpoint's tokenizer, or None for a model without one; it can be replaced.
 
-        Raises (when set):
-            ValueError: its image placeholders or its number of tokens are not the model's.
+        Raises:
+            ValueError: when set: its image placeholders or its number of tokens differ from the model's.
         """
         return self._lone_tokenizer if self.processor is None else self.processor.tokenizer
 
@@ -46,7 +46,7 @@ class Tokens(Mixin):
         self._follow_tokenizer()
 
     def _follow_tokenizer(self) -> None:
-        """What `cfg.special` knows of the tokenizer."""
+        """Updates the fields of `cfg.special` that depend on the tokenizer."""
         if self.tokenizer is None:
             return
         pad = self.tokenizer.pad_token_id
@@ -55,7 +55,7 @@ class Tokens(Mixin):
         )
 
     def _explain_bos(self, prepend_bos: bool | None) -> None:
-        """Says once that there is no BOS to prepend."""
+        """Warns once, if a BOS is asked for, that Qwen has none."""
         if (self.cfg.default_prepend_bos if prepend_bos is None else prepend_bos) and not self._bos_explained:
             self._bos_explained = True
             warnings.warn(
@@ -80,14 +80,13 @@ class Tokens(Mixin):
         move_to_device: bool = True,
         truncate: bool = True,
     ) -> Int[Tensor, "batch pos"] | Inputs:
-        """Plain text to token ids, without chat template.
+        """Token ids of plain text, without chat template.
 
-        `Inputs` and token tensors come back as they are, so that TransformerLens's tools which tokenise what they are
-        given take them.
+        `Inputs` and token tensors are returned unchanged, so that TransformerLens's tools that call `to_tokens` accept them.
 
         Args:
-            prepend_bos: True warns once and prepends nothing: Qwen has no BOS.
-            padding_side: of several strings; None takes `model.tokenizer.padding_side`, "left" unless it was set.
+            prepend_bos: True gives a warning once and has no other effect, because Qwen has no BOS.
+            padding_side: for several strings; None: `model.tokenizer.padding_side`, which is "left" unless it was changed.
         Raises:
             ValueError: an empty string, an unknown side, or no tokenizer.
         """
@@ -100,7 +99,7 @@ class Tokens(Mixin):
         return encoded.to(self.cfg.device) if move_to_device else encoded
 
     def _encode(self, strings: list[str], padding_side: str | None, truncate: bool) -> Any:
-        """What the tokenizer makes of non-empty strings: `input_ids` and `attention_mask`, [batch pos]."""
+        """The tokenizer's `input_ids` and `attention_mask`, [batch pos], for non-empty strings."""
         if not strings or not all(strings):
             raise ValueError("expected one or more non-empty strings to tokenize, got an empty one.")
         tokenizer = self._tokenizer()
@@ -127,7 +126,7 @@ class Tokens(Mixin):
         prepend_bos: bool | None = None,
         padding_side: Literal["left", "right"] | None = None,
     ) -> list[Any]:
-        """Each token as a string; takes a string, a list, token ids or `Inputs` (one row: a list; several: lists)."""
+        """Each token as a string, for a string, a list, token ids or `Inputs`; a list for one row, a list of lists for several."""
         if isinstance(input, list):
             return [self.to_str_tokens(item, prepend_bos, padding_side) for item in input]
         if isinstance(input, str):
@@ -141,7 +140,7 @@ class Tokens(Mixin):
         """The id of a string that is one token.
 
         Raises:
-            AssertionError: it is several tokens (TransformerLens's own type of error here).
+            AssertionError: the string is several tokens (the type of error is TransformerLens's).
         """
         ids: Any = self.to_tokens(string, move_to_device=False)
         tokens = ids[0].tolist()
@@ -167,7 +166,7 @@ class Tokens(Mixin):
         """Position of a token in a string, one row of tokens, or an `Inputs` of one row.
 
         Raises:
-            ValueError: several rows, an unknown mode, or the token is not there.
+            ValueError: several rows, an unknown mode, or the token does not occur.
         """
         if mode not in ("first", "last"):
             raise ValueError(f"mode must be 'first' or 'last', got {mode!r}.")
@@ -184,7 +183,7 @@ class Tokens(Mixin):
 
 
 def line_breaks(tokenizer: Any) -> tuple[int, ...]:
-    """Ids of the tokens that begin with a line break; byte-level tokenizers write it Ċ."""
+    """Ids of the tokens that begin with a line break (Ċ in byte-level tokenizers)."""
     return tuple(sorted(i for token, i in tokenizer.get_vocab().items() if token.startswith(("Ċ", "\n"))))
 
 

@@ -1,10 +1,10 @@
-"""One file that says whether this port is right on a checkpoint, on somebody else's machine: `hooked-qwen2vl check --report FILE`.
+"""A report whether this model equals transformers' on a checkpoint and machine: `hooked-qwen2vl check --report FILE`.
 
-1. Which machine, which versions, which files (sha256 of each).
-2. In float32 and in bfloat16: the self-check (`selfcheck`) of a drawn picture and of a photograph, each with a question of its own.
+1. The machine, the versions, and the sha256 of each file of the checkpoint.
+2. In float32 and in bfloat16: the self-check (`selfcheck`) with a synthetic image and with a photograph.
 3. Greedy tokens of both models, and tokens per second.
 
-What is wrong in one precision, a lack of memory included, is written down and the others are done.
+An error in one precision, such as a lack of memory, is recorded, and the other precisions still run.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ def photograph() -> Image.Image:
 
 
 def report(name: str, folder: Path, models: Models, dtypes: tuple[str, ...] = DTYPES) -> dict[str, Any]:
-    """What was found, as values that JSON has.
+    """The report, as JSON values.
 
     Args:
-        name: what the checkpoint was called. folder: where its files are.
+        name: of the checkpoint. folder: with its files.
         models: dtype -> (a HookedQwen2VL with its processor, transformers' model of the same weights).
     """
     runs = [_run(models, dtype) for dtype in dtypes]
@@ -61,13 +61,13 @@ def report(name: str, folder: Path, models: Models, dtypes: tuple[str, ...] = DT
 
 
 def _run(models: Models, dtype: str) -> dict[str, Any]:
-    """One precision; its models are let go of before the next one's come."""
+    """The report for one precision; frees its models at the end."""
     try:
         model, reference = models(dtype)
         prompts = {"drawing": (synthetic_image(), QUESTION), "photograph": (photograph(), PHOTOGRAPH)}
         prompts = {what: _prompt(model, reference, *prompt) for what, prompt in prompts.items()}
         return {"dtype": dtype, "device": str(model.cfg.device), "prompts": prompts, "ok": all(p["ok"] for p in prompts.values())}
-    except (RuntimeError, MemoryError) as error:  # torch's lack of memory is a RuntimeError
+    except (RuntimeError, MemoryError) as error:  # torch raises RuntimeError if memory is lacking
         return {"dtype": dtype, "error": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}", "ok": False}
     finally:
         model = reference = None
@@ -94,10 +94,10 @@ def _prompt(model: Any, reference: Any, image: Image.Image, question: str) -> di
 
 
 def _timed(generate: Callable[[], torch.Tensor]) -> tuple[list[int], float]:
-    """The new tokens, and how many a second there were, prompt included; the second of two times."""
+    """(the new tokens, tokens per second including the prompt); the second of two runs is timed."""
     for _ in range(2):
         begun = time.perf_counter()
-        tokens = generate()[0, -NEW_TOKENS:].tolist()  # brought to the host: a GPU has finished by then
+        tokens = generate()[0, -NEW_TOKENS:].tolist()  # waits until a GPU has finished
         seconds = time.perf_counter() - begun
     return tokens, NEW_TOKENS / seconds
 

@@ -1,12 +1,12 @@
-"""Qwen2-VL's vision tower and projector: pixels to the decoder's residual stream.
+"""Qwen2-VL's vision tower and projector: from pixels to image embeddings.
 
-All images of a batch run packed, `[1 patch …]`, in the tower's order: 2×2 window by window, so that
-four consecutive patches are one image token.
+All images of a batch run packed, `[1 patch …]`, in the tower's order, by merge block (2×2 patches): four consecutive patches are
+one image token.
 
     pixels ─► patch embedding ─► blocks (2-D rotary, attention inside each image) ─► norm ─► merge 2×2 ─► MLP
 
-The towers of its successors are `vision_qwen25` and `vision_qwen3`. All take pixels and grids; all projectors write
-[stream image_token d_model], of which stream 0 becomes the image embeddings (and there are others in Qwen3-VL alone).
+The towers of its successors are in `vision_qwen25` and `vision_qwen3`. All towers take pixels and grids. All projectors return
+[stream image_token d_model]; stream 0 has the image embeddings, and only Qwen3-VL has further streams.
 
 Source: Qwen2-VL technical report, section 2.1; `modeling_qwen2_vl.py` of transformers.
 """
@@ -27,7 +27,7 @@ from .rope import Rotation, vision_rotation
 
 
 def vision_block(cfg: VisionConfig) -> Block:
-    """One block of the tower, with weights still to be loaded."""
+    """One block of the tower, without its weights."""
     return Block(
         ln1=LayerNorm(cfg.d_vision, cfg.eps),
         attn=Attention(cfg.d_vision, cfg.n_heads, cfg.n_heads, cfg.d_head),
@@ -37,7 +37,7 @@ def vision_block(cfg: VisionConfig) -> Block:
 
 
 class VisionEncoder(nn.Module):
-    """The vision transformer, up to its last residual stream."""
+    """The vision transformer without the projector."""
 
     def __init__(self, cfg: VisionConfig):
         super().__init__()
@@ -58,7 +58,7 @@ class VisionEncoder(nn.Module):
     def run_blocks(
         self, resid: Float[Tensor, "1 patch d_vision"], grid_thw: Int[Tensor, "image 3"], start: int = 0
     ) -> Float[Tensor, "1 patch d_vision"]:
-        """The blocks from `start` on."""
+        """Runs the blocks from `start` on."""
         rotation, visible = patch_rotation(self.cfg, grid_thw, resid), whole_images(grid_thw, resid.device)
         for block in self.blocks[start:]:
             resid = block(resid, rotation, visible)
@@ -70,7 +70,7 @@ class VisionEncoder(nn.Module):
 
 
 class Merger(nn.Module):
-    """Merges each 2×2 window of patches into one image token of the decoder's width: merge, then an MLP."""
+    """Base class of mergers: concatenates each 2×2 block of patches, then an MLP gives one image token of width d_model."""
 
     def __init__(self, cfg: VisionConfig):
         super().__init__()
@@ -105,7 +105,7 @@ class Merger(nn.Module):
 
 
 class VisionProjector(Merger):
-    """The merger between tower and decoder; it normalises every patch, then merges."""
+    """The merger between tower and decoder: normalises every patch, then merges."""
 
     def __init__(self, cfg: VisionConfig):
         super().__init__(cfg)
@@ -114,22 +114,22 @@ class VisionProjector(Merger):
     def forward(
         self, resid: Float[Tensor, "1 patch d_vision"], grid_thw: Int[Tensor, "image 3"] | None = None
     ) -> Float[Tensor, "1 image_token d_model"]:
-        """What the decoder is given; this tower's order is that of the image tokens, whatever the grids."""
+        """The image embeddings. The grids are not needed, because this tower has its merge blocks in the order of the image tokens."""
         return self.write(self.ln(self.hook_in(resid)).reshape(1, -1, self.cfg.d_merge))
 
     @property
     def out_hooks(self) -> list[HookPoint]:
-        """The hook of each stream that it writes."""
+        """The output hook of each stream."""
         return [self.hook_out]
 
 
 def patch_rotation(cfg: VisionConfig, grid_thw: Int[Tensor, "image 3"], resid: Float[Tensor, "1 patch d_vision"]) -> Rotation:
-    """2-D rotation of each patch, merge block by merge block, in the reference's precision."""
+    """2-D rotation of each patch, by merge block, in float32 as in the reference (float64 for a float64 stream)."""
     coordinates = patch_coordinates(grid_thw, cfg.spatial_merge_size).to(resid.device)
     dtype = torch.float64 if resid.dtype == torch.float64 else torch.float32
     return vision_rotation(coordinates, cfg.rotary_base, cfg.d_head, dtype)
 
 
 def whole_images(grid_thw: Int[Tensor, "image 3"], device: torch.device) -> Segments:
-    """Every patch sees its image, or its frame of a video."""
+    """The mask in which every patch sees its image, or its frame of a video."""
     return Segments(tuple(int(n) for n in attention_segments(grid_thw)), device)

@@ -1,11 +1,11 @@
-"""Qwen2.5-VL's vision tower and projector: Qwen2-VL's, with windows.
+"""Qwen2.5-VL's vision tower and projector: as Qwen2-VL's, with attention windows.
 
-    pixels ─► window by window ─► patch embedding ─► blocks (2-D rotary, RMSNorm, gated MLP; attention inside each window,
+    pixels ─► sorted by window ─► patch embedding ─► blocks (2-D rotary, RMSNorm, gated MLP; attention inside each window,
     in a few blocks inside each image) ─► norm ─► merge 2×2 ─► raster order ─► MLP
 
-Patches are put window by window once, before they are embedded, so that every hook of the tower has one order: windows of an
-image in raster order, merge blocks of a window in raster order, 2×2 patches of a block. What has merged is in raster order
-again, so that every hook over image tokens has theirs. `Inputs.unpack_image` knows both.
+Patches are sorted by window once, before the embedding, so that all hooks of the tower have the same order: windows of an image in
+raster order, merge blocks of a window in raster order, 2×2 patches of a block. After the merge, image tokens are in raster order.
+`Inputs.unpack_image` handles both orders.
 
 Source: Qwen2.5-VL technical report, section 2.1; `modeling_qwen2_5_vl.py` of transformers.
 """
@@ -27,7 +27,7 @@ from .vision import Merger, patch_rotation, whole_images
 
 
 def vision_block(cfg: VisionConfig) -> Block:
-    """One block of the tower, with weights still to be loaded."""
+    """One block of the tower, without its weights."""
     return Block(
         ln1=RMSNorm(cfg.d_vision, cfg.eps),
         attn=Attention(cfg.d_vision, cfg.n_heads, cfg.n_heads, cfg.d_head),
@@ -37,7 +37,7 @@ def vision_block(cfg: VisionConfig) -> Block:
 
 
 class VisionEncoder(nn.Module):
-    """The vision transformer, up to its last residual stream."""
+    """The vision transformer without the projector."""
 
     def __init__(self, cfg: VisionConfig):
         super().__init__()
@@ -47,10 +47,10 @@ class VisionEncoder(nn.Module):
         self.blocks = nn.ModuleList(vision_block(cfg) for _ in range(cfg.n_layers))
 
     def forward(self, pixels: Float[Tensor, "patch d_patch"], grid_thw: Int[Tensor, "image 3"]) -> Float[Tensor, "1 patch d_vision"]:
-        """The tower's residual stream after its last block, window by window.
+        """The tower's residual stream after its last block, ordered by window.
 
         Args:
-            pixels: flattened patches (channel, frame, row, col), normalised, merge block by merge block.
+            pixels: flattened patches (channel, frame, row, col), normalised, ordered by merge block.
             grid_thw: patches along (t, h, w) of each image or video.
         """
         order, _ = window_order(grid_thw, self.cfg.spatial_merge_size, cast(int, self.cfg.window))
@@ -60,7 +60,7 @@ class VisionEncoder(nn.Module):
     def run_blocks(
         self, resid: Float[Tensor, "1 patch d_vision"], grid_thw: Int[Tensor, "image 3"], start: int = 0
     ) -> Float[Tensor, "1 patch d_vision"]:
-        """The blocks from `start` on."""
+        """Runs the blocks from `start` on."""
         merge = self.cfg.spatial_merge_size
         order, lengths = window_order(grid_thw, merge, cast(int, self.cfg.window))
         patches = patches_of(order, merge).to(resid.device)
@@ -78,7 +78,7 @@ class VisionEncoder(nn.Module):
 
 
 class VisionProjector(Merger):
-    """The merger between tower and decoder; it normalises every patch, merges, and puts image tokens in raster order."""
+    """The merger between tower and decoder: normalises every patch, merges, and sorts image tokens in raster order."""
 
     def __init__(self, cfg: VisionConfig):
         super().__init__(cfg)
@@ -91,5 +91,5 @@ class VisionProjector(Merger):
 
     @property
     def out_hooks(self) -> list[HookPoint]:
-        """The hook of each stream that it writes."""
+        """The output hook of each stream."""
         return [self.hook_out]

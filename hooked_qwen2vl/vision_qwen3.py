@@ -1,11 +1,11 @@
-"""Qwen3-VL's vision tower and projector: learned positions, and DeepStack.
+"""Qwen3-VL's vision tower and projector: with learned position embeddings and DeepStack.
 
     pixels ─► patch embedding ─┐
-    table of positions, interpolated to the grid ─► + ─► blocks (2-D rotary, LayerNorm, attention inside each image)
+    position embeddings, interpolated to the grid ─► + ─► blocks (2-D rotary, LayerNorm, attention inside each image)
                                                              │ after the last:   norm ─► merge 2×2 ─► MLP ─► stream 0
                                                              └ after a few:      merge 2×2 ─► norm ─► MLP ─► stream k + 1
 
-Stream 0 becomes the image embeddings. DeepStack adds stream k + 1 to the decoder's residual stream at the image's positions,
+Stream 0 has the image embeddings. DeepStack adds stream k + 1 to the decoder's residual stream at the positions of the image,
 after decoder block k (see `HookedQwen2VL.run_blocks`).
 
 Source: Qwen3-VL technical report; DeepStack (Meng et al., arXiv 2406.04334); `modeling_qwen3_vl.py` of transformers.
@@ -28,7 +28,7 @@ from .vision import Merger, patch_rotation, whole_images
 
 
 def vision_block(cfg: VisionConfig) -> Block:
-    """One block of the tower, with weights still to be loaded."""
+    """One block of the tower, without its weights."""
     return Block(
         ln1=LayerNorm(cfg.d_vision, cfg.eps),
         attn=Attention(cfg.d_vision, cfg.n_heads, cfg.n_heads, cfg.d_head),
@@ -38,7 +38,7 @@ def vision_block(cfg: VisionConfig) -> Block:
 
 
 class VisionEncoder(nn.Module):
-    """The vision transformer, up to its last residual stream and those that DeepStack taps."""
+    """The vision transformer without the projector."""
 
     def __init__(self, cfg: VisionConfig):
         super().__init__()
@@ -50,7 +50,7 @@ class VisionEncoder(nn.Module):
         self.blocks: Any = nn.ModuleList(vision_block(cfg) for _ in range(cfg.n_layers))
 
     def forward(self, pixels: Float[Tensor, "patch d_patch"], grid_thw: Int[Tensor, "image 3"]) -> Float[Tensor, "stream patch d_vision"]:
-        """The tower's residual stream after its last block, then after each block that DeepStack taps.
+        """The tower's residual stream after its last block, then after each block of `deepstack_layers`.
 
         Args:
             pixels: flattened patches (channel, frame, row, col), normalised, in the tower's order.
@@ -61,7 +61,7 @@ class VisionEncoder(nn.Module):
         return self.run_blocks(patches + positions, grid_thw)
 
     def positions(self, grid_thw: Int[Tensor, "image 3"], device: torch.device) -> Float[Tensor, "patch d_vision"]:
-        """The table of positions, bilinearly interpolated to each grid; float32 or wider."""
+        """The position embeddings, bilinearly interpolated to each grid; float32 or wider."""
         places, weights = interpolation(grid_thw, self.cfg.spatial_merge_size, cast(int, self.cfg.position_side))
         return (self.pos_embed(places.to(device)) * weights[..., None].to(device)).sum(1)
 
@@ -72,10 +72,10 @@ class VisionEncoder(nn.Module):
         start: int = 0,
         *tapped: Float[Tensor, "1 patch d_vision"],
     ) -> Float[Tensor, "stream patch d_vision"]:
-        """The blocks from `start` on.
+        """Runs the blocks from `start` on.
 
         Args:
-            tapped: the streams after the blocks before `start` that DeepStack taps.
+            tapped: the residual streams after those blocks of `deepstack_layers` that are before `start`.
         """
         rotation, visible = patch_rotation(self.cfg, grid_thw, resid), whole_images(grid_thw, resid.device)
         streams = list(tapped)
@@ -98,7 +98,7 @@ class VisionEncoder(nn.Module):
 
 
 class DeepStackMerger(Merger):
-    """A merger of a stream that DeepStack taps; it merges, then normalises."""
+    """The merger of a DeepStack stream: merges, then normalises."""
 
     def __init__(self, cfg: VisionConfig):
         super().__init__(cfg)
@@ -109,7 +109,7 @@ class DeepStackMerger(Merger):
 
 
 class VisionProjector(Merger):
-    """The mergers between tower and decoder: of the last stream, and of each that DeepStack taps."""
+    """The mergers between tower and decoder: for the last residual stream, and for each DeepStack stream."""
 
     def __init__(self, cfg: VisionConfig):
         super().__init__(cfg)
@@ -119,12 +119,12 @@ class VisionProjector(Merger):
     def forward(
         self, streams: Float[Tensor, "stream patch d_vision"], grid_thw: Int[Tensor, "image 3"] | None = None
     ) -> Float[Tensor, "stream image_token d_model"]:
-        """What the decoder is given; this tower's order is that of the image tokens, whatever the grids."""
+        """The image embeddings, then what DeepStack adds. The grids are not needed: merge blocks are in the order of image tokens."""
         last, *tapped = streams.split(1)
         written = self.write(self.ln(self.hook_in(last)).reshape(1, -1, self.cfg.d_merge))
         return torch.cat([written, *(merger(stream) for merger, stream in zip(self.deepstack, tapped))])
 
     @property
     def out_hooks(self) -> list[HookPoint]:
-        """The hook of each stream that it writes."""
+        """The output hook of each stream."""
         return [self.hook_out, *(merger.hook_out for merger in self.deepstack)]

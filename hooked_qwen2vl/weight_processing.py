@@ -1,13 +1,12 @@
-"""Weight processing: the same function, with weights that are easier to read.
+"""Weight processing: changes the weights so that they are easier to interpret, but not the log-probabilities.
 
-1. `fold_ln`: a norm's weight γ goes into the matrices that read it: W(γ ⊙ x) = (W γ) x.
-2. `center_unembed`: every logit minus the mean logit; log-probabilities do not see it.
-3. `fold_value_biases`: patterns sum to 1, so b_V reaches the stream as a constant, Σ_h b_V W_O, added to b_O.
+1. `fold_ln`: multiplies a norm's weight γ into the matrices after it, as W(γ ⊙ x) = (W γ) x.
+2. `center_unembed`: subtracts the mean logit from all logits, which leaves log-probabilities unchanged.
+3. `fold_value_biases`: attention patterns sum to 1, so b_V adds the constant Σ_h b_V W_O to the stream; it is added to b_O.
 
-Each block is computed in float32 and put back in the model's dtype, so a model needs one block's room more
-than its own copy. Every changed weight is a new tensor: the checkpoint's, a reference model's that shares
-storage, and a tied embedding stay as they are. The final norm keeps what was folded as `ln_final.folded_w`: what HF's last
-hidden state would be can be told only with it.
+Each block is computed in float32 and stored in the model's dtype, so the extra memory is that of one block besides the new
+weights. Changed weights are new tensors: the checkpoint, a transformers model that shares the storage, and a tied embedding do not
+change. The folded weight of the final norm is kept as `ln_final.folded_w`, to compute HF's last hidden state.
 
 Source: TransformerLens, `weight_processing.py` (the tests compare with it).
 """
@@ -27,10 +26,10 @@ from .layers import readable
 def process_weights(
     model: Any, fold_ln: bool = True, center_unembed: bool = True, fold_value_biases: bool = True, verbose: bool = False
 ) -> None:
-    """Processes a HookedQwen2VL in place; see the module's steps.
+    """Processes the weights of a HookedQwen2VL in place (see the steps above).
 
     Raises:
-        RuntimeError: weights are offloaded.
+        RuntimeError: a weight is offloaded.
     """
     for block in tqdm(model.blocks, disable=not verbose, desc="processing", unit="block"):
         if fold_ln:

@@ -1,7 +1,6 @@
-"""The table from HF's parameter names to ours, and the all-or-nothing load.
+"""Maps HF's parameter names to ours, and loads weights completely or not at all.
 
-Nothing is copied: a parameter of ours is the checkpoint's own tensor, or (for the tower's fused
-q, k, v) a slice of its rows.
+Nothing is copied: our parameters are the checkpoint's tensors, or slices of their rows (for the tower's fused q, k, v).
 """
 
 from __future__ import annotations
@@ -36,12 +35,12 @@ QK_NORMS = {f"language_model.layers.{{l}}.self_attn.{part}_norm.weight": (f"bloc
 
 
 def text_table(cfg: TextConfig) -> dict[str, tuple[str, ...]]:
-    """The decoder's table, of one layer for all."""
+    """The decoder's table, with {l} for the layer."""
     return {**TEXT_TABLE, **(QKV_BIASES if cfg.qkv_bias else {}), **(QK_NORMS if cfg.qk_norm else {})}
 
 
 def _linear(theirs: str, *ours: str) -> dict[str, tuple[str, ...]]:
-    """Weight and bias of a linear layer."""
+    """Entries for weight and bias of a linear layer; several of ours share a fused layer."""
     return {f"{theirs}.{part}": tuple(f"{name}.{part}" for name in ours) for part in ("weight", "bias")}
 
 
@@ -96,18 +95,18 @@ DEEPSTACK_TABLE = {
     **_linear("visual.deepstack_merger_list.{l}.linear_fc2", "vision_projector.deepstack.{l}.fc2"),
 }
 LM_HEAD, EMBEDDING = "lm_head.weight", "language_model.embed_tokens.weight"
-# What quantisers keep beside or instead of a weight: GPTQ and AWQ, bitsandbytes, compressed-tensors and FP8.
+# Tensors that quantisers store in addition to or instead of a weight: GPTQ, AWQ, bitsandbytes, compressed-tensors, FP8.
 _PACKED = re.compile(
     r"\.(qweight|qzeros|scales|g_idx|SCB|weight_format|absmax|quant_map|nested_absmax|nested_quant_map|weight_packed|"
     r"(weight|input)_(scale|scale_inv|zero_point)|weight\.(absmax|quant_map|nested_\w+|quant_state\..+))$"
 )
 _PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# The reference's output projection has no bias; ours has one, zero until value biases are folded into it.
+# The reference's output projection has no bias; ours is zero until value biases are folded into it.
 OUR_ZEROS = re.compile(r"^blocks\.\d+\.attn\.o_proj\.bias$")
 
 
 def canonical(name: str) -> str:
-    """An HF parameter name in the new layout, without "model.": old checkpoints say `model.layers.0…`, `visual.…`."""
+    """An HF parameter name in the new layout, without "model."; the old layout has `model.layers.0…` and `visual.…`."""
     name = name.removeprefix("model.")
     if name.startswith(("visual.", "language_model.", "lm_head.")):
         return name
@@ -115,11 +114,11 @@ def canonical(name: str) -> str:
 
 
 def canonical_tensors(cfg: HookedQwen2VLConfig, source: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """The source's tensors by canonical name; a tied model of which only the head was stored has it as its embedding.
+    """Canonical name -> tensor; if only the head of a tied model is stored, it is also used as the embedding.
 
     Raises:
-        ValueError: all names have a prefix that no checkpoint has, or one tensor is stored under both layouts' names with
-            different numbers.
+        ValueError: all names have a prefix that checkpoints do not have, or a tensor is stored under the names of both layouts with
+            different values.
     """
     tensors: dict[str, Tensor] = {}
     first: dict[str, str] = {}
@@ -142,7 +141,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def _refuse_prefix(names: Iterable[str], table: Mapping[str, Any], where: str) -> None:
-    """Refuses weights of a model that something had wrapped: without the common prefix the names are a checkpoint's."""
+    """Raises ValueError for weights of a wrapped model, whose names would be right without a common prefix."""
     names = list(names)
     prefix = commonprefix(names)
 
@@ -158,14 +157,14 @@ def _refuse_prefix(names: Iterable[str], table: Mapping[str, Any], where: str) -
 
 
 def few(names: Iterable[str], most: int = 10, between: str = ", ") -> str:
-    """The first of the names, and how many more there are."""
+    """The first names as text, with the number of further ones."""
     names = list(names)
     more = [f"and {len(names) - most} more"] if len(names) > most else []
     return between.join([*names[:most], *more])
 
 
 def conversion_table(cfg: HookedQwen2VLConfig) -> dict[str, tuple[str, ...]]:
-    """Canonical HF name -> our parameter names, every layer written out."""
+    """Canonical HF name -> our parameter names, for all layers."""
     table = {
         **_unroll(text_table(cfg.text), cfg.text.n_layers),
         **_unroll(VISION_TABLES[cfg.vision.tower], cfg.vision.n_layers),
@@ -183,13 +182,13 @@ def _unroll(table: Mapping[str, tuple[str, ...]], n_layers: int) -> dict[str, tu
 
 
 def refuse_quantised(config: Mapping[str, Any], where: str) -> None:
-    """Refuses a configuration that says its weights are quantised.
+    """Refuses a configuration of quantised weights.
 
     Args:
         config: the parsed `config.json`, or `hf_model.config.to_dict()`.
-        where: what to call the model in the error.
+        where: name of the model in the error.
     Raises:
-        ValueError: it has a `quantization_config`, of its own or of one of its halves.
+        ValueError: the configuration, or its text or vision part, has a `quantization_config`.
     """
     halves = [config, *(config.get(half) for half in ("text_config", "vision_config"))]
     stated = (half.get("quantization_config") for half in halves if isinstance(half, Mapping))
@@ -205,7 +204,7 @@ def refuse_quantised(config: Mapping[str, Any], where: str) -> None:
 
 
 def _packed(tensors: Mapping[str, Tensor], table: Mapping[str, Any]) -> list[str]:
-    """Tensors that are no plain weights, each with what it is."""
+    """Descriptions of the tensors that are not plain weights."""
     names = [f"{name} (packed)" for name in tensors if name not in table and _PACKED.search(name)]
     for name in table:
         if (tensor := tensors.get(name)) is not None:
@@ -227,18 +226,18 @@ def _quantised(where: str, what: str) -> str:
 def load_weights(
     model: Any, source: Mapping[str, Tensor], where: str, dtype: torch.dtype | None = None, layers: Mapping[str, nn.Module] | None = None
 ) -> None:
-    """Gives every parameter of the model the tensor the source holds for it, or changes nothing.
+    """Sets all parameters of the model to the tensors of a source, or changes nothing.
 
     Args:
-        model: a HookedQwen2VL, its parameters still on the meta device.
-        source: HF name (either layout) -> tensor; the model's parameters share its storage.
-        where: what to call the source in errors.
-        dtype: what the model is cast to afterwards; None: to nothing, and then all weights must have one dtype.
-        layers: HF module name -> a layer quantised by bitsandbytes, which takes the place of ours.
+        model: a HookedQwen2VL whose parameters are on the meta device.
+        source: HF name (old or new layout) -> tensor; the model's parameters share its storage.
+        where: name of the source in errors.
+        dtype: to which the caller casts the model afterwards; None: no cast, and then all weights must have the same dtype.
+        layers: HF module name -> layer quantised by bitsandbytes, which replaces ours.
     Raises:
-        ValueError: the weights are quantised, of several dtypes, or of a wrapped model; or keys are missing, unused or
-            misshapen: the first ten are listed. A stored `lm_head.weight` under tied embeddings is accepted only when it
-            equals the embedding, or stands for it.
+        ValueError: the weights are quantised, of several dtypes, or of a wrapped model; or names are missing, unused, or have other
+            shapes (the message lists the first ten). With tied embeddings, a stored `lm_head.weight` must equal the embedding, or
+            be stored instead of it.
     """
     tensors = canonical_tensors(model.cfg, source, where)
     table = conversion_table(model.cfg)
@@ -271,7 +270,7 @@ def load_weights(
 
 
 def _refuse_mixture(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Refuses weights of several dtypes: the model computes in one, and which one is not ours to choose."""
+    """Raises ValueError for weights of several dtypes: the model computes in one, which the user must choose."""
     by_dtype: dict[str, list[str]] = {}
     for name, tensor in tensors.items():
         by_dtype.setdefault(str(tensor.dtype).removeprefix("torch."), []).append(name)
@@ -296,10 +295,10 @@ def _check_head(cfg: HookedQwen2VLConfig, tensors: Mapping[str, Tensor]) -> Iter
 
 
 def _assign(model: Any, theirs: str, tensor: Tensor, ours: tuple[str, ...], assigned: dict[str, Tensor]) -> list[str]:
-    """Cuts one tensor of the source into our parameters; returns what is wrong with its shape."""
+    """Splits one tensor of the source into our parameters; returns a problem if its shape is wrong."""
     shapes = [tuple(model.get_parameter(name).shape) for name in ours]
     expected = (sum(shape[0] for shape in shapes), *shapes[0][1:])
-    if theirs == "visual.patch_embed.proj.weight":  # a Conv3d whose stride is its kernel is a matmul
+    if theirs == "visual.patch_embed.proj.weight":  # stored as a Conv3d whose stride equals its kernel, which is a matmul
         vision = model.cfg.vision
         side = vision.patch_size
         expected = (vision.d_vision, vision.in_channels, vision.temporal_patch_size, side, side)
@@ -311,7 +310,7 @@ def _assign(model: Any, theirs: str, tensor: Tensor, ours: tuple[str, ...], assi
 
 
 def install(model: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Makes the tensors the model's parameters, as they are; the head stays tied to the embedding if it was."""
+    """Sets parameters of the model to these tensors, without copying; a tied head remains tied to the embedding."""
     tied = model.unembed.weight is model.embed.weight
     for name, tensor in tensors.items():
         module, _, attribute = name.rpartition(".")
