@@ -444,9 +444,9 @@ def attribute_features(
         logits = model.run_with_hooks(item, fwd_hooks=hooks, logits_at=at)[0, 0].float()
         logit = logits[ids[0]] - (logits[ids[1]] if against is not None else 0.0)
         of_features, of_rest = torch.autograd.grad(logit, [kept["features"], kept["rest"]])
-    shares = (of_features * kept["features"])[0].detach()
-    rest = float((of_rest * kept["rest"]).sum())
-    return shares, {"logit": float(logit), "features": float(shares.sum()), "error": rest}
+    shares = (of_features * kept["features"].detach())[0]
+    rest = float((of_rest * kept["rest"].detach()).sum())
+    return shares, {"logit": float(logit.detach()), "features": float(shares.sum()), "error": rest}
 
 
 # ---- training -----------------------------------------------------------------------------------

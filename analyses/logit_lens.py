@@ -21,7 +21,6 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformer_lens.tools.analysis._model_state import to_token_ids
 
 from analyses.common.prompts import Prompt, as_prompt
 from analyses.common.result import Result
@@ -184,7 +183,7 @@ def logit_lens(
                 f"lens.model_name = '' to read one model with another's translators on purpose."
             )
         streams = {layer: translator.translate(vectors, layer) for layer, vectors in streams.items()}
-    wanted = [] if targets is None else to_token_ids(model, targets)
+    wanted = [] if targets is None else _token_ids(model, targets)
     shared = torch.tensor(wanted, dtype=torch.long).expand(len(chosen), -1)
     # Layer L is read first, because its top token is followed through the other layers.
     last = predictions_of(model, streams[model.cfg.n_layers], shared, top_k, chunk_size)
@@ -279,6 +278,12 @@ def _layers(layers: Sequence[int] | None, n_layers: int) -> list[int]:
     if wrong or not len(layers):
         raise ValueError(f"layers must be in 0..{n_layers} (negative from the end), got {list(layers)}.")
     return [layer % (n_layers + 1) for layer in layers]
+
+
+def _token_ids(model: Model, targets: str | int | Sequence[str | int]) -> list[int]:
+    from transformer_lens.tools.analysis._model_state import to_token_ids  # slow: it loads all models that bridges know
+
+    return to_token_ids(model, targets)
 
 
 def _texts(model: Model, ids: Tensor) -> Any:

@@ -20,7 +20,6 @@ from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
 from transformer_lens.utilities import sample_logits
 from transformers import StoppingCriteria, StoppingCriteriaList
-from transformers.generation import GenerateDecoderOnlyOutput
 
 from .cache import HookedCache, heads_first, position_axes
 from .hook_names import is_vision
@@ -151,6 +150,8 @@ class Generation(Mixin):
             for done, logits in _progress(steps, max_new_tokens, verbose):
                 kept += [logits] if output_logits else []
         if output_logits:
+            from transformers.generation import GenerateDecoderOnlyOutput  # slow: it loads all that transformers generates with
+
             output = GenerateDecoderOnlyOutput(sequences=done.tokens, logits=tuple(kept))
         else:
             output = self._as_asked(input, prompt, done, return_type)

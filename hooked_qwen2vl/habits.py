@@ -9,7 +9,6 @@ from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens.model_bridge.get_params_util import get_bridge_params
 
 from .hook_names import canonical, hooked, is_vision
 from .inputs import Inputs
@@ -107,6 +106,8 @@ class Habits(Mixin):
 
     def get_params(self) -> dict[str, Tensor]:
         """TransformerLens name -> weight of the text side; keys and values are repeated for each head."""
+        from transformer_lens.model_bridge.get_params_util import get_bridge_params  # loads every model that bridges know
+
         return get_bridge_params(self)
 
     @property

@@ -7,18 +7,20 @@ TransformerLens. Keys and values have `n_key_value_heads`; only `QK`, `OV` and t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens import FactoredMatrix
-from transformer_lens.model_bridge.composition_scores import CompositionScores
 from transformer_lens.utilities import composition_scores
 
 from .layers import HookPoint, no_bias, readable
 from .mixin import Mixin
 from .overflow import finite
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge.composition_scores import CompositionScores
 
 _BLOCK_WEIGHTS = ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O")
 _MLP_WEIGHTS = ("W_in", "W_gate", "W_out", "b_in", "b_out")
@@ -155,6 +157,8 @@ class TransformerLensWeights(Mixin):
         if mode not in ("Q", "K", "V"):
             raise ValueError(f"mode must be 'Q', 'K' or 'V', got {mode!r}.")
         right = {"Q": lambda: self.QK, "K": lambda: self.QK.T, "V": lambda: self.OV}[mode]()
+        from transformer_lens.model_bridge.composition_scores import CompositionScores
+
         scores = composition_scores(self.OV, right, broadcast_dims=True)
         layers = torch.arange(self.cfg.n_layers, device=scores.device)
         earlier = layers[:, None, None, None] < layers[None, None, :, None]

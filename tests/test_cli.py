@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -89,14 +91,30 @@ def test_a_page_shows_what_is_text_as_text(tmp_path):
     assert not any(tag in page for tag in ("<b>", "<i>", "<u>")) and "0.1235" in page and "the first 20 of 41 rows" in page
 
 
-def test_help_is_quick():
-    """Nothing heavy is imported for it."""
-    import subprocess
-    import sys
+def test_help_and_refusals_are_quick():
+    """Nothing heavy is imported for help, the version, and options that cannot be right."""
+    code = """
+import sys
+from contextlib import suppress
+from hooked_qwen2vl.cli import main
+for line in ("--help", "--version", "lens --help", "lense", "lens --imgae a.png", "patch --dtype float7", "flips --limit x", "lens --image a.png"):
+    with suppress(SystemExit):
+        assert main(line.split()) == 2
+    assert not {"torch", "pandas", "numpy", "matplotlib", "PIL"} & set(sys.modules), line
+"""
+    subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
-    code = "import sys; from hooked_qwen2vl.cli import main\ntry: main(['--help'])\nexcept SystemExit: print({'torch', 'pandas', 'numpy'} & set(sys.modules))"
+
+def test_asking_a_model_of_ours_loads_none_of_transformer_lenss_own():
+    """TransformerLens's bridges and transformers' generation load hundreds of architectures, which takes a second."""
+    code = """
+import sys
+import analyses.explorer, analyses.logit_lens, hooked_qwen2vl.model
+assert "transformers" in sys.modules
+print({"transformer_lens.model_bridge", "transformers.generation.utils"} & set(sys.modules))
+"""
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip().endswith("set()")
+    assert run.stdout.strip() == "set()"
 
 
 @pytest.mark.parametrize(

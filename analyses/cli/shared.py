@@ -41,7 +41,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--model", default="scenes", help="a folder or hub id of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL (default: the embedded model)"
     )
     parser.add_argument("--adapter", help="a LoRA adapter of --model, a PEFT folder or hub id, merged into its weights")
-    parser.add_argument("--dtype", help="float32, bfloat16, …; default: the checkpoint's own")
+    dtypes = ("float32", "bfloat16", "float16", "float64")
+    parser.add_argument("--dtype", choices=dtypes, metavar="NAME", help=f"{', '.join(dtypes)}; default: the checkpoint's own")
     parser.add_argument("--device", help="cpu, cuda, …")
 
 

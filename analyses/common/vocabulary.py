@@ -27,7 +27,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformer_lens.tools.analysis import logit_readout
 
 from hooked_qwen2vl import HookedQwen2VL
 from hooked_qwen2vl.moved import moved_names
@@ -151,6 +150,8 @@ class _Logits:
         self.bias = model.b_U if bool(model.b_U.any()) else None
         self.transform = getattr(getattr(model, "adapter", None), "apply_output_logits_transform", None)
         if not isinstance(model, HookedQwen2VL):
+            from transformer_lens.tools.analysis import logit_readout  # slow: it loads all models that bridges know
+
             logit_readout(model, model.W_U.new_zeros(1, model.W_U.shape[0]), targets=[0])  # refuses unsuitable models
         self.buffers = []
         for start in range(0, self.d_vocab, SLICE):
