@@ -45,25 +45,25 @@ DEMOS = (
 )
 # Why a test or cell that runs here does not pass: at most ten reasons, and patterns of names.
 REASONS: dict[str, tuple[str, ...]] = {
-    "a build of torch without CUDA has no switch that the test sets and sets back; no model is in the test": (
+    "torch without CUDA lacks a setting that the test changes and restores; the test uses no model": (
         "*::test_compute_head_results_matches_wide_float32_gradients*",
     ),
-    "the test asks that an architecture without split inputs is refused; every model here has them": (
+    "the test requires an error for an architecture without split inputs; every model here has them": (
         "*::test_model_without_fork_refused_before_any_forward",
     ),
-    "the test counts the names of a module in which Python has noted a warning; no model is in it": (
+    "the test counts the names of a module, and Python added one for a warning; the test uses no model": (
         "*::test_old_module_star_import_binds_the_moved_names_and_warns",
     ),
-    "the cell needs what lies on the hub, or what such a cell would have made": ("demos/Main_Demo.ipynb::5[689]",),
-    "the cell asks for refactor_factored_attn_matrices, which TransformerLens, too, refuses where positions are rotations": (
+    "the cell needs a file from the hub, or the result of a cell that does": ("demos/Main_Demo.ipynb::5[689]",),
+    "the cell uses refactor_factored_attn_matrices, which TransformerLens also refuses for rotary positions": (
         "demos/Exploratory_Analysis_Demo.ipynb::4",
     ),
-    "the cell asks for a token that begins a text, which Qwen has not": ("demos/Activation_Patching_in_TL_Demo.ipynb::19",),
-    "the cell names a layer or head that the smaller model of this run does not have": (
+    "the cell needs a BOS token, which Qwen does not have": ("demos/Activation_Patching_in_TL_Demo.ipynb::19",),
+    "the cell uses a layer or head that the smaller model of this run does not have": (
         "demos/Attribution_Patching_Demo.ipynb::24",
         "demos/Attribution_Patching_Demo.ipynb::33",
     ),
-    "the cell is written for Python 3.12, or needs what such a cell would have made": ("demos/direct_path_patching_ioi.ipynb::[45]",),
+    "the cell needs Python 3.12, or the result of a cell that does": ("demos/direct_path_patching_ioi.ipynb::[45]",),
     "the notebook imports pysvelte, which is not on PyPI": ("demos/SVD_Interpreter_Demo.ipynb::[2456]",),
 }
 
