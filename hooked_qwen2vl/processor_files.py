@@ -98,7 +98,7 @@ def chat_templates(folder: Path, tokenizer: Any) -> Templates:
     if stored is not None:
         if jinja or not isinstance(stored.get("chat_template"), (str, dict)):
             raise ValueError(
-                f"{folder / 'chat_template.json'} has no template under 'chat_template', or separate templates lie beside it: keep one, "
+                f"{folder / 'chat_template.json'} has no template under 'chat_template', or there are separate templates too: keep one, "
                 f"as chat_template.jinja."
             )
         return stored["chat_template"]

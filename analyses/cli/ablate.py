@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--parts", default="heads", choices=("heads", "attentions", "mlps", "layers"), help="ablate each of these (default heads)"
     )
-    parser.add_argument("--heads", type=_heads, metavar="L.H,…", help="instead: this set of heads, such as 3.1,4.0, beside random ones")
+    parser.add_argument("--heads", type=_heads, metavar="L.H,…", help="instead: this set of heads, such as 3.1,4.0, and random sets")
     parser.add_argument("--find", action="store_true", help="instead: search for the smallest set of heads that carries the answers")
     parser.add_argument(
         "--share", type=float, default=0.8, help="--find: of the answers' log-probability that the set must carry (default 0.8)"

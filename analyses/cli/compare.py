@@ -112,9 +112,7 @@ def _named(spec: str, options: argparse.Namespace, model: Model) -> tuple[str, A
     if config is None or config.model_type in FAMILIES:
         other = _qwen(place, options)
     elif hasattr(config, "vision_config"):
-        raise ValueError(
-            f"{place} is a {config.model_type}: besides Qwen2-VL, Qwen2.5-VL and Qwen3-VL, only text models can stand beside this one."
-        )
+        raise ValueError(f"{place} is a {config.model_type}: besides Qwen2-VL, Qwen2.5-VL and Qwen3-VL, only text models can be compared.")
     else:
         with loading(place):
             other = _bridge(place, options.device or "cpu", options.dtype or "float32")

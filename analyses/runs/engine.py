@@ -170,7 +170,7 @@ class Run:
         if rest := sizes[SHOWN:]:
             lines.append(f"  {sum(map(len, rest))} of {len(rest)} other sizes")
         if self.memory is not None:
-            lines.append(f"memory of the forward, beside what the analysis itself keeps: about {self.memory}")
+            lines.append(f"memory of the forward, without what the analysis itself keeps: about {self.memory}")
         return "\n".join(lines)
 
 
