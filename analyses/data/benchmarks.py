@@ -506,7 +506,7 @@ def _load(name: str, schema: Schema, files: Path | Sequence[Path], question: Cal
     if problems and not skip_bad:
         more = f"\n… and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise ValueError(
-            f"{len(problems)} bad rows and {len(items)} good ones (skip_bad leaves them out):\n"
+            f"{len(problems)} bad rows beside {len(items)} good ones (skip_bad leaves them out):\n"
             + "\n".join(problems[:_SHOWN]) + more
         )  # fmt: skip
     if not items:
