@@ -78,6 +78,22 @@ def listened(*hooks: nn.Module) -> bool:
     return False
 
 
+@torch.compiler.disable  # runs on the host at every call: compiled code does not notice hooks that come and go
+def refuse_hooks(model: nn.Module) -> None:
+    """Checks that a compiled model has no hooks, which its code would leave out, or run after they are removed.
+
+    Raises:
+        ValueError: hooks; the first are named.
+    """
+    names = [name or "the model" for name, module in model.named_modules() if listened(module)]
+    if names:
+        raise ValueError(
+            f"a compiled model runs without hooks, but there are some at {', '.join(names[:3])}{', …' if len(names) > 3 else ''}: "
+            f"torch.compile does not notice hooks that are added or removed. Run the model that was compiled, as it was before "
+            f"torch.compile, or remove the hooks (model.reset_hooks())."
+        )
+
+
 def readable(weight: Tensor, name: str) -> Tensor:
     """The weight, after checking that it is in memory.
 

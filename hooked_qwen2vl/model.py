@@ -44,7 +44,7 @@ from .habits import Habits, refuse_old_arguments, refuse_several
 from .hook_names import chosen, hooked, is_vision, require
 from .image_embeddings import ImageEmbeddings, deepstack_terms, merge
 from .inputs import Inputs
-from .layers import HookPoint, RMSNorm, listened, running_prompt
+from .layers import HookPoint, RMSNorm, listened, refuse_hooks, running_prompt
 from .overflow import finite_check
 from .processor import Processor
 from .processor_files import has_processor
@@ -346,6 +346,8 @@ class HookedQwen2VL(ImageEmbeddings, Generation, Tokens, TransformerLensWeights,
         """
         if return_type not in ("logits", "loss", "both", "logits_and_cache", None):
             raise ValueError(f"return_type must be 'logits', 'loss', 'both', 'logits_and_cache' or None, got {return_type!r}.")
+        if torch.compiler.is_compiling():
+            refuse_hooks(self)
         past = past_kv_cache if past_kv_cache is not None else past_key_values
         if past is not None or return_type == "logits_and_cache":
             if return_type in ("loss", "both") or (start_at_layer, stop_at_layer, inputs) != (None, None, None):

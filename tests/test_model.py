@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+
 import pytest
 import torch
 from conftest import picture, prompts
@@ -287,11 +290,27 @@ def test_moving_the_model_moves_its_cfg(processor):
 
 
 def test_a_compiled_forward_is_the_forward(processor):
-    """torch.compile on the plain forward, dynamo's graph run eagerly: the numbers and the image stay."""
+    """torch.compile on the plain forward, dynamo's graph run eagerly: the numbers and the image stay; hooks are refused."""
     model = HookedQwen2VL.from_hf(tiny_hf(n_layers=2), processor)
     inputs = model.encode(model.to_inputs("what?", images=[picture(84, 56)]))
+    compiled, hook = torch.compile(model, backend="eager"), ("blocks.1.hook_resid_pre", lambda stream, hook: stream * 0)
     with torch.no_grad():
-        assert torch.allclose(torch.compile(model, backend="eager")(inputs), model(inputs), atol=1e-5)
+        assert torch.allclose(compiled(inputs), model(inputs), atol=1e-5)
+        with model.hooks(fwd_hooks=[hook]), pytest.raises(ValueError, match=r"without hooks.* at blocks\.1\.hook_resid_pre:"):
+            compiled(inputs)
+        hooked = compiled.run_with_hooks(inputs, fwd_hooks=[hook])  # runs the model itself
+        assert torch.allclose(hooked, model.run_with_hooks(inputs, fwd_hooks=[hook])) and not torch.allclose(hooked, model(inputs))
+        assert torch.allclose(compiled(inputs), model(inputs), atol=1e-5)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_compiled_by_inductor_it_is_the_forward(processor):
+    """Kernels that inductor writes; without a C++ compiler, its graphs run by autograd's eager backend."""
+    model = HookedQwen2VL.from_hf(tiny_hf(n_layers=1, vision_layers=1), processor)
+    inputs = model.encode(model.to_inputs("what?", images=[picture(84, 56)]))
+    backend = "inductor" if shutil.which(os.environ.get("CXX", "g++")) else "aot_eager"
+    assert torch.allclose(torch.compile(model, backend=backend)(inputs), model(inputs), atol=1e-5)
 
 
 def test_accelerate_dispatch_is_exact(tmp_path, processor):
