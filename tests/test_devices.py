@@ -31,10 +31,13 @@ from analyses.contextual_lens import contextual_score, ground
 from analyses.counterfactuals import Pairs, changed_positions, check_pairs, scene_candidates
 from analyses.data.benchmarks import load_scenes
 from analyses.data.examples import Example, examples
+from analyses.dictionaries import Dictionary, feature_activations, splice
 from analyses.direct_path import direct_path_patch
 from analyses.domain_neurons import count_firings, disable_neurons, mean_activations
 from analyses.embedding_lens import contextual_neighbours, embedding_lens, text_bank
+from analyses.experiments.ablation import Ablation, answer_log_probs, reference_of, sets_of_heads
 from analyses.experiments.compare import compare_models, text_agreement
+from analyses.experiments.features import image_activations
 from analyses.experiments.flips import flip_study
 from analyses.experiments.grounding import run_experiment
 from analyses.experiments.hallucination import detect_hallucinations
@@ -51,6 +54,7 @@ from analyses.logit_lens import logit_lens, residual_stack
 from analyses.model_patching import patch_between_models
 from analyses.patching import patch_sweep
 from analyses.project_away import project_away_hooks, text_direction
+from analyses.runs.activation_store import ActivationStore, store_activations
 from analyses.saliency import saliency
 from analyses.sinks import find_sinks
 from analyses.trajectory import answer_trajectory
@@ -91,6 +95,7 @@ def settings(**more: Any) -> dict[str, Any]:
 def forward(w: World) -> Any:
     logits, cache_ = w.model.run_with_cache(w.clean, vision=True)
     later = w.model(w.model(w.clean, stop_at_layer=1), inputs=w.clean, start_at_layer=1)
+    kept = w.model(w.model(w.clean, stop_at_layer=1).cpu(), inputs=w.clean, start_at_layer=1)  # a stream that was kept on the CPU
     stepped = w.model.run_blocks(w.model(w.clean, stop_at_layer=0), w.clean)
     loss = w.model(w.clean, return_type="loss")
     image = cache_image(cache_, "vision_encoder.blocks.0.hook_resid_post", w.clean)
@@ -98,6 +103,7 @@ def forward(w: World) -> Any:
     return (
         logits.cpu(),
         later.cpu(),
+        kept.cpu(),
         stepped.cpu(),
         loss.cpu(),
         image.cpu(),
@@ -223,6 +229,28 @@ def studies(w: World) -> Any:
     return flip_study(w.model, data, n_random=1, progress=False), knockout_study(w.model, data, window=1, progress=False)
 
 
+def ablations(w: World) -> Any:
+    """The reference stays on the device; the experiment's prompts carry answers."""
+    data = [shown()]
+    parts = sets_of_heads(w.model, [(0, 1)], n_random=1)
+    reference = reference_of(w.model, limit=2)
+    found = Ablation(w.model, parts, "mean", reference).run(data, progress=False)
+    return found.table, answer_log_probs(w.model, w.cpu_model.to_inputs("red?", answers="red"))
+
+
+def stored(w: World) -> Any:
+    """Activations on disk, and a dictionary of features fitted to them."""
+    data, name = list(examples("scenes:train", 3)), "blocks.1.hook_resid_post"
+    folder = w.folder / f"store_{w.model.W_U.device.type}"
+    store_activations(w.model, data, name, folder, "question", batch_size=2, progress=False)
+    held = next(ActivationStore(folder).batches(64, seed=None))
+    rows = image_activations(w.model, data, name)
+    dictionary = Dictionary(name, name, rows[:4].T.clone(), torch.zeros(4), rows[:4].clone(), torch.zeros(rows.shape[1]))
+    features = feature_activations(w.model, w.clean, dictionary.to(w.model.cfg.device)).cpu()
+    logits = w.model.run_with_hooks(w.clean, fwd_hooks=splice(dictionary.to(w.model.cfg.device), error=False)).cpu()
+    return held, rows, features, logits
+
+
 def grounded(w: World) -> Any:
     return run_experiment(w.model, load_split("test", 8), progress=False)
 
@@ -258,7 +286,7 @@ def agreement(w: World) -> Any:
 
 
 def heads_and_directions(w: World) -> Any:
-    direction = text_direction(w.model, "red", 2)
+    direction = text_direction(w.model, "red", 2).cpu()
     logits = w.model.run_with_hooks(w.clean, fwd_hooks=project_away_hooks(w.clean, direction, [2]))
     return detect_heads(w.model), logits.cpu()
 
@@ -276,7 +304,7 @@ def interventions(w: World) -> Any:
 
 ON_TINY = (forward, from_processor, caches, paths, generation, sweeps, native_patching, knockouts, neurons_off, interventions)
 ON_SCENES = (lenses, nearest_texts, agreement, heads_and_directions)
-SLOW = (trajectories, answers, pair_tables, studies, grounded, hallucinated, domain_neurons, comparisons)
+SLOW = (trajectories, answers, pair_tables, studies, ablations, stored, grounded, hallucinated, domain_neurons, comparisons)
 
 
 # ---- the two runs of a case ----------------------------------------------------------------------------------------
@@ -473,5 +501,6 @@ def test_encoded_prompts_are_where_the_model_is():
     with pretended():
         on_device(model)
         for inputs in prompts:
+            assert isinstance(model.to_inputs("red?").tokens, OnDevice)  # as they come from the processor
             encoded = model.encode(inputs)
             assert all(isinstance(x, OnDevice) for x in (encoded.tokens, encoded.position_ids, encoded.attention_mask))
