@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from browser import chromium, why_not  # the tests' own: `timing` puts them on the path
+from browser import chromium, why_not  # the tests' own: `run_all` puts them on the path
 from explorer_pages import large
 from timing import QUICK, Row, median_interval, report
 

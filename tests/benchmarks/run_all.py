@@ -54,7 +54,8 @@ def main() -> int:
 
 def run(python: str, script: Path, folder: str, quick: bool) -> int:
     print(f"\n{script.stem}", flush=True)
-    environment = os.environ | {"BENCH_OUT": folder, "PYTHONPATH": f"{HERE.parents[1]}:{os.environ.get('PYTHONPATH', '')}"}
+    path = [str(HERE.parents[1]), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"BENCH_OUT": folder, "PYTHONPATH": os.pathsep.join(path)}
     return subprocess.run([python, script, *(["--quick"] if quick else [])], env=environment, check=False).returncode
 
 
