@@ -80,8 +80,8 @@ def tower_runs(model, call, size: str) -> Row:
     """How often the tower runs while decoding, and for how many positions the decoder computes rotations."""
     runs, positions = [], []
     tower, blocks = model.vision_encoder.forward, model.run_blocks
-    model.vision_encoder.forward = lambda *args: (runs.append(1), tower(*args))[1]
-    model.run_blocks = lambda residual, *args: (positions.append(residual.shape[1]), blocks(residual, *args))[1]
+    model.vision_encoder.forward = lambda *args, **kwargs: (runs.append(1), tower(*args, **kwargs))[1]
+    model.run_blocks = lambda residual, *args, **kwargs: (positions.append(residual.shape[1]), blocks(residual, *args, **kwargs))[1]
     call()
     del model.vision_encoder.forward, model.run_blocks
     note = f"positions run, step by step: {positions[0]}, then {sorted(set(positions[1:]))}"
