@@ -239,6 +239,19 @@ def test_tokenizers_that_confuse_answers_leave_the_question_out_for_all(model, b
         compare_models({"a": model}, [confusing], progress=False)
 
 
+def test_a_scene_that_cannot_be_told_in_words_is_not_patched(model):
+    examples = [example for example in questions(6) if example.item.counterfactual]
+    told = {example.item.caption for example in examples[:1]} | {example.item.counterfactual.caption for example in examples[:1]}
+    originals = {example.item.caption for example in examples}
+
+    def describe(example):
+        return example.item.caption if example.item.caption in told | originals else None
+
+    (run,) = compare_models({"a": model}, examples[:2], ("words",), describe, progress=False).runs
+    assert len(examples) > 1 and examples[1].item.counterfactual.caption not in told | originals
+    assert len(run.trajectories.items) == 2 and len(run.gap) + run.unaligned + run.small == 1
+
+
 def test_refusals(model, bridges):
     with pytest.raises(ValueError, match="conditions of"):
         compare_models({"a": model}, questions(1), ("sound",))

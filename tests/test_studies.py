@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 
 import pandas as pd
@@ -10,7 +11,7 @@ import torch
 
 from analyses.counterfactuals import check_pairs, scene_candidates
 from analyses.data.examples import examples
-from analyses.experiments.flips import flip_row, flip_study
+from analyses.experiments.flips import FlipExperiment, flip_row, flip_study
 from analyses.experiments.knockout import knockout_study
 from analyses.experiments.locality import SPANS, locality_study
 from analyses.flip_patching import ablate_flip, attribute_flip
@@ -55,6 +56,12 @@ def test_flips_of_a_data_set(scenes, flips):
     shift = flips.last_shift()
     assert shift.loc["tv", "mean, as it is"] == pytest.approx(sum(item.last_shift["tv"] for item in items) / len(items))
     assert shift.loc["argmax_changed", "mean, as it is"] == 0
+
+
+def test_one_flip_and_a_data_set_have_the_same_defaults():
+    found = [inspect.signature(f).parameters for f in (ablate_flip, flip_study, FlipExperiment)]
+    for name, value in {"n_components": 2, "n_random": 10, "seed": 0}.items():
+        assert [parameters[name].default for parameters in found] == [value] * 3, name
 
 
 def test_an_answer_without_a_first_token_of_its_own_is_left_out(scenes):

@@ -78,9 +78,9 @@ def tiny_processor(min_pixels: int = 28 * 28, max_pixels: int = 28 * 28 * 64, to
     return Processor(tokenizer or tiny_tokenizer(), Qwen2VLImageProcessorPil(size=size), CHAT_TEMPLATE, size)
 
 
-def tiny_processor3(tokenizer: Qwen2Tokenizer | None = None) -> Processor:
+def tiny_processor3(tokenizer: Qwen2Tokenizer | None = None, max_pixels: int = 32 * 32 * 64) -> Processor:
     """Qwen3-VL's: patches of 16 pixels, other means, and (for want of the published one) a template without a system prompt."""
-    size = {"shortest_edge": 32 * 32, "longest_edge": 32 * 32 * 64}
+    size = {"shortest_edge": 32 * 32, "longest_edge": max_pixels}
     images = Qwen2VLImageProcessorPil(size=size, patch_size=16, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     return Processor(tokenizer or tiny_tokenizer(), images, CHAT_TEMPLATE3, size)
 

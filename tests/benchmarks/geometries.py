@@ -10,7 +10,7 @@ import numpy as np
 import timing
 import torch
 from PIL import Image
-from test_2b_geometry import CONFIG
+from test_geometries import PUBLISHED
 from tiny import tiny_config, tiny_processor
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
@@ -28,7 +28,7 @@ DTYPES = {"small": torch.float32, "medium": torch.float32, "2b": torch.bfloat16}
 def config(name: str) -> Qwen2VLConfig:
     """The configuration of a size."""
     if name == "2b":
-        return Qwen2VLConfig.from_dict(CONFIG)
+        return Qwen2VLConfig.from_dict(PUBLISHED["qwen2_vl"])
     layers, d_model, heads, kv_heads, d_mlp, d_vocab, vision_layers, d_vision, vision_heads = SIZES[name]
     made = tiny_config().to_dict()
     half = d_model // heads // 2
