@@ -1,4 +1,4 @@
-.PHONY: bench demo docs figures install lint mutants notebooks test test-minimum test-newest test-shapes test-slow tl-suite
+.PHONY: bench demo docs figures install lint mutants notebooks test test-geometries test-minimum test-newest test-shapes test-slow tl-suite
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export HF_HUB_OFFLINE := 1
 
@@ -16,17 +16,21 @@ demo: install
 
 # A file's tests stay together (they share models), one process a core, one thread each (tests/conftest.py).
 test: install
-	.venv/bin/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
+	.venv/bin/python -m pytest -m "not slow and not large" -n auto --maxprocesses 4 --dist loadfile
 
 # Tests of the port and the methods once more, with shapes and types in signatures checked at every call (tests/conftest.py).
 SHAPES := positions model logit_lens readouts flip_patching knockout
 test-shapes: install
-	CHECK_SHAPES=1 .venv/bin/python -m pytest -m "not slow" -k "not compiled" -n auto --maxprocesses 4 --dist loadfile $(SHAPES:%=tests/test_%.py)
+	CHECK_SHAPES=1 .venv/bin/python -m pytest -m "not slow and not large" -k "not compiled" -n auto --maxprocesses 4 --dist loadfile $(SHAPES:%=tests/test_%.py)
 
 # Notebooks, the longest commands, fuzzes; then, one after another, what needs the machine to itself: the 2B geometry, kills, nodes.
 test-slow: install
 	.venv/bin/python -m pytest -m "slow and not alone" -n auto --maxprocesses 2 --dist loadfile
 	.venv/bin/python -m pytest -m "slow and alone"
+
+# Qwen2.5-VL-3B and Qwen3-VL-2B with random weights: 20 GB of memory, and minutes; not among CI's.
+test-geometries: install
+	.venv/bin/python -m pytest -m large -s tests/test_geometries.py
 
 # TransformerLens's own tests with this model in its bridge's place; pip downloads them. The table: docs/transformer_lens.md.
 tl-suite: install
@@ -35,7 +39,7 @@ tl-suite: install
 # The oldest releases that setup.cfg allows, and the newest there are, torchvision with them, in environments of their own, with any
 # PYTHON from 3.11 on. What came out: docs/environments.md. TESTS chooses some.
 PYTHON ?= python3
-TESTS ?= tests -m "not slow" -n auto --maxprocesses 4 --dist loadfile
+TESTS ?= tests -m "not slow and not large" -n auto --maxprocesses 4 --dist loadfile
 test-minimum: export PIP_CONSTRAINT := $(CURDIR)/tests/environments/minimum.txt
 test-newest: export PIP_CONSTRAINT :=
 test-minimum test-newest: test-%:

@@ -77,11 +77,13 @@ class Where:
         """The positions of a place in every row of the prompts.
 
         Raises:
-            ValueError: positions without prompts, `generated` without positions, or a place that a row does not have.
+            ValueError: positions without prompts, prompts or `generated` without positions, or a place that a row does not have.
         """
         if positions is None:
             if generated:
                 raise ValueError("generated=True goes with positions=: without them every position counts, generated ones too.")
+            if inputs is not None:
+                raise ValueError("inputs= goes with positions=: without them every position of whatever is run counts. Drop inputs=.")
             return cls()
         if inputs is None:
             raise ValueError("positions= are places in a prompt: pass inputs=, the prompt that you will run.")

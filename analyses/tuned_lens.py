@@ -19,7 +19,7 @@ from typing import Any
 import pandas as pd
 import torch
 from jaxtyping import Float
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import trange
@@ -85,13 +85,17 @@ class TunedLens(nn.Module):
         """Reads a lens that `save` wrote.
 
         Raises:
-            ValueError: the file has other tensors than A and b.
+            FileNotFoundError: no such file.
+            ValueError: the file is damaged, or has other tensors than A and b.
         """
-        with safe_open(path, "pt") as file:
-            if set(file.keys()) != {"A", "b"}:
-                raise ValueError(f"{path} is no tuned lens: expected the tensors A and b, got {sorted(file.keys())}.")
-            A, b = file.get_tensor("A"), file.get_tensor("b")
-            name = (file.metadata() or {}).get("model_name", "")
+        try:
+            with safe_open(path, "pt") as file:
+                if set(file.keys()) != {"A", "b"}:
+                    raise ValueError(f"{path} is no tuned lens: expected the tensors A and b, got {sorted(file.keys())}.")
+                A, b = file.get_tensor("A"), file.get_tensor("b")
+                name = (file.metadata() or {}).get("model_name", "")
+        except SafetensorError as error:
+            raise ValueError(f"{path} cannot be read as safetensors ({error}): it is damaged or another kind of file.") from error
         n_layers, d_model = b.shape
         lens = cls(n_layers, d_model, name)
         lens.load_state_dict({"A": A, "b": b})

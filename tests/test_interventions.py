@@ -312,6 +312,8 @@ def test_what_is_refused(model, prompt, batch, reference):
         ablate(heads=[(0, 0)], how="median")
     with pytest.raises(ValueError, match="pass inputs="):
         ablate(heads=[(0, 0)], positions="image")
+    with pytest.raises(ValueError, match="inputs= goes with positions="):
+        ablate(heads=[(0, 0)], inputs=prompt)
     with pytest.raises(ValueError, match="generated=True goes with"):
         steer(d, [0], generated=True)
     with pytest.raises(ValueError, match="zero vector"):

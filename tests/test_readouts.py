@@ -175,6 +175,9 @@ def test_fitting_brings_it_closer_also_on_other_prompts(model, tmp_path):
     assert torch.equal(again.A, lens.A) and torch.equal(again.b, lens.b) and again.model_name == lens.model_name
     with pytest.raises(ValueError, match="at least one prompt"):
         fit_tuned_lens(model, [])
+    (tmp_path / "bad").write_bytes(b"no tensors here")
+    with pytest.raises(ValueError, match="damaged or another kind of file"):
+        TunedLens.load(tmp_path / "bad")
 
 
 def test_three_steps_of_fitting_by_hand(model, batches):
