@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 
 import numpy as np
@@ -59,6 +60,13 @@ def tied_scores(n: int = 60, seed: int = 0):
     rng = np.random.default_rng(seed)
     correct = rng.random(n) < 0.7
     return correct, np.round(rng.normal(size=n) + 0.8 * correct, 1)
+
+
+def test_each_way_in_has_the_same_defaults():
+    one, two = (inspect.signature(f).parameters for f in (detect_hallucinations, read_hallucinations))
+    assert (one["n_boot"].default, one["seed"].default) == (two["n_boot"].default, two["seed"].default) == (1000, 0)
+    ways = (detect_hallucinations, choose_layers, HallucinationExperiment)
+    assert [inspect.signature(f).parameters["max_new_tokens"].default for f in ways] == [32] * 3
 
 
 def test_by_hand():

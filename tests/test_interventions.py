@@ -299,6 +299,21 @@ def test_dropping_in_a_sweep_is_refused(model, prompt):
 # ---- what is refused ----------------------------------------------------------------------------
 
 
+@torch.no_grad()
+def test_a_reference_of_plain_tensors_counts_every_token(model, prompt):
+    values = torch.randn(2, 5, model.cfg.n_heads, model.cfg.d_head, generator=torch.Generator().manual_seed(3))
+    seen = {}
+    name = "blocks.1.attn.hook_z"
+    ours = ablate(heads=[(1, 2)], how="mean", reference={name: values})
+    logits(model, prompt, ours + [(name, lambda z, hook: seen.update(z=z.clone()))])
+    assert torch.allclose(seen["z"][0, :, 2], values.flatten(0, 1)[:, 2].mean(0).expand(prompt.shape[1], -1), atol=1e-6)
+
+
+def test_a_direction_against_another_token_is_the_difference(model):
+    one, two = (model.ln_final.w * model.W_U[:, token] for token in (7, 9))
+    assert torch.equal(token_direction(model, 7), one) and torch.allclose(token_direction(model, 7, 9), one - two)
+
+
 def test_what_is_refused(model, prompt, batch, reference):
     other = model.to_inputs("is it red?", images=[picture(128, 96, 1)])
     d = torch.ones(model.cfg.d_model)

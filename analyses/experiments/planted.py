@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +115,8 @@ Rows = Iterator[tuple[str, dict[str, Any]]]
 
 def _neurons_of_a_domain(model: Model, planted: Planted, n: int) -> Rows:
     domain = planted.about[0]
-    train, test = (_examples(sample(3 * n, seed=5, split=split)) for split in ("train", "test"))
-    own = _examples(sample(n, seed=6, domain=domain))
+    train, test = (_examples(_items(3 * n, seed=5, split=split)) for split in ("train", "test"))
+    own = _examples(_items(n, seed=6, domain=domain))
     others = [example for example in test if example.domain != domain][:n]
     masks = {"planted": _mask(model, planted.neurons)}
     with planted.in_model(model):
@@ -144,7 +145,7 @@ def _neurons_of_a_domain(model: Model, planted: Planted, n: int) -> Rows:
 def _neurons_of_the_prior(model: Model, planted: Planted, n: int) -> Rows:
     asked = [
         item
-        for item in sample(8 * n, seed=7, domain="shapes", category="attribute")
+        for item in _items(8 * n, seed=7, domain="shapes", category="attribute")
         if item.question in {f"What color is the {kind}?" for kind in SHAPES}
     ]
     groups = {
@@ -177,17 +178,17 @@ def _neurons_of_the_prior(model: Model, planted: Planted, n: int) -> Rows:
 
 
 def _head_that_copies(model: Model, planted: Planted, n: int) -> Rows:
-    asked = [item for item in sample(4 * n, seed=8, domain="shapes", category="existence") if color_in(item)][:n]
+    asked = [item for item in _items(4 * n, seed=8, domain="shapes", category="existence") if color_in(item)][:n]
     questions = _examples(asked)
     copied = {example.id: str(color_in(example.item)) for example in questions}
-    others = [example for example in _examples(sample(2 * n, seed=9)) if example.category != "existence"][:n]
+    others = [example for example in _examples(_items(2 * n, seed=9)) if example.category != "existence"][:n]
     for condition in ("before", "planted"):
         with planted.at(0.0 if condition == "before" else planted.strength).in_model(model):
             yield "behavior", _behavior(model, questions, "a colour in the question", condition, copied)
             yield "behavior", _behavior(model, others, "other questions", condition)
     with planted.in_model(model):
-        effects = Ablation(model, every_part(model, "heads")).run(questions, batch_size=_BATCH, progress=False)
-        gains = effects.to_dataframe(resamples=0, by_category=False).set_index("part")["change"]
+        table = Ablation(model, every_part(model, "heads")).run(questions, batch_size=_BATCH, progress=False).table
+        gains = table.assign(change=table["log_prob"] - table["base_log_prob"]).groupby("part")["change"].mean()
         ablated = torch.tensor([[gains[f"L{l}H{h}"] for h in range(model.cfg.n_heads)] for l in range(model.cfg.n_layers)])
         direct = torch.zeros_like(ablated)
         for example in questions:
@@ -207,6 +208,12 @@ def _direct(model: Model, example: Example, word: str) -> Tensor:
     heads = cache.apply_ln_to_stack(heads, layer=-1, pos_slice=-1)[:, 0].float()
     copied, right = (model.tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in (word, example.answer))
     return (heads @ (model.W_U[:, copied] - model.W_U[:, right]).float()).view(model.cfg.n_layers, model.cfg.n_heads).double()
+
+
+@cache
+def _items(n: int, **restrictions: Any) -> tuple[Any, ...]:
+    """`sample`, drawn once for all variants."""
+    return tuple(sample(n, **restrictions))
 
 
 def _examples(items: Sequence[Any]) -> list[Example]:
