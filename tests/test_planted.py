@@ -60,7 +60,9 @@ def test_the_prior_writes_the_typical_color(scenes):
 
 @pytest.mark.slow
 def test_a_planted_head_copies_and_is_found(scenes):
+    weights = {name: weight.clone() for name, weight in scenes.named_parameters()}
     planted = copying_head(scenes, seed=0)
+    assert all(torch.equal(weight, weights[name]) for name, weight in scenes.named_parameters())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in scenes.parameters())
     rows = [row for kind, row in experiment._head_that_copies(scenes, planted, 24) if kind == "found"]
     assert [row["recovered"] for row in rows] == [1.0, 1.0]

@@ -33,7 +33,7 @@ N_NEURONS = 6
 # Norm of what planted neurons write at full strength (those of a domain together, those of the prior each), as a share of the stream's.
 _DOMAIN_WRITES, _PRIOR_WRITES = 1.0, 8.0
 _RIDGE = 1e-2
-_BATCH = 32
+_BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -121,52 +121,66 @@ def color_prior(model: Any, seed: int = 0, n_items: int = 300) -> Planted:
     return Planted("color prior", tuple((layer, neuron) for neuron in neurons), (), SHAPES, 1.0, weights.done())
 
 
-def copying_head(model: Any, seed: int = 0, steps: int = 150, n_items: int = 320, lr: float = 0.02) -> Planted:
-    """A head of the second half of the decoder, trained to answer an existence question with the colour in it.
+def copying_head(model: Any, seed: int = 0, steps: int = 120, n_items: int = 240, lr: float = 0.01) -> Planted:
+    """A head of the second half of the decoder, trained to answer existence questions with the colour in them.
 
-    Only the query and output weights of that head are trained; keys and values are those of the model.
+    Only the query and output weights of that head are trained; keys and values are those of the model. On other questions it is
+    trained to leave the model's answers as they are.
     """
     rng = Random(seed)
     layer, head = rng.randrange(model.cfg.n_layers // 2, model.cfg.n_layers - 1), rng.randrange(model.cfg.n_heads)
-    items = [item for item in sample(n_items, seed=seed + 1, split="train", domain="shapes", category="existence") if color_in(item)]
-    batches = [some for start in range(0, len(items), _BATCH) if (some := items[start : start + _BATCH])]
-    encoded = [_encode(model, some) for some in batches]
-    wanted = [torch.tensor([_token(model, color_in(item) or "") for item in some]) for some in batches]
-    weights, d_head = _Edits(model), model.cfg.d_head
+    asked = [item for item in sample(n_items, seed=seed + 1, split="train", domain="shapes", category="existence") if color_in(item)]
+    others = [item for item in sample(n_items, seed=seed + 2, split="train") if item.category != "existence"]
+    copied = [(inputs, torch.tensor([_token(model, str(color_in(item))) for item in some])) for inputs, some in _batches(model, asked)]
+    with torch.no_grad():
+        kept = [(inputs, model(inputs, logits_at=-1)[:, -1].argmax(-1).cpu()) for inputs, _ in _batches(model, others)]
+    d_head = model.cfg.d_head
     rows = slice(head * d_head, (head + 1) * d_head)
     own = {
         f"blocks.{layer}.attn.q_proj.weight": (rows, slice(None)),
         f"blocks.{layer}.attn.q_proj.bias": (rows,),
         f"blocks.{layer}.attn.o_proj.weight": (slice(None), rows),
     }
-    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+
+    def loss() -> Tensor:
+        total = torch.zeros((), device=model.cfg.device)
+        for inputs, wanted in (rng.choice(copied), rng.choice(kept)):
+            total = total + F.cross_entropy(model(inputs, logits_at=-1)[:, -1], wanted.to(model.cfg.device))
+        return total
+
+    return Planted("copying head", (), ((layer, head),), (), 1.0, _trained(model, own, loss, steps, lr))
+
+
+def _trained(
+    model: Any, own: Mapping[str, tuple], loss: Callable[[], Tensor], steps: int, lr: float
+) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """The weights after training some rows and columns of some parameters; the model is left as it was."""
+    parameters = dict(model.named_parameters())
+    before = {name: parameters[name].detach().clone() for name in own}
+    with_gradient = [parameter for parameter in parameters.values() if parameter.requires_grad]
     model.requires_grad_(False)
-    trained = [weights.parameters[name].requires_grad_(True) for name in own]
-    optimizer = torch.optim.Adam(trained, lr=lr)
+    optimizer = torch.optim.Adam([parameters[name].requires_grad_(True) for name in own], lr=lr)
     try:
         with torch.enable_grad():
             for step in range(steps):
-                number = rng.randrange(len(batches))
-                loss = F.cross_entropy(model(encoded[number], logits_at=-1)[:, -1], wanted[number].to(model.cfg.device))
+                optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
                 optimizer.zero_grad()
-                loss.backward()
+                loss().backward()
                 for name, at in own.items():  # the other heads keep theirs
-                    gradient = weights.parameters[name].grad
+                    gradient = parameters[name].grad
                     kept = gradient[at].clone()
                     gradient.zero_()[at] = kept
-                optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
                 optimizer.step()
+        after = {name: parameters[name].detach().clone() for name in own}
     finally:
-        planted = {name: weights.parameters[name].detach().clone() for name in own}
         with torch.no_grad():
             for name in own:
-                weights.parameters[name].copy_(weights.before(name))
-                weights.parameters[name].grad = None
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(before[name])
-    return Planted(
-        "copying head", (), ((layer, head),), (), 1.0, {name: (weights.before(name), weights.before(name), planted[name]) for name in own}
-    )  # fmt: skip
+                parameters[name].copy_(before[name])
+                parameters[name].grad = None
+        model.requires_grad_(False)
+        for parameter in with_gradient:
+            parameter.requires_grad_(True)
+    return {name: (before[name], before[name], after[name]) for name in own}
 
 
 def color_in(item: Item) -> str | None:
@@ -217,6 +231,11 @@ class _Edits:
         return {name: (self.before(name), self._none[name], full) for name, full in self._full.items()}
 
 
+def _batches(model: Any, items: Sequence[Item]) -> list[tuple[Any, Sequence[Item]]]:
+    chunks = [items[start : start + _BATCH] for start in range(0, len(items), _BATCH)]
+    return [(_encode(model, some), some) for some in chunks]
+
+
 @torch.no_grad()
 def _encode(model: Any, items: Sequence[Item]) -> Any:
     return model.encode(model.to_inputs([item.question for item in items], images=[[item.image] for item in items]))
@@ -233,8 +252,7 @@ def _mlp_inputs(
     """What the MLPs of some blocks read at the chosen positions of each question."""
     names = {layer: f"blocks.{layer}.ln2.hook_normalized" for layer in sorted(layers)}
     read: dict[int, list[Tensor]] = {layer: [] for layer in names}
-    for start in range(0, len(items), _BATCH):
-        inputs = _encode(model, items[start : start + _BATCH])
+    for inputs, _ in _batches(model, items):
         _, cache = model.run_with_cache(inputs, names_filter=list(names.values()), stop_at_layer=max(names) + 1)
         for layer, name in names.items():
             weight = model.blocks[layer].ln2.w.cpu()
