@@ -31,6 +31,7 @@ from analyses.experiments.hallucination import Hallucinations
 from analyses.experiments.locality import SPANS, LocalityStudy
 from analyses.experiments.max_activating import Fired, TopImages
 from analyses.experiments.neurons import CONTROLS, NONE, Ablations
+from analyses.experiments.planted import Recovery
 from analyses.experiments.saliency import FIGURES, SaliencyExperiment
 from analyses.explorer import Explorer
 from analyses.flip_patching import FlipAttribution
@@ -285,6 +286,20 @@ def feature_judgement() -> FeatureJudgement:
     return FeatureJudgement(pd.DataFrame(rows), "blocks.4.hook_resid_pre", 1024, NAME)
 
 
+def recovery() -> Recovery:
+    found = pd.DataFrame(
+        {"what": what, "seed": seed, "strength": strength, "method": method, "planted": 6, "chosen": 40, "recovered": 0.3 * seed,
+         "random": 0.05, "random_high": 0.17}
+        for what in ("domain neurons", "color prior", "copying head") for seed in range(3) for strength in (0.25, 0.5, 1.0)
+        for method in ("zero ablation", "direct attribution")
+    )  # fmt: skip
+    behavior = pd.DataFrame([{"what": "color prior", "seed": 0, "strength": 1.0, "questions": "typical colour", "condition": "before",
+                              "items": 9, "accuracy": 0.9, "copied": 0.1}])  # fmt: skip
+    scores = pd.DataFrame([{"what": "color prior", "seed": 0, "strength": 1.0, "method": "probability", "auroc": 0.7, "auroc_low": 0.6,
+                            "auroc_high": 0.8, "items": 40, "hallucinated": 12}])  # fmt: skip
+    return Recovery(found, behavior, scores, NAME, "0123456789ab")
+
+
 def sinks() -> Sinks:
     n = 300
     massive = pd.DataFrame({"layer": [2], "position": [0], "dimension": [7], "value": [1e4], "ratio": [2e3]})
@@ -315,6 +330,7 @@ RESULTS = {
     EdgeAttribution: edges,
     Explorer: explorer,
     FeatureJudgement: feature_judgement,
+    Recovery: recovery,
     FlipAttribution: flip_attribution,
     FlipStudy: flip_study,
     Grounding: grounding,

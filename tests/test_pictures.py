@@ -314,6 +314,13 @@ def probes(figure, result):
     assert labels(axes.yaxis) == list(result.table["site"]) and "labels shuffled" in axes.get_legend_handles_labels()[1]
 
 
+def recovery(figure, result):
+    assert [axes.get_title() for axes in figure.axes] == list(dict.fromkeys(result.found["what"]))
+    means = result.found.groupby(["what", "method", "strength"], sort=False)["recovered"].mean()
+    assert np.allclose([bar.get_height() for axes in figure.axes for bar in axes.patches], means)
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == list(dict.fromkeys(result.found["method"]))
+
+
 def saliency_map(figure, result):
     shown = maps(figure)
     assert shows(shown[0], result.maps()[0], -float(result.whole.abs().max()), float(result.whole.abs().max())) and len(shown) == 9
@@ -331,7 +338,7 @@ def sinks(figure, result):
 
 DRAWN = dict(zip(sorted(RESULTS, key=lambda kind: kind.__name__), (
     ablation_effects, ablations, heads, chair, comparison, contextual_score, curves, domain_neurons, edges, explorer, feature_judgement, flip_attribution, flips, grounding,
-    grounding_experiment, roc, head_set, knockout, sweep, locality, logit_lens, model_patching, neighbours, pairs, probes, saliency_map, saliency_experiment, sinks, top_images, trajectories,
+    grounding_experiment, roc, head_set, knockout, sweep, locality, logit_lens, model_patching, neighbours, pairs, probes, recovery, saliency_map, saliency_experiment, sinks, top_images, trajectories,
     trajectory,
 )))  # fmt: skip
 VIEWS = {

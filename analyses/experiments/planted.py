@@ -79,6 +79,12 @@ class Recovery(Result):
         means = groups[["planted", "chosen", "recovered", "random", "random_high"]].mean()
         return means.assign(least=groups["recovered"].min(), seeds=groups.size()).reset_index()
 
+    def plot(self, path: Any = None) -> Any:
+        """The share found by each method, by strength, next to random choices."""
+        from analyses.views.planted import recovery_plot
+
+        return recovery_plot(self, path)
+
 
 def run(
     model: Model, seeds: Sequence[int] = (0, 1, 2), strengths: Sequence[float] = STRENGTHS, n: int = 100, progress: bool = True
