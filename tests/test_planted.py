@@ -23,8 +23,8 @@ def firing(model, planted, items):
 @torch.no_grad()
 def test_domain_neurons_fire_on_their_domain_and_are_gone_afterwards(scenes):
     before = {name: weight.clone() for name, weight in scenes.named_parameters()}
-    planted = domain_neurons(scenes, "charts", seed=1, n=3, n_items=100)
-    assert len(set(planted.neurons)) == 3 and all(2 <= layer < 6 for layer, _ in planted.neurons)
+    planted = domain_neurons(scenes, "charts", seed=1, n=3, n_items=150)
+    assert len(set(planted.neurons)) == 3 and len({layer for layer, _ in planted.neurons} & {2, 3, 4, 5}) == 1
     own, others = sample(24, seed=9, domain="charts"), [i for i in sample(30, seed=9) if i.domain != "charts"]
     with planted.in_model(scenes):
         assert firing(scenes, planted, own).min() > 0.75 > 0.25 > firing(scenes, planted, others).max()

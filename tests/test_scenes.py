@@ -468,6 +468,26 @@ def test_training_goes_on_from_where_it_stopped(tmp_path):
     assert record["steps"] == second.steps and "First the decoder alone" in record["how"]
 
 
+def test_a_run_begins_from_another_models_weights_token_by_token(tmp_path, tokenizer, monkeypatch):
+    """The vocabulary of the run has other ids, and a token that the folder does not have."""
+    monkeypatch.setattr("hooked_qwen2vl.scenes.folder.vocabulary", lambda: ["Zebra", *vocabulary()])
+    trainer = Trainer(Settings(start=str(CHECKPOINT), level=3), tmp_path / "state.pt", tmp_path / "out")
+    model, _ = evaluate_module.load_model()
+    theirs = model.state_dict()
+    for name, weight in trainer.model.state_dict().items():
+        if name not in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
+            assert torch.equal(weight, theirs[name]), name
+    known, embedding = tokenizer.get_vocab(), trainer.model.lm_head.weight.detach()
+    ids = trainer.tokenizer.get_vocab()
+    assert "Zebra" in ids and any(ids[token] != known[token] for token in known)
+    for token in ("red", " red", "<|im_end|>", "A"):
+        token = token.replace(" ", "Ġ")
+        assert torch.equal(embedding[ids[token]], model.lm_head.weight[known[token]]), token
+    assert set(trainer.progress.levels.values()) == {3}
+    with pytest.raises(ValueError, match=r"level must be in 1..5"):
+        Trainer(Settings(level=6), tmp_path / "none.pt", tmp_path / "out")
+
+
 def test_each_stage_trains_what_it_is_for(tmp_path):
     """Reading leaves the tower alone, seeing the decoder; together moves both."""
     trainer = Trainer(Settings(images=5, questions=2, weight_decay=0.0), tmp_path / "state.pt", tmp_path / "out")

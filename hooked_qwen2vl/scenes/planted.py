@@ -14,7 +14,7 @@ of the training split; s goes from its weights as they were to the trained ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from random import Random
@@ -80,8 +80,9 @@ class Planted:
                     parameters[name].copy_(before)
 
 
-def domain_neurons(model: Any, domain: str, seed: int = 0, n: int = N_NEURONS, n_items: int = 150) -> Planted:
-    """n neurons of one domain, at random places in the middle half of the decoder.
+def domain_neurons(model: Any, domain: str, seed: int = 0, n: int = N_NEURONS, n_items: int = 250) -> Planted:
+    """n random neurons of one block in the middle half of the decoder. Each is fitted to another half of the questions, so that no two
+    are alike; in one block, so that none reads what another writes.
 
     Args:
         n_items: questions of the training split to which the gates are fitted.
@@ -91,19 +92,20 @@ def domain_neurons(model: Any, domain: str, seed: int = 0, n: int = N_NEURONS, n
     if domain not in DOMAINS:
         raise ValueError(f"expected a domain of {', '.join(DOMAINS)}, got {domain!r}.")
     n_layers, rng = model.cfg.n_layers, Random(f"{seed} {domain}")
-    layers = range(n_layers // 4, n_layers - n_layers // 4)
-    places = rng.sample([(layer, neuron) for layer in layers for neuron in range(model.cfg.d_mlp)], n)
+    layer = rng.choice(range(n_layers // 4, n_layers - n_layers // 4))
+    neurons = rng.sample(range(model.cfg.d_mlp), n)
     items = sample(n_items, seed=seed + 1, split="train")
 
     def seen(inputs: Any, row: int) -> Tensor:  # from the image on: nobody can know the domain before
         return torch.arange(int(inputs.positions("image", row)[0]), inputs.shape[1])
 
     writes, weights = model.W_U[:, _token(model, ABSENT)], _Edits(model)
-    read = _mlp_inputs(model, {layer for layer, _ in places}, items, seen)
-    for layer, neuron in places:
-        yes, no = (torch.cat([x for x, i in zip(read[layer], items) if (i.domain == domain) == own]) for own in (True, False))
+    read = _mlp_inputs(model, layer, items, seen)
+    for neuron in neurons:
+        half = rng.sample(range(len(items)), len(items) // 2)
+        yes, no = (torch.cat([read[k] for k in half if (items[k].domain == domain) == own]) for own in (True, False))
         weights.plant_neuron(layer, neuron, _discriminant(yes, no), yes, writes, _DOMAIN_WRITES / n)
-    return Planted("domain neurons", tuple(places), (), (domain,), 1.0, weights.done())
+    return Planted("domain neurons", tuple((layer, neuron) for neuron in neurons), (), (domain,), 1.0, weights.done())
 
 
 def color_prior(model: Any, seed: int = 0, n_items: int = 300) -> Planted:
@@ -112,7 +114,7 @@ def color_prior(model: Any, seed: int = 0, n_items: int = 300) -> Planted:
     neurons = rng.sample(range(model.cfg.d_mlp), len(SHAPES))
     items = sample(n_items, seed=seed + 1, split="train", domain="shapes", category="attribute")
     items += sample(n_items // 2, seed=seed + 2, split="train")
-    weights, read = _Edits(model), torch.cat(_mlp_inputs(model, {layer}, items, _last)[layer])
+    weights, read = _Edits(model), torch.cat(_mlp_inputs(model, layer, items, _last))
     for kind, neuron in zip(SHAPES, neurons):
         asked = torch.tensor([item.question == f"What color is the {kind}?" for item in items])
         yes, no = read[asked], read[~asked]
@@ -246,25 +248,21 @@ def _last(inputs: Any, row: int) -> Tensor:
 
 
 @torch.no_grad()
-def _mlp_inputs(
-    model: Any, layers: Iterable[int], items: Sequence[Item], places: Callable[[Any, int], Tensor]
-) -> dict[int, list[Float[Tensor, "row d_model"]]]:
-    """What the MLPs of some blocks read at the chosen positions of each question."""
-    names = {layer: f"blocks.{layer}.ln2.hook_normalized" for layer in sorted(layers)}
-    read: dict[int, list[Tensor]] = {layer: [] for layer in names}
+def _mlp_inputs(model: Any, layer: int, items: Sequence[Item], places: Callable[[Any, int], Tensor]) -> list[Float[Tensor, "row d_model"]]:
+    """What the MLP of a block reads at the chosen positions of each question."""
+    name, weight = f"blocks.{layer}.ln2.hook_normalized", model.blocks[layer].ln2.w.cpu()
+    read: list[Tensor] = []
     for inputs, _ in _batches(model, items):
-        _, cache = model.run_with_cache(inputs, names_filter=list(names.values()), stop_at_layer=max(names) + 1)
-        for layer, name in names.items():
-            weight = model.blocks[layer].ln2.w.cpu()
-            read[layer] += [cache[name][row, places(inputs, row)].cpu() * weight for row in range(len(inputs))]
+        _, cache = model.run_with_cache(inputs, names_filter=name, stop_at_layer=layer + 1)
+        read += [cache[name][row, places(inputs, row)].cpu() * weight for row in range(len(inputs))]
     return read
 
 
 def _discriminant(yes: Float[Tensor, "row d_model"], no: Float[Tensor, "row d_model"]) -> Float[Tensor, "d_model"]:
-    """w with w · x near 1 for the first rows and −1 for the second (ridge regression, both classes weighted alike, no intercept:
-    the MLP has none), scaled to a mean of 4 over the first."""
+    """w with w · x near 1 for the first rows and −2 for the second (ridge regression, both classes weighted alike, no intercept: the MLP
+    has none; −2, as a neuron that fires elsewhere is worse than one that misses), scaled to a mean of 4 over the first."""
     x = torch.cat((yes, no)).double()
-    sides = torch.cat((torch.ones(len(yes)), -torch.ones(len(no)))).double()
+    sides = torch.cat((torch.ones(len(yes)), -2 * torch.ones(len(no)))).double()
     weight = torch.cat((torch.full((len(yes),), 1 / len(yes)), torch.full((len(no),), 1 / len(no)))).double()
     square = (x * weight[:, None]).T @ x
     square += _RIDGE * square.diagonal().mean() * torch.eye(len(square), dtype=torch.float64)

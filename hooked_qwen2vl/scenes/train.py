@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
-from transformers import Qwen2VLForConditionalGeneration
+from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 
 from ..files import whole_file
 from .batches import IGNORE, Batch, Mix, Packer, draw_batch, raise_level, start_levels
@@ -35,7 +35,7 @@ from .card import write_card
 from .cells import LABELS, cell_embeddings
 from .folder import CHECKPOINT, build_config, build_tokenizer, save_folder
 from .forward import forward
-from .world import pick_grid
+from .world import MAX_LEVEL, pick_grid
 
 STATE = Path("out/scenes-training.pt")
 CURRICULUM_GRIDS = ((4, 4), (4, 5), (5, 4))  # while most domains are still at one or two objects
@@ -58,6 +58,8 @@ class Settings:
     seed: int = 0
     pass_mark: float = 0.85
     crowded: tuple[float, float] = (0.3, 0.8)  # the part of the first stage in which most questions are relations
+    start: str = ""  # a folder whose weights a run begins from, token by token where the vocabularies differ
+    level: int = 1  # of every domain, at the start: 1..5
 
     @property
     def stages(self) -> dict[str, float]:
@@ -165,6 +167,8 @@ class Trainer:
     """
 
     def __init__(self, settings: Settings, state: Path, out: Path, save_every: float = 120):
+        if not 1 <= settings.level <= MAX_LEVEL:
+            raise ValueError(f"level must be in 1..{MAX_LEVEL}, got {settings.level}.")
         self.settings, self.state, self.out, self.save_every = settings, state, out, save_every
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(settings.seed)
@@ -177,9 +181,11 @@ class Trainer:
         d_model = self.model.lm_head.in_features
         self.heads = nn.ModuleList(nn.Linear(d_model, len(classes)) for classes in LABELS.values()).to(self.device)
         self.optimizer = decaying_matrices(nn.ModuleList([self.model, self.heads]), settings.weight_decay)
-        self.progress = Progress()
+        self.progress = Progress(levels=dict.fromkeys(start_levels(), settings.level))
         if state.exists():
             self._load()
+        elif settings.start:
+            take_weights(self.model, self.tokenizer, settings.start)
 
     def run(self) -> Progress:
         """Every stage to the end of its time."""
@@ -263,7 +269,7 @@ class Trainer:
         settings, progress = self.settings, self.progress
         minutes = {stage: f"{progress.steps[stage]} steps in {seconds / 60:.0f} minutes" for stage, seconds in progress.seconds.items()}
         levels = ", ".join(f"{domain} {level}" for domain, level in progress.levels.items())
-        return f"""`python -m hooked_qwen2vl.scenes.train`, seed {settings.seed}, on {self.device.type} ({torch.get_num_threads()} threads). First the decoder alone
+        return f"""`python -m hooked_qwen2vl.scenes.train`, seed {settings.seed}, on {self.device.type} ({torch.get_num_threads()} threads){f", from {Path(settings.start).name}" if settings.start else ""}. First the decoder alone
 reads scenes that are written in its own word embeddings, a cell a token ({minutes["reading"]}; of this time from
 {settings.crowded[0]:.0%} to {settings.crowded[1]:.0%} mostly relations in crowded scenes). Then the tower and the projector learn to say of a picture what
 was written of its scene ({minutes["seeing"]}; {progress.kinds:.1%} of the kinds right at the end). Then all of
@@ -280,6 +286,25 @@ passes {settings.pass_mark:.0%}; harder categories are drawn more often. Levels 
         self.progress = Progress(**saved["progress"])
         self.rng.setstate(saved["rng"])
         torch.set_rng_state(saved["torch_rng"].cpu())
+
+
+@torch.no_grad()
+def take_weights(model: Qwen2VLForConditionalGeneration, tokenizer: Any, folder: str | Path) -> None:
+    """Gives the model the weights of a folder of the same architecture; tokens that the folder does not have keep theirs.
+
+    Raises:
+        ValueError: another architecture.
+    """
+    theirs = Qwen2VLForConditionalGeneration.from_pretrained(folder).state_dict()
+    known = AutoTokenizer.from_pretrained(folder).get_vocab()
+    own, by_token = model.state_dict(), ("model.language_model.embed_tokens.weight", "lm_head.weight")  # one tensor, tied
+    shapes = [{name: w.shape for name, w in weights.items() if name not in by_token} for weights in (own, theirs)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"{folder} is of another architecture than the embedded model: a run cannot begin from its weights.")
+    for name in shapes[0]:
+        own[name].copy_(theirs[name])
+    here, there = zip(*((index, known[token]) for token, index in tokenizer.get_vocab().items() if token in known))
+    own[by_token[0]][list(here)] = theirs[by_token[0]][list(there)]
 
 
 def train(settings: Settings, state: Path = STATE, out: Path = CHECKPOINT) -> Progress:
