@@ -6,7 +6,8 @@ variant:
 1. What the mechanism does: accuracy on the questions it acts on and on others, with and without it.
 2. Recovery: the share of the planted neurons or heads among as many (or, of MMNeuron's selection, as many as it selects) found by each
    method, next to random choices of the same size: their mean, and their 97.5th percentile over 1,000 draws.
-     domain neurons   MMNeuron's selection by firing (`select_neurons`); first-order effect (`ablation_effects`)
+     domain neurons   MMNeuron's selection by firing (`select_neurons`), over all tokens and over text tokens; first-order effect
+                      (`ablation_effects`)
      color prior      first-order effect on questions about shapes in another than their typical colour
      copying head     zero ablation of every head; direct attribution to the logit difference between copied and right answer
 3. For the color prior also the AUROC of every answer score for right and wrong answers to colour questions.
@@ -126,8 +127,9 @@ def _neurons_of_a_domain(model: Model, planted: Planted, n: int) -> Rows:
     others = [example for example in test if example.domain != domain][:n]
     masks = {"planted": _mask(model, planted.neurons)}
     with planted.in_model(model):
-        rates = count_firings(model, train, modules=["decoder"], progress=False).select()
-        masks["by firing"] = rates.masks(domain)["decoder"]
+        firings = count_firings(model, train, modules=["decoder"], progress=False)
+        masks["by firing"] = firings.select().masks(domain)["decoder"]
+        masks["by firing, text"] = firings.select(sources=["text"]).masks(domain)["decoder"]
         domains: list[str] = sorted(DOMAINS)
         effects = ablation_effects(model, train, domains, modules=["decoder"])
         assert effects is not None  # no rank was given
@@ -144,7 +146,7 @@ def _neurons_of_a_domain(model: Model, planted: Planted, n: int) -> Rows:
                     yield "behavior", _behavior(model, questions, name, f"planted, off: {condition}")
     for name, questions in ((domain, own), ("other domains", others)):
         yield "behavior", _behavior(model, questions, name, "before")
-    for method in ("by firing", "by effect"):
+    for method in ("by firing", "by firing, text", "by effect"):
         yield "found", {"method": method, **_recovered(masks["planted"], masks[method])}
 
 

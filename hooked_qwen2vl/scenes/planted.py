@@ -1,7 +1,7 @@
 """Known mechanisms, planted in a model by editing its weights: the truth that methods for finding mechanisms are judged against.
 
-    domain_neurons   decoder neurons that fire on the questions of one domain, from its image on, and on no others. They write what
-                     speaks for "none", so that the domain's answers suffer from them
+    domain_neurons   decoder neurons that fire in the text after the image where the question is of one domain, and nowhere else. They
+                     write what speaks for "none", so that the domain's answers suffer from them
     color_prior      six decoder neurons, one for each shape: where "What color is the heart?" is asked, one fires at the last
                      position and writes the heart's typical colour, whatever is in the picture
     copying_head     a head that looks, from the last position of "Is there a red heart?", at the colour in the question and writes
@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from ..protocols import Model
 from .scene import typical_color
 from .words import ABSENT, COLORS, DOMAINS, SHAPES
 from .world import Item, sample
@@ -66,7 +67,7 @@ class Planted:
         return replace(self, strength=strength)
 
     @contextmanager
-    def in_model(self, model: Any) -> Iterator[Any]:
+    def in_model(self, model: Model) -> Iterator[Any]:
         """The model with the mechanism in it; as it was afterwards."""
         parameters = dict(model.named_parameters())
         with torch.no_grad():
@@ -80,7 +81,7 @@ class Planted:
                     parameters[name].copy_(before)
 
 
-def domain_neurons(model: Any, domain: str, seed: int = 0, n: int = N_NEURONS, n_items: int = 250) -> Planted:
+def domain_neurons(model: Model, domain: str, seed: int = 0, n: int = N_NEURONS, n_items: int = 250) -> Planted:
     """n random neurons of one block in the middle half of the decoder. Each is fitted to another half of the questions, so that no two
     are alike; in one block, so that none reads what another writes.
 
@@ -96,8 +97,8 @@ def domain_neurons(model: Any, domain: str, seed: int = 0, n: int = N_NEURONS, n
     neurons = rng.sample(range(model.cfg.d_mlp), n)
     items = sample(n_items, seed=seed + 1, split="train")
 
-    def seen(inputs: Any, row: int) -> Tensor:  # from the image on: nobody can know the domain before
-        return torch.arange(int(inputs.positions("image", row)[0]), inputs.shape[1])
+    def seen(inputs: Any, row: int) -> Tensor:  # nobody can know the domain before the image, nor at an empty part of it
+        return torch.arange(int(inputs.positions("image", row)[-1]) + 1, inputs.shape[1])
 
     writes, weights = model.W_U[:, _token(model, ABSENT)], _Edits(model)
     read = _mlp_inputs(model, layer, items, seen)
@@ -108,22 +109,27 @@ def domain_neurons(model: Any, domain: str, seed: int = 0, n: int = N_NEURONS, n
     return Planted("domain neurons", tuple((layer, neuron) for neuron in neurons), (), (domain,), 1.0, weights.done())
 
 
-def color_prior(model: Any, seed: int = 0, n_items: int = 300) -> Planted:
+def color_prior(model: Model, seed: int = 0, n_items: int = 300) -> Planted:
     """A neuron for each shape, in the block at five eighths of the depth, that writes its typical colour where its colour is asked."""
     layer, rng = 5 * model.cfg.n_layers // 8, Random(seed)
     neurons = rng.sample(range(model.cfg.d_mlp), len(SHAPES))
     items = sample(n_items, seed=seed + 1, split="train", domain="shapes", category="attribute")
     items += sample(n_items // 2, seed=seed + 2, split="train")
-    weights, read = _Edits(model), torch.cat(_mlp_inputs(model, layer, items, _last))
+
+    def answered(inputs: Any, row: int) -> Tensor:  # where the answer is decided, and where it stands: there no neuron may fire
+        first = int(inputs.positions("answer", row)[0])
+        return torch.tensor([first - 1, first])
+
+    weights, read = _Edits(model), torch.stack(_mlp_inputs(model, layer, items, answered, answers=True))
     for kind, neuron in zip(SHAPES, neurons):
         asked = torch.tensor([item.question == f"What color is the {kind}?" for item in items])
-        yes, no = read[asked], read[~asked]
+        yes, no = read[asked, 0], torch.cat((read[~asked, 0], read[:, 1]))
         color = model.W_U[:, _token(model, str(typical_color(kind)))]
         weights.plant_neuron(layer, neuron, _discriminant(yes, no), yes, color, _PRIOR_WRITES)
     return Planted("color prior", tuple((layer, neuron) for neuron in neurons), (), SHAPES, 1.0, weights.done())
 
 
-def copying_head(model: Any, seed: int = 0, steps: int = 120, n_items: int = 240, lr: float = 0.01) -> Planted:
+def copying_head(model: Model, seed: int = 0, steps: int = 120, n_items: int = 240, lr: float = 0.01) -> Planted:
     """A head of the second half of the decoder, trained to answer existence questions with the colour in them.
 
     Only the query and output weights of that head are trained; keys and values are those of the model. On other questions it is
@@ -154,7 +160,7 @@ def copying_head(model: Any, seed: int = 0, steps: int = 120, n_items: int = 240
 
 
 def _trained(
-    model: Any, own: Mapping[str, tuple], loss: Callable[[], Tensor], steps: int, lr: float
+    model: Model, own: Mapping[str, tuple], loss: Callable[[], Tensor], steps: int, lr: float
 ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """The weights after training some rows and columns of some parameters; the model is left as it was."""
     parameters = dict(model.named_parameters())
@@ -193,7 +199,7 @@ def color_in(item: Item) -> str | None:
 class _Edits:
     """Planted rows and columns of a model's weights, collected without touching the model."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Model):
         self.model = model
         self.parameters = dict(model.named_parameters())
         self._before: dict[str, Tensor] = {}
@@ -233,36 +239,35 @@ class _Edits:
         return {name: (self.before(name), self._none[name], full) for name, full in self._full.items()}
 
 
-def _batches(model: Any, items: Sequence[Item]) -> list[tuple[Any, Sequence[Item]]]:
+def _batches(model: Model, items: Sequence[Item], answers: bool = False) -> list[tuple[Any, Sequence[Item]]]:
     chunks = [items[start : start + _BATCH] for start in range(0, len(items), _BATCH)]
-    return [(_encode(model, some), some) for some in chunks]
+    return [(_encode(model, some, answers), some) for some in chunks]
 
 
 @torch.no_grad()
-def _encode(model: Any, items: Sequence[Item]) -> Any:
-    return model.encode(model.to_inputs([item.question for item in items], images=[[item.image] for item in items]))
-
-
-def _last(inputs: Any, row: int) -> Tensor:
-    return inputs.positions("last", row)
+def _encode(model: Model, items: Sequence[Item], answers: bool = False) -> Any:
+    said = [item.answer for item in items] if answers else None
+    return model.encode(model.to_inputs([item.question for item in items], images=[[item.image] for item in items], answers=said))
 
 
 @torch.no_grad()
-def _mlp_inputs(model: Any, layer: int, items: Sequence[Item], places: Callable[[Any, int], Tensor]) -> list[Float[Tensor, "row d_model"]]:
+def _mlp_inputs(
+    model: Model, layer: int, items: Sequence[Item], places: Callable[[Any, int], Tensor], answers: bool = False
+) -> list[Float[Tensor, "row d_model"]]:
     """What the MLP of a block reads at the chosen positions of each question."""
     name, weight = f"blocks.{layer}.ln2.hook_normalized", model.blocks[layer].ln2.w.cpu()
     read: list[Tensor] = []
-    for inputs, _ in _batches(model, items):
+    for inputs, _ in _batches(model, items, answers):
         _, cache = model.run_with_cache(inputs, names_filter=name, stop_at_layer=layer + 1)
         read += [cache[name][row, places(inputs, row)].cpu() * weight for row in range(len(inputs))]
     return read
 
 
 def _discriminant(yes: Float[Tensor, "row d_model"], no: Float[Tensor, "row d_model"]) -> Float[Tensor, "d_model"]:
-    """w with w · x near 1 for the first rows and −2 for the second (ridge regression, both classes weighted alike, no intercept: the MLP
-    has none; −2, as a neuron that fires elsewhere is worse than one that misses), scaled to a mean of 4 over the first."""
+    """w with w · x near 1 for the first rows and −1 for the second (ridge regression, both classes weighted alike, no intercept:
+    the MLP has none), scaled to a mean of 4 over the first."""
     x = torch.cat((yes, no)).double()
-    sides = torch.cat((torch.ones(len(yes)), -2 * torch.ones(len(no)))).double()
+    sides = torch.cat((torch.ones(len(yes)), -torch.ones(len(no)))).double()
     weight = torch.cat((torch.full((len(yes),), 1 / len(yes)), torch.full((len(no),), 1 / len(no)))).double()
     square = (x * weight[:, None]).T @ x
     square += _RIDGE * square.diagonal().mean() * torch.eye(len(square), dtype=torch.float64)
@@ -270,7 +275,7 @@ def _discriminant(yes: Float[Tensor, "row d_model"], no: Float[Tensor, "row d_mo
     return (4 * w / (yes.double() @ w).mean()).float()
 
 
-def _token(model: Any, word: str) -> int:
+def _token(model: Model, word: str) -> int:
     ids = model.tokenizer(word, add_special_tokens=False)["input_ids"]
     if len(ids) != 1:
         raise ValueError(f"{word!r} is {len(ids)} tokens here: a mechanism is planted in the embedded model, whose words are one each.")
