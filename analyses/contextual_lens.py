@@ -137,8 +137,8 @@ class Grounding(Result):
         model_name: of the model.
     """
 
-    heat: tuple[Float[Tensor, "rows cols"], ...]
-    similarity: tuple[Float[Tensor, "rows cols"], ...]
+    heat: tuple[Float[Tensor, "_rows _cols"], ...]
+    similarity: tuple[Float[Tensor, "_rows _cols"], ...]
     cells: tuple[Cells, ...]
     boxes: Float[Tensor, "image 4"]
     box_scores: Float[Tensor, "image"]

@@ -45,7 +45,7 @@ def test_domain_neurons_fire_on_their_domain_and_are_gone_afterwards(scenes):
 @pytest.mark.slow
 @torch.no_grad()
 def test_the_prior_writes_the_typical_color(scenes):
-    planted = color_prior(scenes, seed=2, n_items=200)
+    planted = color_prior(scenes, seed=2, n_items=150)
     asked = [i for i in sample(120, seed=9, domain="shapes", category="attribute") if i.question.startswith("What color is the ")]
     other = [i for i in asked if not i.typical][:12]
     inputs = scenes.encode(scenes.to_inputs([i.question for i in other], images=[[i.image] for i in other]))
@@ -61,14 +61,13 @@ def test_the_prior_writes_the_typical_color(scenes):
 @pytest.mark.slow
 def test_a_planted_head_copies_and_is_found(scenes):
     weights = {name: weight.clone() for name, weight in scenes.named_parameters()}
-    planted = copying_head(scenes, seed=0)
+    planted = copying_head(scenes, seed=0, steps=60, n_items=160)
     assert all(torch.equal(weight, weights[name]) for name, weight in scenes.named_parameters())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in scenes.parameters())
-    rows = [row for kind, row in experiment._head_that_copies(scenes, planted, 24) if kind == "found"]
-    assert [row["recovered"] for row in rows] == [1.0, 1.0]
-    behavior = [row for kind, row in experiment._head_that_copies(scenes, planted, 24) if kind == "behavior"]
-    before, after = (row["copied"] for row in behavior if row["questions"] == "a colour in the question")
-    assert before == 0.0 and after > 0.3
+    rows = list(experiment._head_that_copies(scenes, planted, 16))
+    assert [row["recovered"] for kind, row in rows if kind == "found"] == [1.0, 1.0]
+    before, after = (row["copied"] for kind, row in rows if kind == "behavior" and row["questions"] == "a colour in the question")
+    assert before == 0.0 and after > 0.2
 
 
 def test_recovery_is_counted_beside_chance():
