@@ -16,7 +16,7 @@ from test_notebooks import SOURCES
 from analyses.saliency import METHODS
 from hooked_qwen2vl import HookedQwen2VL
 
-QUICK = [source for source in SOURCES if source.stem[:2] in ("01", "02", "07")]
+HALF = [source for source in SOURCES if source.stem[:2] in ("01", "07")]  # quick ones; 02 asserts a sum that only float32 makes exact
 
 
 def run_there(source, monkeypatch, folder, dtype: torch.dtype) -> None:
@@ -45,6 +45,6 @@ def test_its_cells_run_there(source, monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", QUICK, ids=lambda source: source.stem)
+@pytest.mark.parametrize("source", HALF, ids=lambda source: source.stem)
 def test_its_cells_run_there_in_half_precision(source, monkeypatch, tmp_path):
     run_there(source, monkeypatch, tmp_path, torch.bfloat16)
