@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from random import Random
 from typing import Any
 
@@ -224,16 +225,14 @@ class _Edits:
             full[at] = value.detach().to(full)
             none[at] = 0.0 if part == "down_proj" else full[at]
 
-    @property
-    def _norm(self) -> Tensor:
-        """[layer] mean norm of the stream after each block, at the last position of a few questions."""
-        if not hasattr(self, "_norms"):
-            inputs = _encode(self.model, sample(16, split="train"))
-            names = [f"blocks.{layer}.hook_resid_post" for layer in range(self.model.cfg.n_layers)]
-            with torch.no_grad():
-                _, cache = self.model.run_with_cache(inputs, names_filter=names)
-            self._norms = torch.stack([cache[name][:, -1].float().norm(dim=-1).mean().cpu() for name in names])
-        return self._norms
+    @cached_property
+    def _norm(self) -> Float[Tensor, "layer"]:
+        """Mean norm of the stream after each block, at the last position of a few questions."""
+        inputs = _encode(self.model, sample(16, split="train"))
+        names = [f"blocks.{layer}.hook_resid_post" for layer in range(self.model.cfg.n_layers)]
+        with torch.no_grad():
+            _, cache = self.model.run_with_cache(inputs, names_filter=names)
+        return torch.stack([cache[name][:, -1].float().norm(dim=-1).mean().cpu() for name in names])
 
     def done(self) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         return {name: (self.before(name), self._none[name], full) for name, full in self._full.items()}
