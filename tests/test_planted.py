@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from sklearn.linear_model import Ridge
 
 from analyses.experiments import planted as experiment
 from hooked_qwen2vl.scenes import sample
-from hooked_qwen2vl.scenes.planted import color_in, color_prior, copying_head, domain_neurons
+from hooked_qwen2vl.scenes.planted import Planted, color_in, color_prior, copying_head, domain_neurons
+from hooked_qwen2vl.scenes.planted import _discriminant as discriminant
 from hooked_qwen2vl.scenes.scene import typical_color
 
 
@@ -68,6 +70,30 @@ def test_a_planted_head_copies_and_is_found(scenes):
     assert [row["recovered"] for kind, row in rows if kind == "found"] == [1.0, 1.0]
     before, after = (row["copied"] for kind, row in rows if kind == "behavior" and row["questions"] == "a colour in the question")
     assert before == 0.0 and after > 0.2
+
+
+@torch.no_grad()
+def test_a_mechanism_stays_in_its_own_model(model):
+    weight = model.blocks[0].mlp.up_proj.weight
+    planted = Planted("color prior", ((0, 1),), (), (), 1.0, {"blocks.0.mlp.up_proj.weight": (weight + 1, weight + 1, weight + 2)})
+    before = weight.clone()
+    with pytest.raises(ValueError, match="other weights at blocks.0.mlp.up_proj.weight"), planted.in_model(model):
+        pass
+    assert torch.equal(weight, before)
+
+
+def test_a_gate_is_scikit_learns_ridge_and_needs_both_kinds_of_positions():
+    generator = torch.Generator().manual_seed(0)
+    no, yes = torch.randn(80, 6, generator=generator), torch.randn(20, 6, generator=generator) + torch.tensor([3.0, 0, 0, 0, 0, 0])
+    gate = discriminant(yes, no)
+    x, y, weight = torch.cat((yes, no)).double(), [1.0] * 20 + [-1.0] * 80, [1 / 20] * 20 + [1 / 80] * 80
+    penalty = 1e-2 * float((x.square() * torch.tensor(weight)[:, None]).sum(0).mean())
+    theirs = torch.tensor(Ridge(penalty, fit_intercept=False).fit(x.numpy(), y, sample_weight=weight).coef_)
+    assert torch.allclose(gate.double(), 4 * theirs / (yes.double() @ theirs).mean(), atol=1e-5)
+    with pytest.raises(ValueError, match="0 positions where a neuron should fire and 80"):
+        discriminant(yes[:0], no)
+    with pytest.raises(ValueError, match="does not differ"):
+        discriminant(torch.zeros(5, 6), no)
 
 
 def test_recovery_is_counted_beside_chance():

@@ -14,6 +14,7 @@ from random import Random
 import numpy as np
 import pytest
 import torch
+from tiny import tiny_hf
 from transformers import AutoTokenizer, Qwen2Tokenizer, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -484,6 +485,10 @@ def test_a_run_begins_from_another_models_weights_token_by_token(tmp_path, token
         token = token.replace(" ", "Ġ")
         assert torch.equal(embedding[ids[token]], model.lm_head.weight[known[token]]), token
     assert set(trainer.progress.levels.values()) == {3}
+    tiny_hf().save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="another architecture"):
+        Trainer(Settings(start=str(tmp_path / "other")), tmp_path / "none.pt", tmp_path / "out")
     with pytest.raises(ValueError, match=r"level must be in 1..5"):
         Trainer(Settings(level=6), tmp_path / "none.pt", tmp_path / "out")
 

@@ -258,7 +258,8 @@ def _recovered(planted: Tensor, chosen: Tensor) -> dict[str, float]:
 def _behavior(
     model: Model, examples: Sequence[Example], name: str, condition: str, planted: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """Accuracy of whole answers, and how many begin with the word that was planted."""
+    """Share of answers of which every token is the top one after the right tokens before it (the end is not asked for), and of those
+    that begin with the word that was planted."""
     right, copied = [], []
     for start in range(0, len(examples), _BATCH):
         some = examples[start : start + _BATCH]
@@ -293,7 +294,7 @@ def as_markdown(result: Recovery) -> str:
         "size (mean, and 97.5th percentile). `least`: of the seeds.",
         _table(result.to_dataframe()),
         "## What they do",
-        "Accuracy of whole answers; `copied`: answers that begin with the planted word (the typical colour, or the colour in the question).",
+        "Accuracy of answers, teacher-forced and without their end; `copied`: answers that begin with the planted word (the typical colour, or the colour in the question).",
         _table(behavior),
         "## Which scores tell the prior's wrong answers",
         "AUROC for right against wrong answers to colour questions, by strength of the prior.",

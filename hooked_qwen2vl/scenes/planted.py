@@ -69,8 +69,18 @@ class Planted:
 
     @contextmanager
     def in_model(self, model: Model) -> Iterator[Any]:
-        """The model with the mechanism in it; as it was afterwards."""
+        """The model with the mechanism in it; as it was afterwards.
+
+        Raises:
+            ValueError: another model than that in which it was planted, or one whose weights there have been changed since.
+        """
         parameters = dict(model.named_parameters())
+        for name, (before, _, _) in self.weights.items():
+            if name not in parameters or not torch.equal(parameters[name], before.to(parameters[name].device)):
+                raise ValueError(
+                    f"the {self.what} was planted in a model with other weights at {name}: plant it in this model, and one mechanism at a "
+                    f"time where two change the same weights."
+                )
         with torch.no_grad():
             for name, (_, none, full) in self.weights.items():
                 parameters[name].copy_(none + self.strength * (full - none))
@@ -264,14 +274,23 @@ def _mlp_inputs(
 
 def _discriminant(yes: Float[Tensor, "row d_model"], no: Float[Tensor, "row d_model"]) -> Float[Tensor, "d_model"]:
     """w with w · x near 1 for the first rows and −1 for the second (ridge regression, both classes weighted alike, no intercept:
-    the MLP has none), scaled to a mean of 4 over the first."""
+    the MLP has none), scaled to a mean of 4 over the first.
+
+    Raises:
+        ValueError: no rows of one kind, or rows that it cannot tell apart.
+    """
+    if not len(yes) or not len(no):
+        raise ValueError(f"{len(yes)} positions where a neuron should fire and {len(no)} where it should not: take more items (n_items=).")
     x = torch.cat((yes, no)).double()
     sides = torch.cat((torch.ones(len(yes)), -torch.ones(len(no)))).double()
     weight = torch.cat((torch.full((len(yes),), 1 / len(yes)), torch.full((len(no),), 1 / len(no)))).double()
     square = (x * weight[:, None]).T @ x
     square += _RIDGE * square.diagonal().mean() * torch.eye(len(square), dtype=torch.float64)
     w = torch.linalg.solve(square, (x * (weight * sides)[:, None]).sum(0))
-    return (4 * w / (yes.double() @ w).mean()).float()
+    mean = (yes.double() @ w).mean()
+    if not mean > 0:
+        raise ValueError("what the MLP reads where a neuron should fire does not differ from the rest: it cannot be planted in this block.")
+    return (4 * w / mean).float()
 
 
 def _token(model: Model, word: str) -> int:
