@@ -50,7 +50,7 @@ def self_check(model: Any, hf: Any, image: Image.Image | None = None, question: 
     inputs = model.to_inputs(question, images=[image])
     batch = model.to_inputs([question, "Name a color."], images=[[image], []])
     tolerance = TOLERANCES[model.cfg.dtype]
-    video = model.to_inputs(question, videos=[[image] * 4], fps=1 if model.cfg.vision.needs_fps else None)
+    video = model.to_inputs(question, videos=[[synthetic_image()] * 4], fps=1 if model.cfg.vision.needs_fps else None)
     rows = [("positions", _position_error(inputs, hf), 0.0), ("positions of a video", _position_error(video, hf), 0.0)]
     theirs = reference_stages(hf, inputs)
     logits, cache = model.run_with_cache(inputs, names_filter=[name for name in theirs if name != "logits"])
