@@ -7,9 +7,10 @@
 4. S = the 1 % of neurons of lowest DAPE; a neuron of S belongs to the domains k with p[l, i, k] > τ.
 5. Disable them: set their activations before W_out to 0 (or to their means), in the prompt and in decoding.
 
-Each module is analysed by itself: the decoder's gate (`mlp.hook_pre`; silu(x) > 0 iff x > 0), the tower's MLP and the
-projector, all before their activation functions (which keep the sign). A token is a position of the prompt in the decoder,
-a patch in the tower (14 pixels; 16 in Qwen3-VL) and an image token in the projector; padding is not counted.
+Each module is analysed by itself: the decoder's gate (`mlp.hook_pre`; silu(x) > 0 iff x > 0), the tower's MLP, the
+projector and DeepStack's mergers (Qwen3-VL; layer k is the merger whose output is added after block k), all before their
+activation functions (which keep the sign). A token is a position of the prompt in the decoder, a patch in the tower (14
+pixels; 16 in Qwen3-VL) and an image token in projector and mergers; padding is not counted.
 Our addition: image tokens, the prompt's text and the answer's tokens are counted separately, so that each can be analysed alone.
 """
 
@@ -38,7 +39,12 @@ from hooked_qwen2vl.protocols import Model
 
 __getattr__ = moved_names(__name__)
 
-SITES = {"decoder": "blocks.{}.mlp", "vision": "vision_encoder.blocks.{}.mlp", "projector": "vision_projector"}
+SITES = {
+    "decoder": "blocks.{}.mlp", "vision": "vision_encoder.blocks.{}.mlp", "projector": "vision_projector",
+    "deepstack": "vision_projector.deepstack.{}",
+}  # fmt: skip
+# What counts the tokens of an image that a module of the vision half sees.
+TOKENS = {"vision": "n_patches", "projector": "n_tokens", "deepstack": "n_tokens"}
 SOURCES = ("image", "text", "generated")
 _CHUNK = 2**17  # numbers compared at a time
 Masks = Mapping[str, Bool[Tensor, "layer neuron"]]
@@ -244,7 +250,7 @@ class Firings(Result):
 
         Args:
             share, quantile: see `select_neurons`.
-            sources: which tokens count; the tower and the projector see images only and are left out without "image".
+            sources: which tokens count; the vision half's modules see images only and are left out without "image".
             modules: None for all that were counted.
         Raises:
             ValueError: see `rates` and `select_neurons`.
@@ -306,7 +312,7 @@ class FiringCounter:
         sources = token_sources(inputs, self._ends)
         codes = {"decoder": torch.where(sources < 0, 0, first[:, None] + sources).flatten()}
         visuals = getattr(inputs, "visuals", ())
-        for module, size in (("vision", "n_patches"), ("projector", "n_tokens")):
+        for module, size in TOKENS.items():
             sizes = torch.tensor([getattr(visual, size) for visual in visuals], dtype=torch.long)
             rows = torch.tensor([visual.row for visual in visuals], dtype=torch.long)
             codes[module] = first[rows].repeat_interleave(sizes)
@@ -364,7 +370,7 @@ def firing_terms(
         ValueError: a module that the model does not have; (when called) an example without a domain.
     """
     present = {module for module, _ in hook_sites(model, "hook_pre", modules).values()}
-    tower = [module for module in ("vision", "projector") if module in present]
+    tower = [module for module in TOKENS if module in present]
     embeddings = ImageEmbeddingsCache(model, watch=partial(_tower_firings, model, tower))
 
     @torch.no_grad()
@@ -374,10 +380,9 @@ def firing_terms(
         inputs, seen = embeddings.watched(model.to_inputs([e.question for e in batch], images=[list(e.images) for e in batch]))
         terms = list(_decoder_terms(model, inputs, [e.domain for e in batch], generate)) if "decoder" in present else []
         for visual, counts in zip(inputs.visuals, seen):
-            sizes = {"vision": visual.n_patches, "projector": visual.n_tokens}
             about = {"domain": batch[visual.row].domain, "source": "image"}
             terms += [
-                {**about, "module": module, "layer": layer, "n": sizes[module], "values": values}
+                {**about, "module": module, "layer": layer, "n": getattr(visual, TOKENS[module]), "values": values}
                 for module, layers in zip(tower, counts)
                 for layer, values in enumerate(layers.numpy())
             ]

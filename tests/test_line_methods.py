@@ -12,10 +12,12 @@ from tiny import real_rows, reference_logits, tiny_hf, tiny_processor, tiny_proc
 from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.contextual_lens import contextual_score
-from analyses.data.examples import examples
-from analyses.domain_neurons import SITES, FiringCounter
+from analyses.data.examples import Example, examples
+from analyses.domain_neurons import SITES, FiringCounter, count_firings, disable_neurons
 from analyses.edge_attribution import edge_attribution
 from analyses.experiments.compare import ask, compare_models
+from analyses.experiments.max_activating import top_images
+from analyses.experiments.neurons import ablation_effects
 from analyses.explorer import explore
 from analyses.flip_patching import attribute_flip
 from analyses.knockout import attention_knockout
@@ -250,10 +252,53 @@ def test_neurons_of_every_half_are_counted(model, pair):
     counter.add(model, pair[0], ["a"])
     fired = counter.result("tiny").fired
     _, cache = model.run_with_cache(pair[0], vision=True)
-    for module, site in SITES.items():
-        name = f"{site.format(0)}.hook_pre"
-        expected = (cache[name] > 0).sum((0, 1))
-        assert torch.equal(fired[module][0, ..., 0, :].sum(0), expected), module
+    mergers = len(model.cfg.vision.deepstack_layers)
+    assert set(fired) == set(SITES) - ({"deepstack"} if not mergers else set())
+    for module in fired:
+        for layer in range(mergers if module == "deepstack" else 1):
+            expected = (cache[f"{SITES[module].format(layer)}.hook_pre"] > 0).sum((0, 1))
+            assert torch.equal(fired[module][0, ..., layer, :].sum(0), expected), module
+
+
+def asked(seeds=(1, 2, 3, 1)) -> list[Example]:
+    """Questions of two domains about images of two grids, one image twice."""
+    return [Example(str(i), "red?", "blue", (picture(96, 64 + 32 * (s % 2), s),), "ab"[i % 2]) for i, s in enumerate(seeds)]
+
+
+def test_neurons_of_the_mergers(qwen3):
+    """Counted over a data set as one by one; first-order effects as by finite differences; switched off as with W_out's row at 0."""
+    model, data = hooked("qwen3_vl").double(), asked()
+    counts = count_firings(model, data, batch_size=3, progress=False)
+    by_hand = FiringCounter(model, ["deepstack"])
+    for example in data:
+        by_hand.add(model, model.to_inputs(example.question, images=list(example.images)), [example.domain])
+    assert torch.equal(counts.fired["deepstack"], by_hand.result("").fired["deepstack"])
+    assert torch.equal(counts.tokens["deepstack"], counts.tokens["projector"])
+
+    effects = ablation_effects(model, data, ["a", "b"], ["deepstack"], batch_size=3)["deepstack"]
+    layer, neuron = 1, int(effects[0, 1].abs().argmax())
+    inputs = model.to_inputs(
+        [e.question for e in data[::2]], images=[list(e.images) for e in data[::2]], answers=[e.answer for e in data[::2]]
+    )
+
+    def loss(scale: float) -> float:
+        def scaled(post, hook):
+            return torch.cat((post[..., :neuron], scale * post[..., neuron : neuron + 1], post[..., neuron + 1 :]), -1)
+
+        with torch.no_grad(), model.hooks(fwd_hooks=[(f"{SITES['deepstack'].format(layer)}.hook_post", scaled)]):
+            return float(model(inputs, return_type="loss", loss_per_token=True).sum()) / 2
+
+    slope = (loss(1 - 1e-4) - loss(1 + 1e-4)) / 2e-4  # the loss goes up where a helping neuron goes down
+    assert effects[0, layer, neuron] == pytest.approx(slope, rel=1e-4) and abs(slope) > 1e-5
+
+    with torch.no_grad(), disable_neurons(model, [("deepstack", layer, neuron)]):
+        ours = model(inputs)
+    before = model(inputs)
+    with torch.no_grad():
+        model.vision_projector.deepstack[layer].W_out[neuron] = 0
+        assert torch.allclose(ours, model(inputs), rtol=0, atol=1e-9) and not torch.allclose(ours, before, rtol=0, atol=1e-6)
+    top = top_images(model, ("deepstack", 0, 3), data, n=2)
+    assert top.examples[0].activations.shape in {(2, 3), (3, 3)} and top.writes
 
 
 # ---- weights ------------------------------------------------------------------------------------------

@@ -33,7 +33,17 @@ from analyses.common.result import Result
 from analyses.common.statistics import mean_interval, share_interval
 from analyses.common.sums import Sums
 from analyses.data.examples import Example, examples, image_key, in_batches
-from analyses.domain_neurons import SITES, DomainNeurons, Firings, disable_neurons, firing_terms, hook_sites, token_sources
+from analyses.domain_neurons import (
+    SITES,
+    TOKENS,
+    DomainNeurons,
+    Firings,
+    disable_neurons,
+    firing_terms,
+    hook_sites,
+    module_shape,
+    token_sources,
+)
 from analyses.experiments.experiment import Data, Done, Experiment
 from analyses.logit_lens import residual_stack
 from hooked_qwen2vl.image_embeddings import ImageEmbeddingsCache
@@ -204,7 +214,7 @@ class Condition:
 
     Attributes:
         selection: "none", "firing", "effect", or a control.
-        module: "decoder", "vision", "projector" or "all".
+        module: "decoder", "vision", "projector", "deepstack" or "all".
         target: the domain whose neurons these are, or for which they are a control.
         seed: of a control.
         masks: module -> [layer neuron].
@@ -298,7 +308,7 @@ class EffectExperiment(Experiment):
     def __init__(self, model: Model, modules: Sequence[str] | None = None):
         super().__init__(model, {"modules": _listed(modules)})
         self.sites = hook_sites(model, "hook_post", modules)
-        self.widths = {"decoder": model.cfg.text.d_mlp, "vision": model.cfg.vision.d_mlp, "projector": model.cfg.vision.d_merge}
+        self.widths = {module: module_shape(model, module)[1] for module in {module for module, _ in self.sites.values()}}
 
     def __call__(self, batch: Sequence[Example]) -> Iterator[dict[str, Any]]:
         if lacking := [example.id for example in batch if not example.domain or not example.answer]:
@@ -388,8 +398,7 @@ def _first_order(model: Model, inputs: Any, sites: Mapping[str, tuple[str, int]]
 
 
 def _of_tower(inputs: Any, of_row: Tensor, module: str) -> Tensor:
-    size = "n_patches" if module == "vision" else "n_tokens"
-    sizes = torch.tensor([getattr(visual, size) for visual in inputs.visuals])
+    sizes = torch.tensor([getattr(visual, TOKENS[module]) for visual in inputs.visuals])
     return of_row[[visual.row for visual in inputs.visuals]].repeat_interleave(sizes)
 
 
