@@ -14,6 +14,7 @@ the video) comes after its time:
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -53,6 +54,7 @@ IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 _PLACEHOLDER = re.compile(r"((?:<\|vision_start\|>)?(?:<\|image_pad\|>|<\|video_pad\|>)(?:<\|vision_end\|>)?)")
 _MARK = "\ue000{}\ue001"  # private-use characters: they occur in no prompt
 _MARKED = re.compile("\ue000(\\d+)\ue001")
+_OPEN_THOUGHT, _END_OF_THOUGHT = re.compile(r"<think>\s*$"), "</think>"
 
 
 @dataclass
@@ -167,20 +169,7 @@ class Processor:
         """Renders chat messages with the template; returns their segments, and images and videos in order."""
         source = self._template(template)
         marked, contents, medias, final = _mark(messages, typed=not special_tokens)
-        try:
-            with time_limit(TEMPLATE_SECONDS, "the chat template of the checkpoint"):
-                rendered = self.tokenizer.apply_chat_template(
-                    marked,
-                    tokenize=False,
-                    add_generation_prompt=not final,
-                    continue_final_message=final,
-                    chat_template=source,
-                )
-        except (ValueError, MemoryError):
-            raise
-        except Exception as error:  # a template is a program and can raise anything
-            why = " ".join(str(error).split())[:300].rstrip(".")
-            raise ValueError(f"the checkpoint's chat template cannot be applied ({type(error).__name__}: {why}).") from error
+        rendered = self._apply(source, marked, add_generation_prompt=not final, continue_final_message=final)
         segments = []
         for index, piece in enumerate(_MARKED.split(rendered)):
             if index % 2:
@@ -190,11 +179,31 @@ class Processor:
         missing = len(contents) - sum(index % 2 for index, _ in enumerate(_MARKED.split(rendered)))
         if missing:
             raise ValueError(f"the chat template dropped {missing} of the {len(contents)} texts of the conversation.")
+        shown = _filled(self._apply(source, marked) if final else rendered, contents)
+        if shown != (whole := self._apply(source, _filled(marked, contents), add_generation_prompt=not final)):
+            raise ValueError(_changed(shown, whole))
         if answer is not None:
             if final:
                 raise ValueError("the messages end with the assistant's turn and answers= is given: use one of them.")
+            if _OPEN_THOUGHT.search(rendered) and _END_OF_THOUGHT not in answer:
+                warnings.warn(
+                    f"the chat template opens a thought (<think>), so that the answer {short(answer)} is read as the beginning of "
+                    f"the thought. For an answer without a thought, put {_END_OF_THOUGHT!r} and an empty line before it.",
+                    stacklevel=2,
+                )
             segments.append(Segment(answer, "answer", not special_tokens))
         return segments, medias
+
+    def _apply(self, source: str, messages: list[dict], **how: bool) -> str:
+        """The messages, rendered with a chat template."""
+        try:
+            with time_limit(TEMPLATE_SECONDS, "the chat template of the checkpoint"):
+                return self.tokenizer.apply_chat_template(messages, tokenize=False, chat_template=source, **how)
+        except (ValueError, MemoryError):
+            raise
+        except Exception as error:  # a template is a program and can raise anything
+            why = " ".join(str(error).split())[:300].rstrip(".")
+            raise ValueError(f"the checkpoint's chat template cannot be applied ({type(error).__name__}: {why}).") from error
 
     def _template(self, name: bool | str) -> str:
         """The source of a chat template: the only one, the one called "default", or the one of the given name."""
@@ -522,6 +531,25 @@ def _mark(messages: list[dict], typed: bool = True) -> tuple[list[dict], list[Se
     if not medias and not any(segment.text.strip() for segment in contents):
         raise ValueError("the conversation has no text and no image: ask something.")
     return marked, contents, medias, final
+
+
+def _filled(marked: Any, contents: list[Segment]) -> Any:
+    """Messages, or a rendered conversation, with the texts in the places of their markers."""
+    if isinstance(marked, str):
+        return _MARKED.sub(lambda found: contents[int(found[1])].text, marked)
+    if isinstance(marked, dict):
+        return {key: _filled(value, contents) for key, value in marked.items()}
+    return [_filled(value, contents) for value in marked]
+
+
+def _changed(ours: str, theirs: str) -> str:
+    """What is said of a template that reads the texts it is given."""
+    at = next((n for n, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
+    near = slice(max(0, at - 20), at + 30)
+    return (
+        f"the chat template changes a text of the conversation: {short(ours[near])} becomes {short(theirs[near])} (it may strip white "
+        f"space, or take out an assistant's thoughts before </think>). Pass the text as the template leaves it."
+    )
 
 
 def _template_parts(text: str, first: bool) -> list[Segment]:

@@ -7,6 +7,8 @@ import copy
 import io
 import math
 import pickle
+import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -218,3 +220,58 @@ def test_copies_are_equal_and_encoded_as_they_were(state, way, model):
         with torch.no_grad():
             other.pixels.add_(1.0)
         assert other != inputs  # no storage is shared
+
+
+# ---- templates that read the texts --------------------------------------------------------------------
+
+# As the thinking models' template does it: a turn to come opens a thought, a last answer is shown with its thought, and the
+# thoughts of earlier answers are left out.
+THINKING = """{% for message in messages %}{% set said = message.content %}{{ '<|im_start|>' + message.role + '\\n' }}\
+{% if said is not string %}{% for part in said %}{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}\
+{{ part.text }}{% endif %}{% endfor %}{% elif message.role == 'assistant' %}{% set thought = '' %}{% if '</think>' in said %}\
+{% set thought = said.split('</think>')[0].split('<think>')[-1].strip('\\n') %}{% set said = said.split('</think>')[-1].lstrip('\\n') %}\
+{% endif %}{% if loop.last %}{{ '<think>\\n' + thought + '\\n</think>\\n\\n' }}{% endif %}{{ said }}{% else %}{{ said }}{% endif %}\
+{{ '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"""
+
+
+@pytest.fixture
+def thinking(model):
+    return replace(model.processor, chat_template=THINKING)
+
+
+def turns(*said: str) -> list[dict]:
+    return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(said)]
+
+
+@pytest.mark.parametrize("said", [("what?",), ("what?", "red"), ("what?", "red", "and now?"), ("what?", "red", "and now?", "blue")])
+def test_a_template_that_thinks(said, thinking, model):
+    """Texts and tokens are the tokenizer's own rendering; the thought that is opened belongs to the template."""
+    ours = thinking.to_inputs(model.cfg, messages=turns(*said))
+    final = len(said) % 2 == 0
+    theirs = thinking.tokenizer.apply_chat_template(
+        turns(*said), chat_template=THINKING, tokenize=False, add_generation_prompt=not final, continue_final_message=final
+    )
+    assert thinking.tokenizer.decode(ours.tokens[0]) == theirs
+    assert ours.segments[0][-1] == ("answer" if final else "template")
+    assert ("answer" in ours.segments[0]) == final and theirs.count("<think>") == 1
+
+
+def test_thoughts_that_the_template_takes_out(thinking, model):
+    with pytest.raises(ValueError, match=r"changes a text of the conversation.*</think>"):
+        thinking.to_inputs(model.cfg, messages=turns("what?", "<think>\nlong\n</think>\n\nred", "and now?"))
+    trims = replace(model.processor, chat_template=model.processor.chat_template.replace("content['text']", "content['text'] | trim"))
+    with pytest.raises(ValueError, match="' red '|red"):
+        trims.to_inputs(model.cfg, messages=user({"type": "text", "text": "is it red? "}))
+    assert trims.to_inputs(model.cfg, messages=user(TEXT)) == model.to_inputs(messages=user(TEXT))
+
+
+def test_an_answer_inside_a_thought_is_said(thinking, model):
+    with pytest.warns(UserWarning, match="opens a thought.*'red'"):
+        inside = thinking.to_inputs(model.cfg, "what?", answers="red")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        after = thinking.to_inputs(model.cfg, "what?", answers="</think>\n\nred")
+        thinking.to_inputs(model.cfg, "what?")
+        model.to_inputs("what?", answers="red")
+    text = thinking.tokenizer.decode(after.tokens[0])
+    assert text.endswith("<think>\n</think>\n\nred") and after.shape[1] > inside.shape[1]
