@@ -358,7 +358,8 @@ def said_so_far(past: Any, new: Inputs) -> Inputs:
     """The prompts of a key-value cache, extended by the new tokens.
 
     Raises:
-        ValueError: not a TransformerLensKeyValueCache, one that another model filled, another batch size, or new images.
+        ValueError: not a TransformerLensKeyValueCache, one that another model filled, one of a run from which tokens were dropped,
+            another batch size, or new images.
     """
     if not isinstance(past, TransformerLensKeyValueCache):
         raise ValueError(
@@ -370,6 +371,11 @@ def said_so_far(past: Any, new: Inputs) -> Inputs:
         raise ValueError(f"the past_kv_cache is of {n_rows} prompts, the new tokens of {len(new)}.")
     prompt = getattr(past, "prompt", None)
     filled = {entry.past_keys.shape[1] for entry in past.entries}
+    if len(filled) > 1:
+        raise ValueError(
+            f"the blocks of this past_kv_cache hold {' and '.join(map(str, sorted(filled)))} positions: tokens were dropped from its run, and "
+            f"what follows cannot be run by hand. model.generate, within the same interventions, runs prompt and answer."
+        )
     if filled != {n_past} or (n_past and (prompt is None or prompt.shape[1] != n_past)):
         raise ValueError("this past_kv_cache holds positions that no run of this model put there: begin with an empty one.")
     if not n_past:

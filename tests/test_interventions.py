@@ -10,6 +10,7 @@ import torch
 from conftest import picture
 from tiny import tiny_hf, tiny_processor3
 from transformer_lens import patching
+from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
 from analyses.interventions import (
     Interventions,
@@ -289,6 +290,14 @@ def test_positions_stay_in_the_cache_of_a_run_with_dropped_tokens(model, prompt)
     with torch.no_grad():
         left = model(prompt, stop_at_layer=1)
         assert torch.allclose(out[:, image], model.read_out(left)[:, image], atol=SAME)
+
+
+def test_a_past_without_the_dropped_tokens_is_not_gone_on_from(model, prompt):
+    past = TransformerLensKeyValueCache.init_cache(model.cfg, model.cfg.device, len(prompt))
+    with drop_tokens(prompt, "image", 1).on(model):
+        _, past = model(prompt, past_kv_cache=past, return_type="logits_and_cache")
+        with pytest.raises(ValueError, match="tokens were dropped from its run"):
+            model(prompt.tokens[:, -1:], past_kv_cache=past)
 
 
 def test_dropping_in_a_sweep_is_refused(model, prompt):
