@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 
 import half_characters
 import numpy as np
@@ -10,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import picture
+from every_result import grounding_experiment
 from sklearn.metrics import roc_auc_score
 from tiny import byte_symbols
 
@@ -17,9 +20,10 @@ from analyses.answer_scores import SCORES, Evidence, all_scores, blank_image, wi
 from analyses.common.rectangles import best_rectangle, heaviest_rectangle, integral_image
 from analyses.contextual_lens import contextual_score, default_layers, ground, sweep_layers, word_spans, yes_no_score
 from analyses.experiments import grounding as grounding_command
-from analyses.experiments.grounding import METHODS, box_iou, centre_heat, figures, run_experiment
+from analyses.experiments.grounding import METHODS, OWN_BOX, box_iou, caveat, centre_heat, figures, fingerprint, run_experiment
+from hooked_qwen2vl import HookedQwen2VL
 from hooked_qwen2vl.cli import main
-from hooked_qwen2vl.scenes import sample
+from hooked_qwen2vl.scenes import CHECKPOINT, sample
 
 EXACT = 1e-12  # float64 cosines on both sides; measured 4e-16
 CLOSE = 1e-5  # float32 activations by two routes; measured 2e-7
@@ -573,17 +577,20 @@ def test_the_centre_is_hottest_in_the_middle_by_squared_distance(rows, cols):
 
 @pytest.mark.slow
 def test_the_experiments_command_writes_what_it_says(tmp_path, capsys):
-    grounding_command.main(["--n", "12", "--out", str(tmp_path / "out"), "--report", str(tmp_path / "report.md")])
+    written = ["--report", str(tmp_path / "report.md"), "--record", str(tmp_path / "record.json")]
+    grounding_command.main(["--n", "12", "--out", str(tmp_path / "out"), *written])
     said = capsys.readouterr().out
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"summary.csv", "items.csv", *(f"{figure}.png" for figure in grounding_command.FIGURES)}
     assert (tmp_path / "report.md").read_text(encoding="utf-8").strip() in said and "contextual lens" in said
-    assert len(pd.read_csv(tmp_path / "out" / "items.csv")["item"].unique()) > 2
+    items = len(pd.read_csv(tmp_path / "out" / "items.csv")["item"].unique())
+    assert items > 2 and json.loads((tmp_path / "record.json").read_text(encoding="utf-8"))["items"] == items
 
 
 def test_the_command(tmp_path, capsys):
     assert main(["ground", "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out
+    assert caveat(HookedQwen2VL.from_pretrained("scenes")) in said
     table = pd.read_csv(tmp_path / "grounding.csv")
     box = table[table["in_box"]]
     corners = ", ".join(f"{v:.0f}" for v in (box["x0"].min(), box["y0"].min(), box["x1"].max(), box["y1"].max()))
@@ -618,22 +625,42 @@ def test_of_equal_rectangles_the_largest_is_taken(cols):
     assert cells == (2, cols - 3, 5, cols) and score == pytest.approx(1.0)
 
 
+AGAIN = "measure again: the command is at the top of analyses/experiments/grounding.py"
+
+
 def test_the_caveat_of_ground_says_what_was_measured():
-    """The figures that the command prints and draws are those of docs/grounding_results.md."""
-    from pathlib import Path
+    """The record is of the shipped weights, and its figures are those of docs/grounding_results.md, measured with it."""
+    shipped = HookedQwen2VL.from_pretrained("scenes")
+    record = json.loads((CHECKPOINT / "grounding.json").read_text(encoding="utf-8"))
+    report = (Path(__file__).parents[1] / "docs" / "grounding_results.md").read_text(encoding="utf-8")
+    assert record["weights"] == fingerprint(shipped), AGAIN
+    assert f"weights {record['weights']}" in report and f" {record['items']} items;" in report, AGAIN
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in report.splitlines() if line.startswith("| all |")]
+    for _, _, method, *cells in rows:
+        for name, cell in zip(grounding_command.FIGURES, cells):
+            reported = [float(number) for number in re.findall(r"[\d.]+", cell)]
+            assert record[name].get(method, []) == pytest.approx(reported, abs=6e-4), (method, name, AGAIN)
+    said = caveat(shipped)
+    mean, low, high = (100 * value for value in record["pointing"]["contextual lens"])
+    assert f"over {record['items']} items" in said.lower() and f"depends on in {mean:.0f} % [{low:.0f}, {high:.0f}]" in said
+    shipped.W_E.data[5, 3] += 1e-3
+    assert caveat(shipped) == ""  # figures of other weights are not said
 
-    from analyses.cli.ground import MEASURED
 
-    lines = (Path(__file__).parents[1] / "docs" / "grounding_results.md").read_text(encoding="utf-8").splitlines()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| all |")]
-    table = {method: (items, pointing, iou) for _, items, method, pointing, _, iou in rows}
-
-    def percent(text):
-        mean, low, high = (100 * float(number) for number in re.findall(r"[\d.]+", text))
-        return f"{mean:.0f} % [{low:.0f}, {high:.0f}]"
-
-    items, pointing, _ = table["contextual lens"]
-    assert f"over {items} items" in MEASURED and f"depends on in {percent(pointing)}" in MEASURED
-    assert f"last position in {percent(table['attention'][1])}" in MEASURED
-    overlap = float(table["contextual lens, its box"][2].split()[0])
-    assert f"overlapped it by {overlap:.2f}".replace("0.", ".") in MEASURED
+def test_the_record_is_what_the_experiment_found(model, tmp_path):
+    """Planted figures, through the file: means, intervals, and words that follow from them."""
+    result = grounding_experiment()
+    result.table.loc[result.table["method"] == OWN_BOX, "pointing"] = np.nan
+    file = tmp_path / "record.json"
+    file.write_text(grounding_command.as_json(result, model), encoding="utf-8")
+    written = json.loads(file.read_text(encoding="utf-8"))
+    table = result.to_dataframe().query("category == 'all'").set_index("method")
+    assert written["items"] == table["items"].max() and written["weights"] == fingerprint(model)
+    for method, recorded in written["pointing"].items():
+        assert recorded == pytest.approx(table.loc[method, ["pointing", "pointing_low", "pointing_high"]].tolist(), abs=1e-4)
+    assert OWN_BOX in written["iou"] and OWN_BOX not in written["pointing"]  # its box has no hottest token
+    for lens, attention, less in (([0.2, 0.1, 0.3], [0.6, 0.5, 0.7], True), ([0.5, 0.4, 0.6], [0.6, 0.5, 0.7], False)):
+        written["pointing"] |= {"contextual lens": lens, "attention": attention}
+        file.write_text(json.dumps(written), encoding="utf-8")
+        assert ("points less well than attention" in caveat(model, file)) == less
+    assert caveat(model, tmp_path / "none.json") == ""

@@ -1,6 +1,6 @@
 """Do heat maps find what the answer depends on? On the embedded world, where the cells that it depends on are known.
 
-    python -m analyses.experiments.grounding --n 1000 --report docs/grounding_results.md
+    python -m analyses.experiments.grounding --n 600 --report docs/grounding_results.md --record hooked_qwen2vl/scenes/checkpoint/grounding.json
 
 1. Take items of a split whose right answer depends on some cells, but not on all or none; the others ("What is the
    background?", "no", "0") are left out and counted.
@@ -17,13 +17,15 @@
 4. Means by category with bootstrap intervals over scenes, each with all its items (95 %, percentile).
 
 For an existence question, the noun that it asks about (the last word of the question) is grounded instead of the answer.
-The choices of boxes, nouns and controls are ours.
+The choices of boxes, nouns and controls are ours. `--record` writes the means over all categories with the hash of the weights; the
+command `ground` says them of the model that has these weights.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +49,7 @@ from analyses.contextual_lens import ground, span_positions, word_spans
 from analyses.logit_lens import residual_stack
 from hooked_qwen2vl.files import whole_file
 from hooked_qwen2vl.protocols import Model
+from hooked_qwen2vl.scenes.folder import CHECKPOINT
 from hooked_qwen2vl.scenes.words import ABSENT
 
 FIGURES = {"pointing": "pointing game (share of hits)", "ap": "average precision of the heat map", "iou": "IoU of the box"}
@@ -229,6 +232,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/grounding"), help="folder for tables and plots")
     parser.add_argument("--report", type=Path, help="also write the table as Markdown to this file")
+    parser.add_argument("--record", type=Path, help="also write the means, with the hash of the weights, as JSON to this file")
     options = parser.parse_args(arguments)
     from hooked_qwen2vl import HookedQwen2VL
     from hooked_qwen2vl.scenes import load_split
@@ -241,9 +245,10 @@ def main(arguments: list[str] | None = None) -> None:
     for name in FIGURES:
         result.plot(options.out / f"{name}.png", name)
     report = as_markdown(result, f"the first {options.n} items of the {options.split} split, weights {fingerprint(model)}")
-    if options.report is not None:
-        with whole_file(options.report) as file:
-            file.write_text(report, encoding="utf-8")
+    for path, text in ((options.report, report), (options.record, as_json(result, model))):
+        if path is not None:
+            with whole_file(path) as file:
+                file.write_text(text, encoding="utf-8")
     print(f"{report}\nwrote {options.out}")
 
 
@@ -272,6 +277,38 @@ def as_markdown(result: GroundingExperiment, measured_on: str) -> str:
             *("| " + " | ".join(map(str, line)) + " |" for line in lines),
             "",
         ]
+    )
+
+
+def as_json(result: GroundingExperiment, model: Model) -> str:
+    """The weights' hash, the number of items, and figure -> method -> [mean, low, high] over all categories (see `caveat`)."""
+    summary = result.to_dataframe().query("category == 'all'").set_index("method")
+    found = {name: summary[[name, f"{name}_low", f"{name}_high"]].dropna().round(4).T.to_dict("list") for name in FIGURES}
+    return json.dumps({"weights": fingerprint(model), "items": int(summary["items"].max()), **found}, indent=1) + "\n"
+
+
+def caveat(model: Model, record: Path = CHECKPOINT / "grounding.json") -> str:
+    """How often the contextual lens points at the right place in this model, in a sentence with the recorded figures.
+
+    Args:
+        record: a file of `as_json`; the default belongs to the embedded model.
+    Returns:
+        "" if there is no record, or it is of other weights.
+    """
+    measured = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    if not measured or measured["weights"] != fingerprint(model):
+        return ""
+
+    def share(method: str) -> str:
+        mean, low, high = (100 * value for value in measured["pointing"][method])
+        return f"{mean:.0f} % [{low:.0f}, {high:.0f}]"
+
+    lens, attention = (measured["pointing"][method] for method in ("contextual lens", "attention"))
+    begin = "The contextual lens points less well than attention here: over" if lens[2] < attention[1] else "Over"
+    return (
+        f"{begin} {measured['items']} items of the embedded world the lens's hottest token (maximum over layers) lay on what the answer depends on "
+        f"in {share('contextual lens')}, attention from the last position in {share('attention')}, the lens with another picture in "
+        f"{share('(shuffled image)')}; the lens's own box overlapped it by {measured['iou'][OWN_BOX][0]:.2f} (IoU)."
     )
 
 
