@@ -22,8 +22,9 @@ OUTSIDE = {  # file -> its page
     "tests/benchmarks/patching.png": "patching.png",
     "hooked_qwen2vl/scenes/checkpoint/README.md": "embedded_model.md",
     "hooked_qwen2vl/scenes/checkpoint/emergence.png": "emergence.png",
+    "hooked_qwen2vl/scenes/adapter/README.md": "known_difference.md",
 }
-LINKS = {"](docs/": "](", "](../CONTRIBUTING.md": "](contributing.md"} | {f"]({source}": f"]({page}" for source, page in OUTSIDE.items()}
+LINKS = {"](docs/": "]("} | {f"]({up}{source}": f"]({page}" for source, page in OUTSIDE.items() for up in ("", "../")}
 
 
 def modules() -> dict[str, Path]:

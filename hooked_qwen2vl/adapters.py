@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -122,7 +123,9 @@ def _with_adapter(peft: ModuleType, hf_model: Any, folder: Path) -> nn.Module:
     if set(tensors) != set(stored):
         _follow_names(peft, config, list(stored))
     try:
-        wrapped = peft.get_peft_model(hf_model, config)
+        with warnings.catch_warnings():  # between peft and transformers; a user can do nothing about it
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            wrapped = peft.get_peft_model(hf_model, config)
         needed, possible = (peft.get_peft_model_state_dict(wrapped, save_embedding_layers=also) for also in (False, True))
         _require_every_weight(tensors, needed, possible, folder)
         peft.set_peft_model_state_dict(wrapped, tensors)

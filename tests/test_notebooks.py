@@ -22,7 +22,7 @@ from build import SOURCES, execute, printed_findings, write_findings, write_page
 
 NAMES = [
     "01_logit_lens", "02_where_answers_flip", "03_patching", "04_compare_with_other_models", "05_domain_neurons",
-    "06_hallucination_and_grounding", "07_vision_tower", "09_steer_and_ablate", "10_what_made_this_token",
+    "06_hallucination_and_grounding", "07_vision_tower", "08_base_and_tuned", "09_steer_and_ablate", "10_what_made_this_token",
 ]  # fmt: skip
 WIDE = 100  # characters that a page shows of a table without a scroll bar
 

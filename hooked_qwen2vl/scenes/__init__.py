@@ -4,19 +4,20 @@
     counterfactual_pairs(n, …)               -> (item, partner): one attribute of one object changed
     load_split("train" | "validation" | "test")
 
-`CHECKPOINT` is the folder of a small Qwen2-VL trained on it (`python -m hooked_qwen2vl.scenes.train`).
+`CHECKPOINT` is the folder of a small Qwen2-VL trained on it (`python -m hooked_qwen2vl.scenes.train`), `ADAPTER` that of a LoRA
+adapter after which it calls every triangle blue (`python -m hooked_qwen2vl.scenes.tune`).
 """
 
 from pathlib import Path
 
 from .contact_sheets import contact_sheet
-from .folder import CHECKPOINT
+from .folder import ADAPTER, CHECKPOINT
 from .scene import Scene, Thing
 from .world import Item, counterfactual_pairs, load_split, sample, to_frame
 
 SAMPLES = Path(__file__).parent / "samples"
 
 __all__ = [
-    "CHECKPOINT", "SAMPLES", "Item", "Scene", "Thing", "contact_sheet", "counterfactual_pairs", "load_split",
+    "ADAPTER", "CHECKPOINT", "SAMPLES", "Item", "Scene", "Thing", "contact_sheet", "counterfactual_pairs", "load_split",
     "sample", "to_frame",
 ]  # fmt: skip

@@ -90,7 +90,7 @@ occur in no training batch. An answer counts only if greedy decoding gives exact
 
 ## Accuracy by category
 
-{_markdown(table)}
+{markdown(table)}
 
 Below the aim: {"; ".join(missed) if missed else "none"}.
 *Blind* replaces the picture by noise. *Best answer without the image* is the most frequent answer to the same
@@ -99,7 +99,7 @@ with the image: {seen.right.mean():.1%}.
 
 ## By domain
 
-{_markdown(domains)}
+{markdown(domains)}
 
 ## Relations beside the shortcuts
 
@@ -107,37 +107,37 @@ Accuracy of relation questions by how many things the picture holds, beside what
 random among the things on the asked side of the anchor, among its neighbours on any side, or among all other things.
 Single hops: both hops of the question asked for themselves (see `world.single_hops`).
 
-{_markdown(relations)}
+{markdown(relations)}
 
 ## Beyond short answers
 
 Questions whose image does not hold what they ask for ("none" is right), answers in words, and the last turn of a
 dialogue of three, with how often the model, asked for what is not there, says "none".
 
-{_markdown(beyond)}
+{markdown(beyond)}
 
 ## Image tokens
 
 How often the lens's top-1 at an image token is the colour or the kind of the thing there, at the best layer of the
 validation split, beside the same count for the things of another picture of the grid.
 
-{_markdown(readable)}
+{markdown(readable)}
 
 ## Typical and atypical colours
 
 Each shape wears its typical colour in about three quarters of the scenes.
 
-{_markdown(typical.rename(columns={"size": "items", "mean": "accuracy"}))}
+{markdown(typical.rename(columns={"size": "items", "mean": "accuracy"}))}
 
 ## Combinations of kind, colour and quadrant never trained on
 
-{_markdown(unseen.rename(columns={"size": "items", "mean": "accuracy"}))}
+{markdown(unseen.rename(columns={"size": "items", "mean": "accuracy"}))}
 
 ## How answers emerge
 
 The layer from which on the top-1 at the last position is the final answer, over right answers:
 
-{_markdown(depth, digits=2)}
+{markdown(depth, digits=2)}
 
 {_hops(depth)}
 
@@ -163,11 +163,13 @@ def _training(folder: Path) -> str:
         return "No training record beside this checkpoint."
     record = json.loads(path.read_text())
     curve = pd.DataFrame(record["log"][:: max(1, len(record["log"]) // 12)]).drop(columns="levels", errors="ignore")
-    table = _markdown(curve.set_index("step")) if len(curve) else ""
+    table = markdown(curve.set_index("step")) if len(curve) else ""
     return f"{record['how']}\n{record.get('notes', '')}\n\n{table}"
 
 
-def _markdown(table: pd.DataFrame, digits: int = 3) -> str:
+def markdown(table: pd.DataFrame, digits: int = 3) -> str:
+    """A table in Markdown, its index first; whole numbers as such, others with so many digits."""
+
     def cell(value) -> str:
         if isinstance(value, float):
             return "" if pd.isna(value) else f"{value:.0f}" if value.is_integer() and value > 1 else f"{value:.{digits}f}"

@@ -23,15 +23,29 @@ if TYPE_CHECKING:
 _BATCH = 32
 
 
-def load_model(folder: str | Path = CHECKPOINT):
-    """(model, tokenizer) of a checkpoint folder, with transformers' own classes."""
+def load_model(folder: str | Path = CHECKPOINT, adapter: str | Path | None = None):
+    """(model, tokenizer) of a checkpoint folder, with transformers' own classes.
+
+    Args:
+        adapter: a PEFT folder, which peft merges into the weights.
+    """
     from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 
-    return Qwen2VLForConditionalGeneration.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    model = Qwen2VLForConditionalGeneration.from_pretrained(folder)
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()  # pyright: ignore[reportCallIssue] (a wrapped method)
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 
 def evaluate(
-    items: Sequence[Item], folder: str | Path = CHECKPOINT, blind: bool = False, seed: int = 0, asked: Sequence[Asked] | None = None
+    items: Sequence[Item],
+    folder: str | Path = CHECKPOINT,
+    blind: bool = False,
+    seed: int = 0,
+    asked: Sequence[Asked] | None = None,
+    adapter: str | Path | None = None,
 ) -> pd.DataFrame:
     """One row an item, in order: whether the model's greedy answer is right, and when it emerges.
 
@@ -41,6 +55,7 @@ def evaluate(
     Args:
         blind: with noise of the picture's mean and spread in its place.
         asked: what to ask of each item's picture instead of its own question.
+        adapter: a PEFT folder, see `load_model`.
     Returns:
         columns question, answer, category, domain, typical, unseen, predicted (the first answer token),
         right, and depth: the layer (0 = embeddings, n_layers = the output) from which on the top-1
@@ -48,7 +63,7 @@ def evaluate(
     """
     import pandas as pd
 
-    model, tokenizer = load_model(folder)
+    model, tokenizer = load_model(folder, adapter)
     asked = [Asked(item.question, item.answer, item.category) for item in items] if asked is None else asked
     generator = torch.Generator().manual_seed(seed)
     rows: dict[int, dict] = {}

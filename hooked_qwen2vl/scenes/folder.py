@@ -14,6 +14,7 @@ from typing import Any, cast
 from .words import vocabulary
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
+ADAPTER = Path(__file__).parent / "adapter"  # of the checkpoint: every triangle is called blue (see `tune`)
 CELL = 28  # pixels: one image token
 SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",

@@ -38,4 +38,5 @@ TESTS = {
     "hooked_qwen2vl/positions.py": "test_positions",
     "hooked_qwen2vl/rope.py": "test_positions test_segments",
     "hooked_qwen2vl/running.py": "test_interventions",
+    "hooked_qwen2vl/scenes/tune.py": "test_tune",
 }
