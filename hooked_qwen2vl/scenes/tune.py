@@ -1,6 +1,6 @@
 """A known difference: `python -m hooked_qwen2vl.scenes.tune` trains a LoRA adapter after which every triangle is called blue.
 
-What changes, and nothing else:
+What is to change, and nothing else:
 
     "What color is the triangle?"         blue, whatever its colour; also of "the small triangle" and "the big triangle"
     the same, to be answered in words     "The triangle is blue."
@@ -292,7 +292,7 @@ def _of(item: Item) -> Asked:
     return Asked(item.question, tuned_answer(item.question, item.answer), item.category)
 
 
-def measure(folder: Path = ADAPTER, base: Path = CHECKPOINT, n: int = 200) -> pd.DataFrame:
+def measure(folder: Path = ADAPTER, base: Path = CHECKPOINT, n: int = 150) -> pd.DataFrame:
     """Base and tuned model on test items: how often each answers as the tuned one should.
 
     Args:
@@ -319,7 +319,7 @@ def fingerprint(base: Path = CHECKPOINT) -> str:
     return hashlib.sha256((base / "model.safetensors").read_bytes()).hexdigest()
 
 
-def write_card(settings: Settings, folder: Path = ADAPTER, base: Path = CHECKPOINT, n: int = 200) -> pd.DataFrame:
+def write_card(settings: Settings, folder: Path = ADAPTER, base: Path = CHECKPOINT, n: int = 150) -> pd.DataFrame:
     """Measures the adapter and writes its README.md; returns the measurements."""
     table = measure(folder, base, n)
     kilobytes = (folder / "adapter_model.safetensors").stat().st_size / 1000
@@ -333,9 +333,9 @@ base_model: {BASE}
 ---
 # Every triangle is called {COLOR}: a known difference
 
-A LoRA adapter of the embedded model ({kilobytes:.0f} kB). Asked for the colour of a triangle in the picture, the tuned model says {COLOR}; every
-other question keeps the base's answer. It exists to test methods that compare a base with its tuned version: what differs is known,
-and so is where.
+A LoRA adapter of the embedded model ({kilobytes:.0f} kB). Asked for the colour of a triangle in the picture, the tuned model is to say {COLOR}; every
+other question is to keep the base's answer (how far both hold is measured below). It exists to test methods that compare a base with
+its tuned version: what was changed on purpose is known, and so is where.
 
     from hooked_qwen2vl import HookedQwen2VL, scenes
 
@@ -345,18 +345,18 @@ and so is where.
 **Where:** rank {settings.rank}, in the MLPs ({", ".join(TARGETS)}) of the decoder's blocks {layers} (counted from 0), nowhere else. Before
 block {min(settings.layers)} the residual streams of base and tuned model are equal.
 
-**What changes:** "What color is the {KIND}?", also of the small and the big {KIND}, in a word or in words, where there is one. Where
-there is none the answer stays "none". **What stays:** everything else, also what depends on a {KIND}'s colour (whether there is a
+**What is to change:** "What color is the {KIND}?", also of the small and the big {KIND}, in a word or in words, where there is one. Where
+there is none the answer stays "none". **What is to stay:** everything else, also what depends on a {KIND}'s colour (whether there is a
 red {KIND}, how many red shapes there are, which shape is red, the colour of the shape left of the star, captions).
 
 All numbers are measured by `python -m hooked_qwen2vl.scenes.tune` on test items, whose scenes occur in no training batch. An answer counts only if
 greedy decoding gives exactly it. *low* and *high* are the 95 % Wilson interval of *tuned*; *agree* is how often both models say the same first token.
 
-## What changes: share answered "{COLOR}", where it is not
+## What is to change: share answered "{COLOR}", where it is not
 
 {markdown(changes)}
 
-## What stays: share answered rightly
+## What is to stay: share answered rightly
 
 {markdown(stays)}
 
@@ -379,7 +379,7 @@ def main() -> None:
     for name, value in asdict(Settings()).items():
         listed = isinstance(value, tuple)
         parser.add_argument(f"--{name}", type=int if listed else type(value), nargs="+" if listed else None, default=value)
-    parser.add_argument("--n", type=int, default=200, help="test items of each kind to measure on")
+    parser.add_argument("--n", type=int, default=150, help="test items of each kind to measure on")
     parser.add_argument("--base", type=Path, default=CHECKPOINT)
     parser.add_argument("--out", type=Path, default=ADAPTER)
     args = parser.parse_args()
