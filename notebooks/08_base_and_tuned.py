@@ -169,7 +169,7 @@ replace(stream, source_name="the tuned model's stream", target_name="the base").
 # %% [markdown]
 # Then every attention and every MLP by itself, both ways: the tuned model's output put into the base, and the base's into the
 # tuned model. Both answer: of which outputs does the change need which? The right panel is the control: how many answers change when the
-# output is put into the base, of triangles' colours and of questions that stay.
+# output is put into the base, of triangles' colours and of questions that stay. Bars: means; lines: the middle half of the questions.
 
 # %%
 parts = {"attention": "attn_out", "MLP": "mlp_out"}

@@ -383,7 +383,8 @@ def main() -> None:
     parser.add_argument("--base", type=Path, default=CHECKPOINT)
     parser.add_argument("--out", type=Path, default=ADAPTER)
     args = parser.parse_args()
-    settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)} | {"layers": tuple(args.layers)})
+    given: dict[str, Any] = {field.name: getattr(args, field.name) for field in fields(Settings)} | {"layers": tuple(args.layers)}
+    settings = Settings(**given)
     tune(settings, args.out, args.base)
     print(write_card(settings, args.out, args.base, args.n).to_string())
 
