@@ -72,14 +72,18 @@ bench: install
 notebooks: install
 	.venv/bin/python notebooks/build.py
 
-# The README's pictures, each by the command that users run, in docs/images.
+# The pictures of README, docs/explorer.md and docs/photographs.md, each by the command that users run, in docs/images.
 FIGURES := out/figures
 SAMPLE := hooked_qwen2vl/scenes/samples
+PHOTOGRAPH := --image "$$(.venv/bin/python -c 'from matplotlib.cbook import get_sample_data as f; print(f("grace_hopper.jpg", asfileobj=False))')" \
+	--question "What color is the hat?"
 figures: install
 	.venv/bin/hooked-qwen2vl lens --out $(FIGURES)/lens
 	.venv/bin/hooked-qwen2vl patch --out $(FIGURES)/patch
 	.venv/bin/hooked-qwen2vl flips --image $(SAMPLE)/glyphs.png --question "What digit is red?" --answer 4 --out $(FIGURES)/flips
 	.venv/bin/hooked-qwen2vl explore --out $(FIGURES)/explore
-	.venv/bin/hooked-qwen2vl explore --image "$$(.venv/bin/python -c 'from matplotlib.cbook import get_sample_data as f; print(f("grace_hopper.jpg", asfileobj=False))')" --question "What color is the hat?" --out $(FIGURES)/photograph
+	.venv/bin/hooked-qwen2vl explore $(PHOTOGRAPH) --out $(FIGURES)/photograph
+	.venv/bin/hooked-qwen2vl lens $(PHOTOGRAPH) --out $(FIGURES)/photograph_lens
+	.venv/bin/hooked-qwen2vl ground --out $(FIGURES)/ground
 	.venv/bin/python tests/page_pictures.py $(FIGURES) docs/images
 	for name in lens/lens lens/lens_image patch/patch_image flips/trajectory; do cp $(FIGURES)/$$name.png docs/images/; done

@@ -118,16 +118,16 @@ def test_killed_twenty_times_it_ends_as_if_never_stopped(processes, tmp_path):
 
 
 COMMANDS = {
-    "flips": ["--limit", "120", "--random", "2", "--batch-size", "1"],
-    "hallucination": ["--limit", "120", "--batch-size", "1", "--n-boot", "10"],
-    "neurons": ["--limit", "64", "--test-limit", "16", "--seeds", "1", "--batch-size", "1"],
+    "flips": ["--limit", "72", "--random", "2", "--batch-size", "1"],
+    "hallucination": ["--limit", "72", "--batch-size", "1", "--n-boot", "10"],
+    "neurons": ["--limit", "40", "--test-limit", "16", "--seeds", "1", "--batch-size", "1"],
 }
 
 
 @pytest.mark.slow
 @pytest.mark.alone
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_command_killed_twenty_times_ends_as_if_never_stopped(name, processes, tmp_path):
+def test_a_command_killed_twelve_times_ends_as_if_never_stopped(name, processes, tmp_path):
     """The command itself, on the embedded model, killed and interrupted at random moments: each of its runs, and every table."""
     moments, killed = random.Random(name), tmp_path / "killed"
 
@@ -144,7 +144,7 @@ def test_a_command_killed_twenty_times_ends_as_if_never_stopped(name, processes,
     whole.join()
     assert whole.exitcode == 0
     total = parts(tmp_path / "whole")
-    for turn, goal in enumerate(sorted(moments.choices(range(total - 3), k=20))):  # so that none finishes, however fast the machine
+    for turn, goal in enumerate(sorted(moments.choices(range(total - 4), k=12))):  # so that none finishes, however fast the machine
         how = signal.SIGINT if turn % 2 and goal > counts[-1] else signal.SIGKILL  # Ctrl-C where the command itself is at work
         process = start(killed)
         while parts(killed) < goal and process.is_alive():

@@ -24,7 +24,7 @@ from hooked_qwen2vl.scenes.batches import Asked, Mix, Packer, draw_batch, patchi
 from hooked_qwen2vl.scenes.card import MARKS
 from hooked_qwen2vl.scenes.cells import LABELS, cell_embeddings, cell_labels
 from hooked_qwen2vl.scenes.domains import DOMAINS
-from hooked_qwen2vl.scenes.drawing import draw, render
+from hooked_qwen2vl.scenes.drawing import _font, _sprite, draw, render
 from hooked_qwen2vl.scenes.evaluate import best_without_image, evaluate, readable_tokens, relations_beside_shortcuts
 from hooked_qwen2vl.scenes.folder import CELL, SPECIAL_TOKENS, build_config, build_tokenizer
 from hooked_qwen2vl.scenes.forward import forward
@@ -251,9 +251,10 @@ def test_image_tokens_that_read_as_their_things(monkeypatch, tokenizer):
     plain = lambda n, **restrictions: sample(n, **restrictions, domain="shapes", grid=(4, 4))  # noqa: E731
     monkeypatch.setattr(evaluate_module, "sample", plain)
     table = readable_tokens(CHECKPOINT, 12)
-    assert table.loc["embeddings", "read"] > 0.95 and table.loc["best layer", "layer"] == 0
-    assert table.loc["embeddings", "of another picture"] < 0.6
-    assert np.isnan(readable_tokens(CHECKPOINT, 1).loc["embeddings", "of another picture"])
+    for way in ("lens", "cosine"):
+        assert table.loc[f"{way}, embeddings", "read"] > 0.95 and table.loc[f"{way}, best layer", "layer"] == 0
+        assert table.loc[f"{way}, embeddings", "of another picture"] < 0.6
+    assert np.isnan(readable_tokens(CHECKPOINT, 1).loc["lens, embeddings", "of another picture"])
 
 
 # ---- counterfactuals --------------------------------------------------------------------------------
@@ -313,6 +314,18 @@ def test_noise_belongs_to_the_scene_not_to_chance(items):
     scene = items[0].scene
     assert (draw(scene) == draw(scene)).all()
     assert (draw(scene) != draw(dataclasses.replace(scene, noise=scene.noise + 1))).any()
+
+
+def test_a_glyphs_font_belongs_to_its_place_in_the_scene():
+    """Both fonts occur and look different; a glyph of another kind or colour in its place keeps the font: only what was changed differs."""
+    items = sample(30, seed=5, domain="glyphs")
+    fonts = {_font(item.scene, thing) for item in items for thing in item.objects}
+    assert len(fonts) == 2 and not any(_font(item.scene, thing) for item in sample(10, domain="shapes") for thing in item.objects)
+    for item in items:
+        for thing in item.objects:
+            assert _font(item.scene, dataclasses.replace(thing, kind="A", color="red")) == _font(item.scene, thing)
+    sprites = [_sprite("A", "red", 1, 1, "", (), font)[1] for font in fonts]
+    assert abs(sprites[0] - sprites[1]).mean() > 0.05
 
 
 @pytest.mark.parametrize(

@@ -183,12 +183,14 @@ class Mix:
         relation: share of the questions that are relations.
         crowded: whether scenes hold at least three things, and relations are asked where the first thing in sight
             will not do.
+        domains: of the pictures, in turn.
     """
 
     levels: dict[str, int]
     weights: dict[tuple[str, str], float]
     relation: float = 0.2
     crowded: bool = False
+    domains: tuple[str, ...] = tuple(DOMAINS)
 
 
 def draw_batch(packer: Packer, rng: Random, mix: Mix, grid: tuple[int, int], images: int, questions: int, pictures: bool = True) -> Batch:
@@ -196,9 +198,8 @@ def draw_batch(packer: Packer, rng: Random, mix: Mix, grid: tuple[int, int], ima
     question answered in words, and a dialogue."""
     forms = rng.choices((None, "caption", "words", "dialogue"), k=1)[0]
     scenes, asked = [], []
-    names = list(DOMAINS)
     for index in range(images):
-        domain = names[index % len(names)]
+        domain = mix.domains[index % len(mix.domains)]
         scene = _draw_scene(rng, domain, mix, grid)
         row = []
         for _ in range(questions):

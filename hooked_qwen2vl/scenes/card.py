@@ -118,8 +118,9 @@ dialogue of three, with how often the model, asked for what is not there, says "
 
 ## Image tokens
 
-How often the lens's top-1 at an image token is the colour or the kind of the thing there, at the best layer of the
-validation split, beside the same count for the things of another picture of the grid.
+How often an image token reads as the colour or the kind of the thing there, beside the same count for the things of another
+picture of the grid: by the lens's top-1, and as the nearest word embedding by cosine after the mean image token is subtracted; at the
+best layer of the validation split, and at layer 0.
 
 {markdown(readable)}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from functools import cache, lru_cache
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 from jaxtyping import UInt8
@@ -21,6 +22,7 @@ RGB = {
 }  # fmt: skip
 _SUPERSAMPLING = 4
 _NOISE_SIDE = 512
+_FONTS = ("DejaVuSans-Bold", "DejaVuSerif-Bold")  # of glyphs
 _ANGLES = {"right": 0, "down": 90, "left": 180, "up": 270}
 _STEPS = {(0, 1): "right", (1, 0): "down", (0, -1): "left", (-1, 0): "up"}
 
@@ -37,12 +39,19 @@ def draw(scene: Scene) -> UInt8[np.ndarray, "height width 3"]:
     canvas = np.empty((height, width, 3), dtype=np.float32)
     canvas[:] = np.array(RGB[scene.background], dtype=np.float32) + shade
     for thing in scene.things:
-        sprite, alpha = _sprite(thing.kind, thing.color, thing.rows, thing.cols, thing.facing, _local(thing))
+        sprite, alpha = _sprite(thing.kind, thing.color, thing.rows, thing.cols, thing.facing, _local(thing), _font(scene, thing))
         x0, y0, x1, y1 = thing.box
         patch = canvas[y0:y1, x0:x1]
         patch += alpha * (sprite - patch)
     canvas += noise
     return np.clip(canvas, 0, 255, out=canvas).astype(np.uint8)
+
+
+def _font(scene: Scene, thing: Thing) -> str:
+    """A glyph's font: by chance, the same whenever the scene is drawn; "" for other things."""
+    if thing.kind not in LETTERS and thing.kind not in DIGITS:
+        return ""
+    return _FONTS[crc32(f"{scene.noise} {thing.row} {thing.col}".encode()) % len(_FONTS)]
 
 
 def _local(thing: Thing) -> tuple[Cell, ...]:
@@ -62,7 +71,7 @@ def _noise(seed: int, height: int, width: int) -> tuple[float, np.ndarray]:
 
 
 @lru_cache(maxsize=8192)
-def _sprite(kind: str, color: str, rows: int, cols: int, facing: str, path: tuple[Cell, ...]) -> tuple[np.ndarray, np.ndarray]:
+def _sprite(kind: str, color: str, rows: int, cols: int, facing: str, path: tuple[Cell, ...], font: str) -> tuple[np.ndarray, np.ndarray]:
     """(colour [3], coverage [height width 1] in 0..1) of one thing, in its own box."""
     scale = CELL * _SUPERSAMPLING
     image = Image.new("L", (cols * scale, rows * scale))
@@ -75,8 +84,8 @@ def _sprite(kind: str, color: str, rows: int, cols: int, facing: str, path: tupl
         _draw_polygon(pen, _rotated(_ARROW, _ANGLES[facing]), rows * scale, 0, 0)
     elif kind in PATTERNS:
         _draw_pattern(pen, kind, facing, rows * scale, scale)
-    elif kind in LETTERS or kind in DIGITS:
-        _draw_glyph(pen, kind, rows * scale)
+    elif font:
+        _draw_glyph(pen, kind, rows * scale, font)
     else:
         _draw_shape(pen, kind, rows * scale)
     image = image.resize((cols * CELL, rows * CELL), Image.Resampling.BOX)
@@ -121,15 +130,15 @@ def _draw_shape(pen: ImageDraw.ImageDraw, kind: str, side: int) -> None:
         _draw_polygon(pen, _OUTLINES[kind], side, 0, 0)
 
 
-def _draw_glyph(pen: ImageDraw.ImageDraw, glyph: str, side: int) -> None:
-    pen.text((side / 2, side / 2), glyph, fill=255, font=_font(round(0.92 * side)), anchor="mm")
+def _draw_glyph(pen: ImageDraw.ImageDraw, glyph: str, side: int, font: str) -> None:
+    pen.text((side / 2, side / 2), glyph, fill=255, font=_read_font(font, round(0.88 * side)), anchor="mm")
 
 
 @cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def _read_font(name: str, size: int) -> ImageFont.FreeTypeFont:
     import matplotlib
 
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans-Bold.ttf"), size)
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / f"fonts/ttf/{name}.ttf"), size)
 
 
 def _draw_pattern(pen: ImageDraw.ImageDraw, kind: str, facing: str, side: int, scale: int) -> None:

@@ -8,9 +8,9 @@ A genuine `Qwen2VLForConditionalGeneration` from random weights, in three stages
     together  all of the model answers questions about pictures, with the loss on the answers only
 
 Several questions a picture (see `batches`), under a curriculum: a domain's scenes get one more object whenever its
-running accuracy passes. Relations, which shortcuts pass for, come in crowded scenes where the shortcuts fail. In each
-stage the learning rate is constant after a warm-up and falls linearly to 0 over the last part. Seeded and resumable;
-uses CUDA where there is one.
+running accuracy passes. Relations, which shortcuts pass for, come in crowded scenes where the shortcuts fail; glyphs, which
+are the hardest to see, are most of the pictures from which the tower learns. In each stage the learning rate is constant
+after a warm-up and falls linearly to 0 over the last part. Seeded and resumable; uses CUDA where there is one.
 """
 
 from __future__ import annotations
@@ -35,9 +35,15 @@ from .card import write_card
 from .cells import LABELS, cell_embeddings
 from .folder import CHECKPOINT, build_config, build_tokenizer, save_folder
 from .forward import forward
+from .words import DOMAINS as DOMAIN_NAMES
 from .world import MAX_LEVEL, pick_grid
 
 STATE = Path("out/scenes-training.pt")
+_DOMAINS = {
+    "reading": DOMAIN_NAMES,
+    "seeing": (*DOMAIN_NAMES, *("glyphs",) * 10),
+    "together": (*DOMAIN_NAMES, *DOMAIN_NAMES, *("glyphs",) * 3, *("shapes",) * 2),
+}  # of 15 pictures
 CURRICULUM_GRIDS = ((4, 4), (4, 5), (5, 4))  # while most domains are still at one or two objects
 
 
@@ -141,13 +147,14 @@ def update(progress: Progress, batch: Batch, right: list[bool], pass_mark: float
 
 
 def choose_mix(settings: Settings, stage: str, progress: Progress) -> Mix:
-    """More of what is hard; in the middle of the first stage mostly relations, in crowded scenes."""
+    """More of what is hard: mostly relations, in crowded scenes, in the middle of the first stage; pictures of glyphs, which
+    are the hardest to see, in the others."""
     weights: dict[Any, float] = {tuple(k.split()): 0.4 + 3 * (1 - v) for k, v in progress.table.items()}
     share = progress.seconds["reading"] / max(settings.stages["reading"], 1e-9)
     if stage == "reading" and share < settings.crowded[0]:
         return Mix(progress.levels, weights)
     middle = stage == "reading" and share < settings.crowded[1]
-    return Mix(progress.levels, weights, relation=0.75 if middle else 0.35, crowded=True)
+    return Mix(progress.levels, weights, relation=0.75 if middle else 0.5, crowded=True, domains=_DOMAINS[stage])
 
 
 def decaying_matrices(model: torch.nn.Module, weight_decay: float) -> torch.optim.AdamW:
@@ -272,7 +279,7 @@ class Trainer:
         return f"""`python -m hooked_qwen2vl.scenes.train`, seed {settings.seed}, on {self.device.type} ({torch.get_num_threads()} threads){f", from {Path(settings.start).name}" if settings.start else ""}. First the decoder alone
 reads scenes that are written in its own word embeddings, a cell a token ({minutes["reading"]}; of this time from
 {settings.crowded[0]:.0%} to {settings.crowded[1]:.0%} mostly relations in crowded scenes). Then the tower and the projector learn to say of a picture what
-was written of its scene ({minutes["seeing"]}; {progress.kinds:.1%} of the kinds right at the end). Then all of
+was written of its scene, glyphs in most pictures ({minutes["seeing"]}; {progress.kinds:.1%} of the kinds right at the end). Then all of
 the model answers questions about pictures ({minutes["together"]}), with the loss on the answers only.
 AdamW, peak learning rate {settings.lr}, {settings.warmup} steps of warm-up, linear to 0 over the last {settings.decay:.0%} of each stage; {settings.images} pictures ×
 {settings.questions} questions a step, each with the positions and the view of a single-turn prompt; one batch in four each with
