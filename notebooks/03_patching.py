@@ -118,7 +118,7 @@ recovery_on_image(in_tower.unflatten(-1, pair.clean.grid()), range(len(in_tower)
 # %% [markdown]
 # **What was learnt.** On the embedded model:
 #
-# The object's patches still give back more than half at layer 2; the last position does from layer 3 on.
+# The object's patches still give back more than half at layer 3; the last position does from layer 4 on.
 # The object's patches give back 1.00 at layer 0, the rest of the image 0.00.
 #
 # The first row of the table says until which layer the answer is read from the object's patches, the last row from which layer on the

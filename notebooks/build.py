@@ -22,7 +22,7 @@ FOLDER = Path(__file__).parent
 # A page has no use for progress bars, nor for the advice to install their widgets.
 QUIET = {"TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore:IProgress not found"}
 SOURCES = sorted(FOLDER.glob("[0-9]*.py"))
-PARAGRAPH = re.compile(r"(?<=\*\*What was learnt\.\*\* On the embedded model:\n#\n)(?:# .*\n)+")
+PARAGRAPH = re.compile(r"(?<=\*\*What was learnt\.\*\* On the embedded model:\n#\n)(?:# (?!%%).*\n)+")
 
 
 def execute(source: Path, timeout: int = 600) -> Any:

@@ -84,7 +84,7 @@ def off() -> list[Condition]:
 
 def flips(model, size):
     """The embedded model's, since the tiny one never flips between answers; two questions have lost their picture."""
-    data = [dataclasses.replace(e, images=e.images if i % 5 else ()) for i, e in enumerate(examples("scenes", 10))]
+    data = [dataclasses.replace(e, images=e.images if i % 5 else ()) for i, e in enumerate(examples("scenes", 20))]
     study = flip_study(HookedQwen2VL.from_pretrained("scenes"), data, n_random=2, batch_size=size, progress=False)
     assert len(study.flips) > 3 and len(study.prompts) > 5
     return {"prompts": study.prompts, "flips": study.flips, "summary": study.summary(), "skipped": study.skipped}

@@ -122,14 +122,15 @@ print("It is 2.00 of 3, more than half.")
 """
 
 
-def test_findings_are_written_anew(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("small", [SMALL, SMALL.replace("#\n# What follows stays.\n\n", "")], ids=["more text", "the next cell"])
+def test_findings_are_written_anew(small, tmp_path, monkeypatch, capsys):
     source = tmp_path / "98_small.py"
-    source.write_text(SMALL, encoding="utf-8")
+    source.write_text(small, encoding="utf-8")
     monkeypatch.setattr(build, "SOURCES", [source])
     build.main(["98", "--out", str(tmp_path)])
-    assert source.read_text(encoding="utf-8") == SMALL  # only where asked for
+    assert source.read_text(encoding="utf-8") == small  # only where asked for
     build.main(["98", "--out", str(tmp_path), "--findings"])
-    expected = SMALL.replace("# It is 1.00 of 3.\n# It was another sentence.", "# It is 2.00 of 3, more than half.")
+    expected = small.replace("# It is 1.00 of 3.\n# It was another sentence.", "# It is 2.00 of 3, more than half.")
     assert source.read_text(encoding="utf-8") == expected
     page = (tmp_path / "98_small.html").read_text(encoding="utf-8")
     assert "It was another" not in page and page.count("It is 2.00 of 3, more than half.") == 3  # the text, the code, its output
