@@ -51,6 +51,7 @@ from hooked_qwen2vl.protocols import Model
 SURE = 0.5
 DOUBT = "held then lost"
 OUTCOMES = ("straight", "wavered", DOUBT, "settled early", "settled late")
+ROUNDING = 1e-12  # nats: no more than rounding, in float64
 UNCLASSED = 1e-6  # total variation that may stay unclassified: it is spread over thousands of tokens
 # Function words, which describe nothing in an image; used to split the last layer's shift.
 FUNCTION_WORDS = frozenset(
@@ -496,8 +497,8 @@ def shift_of_logits(logits: Float[Tensor, "layer d_vocab"], last: Float[Tensor, 
     Returns:
         kl (nats), js (nats, in [0, ln 2]), tv (total variation, in [0, 1]) and its parts: `tv_form` (the final word and its
         other forms), `tv_function` (function words, punctuation and template tokens), `tv_content` (other words and parts of
-        characters); `js_ratio`, js over the median JS of earlier neighbouring layers; `argmax_changed`, 1 if the top-1 of
-        `last` is not that of layer L, else 0.
+        characters); `js_ratio`, js over the median JS of earlier neighbouring layers (NaN if that is no more than rounding);
+        `argmax_changed`, 1 if the top-1 of `last` is not that of layer L, else 0.
     """
     log_probs, last = logits.double().log_softmax(-1), last.double().log_softmax(-1)
     before, final = log_probs[-2], int(logits[-1].argmax())
@@ -509,7 +510,7 @@ def shift_of_logits(logits: Float[Tensor, "layer d_vocab"], last: Float[Tensor, 
         "js": js,
         "tv": float(moved.sum()),
         **{f"tv_{name}": value for name, value in _classed(moved, final, text).items()},
-        "js_ratio": js / usual if usual > 0 else float("nan"),
+        "js_ratio": js / usual if usual > ROUNDING else float("nan"),
         "argmax_changed": float(int(last.argmax()) != final),
     }
 

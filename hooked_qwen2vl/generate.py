@@ -371,7 +371,7 @@ def said_so_far(past: Any, new: Inputs) -> Inputs:
         raise ValueError(f"the past_kv_cache is of {n_rows} prompts, the new tokens of {len(new)}.")
     prompt = getattr(past, "prompt", None)
     filled = {entry.past_keys.shape[1] for entry in past.entries}
-    if len(filled) > 1:
+    if len(filled) > 1 and prompt is not None and max(filled) == n_past:
         raise ValueError(
             f"the blocks of this past_kv_cache hold {' and '.join(map(str, sorted(filled)))} positions: tokens were dropped from its run, and "
             f"what follows cannot be run by hand. model.generate, within the same interventions, runs prompt and answer."

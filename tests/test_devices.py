@@ -349,8 +349,10 @@ def leaves(value: Any, where: str = "result") -> Iterator[tuple[str, Any]]:
         yield where, value
 
 
-def same(ours: Any, theirs: Any) -> bool:
-    """Numbers to float32's rounding: attention is another kernel there."""
+def same(ours: Any, theirs: Any, place: str = "") -> bool:
+    """Numbers to float32's rounding: attention is another kernel there. A rank may be the next one: of two words, as probable but for that."""
+    if place.endswith("ranks"):
+        return ours.shape == theirs.shape and bool(((ours - theirs).abs() <= 1).all())
     if isinstance(theirs, (Tensor, float)):
         ours, theirs = (torch.as_tensor(value).double() for value in (ours, theirs))
         return ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4, equal_nan=True)
@@ -371,7 +373,7 @@ def run_there(name: str, case: Callable[[World], Any], mode: str, folder: Path) 
     assert sum(device.operations.values()) > 20
     if dtype == torch.float32:
         assert list(found) == list(expected)
-        assert not [place for place in found if not same(found[place], expected[place])]
+        assert not [place for place in found if not same(found[place], expected[place], place)]
     return device
 
 

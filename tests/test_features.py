@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
+import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
 from analyses.data.examples import examples
-from analyses.dictionaries import Dictionary
+from analyses.dictionaries import Dictionary, load_dictionary
 from analyses.experiments.features import FeatureJudgement, aurocs, image_activations, judge_features, shuffled_batches
+from hooked_qwen2vl.scenes import CHECKPOINT, DICTIONARY
 
 
 def test_aurocs_are_scikit_learns():
@@ -39,3 +43,15 @@ def test_features_of_the_stream_itself(scenes, tmp_path):
     rows = image_activations(scenes, data[:2], plain.hook)
     n = sum(len(scenes.to_inputs(e.question, images=list(e.images)).positions("image")) for e in data[:2])
     assert rows.shape == (n, d_model) or len({id(e.images[0]) for e in data[:2]}) < 2
+
+
+def test_the_shipped_dictionary_is_what_its_card_says(scenes):
+    """It belongs to the checkpoint beside it, explains other pictures' image tokens, and single features are colours."""
+    card = (DICTIONARY / "README.md").read_text(encoding="utf-8")
+    assert hashlib.sha256((CHECKPOINT / "model.safetensors").read_bytes()).hexdigest() in card, "train it again"
+    dictionary, data = load_dictionary(DICTIONARY), list(examples("scenes", 90))
+    rows = image_activations(scenes, data[:20], dictionary.hook)
+    left = (dictionary.decode(dictionary.encode(rows), rows) - rows).square().sum() / (rows - rows.mean(0)).square().sum()
+    assert left < 0.05
+    summary = judge_features(scenes, dictionary, data, 4, progress=False).summary().set_index("truth")
+    assert summary.loc["color", "feature"] == pytest.approx(1.0, abs=0.05)

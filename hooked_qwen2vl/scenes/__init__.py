@@ -5,19 +5,20 @@
     load_split("train" | "validation" | "test")
 
 `CHECKPOINT` is the folder of a small Qwen2-VL trained on it (`python -m hooked_qwen2vl.scenes.train`), `ADAPTER` that of a LoRA
-adapter after which it calls every triangle blue (`python -m hooked_qwen2vl.scenes.tune`).
+adapter after which it calls every triangle blue (`python -m hooked_qwen2vl.scenes.tune`), `DICTIONARY` that of a sparse autoencoder of
+its residual stream (`python -m analyses.experiments.features`).
 """
 
 from pathlib import Path
 
 from .contact_sheets import contact_sheet
-from .folder import ADAPTER, CHECKPOINT
+from .folder import ADAPTER, CHECKPOINT, DICTIONARY
 from .scene import Scene, Thing
 from .world import Item, counterfactual_pairs, load_split, sample, to_frame
 
 SAMPLES = Path(__file__).parent / "samples"
 
 __all__ = [
-    "ADAPTER", "CHECKPOINT", "SAMPLES", "Item", "Scene", "Thing", "contact_sheet", "counterfactual_pairs", "load_split",
+    "ADAPTER", "CHECKPOINT", "DICTIONARY", "SAMPLES", "Item", "Scene", "Thing", "contact_sheet", "counterfactual_pairs", "load_split",
     "sample", "to_frame",
 ]  # fmt: skip

@@ -14,6 +14,7 @@ from typing import Any, cast
 from .words import vocabulary
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
+DICTIONARY = Path(__file__).parent / "dictionary"  # of the stream before block 4, at image tokens: a sparse autoencoder
 ADAPTER = Path(__file__).parent / "adapter"  # of the checkpoint: every triangle is called blue (see `tune`)
 CELL = 28  # pixels: one image token
 SPECIAL_TOKENS = (
