@@ -152,7 +152,7 @@ figure
 # %%
 assert max(float(gap[: min(adapted) + 1].max()) for gap in apart.values()) == 0.0
 parted = next(layer for layer in layers if apart[CHANGED][layer].mean() > 0.01)
-pd.DataFrame({kind: gap.mean(1) for kind, gap in apart.items()}, index=pd.Index(layers, name="layer")).astype(float).round(3)
+pd.DataFrame({kind: gap.mean(1) for kind, gap in apart.items()}, index=pd.Index(layers, name="layer")).astype(float).T.round(3)
 
 # %% [markdown]
 # ## What carries the change?
@@ -290,7 +290,7 @@ figure
 # Which answers does it spoil? The share that stays, by kind of question.
 
 # %%
-steering[OTHERS].loc[[(way, 1.0) for way in directions]].round(2)
+steering[OTHERS].loc[[(way, 1.0) for way in directions]].T.round(2)
 
 # %% [markdown]
 # **What was learnt.** On the embedded model:

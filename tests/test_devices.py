@@ -274,7 +274,7 @@ def domain_neurons(w: World) -> Any:
 def comparisons(w: World) -> Any:
     data = [shown()]
     tuned = HookedQwen2VL.from_pretrained("scenes", dtype=w.model.cfg.dtype)
-    tuned.blocks[1].mlp.down_proj.weight.mul_(1.1)
+    tuned.blocks[1].mlp.down_proj.weight.mul_(3.0)
     return compare_models({"here": w.model, "on the cpu": tuned}, data, ("image",)), patch_between_models(
         w.model, tuned, [w.clean], progress=False
     )

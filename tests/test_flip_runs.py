@@ -64,7 +64,7 @@ def test_killed_and_started_again_it_gives_what_memory_gives(expected, tmp_path,
     assert main(command) == 0
     assert part.stat().st_mtime_ns == written  # what was there is not done again
     same(read_flip_study(tmp_path / "rows"), expected)
-    assert len(expected.flips) > 3 and len(expected.prompts) == N
+    assert len(expected.flips) > 2 and len(expected.prompts) == N
     said = capsys.readouterr().out
     for name in ("flips.csv", "trajectories.csv", "flip_tests.csv", "outcomes.csv", "flips.png", "trajectories.png"):
         assert str(tmp_path / name) in said and (tmp_path / name).stat().st_size > 0
