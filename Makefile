@@ -44,6 +44,7 @@ test-minimum: export PIP_CONSTRAINT := $(CURDIR)/tests/environments/minimum.txt
 test-newest: export PIP_CONSTRAINT :=
 test-minimum test-newest: test-%:
 	$(PYTHON) -m venv .envs/$*
+	.envs/$*/bin/pip install -q --upgrade pip
 	.envs/$*/bin/pip install -q --upgrade --upgrade-strategy eager -e '.[dev]' $(if $(filter newest,$*),torchvision)
 	.envs/$*/bin/python -m pytest $(TESTS)
 

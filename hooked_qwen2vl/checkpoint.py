@@ -6,26 +6,30 @@ Only JSON and safetensors are read, never pickles or code. Tensors are memory-ma
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from .files import open_regular
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 SCENES = Path(__file__).parent / "scenes" / "checkpoint"
+
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 WANTED = ["*.json", "*.safetensors", "*.txt", "*.jinja"]  # files to download: no *.bin, no *.py
 
 
 @dataclass(frozen=True)
-class Checkpoint(Mapping[str, Tensor]):
+class Checkpoint(Mapping[str, "Tensor"]):
     """HF parameter name -> tensor, read on access.
 
     Attributes:
@@ -169,10 +173,15 @@ def refuse_other_adapters(kind: Any, where: str) -> None:
         )
 
 
-def _find(name: str, revision: str | None, local_files_only: bool) -> Path:
+def local_checkpoint(name: str) -> Path | None:
+    """The folder of a checkpoint that is here ("scenes", or a path), or None for an id of the hub.
+
+    Raises:
+        ValueError: a path where there is no folder, or a text that is neither.
+    """
     if name == "scenes":
         return SCENES
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if folder.is_dir():
         return folder
     if folder.suffix == ".gguf" and folder.exists():
@@ -182,6 +191,12 @@ def _find(name: str, revision: str | None, local_files_only: bool) -> Path:
             f"no checkpoint at {name!r}: expected 'scenes', a folder with config.json and *.safetensors, or a hub id "
             f"such as 'Qwen/Qwen2-VL-2B-Instruct'."
         )
+    return None
+
+
+def _find(name: str, revision: str | None, local_files_only: bool) -> Path:
+    if (folder := local_checkpoint(name)) is not None:
+        return folder
     try:
         return Path(snapshot_download(name, revision=revision, local_files_only=local_files_only, allow_patterns=WANTED))
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError, ValueError) as error:

@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 
 def _length(path: Path) -> int | None:
@@ -36,7 +34,9 @@ def image_hash(image: Any, wherever: bool = False) -> str:
     elif isinstance(image, Image.Image):
         hashed.update(f"picture {image.mode} {image.size} {image.getpalette()} {image.info.get('transparency')}".encode())
         hashed.update(image.tobytes())
-    elif isinstance(image, Tensor):
+    elif hasattr(image, "detach"):  # a tensor; torch is not imported for the data alone
+        import torch
+
         hashed.update(f"tensor {image.dtype} {tuple(image.shape)}".encode())
         hashed.update(image.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType] (an array is a buffer)
     else:

@@ -101,6 +101,10 @@ for line in ("--help", "--version", "lens --help", "lense", "lens --imgae a.png"
     with suppress(SystemExit):
         assert main(line.split()) == 2
     assert not {"torch", "pandas", "numpy", "matplotlib", "PIL"} & set(sys.modules), line
+for line in ("lens --model /no/such", "patch --adapter=./none", "neurons --data /no/such", "flips --data /no/such", "ablate --data /no/such", "compare --data x"):
+    with suppress(SystemExit):
+        assert main(line.split()) == 2
+    assert "torch" not in sys.modules, line
 """
     subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 

@@ -35,6 +35,7 @@ from analyses.cli import (
     scenes,
 )
 from analyses.cli.outputs import take_place
+from analyses.cli.shared import check_model
 from hooked_qwen2vl.malloc import keep_freed_memory
 from hooked_qwen2vl.version import __version__
 
@@ -51,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.showwarning = partial(_say, set())
         try:
             options = _parser().parse_args(arguments)
+            check_model(options)
             if hasattr(options, "out"):
                 options.line = shlex.join(["hooked-qwen2vl", *map(str, sys.argv[1:] if arguments is None else arguments)])
                 name = next(command.NAME for command in COMMANDS if command.run is options.run)

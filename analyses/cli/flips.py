@@ -92,11 +92,11 @@ def _flip(layer: int, flip: Any, effects: Any) -> str:
 
 
 def _data_set(options: argparse.Namespace) -> None:
+    check_data(options.data)
     from analyses.data.examples import examples
     from analyses.experiments.flips import FlipExperiment
     from analyses.runs.engine import this_rank
 
-    check_data(options.data)
     rank = this_rank(options.rank)  # before the model: it gives each process its GPU
     experiment = FlipExperiment(load_model(options), options.components, options.random)
     rows = options.out / ROWS

@@ -45,10 +45,10 @@ def run(options: argparse.Namespace) -> None:
     in_range(options, "quantile", lambda x: 0 <= x < 1, "at least 0 and below 1")
     if wrong := [source for source in options.sources.split(",") if source not in SOURCES]:
         raise ValueError(f"--sources must be some of {','.join(SOURCES)}, got {wrong[0]!r}.")
+    check_data(options.data, options.test)
     from analyses.experiments.neurons import AblationExperiment, EffectExperiment, FiringExperiment
     from analyses.runs.engine import this_rank
 
-    check_data(options.data, options.test)
     rank = this_rank(options.rank)  # before the model: it gives each process its GPU
     model = load_model(options)
     chosen, judged = _data(options)

@@ -38,7 +38,9 @@ class Renamed(argparse.Action):
 def add_model(parser: argparse.ArgumentParser) -> None:
     """--model, --adapter, --dtype, --device."""
     parser.add_argument(
-        "--model", default="scenes", help="a folder or hub id of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL (default: the embedded model)"
+        "--model",
+        default="scenes",
+        help="a folder or hub id of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL (default: the embedded model)",
     )
     parser.add_argument("--adapter", help="a LoRA adapter of --model, a PEFT folder or hub id, merged into its weights")
     dtypes = ("float32", "bfloat16", "float16", "float64")
@@ -143,6 +145,19 @@ def _refuse_unwritable(folder: Path) -> None:
         raise argparse.ArgumentTypeError(f"{there} is a file: nothing can be written below it.")
     if not os.access(there, os.W_OK | os.X_OK):
         raise argparse.ArgumentTypeError(f"{there} may not be written to: choose another --out.")
+
+
+def check_model(options: argparse.Namespace) -> None:
+    """Checks, before anything heavy is imported, that there may be a checkpoint at --model and --adapter.
+
+    Raises:
+        ValueError: there is none.
+    """
+    from hooked_qwen2vl.checkpoint import local_checkpoint
+
+    for name in (getattr(options, "model", None), getattr(options, "adapter", None)):
+        if name is not None:
+            local_checkpoint(name)
 
 
 def load_model(options: argparse.Namespace) -> HookedQwen2VL:
