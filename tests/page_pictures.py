@@ -28,13 +28,15 @@ WIDTH = 1400  # of a JPEG, in pixels, at most
 
 def picture(browser: Browser, page: Path, ready: str, script: str, width: int, path: Path) -> None:
     browser.open(page.absolute(), ready, width=width, height=900)
-    height = browser.js("return document.documentElement.scrollHeight")
-    browser.driver.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride", {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
-    )
-    browser.frames()
     browser.js(script or "return 0")
     browser.frames()
+    browser.js("document.documentElement.style.scrollbarWidth = 'none'")
+    for _ in range(2):  # a taller window may make a taller page
+        height = browser.js("return document.documentElement.scrollHeight")
+        browser.driver.execute_cdp_cmd(
+            "Emulation.setDeviceMetricsOverride", {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        )
+        browser.frames()
     browser.frames()
     shot = browser.driver.execute_cdp_cmd("Page.captureScreenshot", {"format": "png"})
     keep(Image.open(io.BytesIO(base64.b64decode(shot["data"]))), path)

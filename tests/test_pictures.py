@@ -8,6 +8,7 @@ import pkgutil
 import warnings
 from dataclasses import replace
 from io import BytesIO
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -15,7 +16,11 @@ import torch
 from every_result import COLS, DOMAINS, HARD, HEADS, LAYERS, POSITIONS, QUESTION, RESULTS, ROWS, flip_study, hallucinations, image, lens
 from every_result import ablations as every_ablation
 from matplotlib import colormaps, font_manager
-from matplotlib.colors import to_hex
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import rgb_to_hsv, to_hex, to_rgba_array
+from matplotlib.legend import Legend
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator
 from PIL import Image
@@ -23,9 +28,12 @@ from scipy import ndimage
 
 import analyses
 from analyses.common.result import Result
+from analyses.contextual_lens import Grounding
+from analyses.knockout import Knockout
+from analyses.saliency import Saliency
 from analyses.views import text as views_text
 from analyses.views.attention import attention_on_image
-from analyses.views.figure import LONGEST, Figure, on_image
+from analyses.views.figure import LONGEST, Figure, luminance, on_image
 from analyses.views.patching import recovery_map, recovery_on_image
 from analyses.views.text import columns, drawable, families, line, readable, visible
 
@@ -432,6 +440,55 @@ def test_no_text_lies_on_another_and_enough_is_labelled(figures, key):
                 assert len(named) >= min(n, 7), f"{len(named)} of {n} are labelled: {named[:3]}"
 
 
+@pytest.mark.parametrize("key", [*DRAWN, *VIEWS], ids=lambda key: getattr(key, "__name__", key))
+def test_texts_have_contrast(figures, key):
+    """Of each text with what is behind it (WCAG 2.1): at least 4.5."""
+    _, figure = figures(key)
+    renderer, offscreen = figure._get_renderer(), set(map(id, _offscreen(figure)))
+    texts = [t for t in figure.findobj(Text) if t.get_visible() and t.get_text().strip() and id(t) not in offscreen]
+    boxes = [t.get_window_extent(renderer).extents.round().astype(int) for t in texts]
+    figure.set_layout_engine("none")
+    for text in texts:
+        text.set_visible(False)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    behind = np.asarray(canvas.buffer_rgba())[::-1, :, :3] / 255
+    for text, (x0, y0, x1, y1) in zip(texts, boxes):
+        text.set_visible(True)
+        part = behind[max(0, y0) : max(0, y1), max(0, x0) : max(0, x1)]
+        rim = [effect._gc["foreground"] for effect in text.get_path_effects()]
+        ground = rim[0] if rim else np.median(part.reshape(-1, 3), axis=0) if part.size else "white"
+        dark, light = sorted((luminance(text.get_color()), luminance(ground)))
+        assert (light + 0.05) / (dark + 0.05) >= 4.5, (text, text.get_color(), ground)
+
+
+@pytest.mark.parametrize("key", [*DRAWN, *VIEWS], ids=lambda key: getattr(key, "__name__", key))
+def test_a_legend_has_no_two_shades_of_one_colour(figures, key):
+    """Two entries differ in hue, or are one colour in two styles of line; two greys differ in style."""
+    _, figure = figures(key)
+    for legend in figure.findobj(Legend):
+        entries = set()
+        for handle in legend.legend_handles:
+            colours = [handle.get_color()] if isinstance(handle, Line2D) else [*handle.get_facecolor(), *handle.get_edgecolor()]
+            if isinstance(handle, Patch):
+                colours = [handle.get_facecolor()]
+            entries.add(tuple(np.round(to_rgba_array(colours)[0, :3], 3)))
+        for a, b in combinations(entries, 2):
+            (hue_a, grey_a, _), (hue_b, grey_b, _) = rgb_to_hsv(a), rgb_to_hsv(b)
+            apart = abs((hue_a - hue_b + 0.5) % 1 - 0.5) * 360
+            assert min(grey_a, grey_b) < 0.2 or apart > 10, (to_hex(a), to_hex(b), [t.get_text() for t in legend.get_texts()])
+
+
+@pytest.mark.parametrize("kind", DRAWN, ids=lambda kind: kind.__name__)
+def test_a_picture_has_a_title(figures, kind):
+    """A picture that leaves its folder says what it shows, and of which model if the result knows it."""
+    result, figure = figures(kind)
+    title = figure.get_suptitle()
+    assert title
+    if name := getattr(result, "model_name", ""):
+        assert line(name).split("-")[0] in title.replace("\n", " ")
+
+
 def _offscreen(figure) -> list:
     """Ticks beyond their axis's limits, which are not drawn."""
     found = []
@@ -446,6 +503,53 @@ def _offscreen(figure) -> list:
             found.append(axis.get_offset_text())
         found += [] if axes.axison else axes.findobj(Text)
     return found
+
+
+# ---- small and wide cases -----------------------------------------------------------------------
+
+
+def test_a_map_of_rounding_is_not_stretched_to_the_whole_scale():
+    """An answer's second token that depends on nothing is pale, and its title says how little."""
+    made = RESULTS[Saliency]()
+    made = replace(made, values=made.values * torch.tensor([1.0, *[1e-8] * (len(made.tokens) - 1)])[:, None].to(made.values))
+    figure = made.plot()
+    panels = {axes.get_title().split("\n")[0]: axes for axes in figure.axes if axes.get_title()}
+    highest = float(made.values.abs().max())
+    for title, axes in list(panels.items())[2:]:
+        assert axes.images[0].get_clim()[1] == pytest.approx(0.01 * highest, rel=0.1) and "no more than" in axes.get_title(), title
+
+
+def test_a_colour_bar_of_a_wide_image_is_not_in_the_title():
+    made = RESULTS[Saliency]()
+    n = len(made.tokens)
+    made = replace(made, values=torch.randn(n, 60), grids=((4, 15),), sizes=((420, 112),))
+    figure = made.plot(images=[image(420, 112)])
+    figure.draw_without_rendering()
+    renderer = figure._get_renderer()
+    title = figure._suptitle.get_window_extent(renderer)
+    assert all(axes.yaxis.label.get_window_extent(renderer).y1 <= title.y0 for axes in figure.axes)
+
+
+def test_one_prompt_is_not_1_items():
+    made = RESULTS[Knockout]()
+    title = replace(made, effects=made.effects[..., :1], baseline=made.baseline[:1], images=()).plot().get_suptitle()
+    assert "one prompt" in title and "items" not in title
+
+
+def test_a_wide_image_leaves_room_for_the_titles():
+    """15 × 4 image tokens, and a long note."""
+    heat = torch.rand(4, 15)
+    made = replace(
+        RESULTS[Grounding](), heat=(heat,), similarity=(heat,), boxes=torch.tensor([[0.0, 0, 28, 28]]), box_scores=torch.ones(1),
+        sizes=((420, 112),), text="none",
+    )  # fmt: skip
+    figure = made.plot(images=[image(420, 112)], note="so many words about how far this can be trusted " * 9)
+    figure.draw_without_rendering()
+    renderer = figure._get_renderer()
+    title = figure._suptitle.get_window_extent(renderer)
+    for axes in figure.axes:
+        assert not axes.title.get_text() or axes.title.get_window_extent(renderer).y1 <= title.y0
+        assert axes.yaxis.label.get_window_extent(renderer).y0 >= 0 and axes.yaxis.label.get_window_extent(renderer).y1 <= title.y0
 
 
 # ---- text ---------------------------------------------------------------------------------------
@@ -529,7 +633,7 @@ def test_a_photograph_is_drawn_with_words(rows, cols):
     figure = made.plot_image(picture)
     figure.draw_without_rendering()
     whole = figure.axes[2]
-    key = {text.get_text().rsplit(" ", 1)[0]: to_hex(patch.get_facecolor()) for text, patch in zip(*_legend(figure))}
+    key = {text.get_text().split("”")[0].removeprefix("“"): to_hex(patch.get_facecolor()) for text, patch in zip(*_legend(figure))}
     assert {"sky", "grass", "tree"} <= set(key) and len(set(key.values())) == len(key)
     named = {}
     for text in whole.texts:
@@ -558,6 +662,32 @@ def test_a_photograph_is_drawn_with_words(rows, cols):
 def _legend(figure):
     (legend,) = figure.legends
     return legend.get_texts()[:-1], legend.get_patches()[:-1]
+
+
+def test_the_part_close_up_has_the_most_different_tokens():
+    """Not the one of a frequent token that the lens is sure of."""
+    made = lens(18 * 24, (18, 24))
+    grid = np.full((18, 24), "end", dtype=object)
+    grid[:, :11] = "shapes"
+    grid[2:7, 2:8] = [[f"w{row},{col}" for col in range(6)] for row in range(5)]
+    sure = torch.from_numpy(np.where(grid == "end", 1.0, 0.4).reshape(-1))
+    tokens = tuple(tuple((t, *rest[1:]) for t, rest in zip(grid.flat, layer)) for layer in made.top_tokens)
+    made = replace(made, top_tokens=tokens, top_probs=torch.stack((sure, 1 - sure), -1).expand(LAYERS + 1, -1, -1).float())
+    close = made.plot_image(Image.new("RGB", (24 * 28, 18 * 28))).axes[-1]
+    assert {f"w{row},{col}" for row in range(5) for col in range(6)} <= {text.get_text() for text in close.texts}
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(18, 24), (40, 36)])
+def test_a_name_stays_within_its_region(rows, cols):
+    grid, made = photograph_lens(rows, cols)
+    figure = made.plot_image(Image.new("RGB", (28 * cols, 28 * rows)))
+    figure.draw_without_rendering()
+    whole = figure.axes[2]
+    for text in whole.texts:
+        box = text.get_window_extent(figure._get_renderer()).transformed(whole.transData.inverted())
+        (row, col), token = (int(place // 28) for place in text.get_position()[::-1]), text.get_text()
+        own = [c for c in range(cols) if all(grid[row, k] == token for k in range(min(c, col), max(c, col) + 1))]
+        assert 28 * own[0] <= box.x0 and box.x1 <= 28 * (own[-1] + 1), token
 
 
 def test_every_token_of_a_photograph():

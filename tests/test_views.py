@@ -529,6 +529,33 @@ def test_texts_have_contrast(browser, explorer, tmp_path, dark):
     assert all((1.05 / (light + 0.05) if ink == "#fff" else (light + 0.05) / 0.05) >= 4.5 for light, ink in inks)
 
 
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_pages_of_lens_and_explain_have_contrast(browser, tmp_path, dark):
+    """And the rows of circuitsvis are aligned, in the blue that their caption names."""
+    from every_result import RESULTS, image, lens
+
+    from analyses.saliency import Saliency
+    from analyses.views.circuits import lens_page
+    from analyses.views.saliency import saliency_page
+
+    made = lens(3)
+    lens_page(made, tmp_path / "lens.html")
+    saliency_page(RESULTS[Saliency](), [image()], tmp_path / "explain.html")
+    drawn = "[...document.querySelectorAll('[id^=figure-]')].every(f => f.textContent.length > 5)"
+    for name, ready in (("explain", "document.querySelector('#tokens button')"), ("lens", drawn)):
+        browser.open(tmp_path / f"{name}.html", ready, dark=dark)
+        found = browser.js(CONTRASTS)
+        assert len(found) > 8 and min(found)[0] >= 4.5, (name, min(found))
+        colour = browser.js("return getComputedStyle(document.body).backgroundColor")
+        assert (sum(map(int, re.findall(r"\d+", colour)[:3])) < 200) == dark
+    lefts = browser.js("""return [...document.querySelectorAll("[id^=figure-]")].map(f => [...f.querySelectorAll("span")]
+      .filter(s => getComputedStyle(s).backgroundColor !== "rgba(0, 0, 0, 0)").map(s => Math.round(s.getBoundingClientRect().left)))""")
+    assert len(lefts) == len(made.layer_labels) and all(len(set(column)) == 1 for column in zip(*lefts, strict=True))
+    shades = browser.js("return [...document.querySelectorAll('[id^=figure-] span')].map(s => getComputedStyle(s).backgroundColor)")
+    shades = [list(map(int, re.findall(r"\d+", shade)[:3])) for shade in shades if not shade.endswith(", 0)")]
+    assert shades and all(red <= green <= blue for red, green, blue in shades)
+
+
 def test_the_prompt_unfolds_and_tokens_are_text(browser, explorer):
     result, path = explorer
     browser.open(path, READY)

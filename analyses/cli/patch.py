@@ -47,7 +47,7 @@ def _one(options: argparse.Namespace) -> None:
 
     from analyses.counterfactuals import Candidate, check_pairs, scene_candidates
     from analyses.patching import patch_sweep, recovery
-    from analyses.views.patching import recovery_map, recovery_on_image
+    from analyses.views.patching import RECOVERY, recovery_map, recovery_on_image
     from analyses.views.text import visible
     from hooked_qwen2vl.processor import open_image
 
@@ -81,19 +81,20 @@ def _one(options: argparse.Namespace) -> None:
     positions = list(dict.fromkeys(sweep.index_df["pos"]))
     layers = list(dict.fromkeys(sweep.index_df["layer"]))
     labels = [str(cells.get(place, words[place])) for place in positions]
+    label = RECOVERY if options.direction == "denoise" else "share lost (0: clean, 1: corrupted)"
     what = "the share of the clean answer's margin that is " + ("recovered" if options.direction == "denoise" else "lost")
     which = ", of the head with the most at each position" if heads else ""
     title = (
         f"{pair.source.question} Clean: {pair.source.answer}; corrupted: {pair.source.other or ''}\n"
-        f"{options.activation} patched: {what}{which}; image tokens as row,column"
+        f"{options.activation} patched: {what}{which}"
     )
     columns = [positions.index(place) for place in pair.clean.positions("image[0]").tolist()]
     grid = shares[:, columns].unflatten(-1, pair.clean.grid())
     pictures = [open_image(i).convert("RGB") for i in (pair.source.clean, pair.source.corrupted)]
     with Outputs(options, NAME, question=pair.source.question, answer=pair.source.answer, other=pair.source.other) as out:
         out.table("patch.csv", table)
-        recovery_map(shares, layers, labels, title, out.path("patch.png"))
-        recovery_on_image(grid, layers, pictures, out.path("patch_image.png"))
+        recovery_map(shares, layers, labels, f"{title}; image tokens as row,column", out.path("patch.png"), label)
+        recovery_on_image(grid, layers, pictures, out.path("patch_image.png"), title=title, label=label)
         out.say(f"question: {pair.source.question}\nclean: {pair.source.answer}, logit difference {pair.clean_difference:.3f}")
         out.say(f"corrupted: {model.tokenizer.decode([pair.other_id])}, logit difference {pair.corrupted_difference:.3f}\n")
         best = table.reindex(table["recovery"].abs().sort_values(ascending=False).index).head(10)

@@ -96,7 +96,8 @@ class GroundingExperiment(Result):
         from analyses.views.grounding import methods_plot
 
         table = self.to_dataframe().dropna(subset=[figure])
-        return methods_plot(table, figure, f"{FIGURES[figure]}, mean and 95 % interval", path)
+        title = f"Which methods find what the answer depends on? Grey: controls. {self.settings['model']}"
+        return methods_plot(table, figure, f"{FIGURES[figure]}, mean and 95 % interval", path, title)
 
 
 def run_experiment(
@@ -301,14 +302,14 @@ def caveat(model: Model, record: Path = CHECKPOINT / "grounding.json") -> str:
 
     def share(method: str) -> str:
         mean, low, high = (100 * value for value in measured["pointing"][method])
-        return f"{mean:.0f} % [{low:.0f}, {high:.0f}]"
+        return f"{mean:.0f} % [{low:.0f}–{high:.0f}]"
 
     lens, attention = (measured["pointing"][method] for method in ("contextual lens", "attention"))
     begin = "The contextual lens points less well than attention here: over" if lens[2] < attention[1] else "Over"
     return (
         f"{begin} {measured['items']} items of the embedded world the lens's hottest token (maximum over layers) lay on what the answer depends on "
         f"in {share('contextual lens')}, attention from the last position in {share('attention')}, the lens with another picture in "
-        f"{share('(shuffled image)')}; the lens's own box overlapped it by {measured['iou'][OWN_BOX][0]:.2f} (IoU)."
+        f"{share('(shuffled image)')}; the lens's own box overlapped it by {measured['iou'][OWN_BOX][0]:.2f} (IoU). [95 % intervals]"
     )
 
 

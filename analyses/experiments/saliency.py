@@ -78,7 +78,7 @@ class SaliencyExperiment(Result):
 
         table = self.to_dataframe()
         known = {name: title for name, title in FIGURES.items() if table[name].notna().any()}
-        return areas_plot(table, known, path)
+        return areas_plot(table, known, self.model_name, path)
 
 
 class SaliencyRun(Experiment):

@@ -24,6 +24,7 @@ from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float, Int
+from matplotlib.colors import to_hex, to_rgb
 from torch import Tensor
 
 from analyses.views.text import cut, readable
@@ -32,6 +33,7 @@ from hooked_qwen2vl.moved import renamed_arguments
 
 MOST_TOKENS = 128  # in an attention figure: circuitsvis takes a minute for 300 tokens and does not finish with 600
 MOST_NUMBERS = 2_000_000  # in one figure: about 20 MB of the page
+_SHADE = "#56b4e9"  # of probability 1; black text is legible on it and on all paler ones
 _POOLED = ("image[", "video[")
 
 _PAGE = """<!doctype html>
@@ -47,6 +49,7 @@ h1 {{ font-size: 1.3rem; }} h2 {{ font-size: 1.05rem; margin: 1.4rem 0 .3rem; }}
 .row {{ display: grid; grid-template-columns: 6rem 1fr; align-items: center; }}
 .row > span {{ color: var(--quiet); font-variant-numeric: tabular-nums; }}
 [id^=figure-] {{ color: #1b1b1b; background: #fff; color-scheme: light; overflow-x: auto; padding: 0 .2rem; }} /* circuitsvis is drawn for white */
+.row [id^=figure-] {{ width: fit-content; max-width: 100%; box-sizing: border-box; font-family: ui-monospace, "DejaVu Sans Mono", monospace; }}
 .pictures {{ display: flex; flex-wrap: wrap; gap: .6rem; }} .pictures img {{ max-height: 12rem; max-width: 100%; }}
 .table {{ overflow-x: auto; }} table {{ border-collapse: separate; border-spacing: 1px; font-size: 13px; font-variant-numeric: tabular-nums; }}
 th {{ font-weight: normal; color: var(--quiet); text-align: right; padding-right: .5rem; white-space: nowrap; }} thead th {{ text-align: left; }}
@@ -371,15 +374,18 @@ def lens_page(lens: Any, path: str | Path | None = None, images: Sequence[Any] =
             f"The last layer is the model's own prediction, {final}; the last column is that token's probability at every layer.",
         )
         page.body.append(_lens_table(lens, index, final))
-    page.heading("The top token of every layer", "One row per layer, one token per position; colour: its probability, white 0 to blue 1.")
+    page.heading("The top token of every layer", "One row per layer, one column per position; colour: its probability, white 0 to blue 1.")
+    shown = [[as_text(tokens[0]) for tokens in layer] for layer in lens.top_tokens]
+    widths = [max(len(html.unescape(token)) for token in column) for column in zip(*shown)]
     for layer, label in reversed(list(enumerate(lens.layer_labels))):
         page.figure(
             "ColoredTokens",
             label=label,
-            tokens=[as_text(tokens[0]) for tokens in lens.top_tokens[layer]],
+            tokens=[token + "\u00a0" * (width - len(html.unescape(token))) for token, width in zip(shown[layer], widths)],
             values=lens.top_probs[layer, :, 0].tolist(),
             minValue=0,
             maxValue=1,
+            positiveColor=_SHADE,
         )
     if path is not None:
         page.write(path)
@@ -400,7 +406,6 @@ def _lens_table(lens: Any, index: int, final: str) -> str:
 
 
 def _lens_cell(text: str, p: float) -> str:
-    """A table cell coloured from white (0) to blue (1), with black or white text for contrast."""
-    shade = ",".join(f"{255 + p * (part - 255):.0f}" for part in (0, 114, 178))
-    ink = "#fff" if p > 0.93 else "#000"
-    return f'<td style="background:rgb({shade});color:{ink}">{text}<small>{p:.2g}</small></td>'
+    """A table cell coloured from white (0) to blue (1)."""
+    shade = to_hex(tuple(1 + p * (part - 1) for part in to_rgb(_SHADE)))
+    return f'<td style="background:{shade};color:#000">{text}<small>{p:.2g}</small></td>'

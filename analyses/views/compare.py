@@ -8,7 +8,7 @@ from typing import Any, cast
 import numpy as np
 from matplotlib.lines import Line2D
 
-from analyses.views.figure import COLOURS, Figure, colour_bar, label_ticks, rule
+from analyses.views.figure import COLOURS, GREY, Figure, colour_bar, label_ticks, rule
 
 _STYLES = {"image": "-", "words": "--", "neither": ":"}
 _MARKERS = {"image": "o", "words": "s", "neither": "^"}
@@ -21,7 +21,7 @@ _PANELS = {
     "recovery_last": "recovery, patched at the last position",
 }
 _KINDS = ("previous token", "duplicate token", "induction")
-_SYMBOLS = dict(zip(_KINDS, ("o", "D", "*")))
+_SYMBOLS = dict(zip(_KINDS, ("v", "D", "*")))  # none of _MARKERS
 
 
 def comparison_plot(comparison: Any, path: str | Path | None = None) -> Figure:
@@ -53,6 +53,8 @@ def comparison_plot(comparison: Any, path: str | Path | None = None) -> Figure:
         Line2D([], [], color="#444444", linestyle=cast(Any, _STYLES[c]), marker=_MARKERS[c], label=_NAMES[c], markersize=4) for c in shown
     ]
     figure.legend(handles=keys, loc="outside lower center", ncols=min(8, len(keys)), frameon=False, fontsize=8)
+    n = max(len(run.trajectories.items) for run in comparison.runs)
+    figure.titled(f"{len(models)} models on the same {n} questions: means, by relative depth. Recovery: 0 as corrupted, 1 as clean")
     return figure.saved(path)
 
 
@@ -74,7 +76,7 @@ def heads_plot(heads: Any, path: str | Path | None = None) -> Figure:
     """One panel per kind, one point per head: score on text against score among image tokens, coloured by relative depth; dashed:
     the scores of a head that attends evenly."""
     shown = [kind for kind in _KINDS if kind in heads.image] or list(_KINDS)
-    figure = Figure(figsize=(3.3 * len(shown) + 0.9, 3.3), layout="constrained")
+    figure = Figure(figsize=(3.3 * len(shown) + 0.9, 3.6), layout="constrained")
     points = None
     panels = figure.subplots(1, len(shown), squeeze=False)[0]
     for axes, kind in zip(panels, shown):
@@ -83,7 +85,7 @@ def heads_plot(heads: Any, path: str | Path | None = None) -> Figure:
         depth = ((np.arange(len(text)) + 0.5) / len(text))[:, None].repeat(text.shape[1], 1)
         points = axes.scatter(text.flatten(), image.flatten(), c=depth.flatten(), cmap="viridis", vmin=0, vmax=1, s=16)
         top = 1.08 * max(float(text.max()), float(image.nan_to_num().max()), heads.even_text[kind])
-        axes.plot((0, top), (0, top), color="#dddddd", linewidth=0.8, zorder=0)
+        axes.plot((0, top), (0, top), color=GREY, linewidth=0.8, linestyle=":", zorder=0)
         rule(axes, x=heads.even_text[kind], line="--")
         rule(axes, y=heads.even_image.get(kind, float("nan")), line="--")
         axes.set_xlim(-0.03 * top, top), axes.set_ylim(-0.03 * top, top)
@@ -92,6 +94,11 @@ def heads_plot(heads: Any, path: str | Path | None = None) -> Figure:
         axes.tick_params(labelsize=8)
     panels[0].set_ylabel("share of attention, image tokens", fontsize=8)
     colour_bar(figure, points, list(panels), "relative depth of the block", shrink=0.85)
+    keys = [("o", "", "a head"), ("", "--", "a head that attends evenly"), ("", ":", "the same on both")]
+    handles = [
+        Line2D([], [], color=GREY, marker=marker, linestyle=cast(Any, style), markersize=4, label=label) for marker, style, label in keys
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(keys), frameon=False, fontsize=8)
     figure.titled(f"Attention heads of {heads.model_name}, on text and among image tokens")
     return figure.saved(path)
 

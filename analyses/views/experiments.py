@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from analyses.views.figure import BLUE, ORANGE, Figure, bars, label_layers, rule
+from analyses.views.figure import BLUE, COLOURS, ORANGE, Figure, bars, label_layers, rule
 from analyses.views.text import line, visible
 
-_COLOURS = ("#d55e00", "#e69f00", "#009e73", "#56b4e9", "#0072b2")  # Okabe and Ito's, from early to late
 _MARKERS = "osD^v"
 _STYLES = ("-", "--", "-.", ":", "-")
 
@@ -27,8 +26,8 @@ def locality_plot(study: Any, path: str | Path | None = None) -> Figure:
     axes.set_ylabel("recovery of the logit difference")
     figures = study.summary()
     figure.titled(
-        f"{figures['pairs']} counterfactual pairs; the best early position lies on the changed object\n"
-        f"in {100 * figures['share']:.1f} % (chance {100 * figures['chance']:.1f} %)"
+        f"{figures['pairs']} counterfactual pairs; the best early position lies on the changed object in "
+        f"{100 * figures['share']:.1f} % (chance {100 * figures['chance']:.1f} %); bands: one standard error. {study.model_name}"
     )
     return figure.saved(path)
 
@@ -37,7 +36,7 @@ def lines_by_span(axes: Any, table: Any, group: str, value: str) -> None:
     """One line per group by layer, with a band of one standard error; the legend is to the right of the plot."""
     rule(axes, y=0)
     for place, (name, rows) in enumerate(table.groupby(group, sort=False)):
-        colour, marker, style = (choice[place % 5] for choice in (_COLOURS, _MARKERS, _STYLES))
+        colour, marker, style = (choice[place % 5] for choice in (COLOURS, _MARKERS, _STYLES))
         axes.plot(rows["layer"], rows[value], color=colour, marker=marker, linestyle=style, markersize=4, linewidth=1.3, label=name)
         low, high = (rows[value] + sign * rows["standard_error"] for sign in (-1, 1))
         axes.fill_between(rows["layer"], low, high, color=colour, alpha=0.15, linewidth=0)
@@ -73,8 +72,9 @@ def _draw_flips(figure: Figure, panels: Any, table: Any) -> None:
     panels[0].set_xlabel("layer of the flip (made by the block before it)")
     panels[0].set_ylabel("eligible flips")
     label_layers(panels[0].xaxis, range(1, depth + 1))
+    panels[0].yaxis.set_major_locator(MaxNLocator(integer=True))
     panels[0].legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
-    asked = ("is it undone at its layer, its components set to 0?", "is the output another, its components set to 0?")
+    asked = ("components set to 0: is the flip undone?", "components set to 0: does the output change?")
     for axes, column, where, title in zip(
         panels[1:], ("lens_difference", "final_difference"), ("at the flip's layer", "at the output"), asked
     ):
@@ -123,5 +123,5 @@ def pairs_plot(pairs: Any, path: str | Path | None = None) -> Figure:
     right.set_xlabel("candidates", fontsize=8)
     right.set_title("kept, and refused", fontsize=9)
     right.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.titled(pairs.model_name)
+    figure.titled(f"Counterfactual pairs, {pairs.model_name}")
     return figure.saved(path)

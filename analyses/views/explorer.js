@@ -1055,7 +1055,7 @@ function zoomToSelected(by) {
 function begin() {
   $("question").textContent = data.question || "Explorer";
   $("answer").textContent = data.answer ? `answer: ${data.answer}` : "";
-  $("model").textContent = `${data.model} · ${data.n} positions, ${data.blocks} layers`;
+  $("model").textContent = `${data.answer ? "· " : ""}model: ${data.model} · ${data.n} positions, ${data.blocks} layers`;
   $("layer").max = data.nLayers - 1;
   $("modes").replaceChildren(...modes().map((mode) => {
     const label = element("label", "", MODES[mode]);

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib import figure
+from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator
 from PIL import Image, ImageFilter
@@ -48,9 +49,11 @@ class Figure(figure.Figure):
         super().draw(renderer)
 
     def titled(self, text: str, fontsize: float = 9) -> None:
-        """Sets a title over the whole figure, wrapped to its width."""
+        """Sets a title over the whole figure, wrapped to its width; lines after the second make the figure higher."""
         width = int(self.get_figwidth() / (_DIGIT * fontsize))
-        self.suptitle("\n".join(part for given in text.split("\n") for part in wrap(line(given, None), width)), fontsize=fontsize)
+        lines = [part for given in text.split("\n") for part in wrap(line(given, None), width)]
+        self.set_figheight(self.get_figheight() + max(0, len(lines) - 2) * _LINE * fontsize)
+        self.suptitle("\n".join(lines), fontsize=fontsize)
 
     def saved(self, path: str | Path | None) -> Figure:
         """Writes the figure to a file (png, pdf, svg, …) if a path is given; returns the figure."""
@@ -99,11 +102,23 @@ def colour_bar(figure: Figure, drawn: Any, axes: Any, label: str, shrink: float 
     bar.ax.tick_params(labelsize=7)
 
 
-def write_cells(axes: Any, texts: Sequence[Sequence[str]], values: np.ndarray, middle: float, size: float) -> None:
-    """Writes a text in every cell, white if its value is below `middle` (dark colours), else black."""
-    for (row, col), value in np.ndenumerate(values):
-        shade = "white" if value < middle else "black"
-        axes.text(col, row, texts[row][col], ha="center", va="center", fontsize=size, color=shade)
+def write_cells(drawn: Any, texts: Sequence[Sequence[str]], size: float, lower: float = 0.0) -> None:
+    """Writes a text in every cell of a map [row col] drawn by `imshow`, `lower` cells below its middle."""
+    for (row, col), value in np.ndenumerate(drawn.get_array()):
+        ink = ink_on(drawn.to_rgba(value))
+        drawn.axes.text(col, row + lower, texts[row][col], ha="center", va="center", fontsize=size, color=ink)
+
+
+def ink_on(colour: Any) -> str:
+    """Black or white, whichever has the higher contrast with a background: at least 4.5."""
+    return "black" if luminance(colour) > 0.179 else "white"
+
+
+def luminance(colour: Any) -> float:
+    """The relative luminance of a colour (0 black, 1 white), as in WCAG 2.1."""
+    parts = np.array(to_rgb(colour))
+    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+    return float(linear @ (0.2126, 0.7152, 0.0722))
 
 
 def no_ticks(*panels: Any) -> None:

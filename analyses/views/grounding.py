@@ -36,8 +36,9 @@ def grounding_plot(
         refuse_other_picture(image, tuple(heat.shape))
     columns = 2 + (images is not None)
     aspects = [height / width for width, height in result.sizes]
-    side = 2.6
-    figure = Figure(figsize=(columns * side + 1.8, side * sum(aspects) + 0.5 * n + 0.9), layout="constrained")
+    side = min(4.5, max(2.6, 1.4 / min(aspects)))  # a colour bar's label is 1.4 inches long
+    title = f"Where is “{line(result.text, 40)}” in the image? Contextual lens, {result.model_name}" + (f"\n{note}" if note else "")
+    figure = Figure(figsize=(columns * side + 1.8, max(1.3, side * sum(aspects)) + 0.5 * n + 1.1), layout="constrained")
     grid = figure.subplots(n, columns, squeeze=False, height_ratios=aspects)
     for column, maps in ((-2, result.similarity), (-1, result.heat)):
         low, high = min(float(m.min()) for m in maps), max(float(m.max()) for m in maps)
@@ -65,7 +66,7 @@ def grounding_plot(
     known = [Patch(edgecolor="#222222", facecolor="none", linestyle="--", label="what the answer depends on")] if truth else []
     found = Patch(edgecolor=_FOUND, facecolor="none", linewidth=2, label="best box at the two layers")
     figure.legend(handles=[found, *known], loc="outside lower center", ncols=2, frameon=False, fontsize=8)
-    figure.titled(f"Where is “{line(result.text, 40)}”? {result.model_name}" + (f"\n{note}" if note else ""))
+    figure.titled(title)
     return figure.saved(path)
 
 
@@ -91,14 +92,14 @@ def sweep_plot(result: Any, path: str | Path | None = None) -> Figure:
     axes.add_patch(Rectangle((result.text_layer - 0.5, result.image_layer - 0.5), 1, 1, fill=False, linewidth=2))
     axes.set_xlabel("layer of the answer", fontsize=8)
     axes.set_ylabel("layer of the image tokens", fontsize=8)
-    axes.set_title(f"AUROC of the contextual score\n{result.n_items} items, {result.n_correct} correct", fontsize=9)
+    figure.titled(f"AUROC of the contextual score\n{result.n_items} items, {result.n_correct} correct. {result.model_name}")
     for axis in (axes.xaxis, axes.yaxis):
         label_ticks(axis, range(n), 0.25 * n)
     colour_bar(figure, colours, axes, "AUROC", shrink=0.85)
     return figure.saved(path)
 
 
-def methods_plot(table: Any, value: str, label: str, path: str | Path | None = None) -> Figure:
+def methods_plot(table: Any, value: str, label: str, path: str | Path | None = None, title: str = "") -> Figure:
     """One panel per category: each method's mean with its interval.
 
     Args:
@@ -113,6 +114,7 @@ def methods_plot(table: Any, value: str, label: str, path: str | Path | None = N
         axes.set_title(f"{category}, {int(rows['items'].max())} items", fontsize=8)
         axes.set_xlim(-0.03, 1.03)
     figure.supxlabel(label, fontsize=8)
+    figure.titled(title)
     return figure.saved(path)
 
 

@@ -98,9 +98,14 @@ def interval_plot(result: Any, path: str | Path | None = None) -> Figure:
     for axes in panels[-4:]:
         axes.set_xlabel("AUROC", fontsize=8)
     left_out = [c for c in counts if c not in shown]
-    note = f"\nnothing to tell apart in: {', '.join(left_out)}" if left_out else ""
-    level = f"{100 * result.level:.0f}%"
-    figure.titled(f"{result.data}, {result.model_name}; dots and {level} bootstrap intervals over {_RESAMPLED[result.cluster]}{note}")
+    note = f"\nOnly right or only hallucinated answers, so no AUROC: {', '.join(left_out)}." if left_out else ""
+    drawn = table[table["category"].isin(shown) & table["auroc"].notna()]
+    note = f"\nA dot without a line: too few answers of one kind for an interval.{note}" if drawn["auroc_low"].isna().any() else note
+    level = f"{100 * result.level:.0f} %"
+    figure.titled(
+        f"AUROC of scores, right against hallucinated answers of {result.model_name} to {result.data} (line: chance, 0.5), "
+        f"with {level} bootstrap intervals over {_RESAMPLED[result.cluster]}.{note}"
+    )
     return figure.saved(path)
 
 

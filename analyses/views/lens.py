@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from analyses.views.figure import (
     Figure,
     colour_bar,
     evenly_spaced,
+    ink_on,
     label_ticks,
     length,
     on_image,
@@ -53,7 +55,7 @@ def token_map(
     if written:
         fitting = int(9 * wide / (n * _CELL))  # columns of text that a cell has room for
         cells = [[visible(token, fitting) for token in row] for row in tokens]
-        write_cells(axes, cells, values, scale[0] + 0.55 * (scale[1] - scale[0]), 7)
+        write_cells(drawn, cells, 7)
     label_ticks(axes.xaxis, columns, wide, rotation=45 if written else 90)
     label_ticks(axes.yaxis, layers, tall)
     axes.set_xlabel(across, fontsize=8)
@@ -104,31 +106,31 @@ def image_overlay(lens: Any, image: Any, path: str | Path | None = None, every_t
     if not small and not every_token:
         return readings_on_image(lens, image, sorted({n // 2, n - 1}), path)
     layers = evenly_spaced(n, 4) if small else [n - 1]
-    side, across = max(3.6, 0.4 * cols), len(layers) + small
-    tall = side * image.height / image.width
-    if image.width > 2 * image.height:  # one below the other
-        figure = Figure(figsize=(side + 1.2, (tall + 0.3) * across + 0.6), layout="constrained")
-        panels = figure.subplots(across, 1, squeeze=False)[:, 0]
-    else:
-        figure = Figure(figsize=(side * across + 0.6, tall + 0.7), layout="constrained")
-        panels = figure.subplots(1, across, squeeze=False)[0]
+    side, n_panels = max(3.6, 0.4 * cols), len(layers) + small
+    wide, narrow = image.width > 2 * image.height, image.height > 2 * image.width
+    across = 1 if wide else n_panels if narrow else min(3, n_panels)  # more in a row are too small to read on a page
+    down, tall = ceil(n_panels / across), side * image.height / image.width
+    figure = Figure(figsize=(side * across + 1.2, (tall + 0.3) * down + 0.6), layout="constrained")
+    panels = figure.subplots(down, across, squeeze=False).flatten()
+    for axes in panels[n_panels:]:
+        axes.set_axis_off()
     if small:
         picture(panels[0], image, "image")
     for axes, layer in zip(panels[small:], layers):
         values = lens.top_probs[layer, :, 0].reshape(rows, cols)
         drawn = on_image(axes, values, image, "cividis", 0, 1)
-        _write_tokens(axes, [at[0] for at in lens.top_tokens[layer]], values, image, min(7.0, 12.5 * side / cols), rim=small)
+        _write_tokens(drawn, [at[0] for at in lens.top_tokens[layer]], image, min(7.0, 12.5 * side / cols), rim=small)
         axes.set_title(lens.layer_labels[layer], fontsize=9)
     figure.titled(f"What the image tokens read as, {lens.model_name}", 10)
     colour_bar(figure, drawn, list(panels), "probability of the top token", shrink=0.8)
     return figure.saved(path)
 
 
-def _write_tokens(axes: Any, tokens: Sequence[str], values: Any, image: Any, size: float, rim: bool) -> None:
+def _write_tokens(drawn: Any, tokens: Sequence[str], image: Any, size: float, rim: bool) -> None:
     """Writes the token into every cell. A rim is drawn as outlines; without it the text of a PDF is small and searchable."""
-    rows, cols = values.shape
+    rows, cols = drawn.get_array().shape
     for token, text in enumerate(tokens):
         row, col = divmod(token, cols)
         centre = ((col + 0.5) * image.width / cols, (row + 0.5) * image.height / rows)
-        style = {"color": "white", "path_effects": RIM} if rim else {"color": "white" if values[row, col] < 0.6 else "black"}
-        axes.text(*centre, visible(text, 8), ha="center", va="center", fontsize=size, in_layout=False, **style)
+        style = {"color": "white", "path_effects": RIM} if rim else {"color": ink_on(drawn.to_rgba(drawn.get_array()[row, col]))}
+        drawn.axes.text(*centre, visible(text, 8), ha="center", va="center", fontsize=size, in_layout=False, **style)

@@ -32,7 +32,7 @@ def layers_plot(table: pd.DataFrame, model_name: str, path: str | Path | None = 
         image = axes.imshow(grid, origin="lower", aspect="auto", cmap="cividis", vmin=0, vmax=top)
         if len(grid) <= 40:
             cells = [[f"{value:.0f}" for value in row] for row in grid.to_numpy()]
-            write_cells(axes, cells, grid.to_numpy(), 0.55 * top, 7)
+            write_cells(image, cells, 7)
         axes.set_xticks(range(grid.shape[1]), grid.columns, rotation=45, ha="right", fontsize=8)
         label_ticks(axes.yaxis, grid.index, height - 1.9, size=8)
         axes.set_title(f"{module} ({int(grid.to_numpy().sum())})", fontsize=9)
@@ -54,12 +54,9 @@ def accuracy_plot(table: pd.DataFrame, model_name: str, path: str | Path | None 
     axes = figure.subplots()
     low = max(0.0, np.floor(10 * accuracy.min()) / 10 - 0.1)
     image = axes.imshow(accuracy, aspect="auto", cmap="cividis", vmin=low, vmax=1)
-    for y, row in enumerate(rows):
-        for x, domain in enumerate(domains):
-            cell = values.loc[(*row, domain)]
-            shade = "white" if cell["accuracy"] < (low + 1) / 2 else "black"
-            axes.text(x, y - 0.12, f"{cell['accuracy']:.2f}", ha="center", va="center", fontsize=8, color=shade)
-            axes.text(x, y + 0.27, f"{cell['low']:.2f}–{cell['high']:.2f}", ha="center", va="center", fontsize=5.5, color=shade)
+    cells = [[values.loc[(*row, domain)] for domain in domains] for row in rows]
+    write_cells(image, [[f"{cell['accuracy']:.2f}" for cell in row] for row in cells], 8, lower=-0.12)
+    write_cells(image, [[f"{cell['low']:.2f}–{cell['high']:.2f}" for cell in row] for row in cells], 5.5, lower=0.27)
     labels = ["nothing off" if kind == "none" else f"{_module(module)}: {_OWN.get(kind, kind)}" for module, kind in rows]
     axes.set_yticks(range(len(rows)), labels, fontsize=8)
     items = [int(values.loc[("all", "none", domain), "items"]) for domain in domains]
@@ -131,7 +128,7 @@ def streams_plot(table: pd.DataFrame, model_name: str, path: str | Path | None =
         axes.set_xlabel("layer (0: embeddings, last: the output)", fontsize=9)
         axes.set_ylim(bottom=0)
         axes.tick_params(labelsize=8)
-    figure.titled(model_name)
+    figure.titled(f"Entropy of the logit lens, and what switching domain-specific neurons off changes in the residual stream; {model_name}")
     return figure.saved(path)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from analyses.views.figure import BLUE, GREY, Figure
+from analyses.views.figure import COLOURS, GREY, Figure
 
 
 def recovery_plot(result: Any, path: str | Path | None = None) -> Figure:
@@ -24,7 +24,7 @@ def recovery_plot(result: Any, path: str | Path | None = None) -> Figure:
             at = [place + (number - (len(methods) - 1) / 2) * width for place in range(len(strengths))]
             means = [own.loc[own["strength"] == strength, "recovered"].mean() for strength in strengths]
             chance = [own.loc[own["strength"] == strength, "random_high"].mean() for strength in strengths]
-            axes.bar(at, means, 0.9 * width, color=BLUE, alpha=1 - 0.5 * number / max(1, len(methods) - 1), label=method)
+            axes.bar(at, means, 0.9 * width, color=COLOURS[number], label=method)
             axes.hlines(chance, [x - width / 2 for x in at], [x + width / 2 for x in at], color=GREY, lw=2)
             for x, strength in zip(at, strengths):
                 values = own.loc[own["strength"] == strength, "recovered"]
@@ -36,5 +36,5 @@ def recovery_plot(result: Any, path: str | Path | None = None) -> Figure:
         axes.set_title(what, fontsize=9)
         axes.legend(fontsize=7, frameon=False, loc="upper left")
     panels[0].set_ylabel("share of the planted units found", fontsize=8)
-    figure.titled(f"Planted mechanisms: what the methods find. Grey: random choices, 97.5th percentile. {result.model_name}")
+    figure.titled(f"Planted mechanisms: what the methods find. Dots: seeds; grey: random choices, 97.5th percentile. {result.model_name}")
     return figure.saved(path)

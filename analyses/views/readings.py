@@ -3,7 +3,7 @@
 1. Neighbouring image tokens with the same top token form a region, which is outlined, and labelled once if the label fits.
 2. The most frequent top tokens each have a colour, the same in all panels, and are listed in the key. A higher probability gives
    a stronger colour.
-3. The part of the image with the most probable rare top tokens is drawn again, close up, with the top token in every cell.
+3. The part of the image with the most different top tokens is drawn again, close up, with the top token in every cell.
 """
 
 from __future__ import annotations
@@ -21,14 +21,24 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
 from scipy import ndimage
 
-from analyses.views.figure import COLOURS, GREY, Figure, grey_below, no_ticks, picture
+from analyses.views.figure import GREY, Figure, grey_below, no_ticks, picture
 from analyses.views.text import columns, visible
 
-_KEY = (*(c for c in COLOURS if c != "#000000"), "#8c510a", "#f0e442", "#762a83", "#1b7837")
+_KEY = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#f0e442",
+    "#762a83",
+    "#66a61e",
+)  # seven hues: a colour's strength has a meaning of its own
 _SIDE = 4.4  # inches of a panel
 _CLOSE = 10  # width in image tokens of the part that is drawn close up
 _SIZES = (8.0, 5.0)  # largest and smallest font size of a label, in points
+_DIGIT = 0.64  # width of a digit, per point of font size
 _SHORTEST = 14.0  # width in points that a row of cells needs for a label
+_MARGIN = 2.5  # points that a label and its rim leave free of its row of cells, both sides together
 RIM = [withStroke(linewidth=1.6, foreground="black")]
 
 
@@ -49,7 +59,7 @@ def readings_on_image(lens: Any, image: Any, layers: Sequence[int], path: str | 
     figure = Figure(figsize=(_SIDE * n, _SIDE * sum(aspects) + 1.5), layout="constrained")
     panels = figure.subplots(2, n, squeeze=False, height_ratios=aspects)
     picture(panels[0, 0], image, "image")
-    picture(panels[1, 0], image, "the part with the surest rare readings")
+    picture(panels[1, 0], image, "the part with the most different tokens")
     panels[0, 0].add_patch(Rectangle(*_corner_and_size(window, lens.grid, image), fill=False, edgecolor=_KEY[1], linewidth=2))
     for whole, close, layer in zip(panels[0, 1:], panels[1, 1:], layers):
         for axes in (whole, close):
@@ -90,7 +100,7 @@ def _name_regions(axes: Any, tokens: np.ndarray, image: Any, cell: float, colour
         text = visible(token, 14)
         for region in range(1, n + 1):
             row, start, length = _longest_row(regions == region)
-            size = min(_SIZES[0], cell * 0.9, (length * cell - 1) / max(columns(text) * 0.62, 1))
+            size = min(_SIZES[0], cell * 0.9, (length * cell - _MARGIN) / (_DIGIT * columns(text)))
             if size < _SIZES[1] or length * cell < _SHORTEST:
                 continue
             told += int((regions == region).sum()) if token not in colours else 0
@@ -129,16 +139,15 @@ def _name_cells(axes: Any, tokens: np.ndarray, image: Any, window: tuple[int, in
 
 
 def _interesting(tokens: np.ndarray, sure: np.ndarray) -> tuple[int, int, int, int]:
-    """(row0, row1, col0, col1) of the window with the largest sum of probability × rarity of the top token in the image."""
+    """(row0, row1, col0, col1) of the window with the most different top tokens, each counted once, at its largest probability there."""
     rows, cols = tokens.shape
-    counts = Counter(tokens.flat)
-    weight = sure * np.array([[1 - counts[token] / tokens.size for token in row] for row in tokens])
     width = min(cols, _CLOSE)
     height = min(rows, max(3, ceil(width * 0.8)))
-    sums = np.zeros((rows + 1, cols + 1))
-    sums[1:, 1:] = weight.cumsum(0).cumsum(1)
-    totals = sums[height:, width:] - sums[:-height, width:] - sums[height:, :-width] + sums[:-height, :-width]
-    row, col = np.unravel_index(totals.argmax(), totals.shape)
+    totals = sum(
+        np.lib.stride_tricks.sliding_window_view(np.where(_where(tokens, token), sure, 0.0), (height, width)).max((2, 3))
+        for token in dict.fromkeys(tokens.flat)
+    )
+    row, col = np.unravel_index(np.argmax(totals), (rows - height + 1, cols - width + 1))
     return int(row), int(row) + height, int(col), int(col) + width
 
 
@@ -148,6 +157,16 @@ def _corner_and_size(window: tuple[int, int, int, int], grid: tuple[int, int], i
 
 
 def _key(figure: Figure, most: list[tuple[str, int]], colours: dict[str, str], n: int, inches: float) -> None:
-    handles = [Patch(facecolor=colours[token], label=f"{visible(token, 14)} {count / n:.0%}") for token, count in most]
+    handles = [Patch(facecolor=colours[token], label=f"“{visible(token, 14)}” {_percent(count / n)}") for token, count in most]
     handles.append(Patch(facecolor=GREY, alpha=0.4, label="other tokens"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=max(1, int(inches / 1.45)), frameon=False, fontsize=8)
+    style = {
+        "title": "top token, and its share of the image tokens in all layers shown",
+        "title_fontsize": 8,
+        "frameon": False,
+        "fontsize": 8,
+    }
+    figure.legend(handles=handles, loc="outside lower center", ncols=max(1, int(inches / 1.6)), **style)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.005 else "< 1 %"

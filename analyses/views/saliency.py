@@ -34,6 +34,7 @@ UNITS = {
     "occlusion": "log p lost, pixels blank (nats)",
     "integrated gradients": "share of log p (nats)",
 }
+_NOTHING = 0.01  # of the largest value of all maps: maps below it are not stretched to the whole scale
 _MOST = 8  # answer tokens in a figure, at most; the page has all
 _SIDE = 1024  # pixels of an image's longer side in a page, at most
 
@@ -42,7 +43,7 @@ def saliency_plot(result: Any, path: str | Path | None = None, images: Sequence[
     """One row per image: the picture if given, the map of the whole answer, and maps of its tokens (at most 8, evenly chosen).
 
     Every panel has its own scale, up to the largest absolute value, which its title gives; maps with negative values are centred
-    on 0.
+    on 0. A map whose largest value is below 1 % of the largest of all maps is drawn at that 1 %: rounding is no effect.
 
     Raises:
         ValueError: another number of images, or an image with other proportions than its grid.
@@ -50,26 +51,28 @@ def saliency_plot(result: Any, path: str | Path | None = None, images: Sequence[
     if images is not None:
         _check(result, images)
     chosen = evenly_spaced(len(result.tokens), _MOST) if len(result.tokens) > 1 else []
-    columns, side = 1 + (images is not None) + len(chosen), 2.0
-    aspects = [height / width for width, height in result.sizes]
+    columns, aspects = 1 + (images is not None) + len(chosen), [height / width for width, height in result.sizes]
+    side = min(5.0, max(2.0, 1.3 / min(aspects)))  # so high that the colour bar has room for its label
     figure = Figure(figsize=(max(5.0, side * columns + 1.0), side * sum(aspects) + 0.5 * len(aspects) + 0.4), layout="constrained")
     grid = figure.subplots(len(aspects), columns, squeeze=False, height_ratios=aspects)
     titles = ["whole answer", *(visible(result.tokens[number], 14) for number in chosen)]
     all_maps = [result.maps(), *(result.maps(result.values[number]) for number in chosen)]
+    least = _NOTHING * max(largest(values) for maps in all_maps for values in maps)
     for place, panels in enumerate(grid):
         if images is not None:
             picture(panels[0], images[place], f"image {place}" if len(images) > 1 else "image", 8)
         for number, (axes, title, maps) in enumerate(zip(panels[columns - len(titles) :], titles, all_maps)):
             values = maps[place].numpy()
-            most = largest(values)
+            most = max(largest(values), least)
             low, colours = (-most, "RdBu_r") if (values < 0).any() else (0.0, "cividis")
+            scale = f"{'±' if low else '0 to '}{most:.2g}" if most > least else f"no more than {most:.2g}"
             if images is not None:
                 drawn = on_image(axes, values, images[place], colours, low, most)
             else:
                 width, height = result.sizes[place]
                 drawn = axes.imshow(values, cmap=colours, vmin=low, vmax=most, extent=(0, width, height, 0), interpolation="nearest")
                 no_ticks(axes)
-            axes.set_title(f"{title}\n{'±' if low else '0 to '}{most:.2g}", fontsize=8)
+            axes.set_title(f"{title}\n{scale}", fontsize=8)
             if number == 0:
                 colour_bar(figure, drawn, axes, str(UNITS.get(result.method, result.method)), shrink=0.7)
     said = line("".join(result.tokens), 40)
@@ -90,10 +93,11 @@ def curves_plot(curves: Sequence[Any], path: str | Path | None = None) -> Figure
         panels[number].legend(fontsize=7, frameon=False)
     panels[0].set_ylabel("probability of the answer", fontsize=8)
     panels[0].set_ylim(-0.02, 1.02)
+    figure.titled(f"Does the answer of {curves[0].model_name} depend on the image tokens that the map ranks first?")
     return figure.saved(path)
 
 
-def areas_plot(table: Any, figures: dict[str, str], path: str | Path | None = None) -> Figure:
+def areas_plot(table: Any, figures: dict[str, str], model_name: str, path: str | Path | None = None) -> Figure:
     """One panel per figure: each method's mean with its interval.
 
     Args:
@@ -105,6 +109,7 @@ def areas_plot(table: Any, figures: dict[str, str], path: str | Path | None = No
         colours = [GREY if method == "random" else BLUE for method in methods]
         intervals(axes, methods, table[name], table[f"{name}_low"], table[f"{name}_high"], colours)
         axes.set_title(title, fontsize=8)
+    figure.titled(f"Saliency methods, means with 95 % intervals; grey: control. {model_name}")
     return figure.saved(path)
 
 
@@ -116,6 +121,7 @@ def saliency_page(result: Any, images: Sequence[Any], path: str | Path) -> None:
     """
     _check(result, images)
     data = {
+        "nothing": _NOTHING,
         "tokens": [readable(token) for token in result.tokens],
         "logProbs": [round(float(value), 4) for value in result.log_probs],
         "grids": result.grids,

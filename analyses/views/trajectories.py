@@ -11,8 +11,10 @@ from analyses.views.experiments import lines_by_span
 from analyses.views.figure import BLUE, GREY, ORANGE, Figure
 from analyses.views.text import line, visible
 
-_OUTCOMES = {"straight": "#0072b2", "wavered": "#56b4e9", "held then lost": "#d55e00", "settled early": "#999999",
-            "settled late": "#cccccc"}  # fmt: skip
+_OUTCOMES = {"straight": "#0072b2", "wavered": "#009e73", "held then lost": "#d55e00", "settled early": "#999999",
+            "settled late": "#e69f00"}  # fmt: skip
+_RIGHT = ("straight", "wavered")  # of the outcomes
+_QUIET = "#666666"
 
 
 def trajectory_plot(item: Any, path: str | Path | None = None) -> Figure:
@@ -31,16 +33,20 @@ def trajectory_plot(item: Any, path: str | Path | None = None) -> Figure:
     axes.plot(layers, item.rival_prob, color=ORANGE, marker="s", markersize=3, label=f"rival: {visible(item.rival)}")
     if item.token_log_probs is not None and item.token_log_probs.shape[-1] > 1:
         axes.plot(layers, item.answer_log_prob.exp(), color=BLUE, linewidth=1, linestyle="--", label=f"all of {visible(item.answer, 30)}")
-    drawn = axes.get_lines()
+    drawn, named = axes.get_lines(), set()
     for layer in item.flips:
-        axes.axvline(layer, color="#444444", linewidth=0.8, linestyle=":" if layer in item.content_flips else (0, (1, 4)))
+        kind = "flip" if layer in item.content_flips else "flip of case or spaces"
+        style = ":" if kind == "flip" else (0, (1, 4))
+        line_at = axes.axvline(layer, color="#444444", linewidth=0.8, linestyle=style, label=kind)
+        drawn += [] if kind in named else [line_at]
+        named.add(kind)
     axes.set_ylim(-0.02, 1.02)
     axes.set_xlim(-0.6, item.n_layers + 0.6)
     axes.set_xlabel("layer (0: embedding, last: the model's output)")
     axes.set_ylabel("probability")
     right = axes.twinx()
-    right.plot(layers, item.entropy, color="#777777", linewidth=1, linestyle="--", label="entropy")
-    right.set_ylabel("entropy (nats)", color="#777777")
+    right.plot(layers, item.entropy, color=_QUIET, linewidth=1, linestyle="--", label="entropy (right)")
+    right.set_ylabel("entropy (nats)", color=_QUIET)
     right.set_ylim(bottom=0)
     lines = [*drawn, right.get_lines()[0]]
     figure.legend(
@@ -52,7 +58,8 @@ def trajectory_plot(item: Any, path: str | Path | None = None) -> Figure:
         ncols=2 if item.label != item.answer or len(lines) > 3 else 3,
     )
     note = "\n(the model's own top token is another)" if item.differs_from_model else ""
-    figure.titled(f"{line(item.question) or visible(item.answer)}: {item.outcome}{note}")
+    outcome = f"answered {'rightly' if item.outcome in _RIGHT else 'wrongly'} ({item.outcome})"
+    figure.titled(f"“{line(item.question) or visible(item.answer)}”: {outcome}. {item.model_name}{note}")
     return figure.saved(path)
 
 
@@ -68,7 +75,7 @@ def _draw_tops(axes: Any, item: Any, tokens: list[int]) -> None:
     axes.set_ylim(len(tokens) - 0.4, -0.6)
     axes.tick_params(axis="x", labelbottom=False, length=0)
     axes.tick_params(axis="y", length=0)
-    axes.set_title("token on top", fontsize=8, loc="left", pad=3)
+    axes.set_title("top token", fontsize=8, loc="left", pad=3)
     for side in ("top", "right", "bottom", "left"):
         axes.spines[side].set_visible(False)
 
@@ -101,9 +108,9 @@ def trajectories_plot(table: Any, shares: Any, path: str | Path | None = None) -
                 right.plot(values.median(), height, "o", color=colour, markersize=5, label=label)
     right.tick_params(axis="y", length=0)
     right.set_xlim(-0.03, 1.03)
-    right.set_xlabel("depth as a fraction of the layers (dot: median)")
+    right.set_xlabel("depth, 0 to 1 (dot: median; stroke: an answer)")
     right.legend(frameon=False, fontsize=7, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    figure.titled(f"How the answers of {len(table)} questions come about, layer by layer: outcomes, and depths")
+    figure.titled(f"{len(table)} questions: how their answers come about (straight and wavered: right; others: wrong), and at which depths")
     return figure.saved(path)
 
 
@@ -114,5 +121,7 @@ def knockout_plot(result: Any, path: str | Path | None = None) -> Figure:
     lines_by_span(axes, result.to_dataframe(), "flow", "effect_percent")
     axes.set_xlabel(f"centre of the window of {result.window} layers")
     axes.set_ylabel("change of the answer's\nprobability (%)")
-    axes.set_title(f"Attention knockout, {result.effects.shape[-1]} items", fontsize=9)
+    n = result.effects.shape[-1]
+    said = "one prompt" if n == 1 else f"mean of {n} items; bands: one standard error"
+    figure.titled(f"Attention knockout, {said}. {result.model_name}")
     return figure.saved(path)

@@ -58,6 +58,10 @@ def contact_sheet(items: Sequence[Item], path: str | Path, columns: int = 3) -> 
         axis.set_xlabel(" · ".join(notes), fontsize=8, color="#555555")
     for axis in axes[len(items) :]:
         axis.set_axis_off()
+    figure.suptitle(
+        "Question and answer. Solid frame: the first object that the answer depends on; dashed: the others. else: the answer of the counterfactual",
+        fontsize=9, wrap=True,
+    )  # fmt: skip
     path = Path(path)
     with whole_file(path) as file:
         figure.savefig(file)
