@@ -642,7 +642,7 @@ def test_the_caveat_of_ground_says_what_was_measured():
             assert record[name].get(method, []) == pytest.approx(reported, abs=6e-4), (method, name, AGAIN)
     said = caveat(shipped)
     mean, low, high = (100 * value for value in record["pointing"]["contextual lens"])
-    assert f"over {record['items']} items" in said.lower() and f"depends on in {mean:.0f} % [{low:.0f}, {high:.0f}]" in said
+    assert f"over {record['items']} items" in said.lower() and f"depends on in {mean:.0f} % [{low:.0f}–{high:.0f}]" in said
     shipped.W_E.data[5, 3] += 1e-3
     assert caveat(shipped) == ""  # figures of other weights are not said
 

@@ -447,14 +447,16 @@ def test_texts_have_contrast(figures, key):
     renderer, offscreen = figure._get_renderer(), set(map(id, _offscreen(figure)))
     texts = [t for t in figure.findobj(Text) if t.get_visible() and t.get_text().strip() and id(t) not in offscreen]
     boxes = [t.get_window_extent(renderer).extents.round().astype(int) for t in texts]
-    figure.set_layout_engine("none")
+    alphas, own = [text.get_alpha() for text in texts], figure.canvas
     for text in texts:
-        text.set_visible(False)
+        text.set_alpha(0)  # an invisible text would move others
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     behind = np.asarray(canvas.buffer_rgba())[::-1, :, :3] / 255
+    figure.set_canvas(own)
+    for text, alpha in zip(texts, alphas):
+        text.set_alpha(alpha)
     for text, (x0, y0, x1, y1) in zip(texts, boxes):
-        text.set_visible(True)
         part = behind[max(0, y0) : max(0, y1), max(0, x0) : max(0, x1)]
         rim = [effect._gc["foreground"] for effect in text.get_path_effects()]
         ground = rim[0] if rim else np.median(part.reshape(-1, 3), axis=0) if part.size else "white"
