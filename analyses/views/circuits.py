@@ -407,5 +407,6 @@ def _lens_table(lens: Any, index: int, final: str) -> str:
 
 def _lens_cell(text: str, p: float) -> str:
     """A table cell coloured from white (0) to blue (1)."""
-    shade = to_hex(tuple(1 + p * (part - 1) for part in to_rgb(_SHADE)))
+    red, green, blue = (1 + p * (part - 1) for part in to_rgb(_SHADE))
+    shade = to_hex((red, green, blue))
     return f'<td style="background:{shade};color:#000">{text}<small>{p:.2g}</small></td>'
