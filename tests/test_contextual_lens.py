@@ -17,10 +17,11 @@ from sklearn.metrics import roc_auc_score
 from tiny import byte_symbols
 
 from analyses.answer_scores import SCORES, Evidence, all_scores, blank_image, with_images
+from analyses.common.models import describe_model
 from analyses.common.rectangles import best_rectangle, heaviest_rectangle, integral_image
 from analyses.contextual_lens import contextual_score, default_layers, ground, sweep_layers, word_spans, yes_no_score
 from analyses.experiments import grounding as grounding_command
-from analyses.experiments.grounding import METHODS, OWN_BOX, box_iou, caveat, centre_heat, figures, fingerprint, run_experiment
+from analyses.experiments.grounding import METHODS, OWN_BOX, box_iou, caveat, centre_heat, figures, run_experiment
 from hooked_qwen2vl import HookedQwen2VL
 from hooked_qwen2vl.cli import main
 from hooked_qwen2vl.scenes import CHECKPOINT, sample
@@ -633,7 +634,7 @@ def test_the_caveat_of_ground_says_what_was_measured():
     shipped = HookedQwen2VL.from_pretrained("scenes")
     record = json.loads((CHECKPOINT / "grounding.json").read_text(encoding="utf-8"))
     report = (Path(__file__).parents[1] / "docs" / "grounding_results.md").read_text(encoding="utf-8")
-    assert record["weights"] == fingerprint(shipped), AGAIN
+    assert record["weights"] == describe_model(shipped)["weights"], AGAIN
     assert f"weights {record['weights']}" in report and f" {record['items']} items;" in report, AGAIN
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in report.splitlines() if line.startswith("| all |")]
     for _, _, method, *cells in rows:
@@ -655,7 +656,7 @@ def test_the_record_is_what_the_experiment_found(model, tmp_path):
     file.write_text(grounding_command.as_json(result, model), encoding="utf-8")
     written = json.loads(file.read_text(encoding="utf-8"))
     table = result.to_dataframe().query("category == 'all'").set_index("method")
-    assert written["items"] == table["items"].max() and written["weights"] == fingerprint(model)
+    assert written["items"] == table["items"].max() and written["weights"] == describe_model(model)["weights"]
     for method, recorded in written["pointing"].items():
         assert recorded == pytest.approx(table.loc[method, ["pointing", "pointing_low", "pointing_high"]].tolist(), abs=1e-4)
     assert OWN_BOX in written["iou"] and OWN_BOX not in written["pointing"]  # its box has no hottest token

@@ -24,7 +24,6 @@ command `ground` says them of the model that has these weights.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -41,6 +40,7 @@ from tqdm.auto import tqdm
 from transformer_lens.tools.analysis import logit_readout
 
 from analyses.common.attention import attention_patterns
+from analyses.common.models import describe_model
 from analyses.common.rectangles import Cells, heaviest_rectangle
 from analyses.common.result import Result
 from analyses.common.statistics import mean_interval, share_interval
@@ -245,7 +245,7 @@ def main(arguments: list[str] | None = None) -> None:
     write_csv(result.table, options.out / "items.csv")
     for name in FIGURES:
         result.plot(options.out / f"{name}.png", name)
-    report = as_markdown(result, f"the first {options.n} items of the {options.split} split, weights {fingerprint(model)}")
+    report = as_markdown(result, f"the first {options.n} items of the {options.split} split, weights {describe_model(model)['weights']}")
     for path, text in ((options.report, report), (options.record, as_json(result, model))):
         if path is not None:
             with whole_file(path) as file:
@@ -285,7 +285,7 @@ def as_json(result: GroundingExperiment, model: Model) -> str:
     """The weights' hash, the number of items, and figure -> method -> [mean, low, high] over all categories (see `caveat`)."""
     summary = result.to_dataframe().query("category == 'all'").set_index("method")
     found = {name: summary[[name, f"{name}_low", f"{name}_high"]].dropna().round(4).T.to_dict("list") for name in FIGURES}
-    return json.dumps({"weights": fingerprint(model), "items": int(summary["items"].max()), **found}, indent=1) + "\n"
+    return json.dumps({"weights": describe_model(model)["weights"], "items": int(summary["items"].max()), **found}, indent=1) + "\n"
 
 
 def caveat(model: Model, record: Path = CHECKPOINT / "grounding.json") -> str:
@@ -297,7 +297,7 @@ def caveat(model: Model, record: Path = CHECKPOINT / "grounding.json") -> str:
         "" if there is no record, or it is of other weights.
     """
     measured = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-    if not measured or measured["weights"] != fingerprint(model):
+    if not measured or measured["weights"] != describe_model(model)["weights"]:
         return ""
 
     def share(method: str) -> str:
@@ -311,14 +311,6 @@ def caveat(model: Model, record: Path = CHECKPOINT / "grounding.json") -> str:
         f"in {share('contextual lens')}, attention from the last position in {share('attention')}, the lens with another picture in "
         f"{share('(shuffled image)')}; the lens's own box overlapped it by {measured['iou'][OWN_BOX][0]:.2f} (IoU). [95 % intervals]"
     )
-
-
-def fingerprint(model: Model) -> str:
-    """The first 12 digits of a hash of all weights, which identify the checkpoint."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(model.state_dict().items()):
-        digest.update(name.encode() + weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:12]
 
 
 if __name__ == "__main__":

@@ -32,13 +32,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from analyses.answer_scores import SCORES
+from analyses.common.models import describe_model
 from analyses.common.result import Result
 from analyses.common.statistics import detection
 from analyses.data.benchmarks import EXACT, Question
 from analyses.data.examples import Example
 from analyses.domain_neurons import count_firings, disable_neurons
 from analyses.experiments.ablation import Ablation, answer_log_probs, every_part
-from analyses.experiments.grounding import fingerprint
 from analyses.experiments.hallucination import detect_hallucinations
 from analyses.experiments.neurons import ablation_effects
 from hooked_qwen2vl.files import whole_file
@@ -95,7 +95,7 @@ def run(
     Args:
         n: questions of each kind, of the test split; selections use as many of the training split.
     """
-    weights = fingerprint(model)
+    weights = describe_model(model)["weights"]
     found: list[dict] = []
     behavior: list[dict] = []
     scores: list[dict] = []

@@ -154,6 +154,7 @@ def main() -> None:
         off = float((values[0, 0] - blind).abs() / truths.std())
         print(f"   a cell before the image, where patching changes nothing: {off:.1e} from a corrupted run without its image")
 
+    entering = [_embedded(hf, fresh, clean), *states[:-1]]  # what enters each block
     start = time.process_time()
     values = torch.zeros(len(chosen), len(some))
     for row, layer in enumerate(chosen):
@@ -161,7 +162,7 @@ def main() -> None:
             fresh()
             with traced.trace(**corrupted, use_cache=False):
                 stream = layers[layer].input.clone()
-                stream[:, at] = (states[layer - 1] if layer else _embedded(hf, fresh, clean))[:, at]
+                stream[:, at] = entering[layer][:, at]
                 layers[layer].input = stream
                 logits = traced.lm_head.output[0, -1].save()
             values[row, column] = logits[right] - logits[wrong]
