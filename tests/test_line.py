@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from conftest import picture
 from test_geometries import PUBLISHED
+from test_weights import old_layout
 from tiny import real_rows, reference_logits, spread, tiny_hf, tiny_processor, tiny_processor3
 
 from analyses.cli import main
@@ -284,6 +286,24 @@ def test_what_is_not_computed_is_refused(family, part, change, message):
     config = {**PUBLISHED[family], part: {**PUBLISHED[family][part], **change}}
     with pytest.raises(ValueError, match=message):
         convert_config(config, family)
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_folder_as_published_equals_the_reference(family, tie, tmp_path):
+    """Qwen2.5-VL: a flat configuration, names without `language_model`, shards; Qwen3-VL: `rope_scaling` in its text configuration."""
+    hf = tiny_hf(family=family, tie=tie)
+    old_layout(tmp_path, hf, 2) if family == "qwen2_5_vl" else hf.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    if family == "qwen3_vl":
+        rope = config["text_config"].pop("rope_parameters")
+        config["text_config"] |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope, "dtype": "bfloat16"}
+        config.pop("dtype")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = HookedQwen2VL.from_pretrained(tmp_path, dtype=torch.float32)
+    model.processor = processor_of(family)
+    for name, inputs in prompts(model).items():
+        assert logits_error(model, hf, inputs) < TOLERANCE, name
 
 
 @pytest.mark.parametrize("family", FAMILIES)
