@@ -7,7 +7,8 @@
 
 Needs no CUDA build of torch. Whatever CUDA or MPS would refuse is an error here: tensors, indices or generators of two
 devices (`MixedDevices`), `.numpy()` on the device, and, if asked for, float64 (`NoFloat64`, as on MPS). The numbers are the
-CPU's own, so results can be compared with a run without it. Not covered: backward passes, kernels, several GPUs.
+CPU's own, so results can be compared with a run without it. Not covered: backward passes, kernels, several GPUs. Older releases of
+torch ask for a driver: `needs_torch` marks the tests.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._device import _device_constructors
@@ -129,6 +131,11 @@ class Pretence(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return _run(func, args, kwargs or {})
+
+
+needs_torch = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13), reason="before torch 2.13 a device cannot be pretended without a driver"
+)
 
 
 @contextmanager

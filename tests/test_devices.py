@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import picture
 from PIL import Image
-from pretend_device import MixedDevices, NoFloat64, OnDevice, Pretence, on_device, pretended
+from pretend_device import MixedDevices, NoFloat64, OnDevice, Pretence, needs_torch, on_device, pretended
 from tiny import tiny_hf, tiny_processor, tiny_processor3
 from torch import Tensor
 from torch.utils._device import _device_constructors
@@ -64,6 +64,8 @@ from hooked_qwen2vl import HookedCache, HookedQwen2VL, Inputs, cache_image
 from hooked_qwen2vl.image_embeddings import ImageEmbeddingsCache
 from hooked_qwen2vl.scenes import load_split
 from hooked_qwen2vl.selfcheck import self_check
+
+pytestmark = needs_torch
 
 # (dtype, whether the device has float64): a GPU in the published precision, and a Mac.
 MODES = {"cuda bfloat16": (torch.bfloat16, True), "mps float32": (torch.float32, False)}

@@ -10,12 +10,13 @@ import matplotlib
 import matplotlib.pyplot as plt
 import pytest
 import torch
-from pretend_device import on_device, pretended
+from pretend_device import needs_torch, on_device, pretended
 from test_notebooks import SOURCES
 
 from analyses.saliency import METHODS
 from hooked_qwen2vl import HookedQwen2VL
 
+pytestmark = needs_torch
 HALF = [source for source in SOURCES if source.stem[:2] in ("01", "07")]  # quick ones; 02 asserts a sum that only float32 makes exact
 
 FEWER = {"4": "2", "16": "4", "40": "10", "120": "20", "300": "60"}  # items, pairs, questions: every operation is slower there
