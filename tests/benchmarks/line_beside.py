@@ -168,20 +168,21 @@ def main() -> None:
             values[row, column] = logits[right] - logits[wrong]
     print(f"sweep, nnsight, {values.numel()} cells: {time.process_time() - start:.1f} s, {away(values, truths)} away")
 
-    # ---- generation with a cache
-    def generated() -> torch.Tensor:
+    # ---- generation
+    def greedy(batch: dict[str, Any]) -> list[int]:
         fresh()
-        return bridge.generate(
-            clean["input_ids"], max_new_tokens=4, do_sample=False, stop_at_eos=False, return_type="tokens", verbose=False,
-            **{key: value for key, value in image.items() if key != "mm_token_type_ids"},
-        )  # fmt: skip
+        return hf.generate(**batch, max_new_tokens=4, do_sample=False, eos_token_id=None)[0, -4:].tolist()
 
-    fresh()
-    wanted = hf.generate(**clean, max_new_tokens=4, do_sample=False, eos_token_id=None)[0, -4:].tolist()
+    def generated(with_cache: bool) -> list[int]:
+        fresh()
+        settings = {"max_new_tokens": 4, "do_sample": False, "stop_at_eos": False, "return_type": "tokens", "verbose": False}
+        return bridge.generate(clean["input_ids"], use_past_kv_cache=with_cache, **settings, **image)[0, -4:].tolist()
+
     mine = model.generate(prompts[0], max_new_tokens=4, do_sample=False, stop_at_eos=False, return_type="tokens", verbose=False)
-    theirs = tried(generated)
-    print(f"\ngreedy tokens: transformers {wanted}, here {mine[0, -4:].tolist()}, "
-          f"bridge {theirs if isinstance(theirs, str) else theirs[0, -4:].tolist()}")  # fmt: skip
+    print(f"\ngreedy tokens: transformers {greedy(clean)}, without the image {greedy({k: v for k, v in clean.items() if k not in keys})}")
+    print(
+        f"   here {mine[0, -4:].tolist()}; bridge: with a cache {tried(lambda: generated(True))}, without {tried(lambda: generated(False))}"
+    )
 
 
 def _embedded(hf: Any, fresh: Callable[[], None], batch: dict[str, Any]) -> torch.Tensor:
