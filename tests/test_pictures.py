@@ -686,7 +686,8 @@ def test_a_name_stays_within_its_region(rows, cols):
     figure.draw_without_rendering()
     whole = figure.axes[2]
     for text in whole.texts:
-        box = text.get_window_extent(figure._get_renderer()).transformed(whole.transData.inverted())
+        rim = text.get_path_effects()[0]._gc["linewidth"] / 2 * figure.dpi / 72
+        box = text.get_window_extent(figure._get_renderer()).padded(rim).transformed(whole.transData.inverted())
         (row, col), token = (int(place // 28) for place in text.get_position()[::-1]), text.get_text()
         own = [c for c in range(cols) if all(grid[row, k] == token for k in range(min(c, col), max(c, col) + 1))]
         assert 28 * own[0] <= box.x0 and box.x1 <= 28 * (own[-1] + 1), token
