@@ -682,13 +682,16 @@ def test_the_part_close_up_has_the_most_different_tokens():
 @pytest.mark.parametrize(("rows", "cols"), [(18, 24), (40, 36)])
 def test_a_name_stays_within_its_region(rows, cols):
     grid, made = photograph_lens(rows, cols)
+    grid[5, -2:], grid[7, -3:], grid[9, :2] = " orange", "<|im_end|>", "wwmwwm"
+    tokens = tuple(tuple((t, *rest[1:]) for t, rest in zip(grid.flat, layer)) for layer in made.top_tokens)
+    made = replace(made, top_tokens=tokens)
     figure = made.plot_image(Image.new("RGB", (28 * cols, 28 * rows)))
     figure.draw_without_rendering()
     whole = figure.axes[2]
     for text in whole.texts:
         rim = text.get_path_effects()[0]._gc["linewidth"] / 2 * figure.dpi / 72
         box = text.get_window_extent(figure._get_renderer()).padded(rim).transformed(whole.transData.inverted())
-        (row, col), token = (int(place // 28) for place in text.get_position()[::-1]), text.get_text()
+        (row, col), token = (int(place // 28) for place in text.get_position()[::-1]), text.get_text().replace("␣", " ")
         own = [c for c in range(cols) if all(grid[row, k] == token for k in range(min(c, col), max(c, col) + 1))]
         assert 28 * own[0] <= box.x0 and box.x1 <= 28 * (own[-1] + 1), token
 

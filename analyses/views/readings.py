@@ -64,8 +64,7 @@ def readings_on_image(lens: Any, image: Any, layers: Sequence[int], path: str | 
     for whole, close, layer in zip(panels[0, 1:], panels[1, 1:], layers):
         for axes in (whole, close):
             _paint(axes, shown[layer], sure[layer], colours, image)
-        named = _name_regions(whole, shown[layer], image, _SIDE * 72 / cols, colours)
-        whole.set_title(f"{lens.layer_labels[layer]}: {named} of {rows * cols} tokens named or in the key", fontsize=9)
+        whole.set_title(lens.layer_labels[layer], fontsize=9)
         _name_cells(close, shown[layer], image, window)
         close.set_title(f"{lens.layer_labels[layer]}, close up", fontsize=9)
     (x, y), width, height = _corner_and_size(window, lens.grid, image)
@@ -73,6 +72,11 @@ def readings_on_image(lens: Any, image: Any, layers: Sequence[int], path: str | 
         axes.set_xlim(x, x + width), axes.set_ylim(y + height, y)
     _key(figure, most, colours, len(layers) * rows * cols, _SIDE * n)
     figure.titled(f"What the image tokens read as, {lens.model_name} (stronger colour: higher probability)", 10)
+    figure.draw_without_rendering()  # lays the panels out, so that their cells' width is known
+    for whole, layer in zip(panels[0, 1:], layers):
+        cell = whole.get_window_extent().width / figure.dpi * 72 / cols
+        named = _name_regions(whole, shown[layer], image, cell, colours)
+        whole.set_title(f"{lens.layer_labels[layer]}: {named} of {rows * cols} tokens named or in the key", fontsize=9)
     return figure.saved(path)
 
 
