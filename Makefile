@@ -69,7 +69,7 @@ mutants: install
 bench: install
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv/bin/python tests/benchmarks/run_all.py $(BENCH)
 
-# Every notebook run on the embedded model and written with its outputs: out/notebooks/*.html.
+# Every notebook run on the embedded model and written with its outputs: out/notebooks/*.html, *.ipynb.
 notebooks: install
 	.venv/bin/python notebooks/build.py
 

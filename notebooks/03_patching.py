@@ -10,9 +10,9 @@
 # %% [markdown]
 # # Where is the information that decides the answer, layer by layer?
 #
-# Two images that differ in one object, one question, two right answers. The activations of the first image are put into
-# the run on the second, one place at a time. Where the answer comes back, the information was.
-# One constant switches from the embedded model to the real one.
+# Two images that differ in one object, one question, two right answers. The activations of the first image are put into the run
+# on the second, one place at a time. Where the answer comes back, the information was. The model is the embedded one, a small
+# Qwen2-VL trained on generated scenes; one constant switches to a published model.
 
 # %%
 # On Colab and Kaggle this installs the package, and takes the published model where there is a GPU; elsewhere it does nothing.
@@ -27,6 +27,7 @@ import torch
 
 HOSTED = any(name in os.environ for name in ("COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE"))
 PUBLISHED = "Qwen/Qwen2-VL-2B-Instruct" if HOSTED and torch.cuda.is_available() else None
+DEVICE = "cuda" if PUBLISHED else "cpu"
 
 # %%
 MODEL = PUBLISHED or "scenes"  # the embedded model, or any checkpoint
@@ -42,7 +43,7 @@ from analyses.views.patching import recovery_map, recovery_on_image
 from hooked_qwen2vl import HookedQwen2VL
 
 torch.set_grad_enabled(False)
-model = HookedQwen2VL.from_pretrained(MODEL)
+model = HookedQwen2VL.from_pretrained(MODEL, dtype="float32", device=DEVICE)
 
 # %% [markdown]
 # A pair is used only if the model answers both of its prompts rightly; what is refused keeps its reason.
@@ -75,7 +76,7 @@ recovery_map(shares, layers, labels, f"{pair.source.question} {pair.source.answe
 
 # %%
 best = int(shares[: model.cfg.n_layers // 4 + 1].mean(0).argmax())
-print(f"position {best} matters most; the object's: {pair.on_boxes.tolist()}")
+print(f"{labels[best]} (row,column) matters most; the object covers {', '.join(labels[place] for place in pair.on_boxes.tolist())}")
 recovery_on_image(shares[:, image].unflatten(-1, pair.clean.grid()), layers, [pair.source.clean, pair.source.corrupted])
 
 # %% [markdown]
@@ -105,7 +106,7 @@ spans = {
     "last position": "last",
 }
 by_span = recovery(patch_sweep(*prompts, positions=spans, progress=False), clean_metric)["mean_of_ratios"]
-pd.DataFrame(by_span.T.tolist(), index=list(spans), columns=[f"layer {layer}" for layer in layers]).round(2)
+pd.DataFrame(by_span.T.tolist(), index=list(spans), columns=[f"layer {layer}" for layer in layers]).map("{:z.2f}".format)
 
 # %% [markdown]
 # The vision tower too: its residual stream, image token by image token, before each of its blocks.
@@ -120,6 +121,7 @@ recovery_on_image(in_tower.unflatten(-1, pair.clean.grid()), range(len(in_tower)
 #
 # The object's patches still give back more than half at layer 3; the last position does from layer 4 on.
 # The object's patches give back 1.00 at layer 0, the rest of the image 0.00.
+# The question's tokens give back 0.01 at most, at any layer.
 #
 # The first row of the table says until which layer the answer is read from the object's patches, the last row from which layer on the
 # last position has it. One pair is an example; `hooked-qwen2vl patch --data scenes` asks many, and docs/flips.md says what it found.
@@ -128,4 +130,5 @@ recovery_on_image(in_tower.unflatten(-1, pair.clean.grid()), range(len(in_tower)
 arrives = int((by_span[:, -1] > 0.5).float().argmax())
 leaves = int((by_span[:, 0] > 0.5).nonzero().max())
 print(f"The object's patches still give back more than half at layer {leaves}; the last position does from layer {arrives} on.")
-print(f"The object's patches give back {by_span[0, 0]:.2f} at layer 0, the rest of the image {round(float(by_span[0, 1]), 2) + 0:.2f}.")
+print(f"The object's patches give back {by_span[0, 0]:.2f} at layer 0, the rest of the image {float(by_span[0, 1]):z.2f}.")
+print(f"The question's tokens give back {float(by_span[:, 2].max()):z.2f} at most, at any layer.")

@@ -11,7 +11,8 @@
 # # Which neurons serve one visual domain, and does the domain need them?
 #
 # MMNeuron's selection by firing, judged on other images, beside random neurons of the same number in the same layers. The
-# command `hooked-qwen2vl neurons` does the same at a larger scale and writes tables and pictures.
+# command `hooked-qwen2vl neurons` does the same at a larger scale and writes tables and pictures. The model is the embedded
+# one, a small Qwen2-VL trained on generated scenes; one constant switches to a published model.
 
 # %%
 # On Colab and Kaggle this installs the package, and takes the published model where there is a GPU; elsewhere it does nothing.
@@ -26,6 +27,7 @@ import torch
 
 HOSTED = any(name in os.environ for name in ("COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE"))
 PUBLISHED = "Qwen/Qwen2-VL-2B-Instruct" if HOSTED and torch.cuda.is_available() else None
+DEVICE = "cuda" if PUBLISHED else "cpu"
 
 # %%
 MODEL = PUBLISHED or "scenes"  # the embedded model, or any checkpoint
@@ -44,10 +46,11 @@ from analyses.experiments.neurons import FIRING, NONE, RANDOM, RANDOM_RATE, abla
 from hooked_qwen2vl import HookedQwen2VL
 
 torch.set_grad_enabled(False)
-model = HookedQwen2VL.from_pretrained(MODEL)
+model = HookedQwen2VL.from_pretrained(MODEL, dtype="float32", device=DEVICE)
 
 # %% [markdown]
-# Counting is one forward an example; the counts are all that the selection needs.
+# Counting is one forward an example; the counts are all that the selection needs. A neuron that serves several domains counts in each of
+# them, in the picture and in its titles.
 
 # %%
 counts = count_firings(model, DATA, limit=60, batch_size=10, progress=False)
@@ -55,11 +58,12 @@ neurons = counts.select()
 neurons.plot()
 
 # %% [markdown]
-# How specific are they? The entropy of a neuron that fires alike in all domains is ln K.
+# How specific are they? The entropy of how often a neuron fires in each of the K domains: 0 if it fires in one only, ln K if it fires
+# alike in all.
 
 # %%
 print(f"ln K = {math.log(len(neurons.domains)):.3f} nats")
-neurons.to_dataframe().groupby("module")["dape_nats"].describe()[["count", "min", "max"]]
+neurons.to_dataframe().groupby("module")["dape_nats"].agg(neurons="count", lowest="min", highest="max").round(3)
 
 # %% [markdown]
 # Do image tokens alone select the same neurons? Beside it, what two random choices of the same sizes would share.
@@ -91,11 +95,14 @@ display(written_tokens(model, neuron, top_k=5))
 top_images(model, neuron, TEST, limit=30, n=3).plot()
 
 # %% [markdown]
-# Switching off is a context: plain runs, caches and generation.
+# Switching off is a context: plain runs, caches and generation. One neuron is not expected to change an answer.
 
 # %%
+one = batches[0].inputs[0]
+plain = model.generate(one, max_new_tokens=4, do_sample=False, return_type="str", verbose=False)
 with disable_neurons(model, [neuron]):
-    print(model.generate(batches[0].inputs[0], max_new_tokens=4, do_sample=False, return_type="str", verbose=False))
+    off = model.generate(one, max_new_tokens=4, do_sample=False, return_type="str", verbose=False)
+print(f"{model.to_string(one.tokens[0, one.positions('question')])} → {plain}; with neuron {neuron[2]} of layer {neuron[1]} off: {off}")
 
 # %% [markdown]
 # **What was learnt.** On the embedded model:

@@ -91,7 +91,7 @@ pd.DataFrame(
         "blue, tuned": {kind: (after[kind] == blue).double().mean() for kind in items},
         "same answer": {kind: (before[kind] == after[kind]).double().mean() for kind in items},
     }
-).astype(float).round(2)
+).astype(float).round(2).astype({"items": int})
 
 # %% [markdown]
 # ## At which layer do they part?
@@ -236,7 +236,7 @@ table = pd.DataFrame(
     },
     index=pd.Index(range(L), name="block"),
 )
-table.round(2)
+table.round(2) + 0.0
 
 # %% [markdown]
 # ## A direction that imitates it

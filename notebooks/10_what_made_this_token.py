@@ -11,7 +11,8 @@
 # # What in the image made this token?
 #
 # For each token of an answer, every image token is hidden in turn: what the token's log-probability loses is its exact effect.
-# Beside it the usual baselines, and curves that judge them all.
+# Beside it the usual baselines, and curves that judge them all. The model is the embedded one, a small Qwen2-VL trained on
+# generated scenes; one constant switches to a published model.
 
 # %%
 # On Colab and Kaggle this installs the package, and takes the published model where there is a GPU; elsewhere it does nothing.
@@ -26,6 +27,7 @@ import torch
 
 HOSTED = any(name in os.environ for name in ("COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE"))
 PUBLISHED = "Qwen/Qwen2-VL-2B-Instruct" if HOSTED and torch.cuda.is_available() else None
+DEVICE = "cuda" if PUBLISHED else "cpu"
 
 # %%
 MODEL = PUBLISHED or "scenes"  # the embedded model, or any checkpoint
@@ -43,7 +45,7 @@ from analyses.views.saliency import curves_plot
 from hooked_qwen2vl import HookedQwen2VL, open_image
 
 torch.set_grad_enabled(False)
-model = HookedQwen2VL.from_pretrained(MODEL)
+model = HookedQwen2VL.from_pretrained(MODEL, dtype="float32", device=DEVICE)
 sample = json.loads((SAMPLES / "samples.json").read_text(encoding="utf-8"))[0]
 image = open_image(SAMPLES / sample["image"])
 inputs = model.encode(model.to_inputs(sample["question"], images=[image]))
@@ -58,7 +60,8 @@ maps = {method: saliency(model, inputs, method, progress=False) for method in ME
 display(maps["knockout"].plot(images=[image]))
 
 # %% [markdown]
-# The other methods, the whole answer.
+# The other methods, and random numbers. Every panel has its own range, written above it: where that is 1e-6 or less, it shows the
+# rounding of a token that depends on nothing in the image.
 
 # %%
 for method in METHODS[1:]:
@@ -81,7 +84,8 @@ for by in ("keys", "pixels"):
 pd.concat({f"by {by}": table.loc[list(maps)] for by, table in areas.items()}, axis=1).round(2)
 
 # %% [markdown]
-# Attention can also lie on tokens that say nothing: sinks, which receive at least five times an even share. They can be left out of maps.
+# Attention can also lie on tokens that say nothing: sinks, which receive at least five times an even share. They can be left out of maps
+# (last picture; without sinks it is the map of attention again).
 # The five positions that receive most:
 
 # %%

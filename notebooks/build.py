@@ -1,4 +1,4 @@
-"""Notebooks with their outputs: every percent source beside this file is run in a fresh kernel and written as HTML.
+"""Notebooks with their outputs: every percent source beside this file is run in a fresh kernel, written as HTML and as .ipynb.
 
 python notebooks/build.py [--findings] [--out out/notebooks] [NAME ...]
 
@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import jupytext
+import nbformat
+from jinja2 import DictLoader
 from nbclient import NotebookClient
 from nbconvert import HTMLExporter
 
@@ -22,6 +24,15 @@ FOLDER = Path(__file__).parent
 # A page has no use for progress bars, nor for the advice to install their widgets.
 QUIET = {"TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore:IProgress not found"}
 SOURCES = sorted(FOLDER.glob("[0-9]*.py"))
+# nbconvert's page without its scripts from the network, which no notebook here needs, and with long lines wrapped at words.
+TEMPLATE = """{% extends "lab/index.html.j2" %}
+{% block html_head_js_requirejs %}{% endblock %}
+{% block html_head_js_mathjax %}{% endblock %}
+{% block html_head_js_mermaidjs %}{% endblock %}
+{% block extra_css %}<style>
+.jp-Notebook .jp-InputArea .highlight pre, .jp-Notebook .jp-OutputArea-output pre { white-space: pre-wrap; word-break: normal; overflow-wrap: anywhere; }
+</style>{% endblock %}
+"""
 PARAGRAPH = re.compile(r"(?<=\*\*What was learnt\.\*\* On the embedded model:\n#\n)(?:# (?!%%).*\n)+")
 
 
@@ -63,10 +74,12 @@ def write_findings(source: Path, notebook: Any) -> None:
 
 
 def write_page(notebook: Any, path: Path) -> None:
-    """One HTML file."""
-    page, _ = HTMLExporter().from_notebook_node(notebook, {"metadata": {"name": path.stem}})
+    """One HTML file that opens without network, and beside it the notebook, to open in Jupyter, Colab or Kaggle."""
+    exporter = HTMLExporter(extra_loaders=[DictLoader({"page.html.j2": TEMPLATE})], template_file="page.html.j2")
+    page, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": path.stem}})
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
+    nbformat.write(notebook, path.with_suffix(".ipynb"))
 
 
 def main(arguments: list[str] | None = None) -> None:
