@@ -1,8 +1,8 @@
-"""How everything here is measured: pairs side by side in one process, one thread, medians with an interval.
+"""How everything here is measured: pairs side by side in one process, one thread if not told otherwise, medians with an interval.
 
 1. The two sides of a pair are called in turn, the order swapped each time, after a warm-up of both. On the CPU the
-   clock is the process's own CPU time (one thread), which other processes' turns do not enter; where files are
-   read, and on CUDA, it is the wall's.
+   clock is the process's own CPU time, which other processes' turns do not enter; with several threads
+   (OMP_NUM_THREADS), where files are read, and on CUDA, it is the wall's.
 2. Each pair gives one ratio; the figure is the median ratio, its interval the 2.5 and 97.5 percentiles of the
    medians of 2,000 bootstrap samples of the pairs. What slows the machine slows both sides of a pair.
 3. Memory is the process's peak of anonymous pages (or CUDA's allocator's) during a call, less what was held before,
@@ -123,7 +123,7 @@ def seconds(call: Callable[[], Any]) -> float:
 def now() -> float:
     """Seconds, by the clock that counts here (see above), once the accelerator has done what it was asked."""
     synchronise()
-    return time.perf_counter() if DEVICE == "cuda" else time.process_time()
+    return time.perf_counter() if DEVICE == "cuda" or THREADS > 1 else time.process_time()
 
 
 def synchronise() -> None:
