@@ -60,8 +60,7 @@ maps = {method: saliency(model, inputs, method, progress=False) for method in ME
 display(maps["knockout"].plot(images=[image]))
 
 # %% [markdown]
-# The other methods, and random numbers. Every panel has its own range, written above it: where that is 1e-6 or less, it shows the
-# rounding of a token that depends on nothing in the image.
+# The other methods, and random numbers. Every panel has its own range, written above it.
 
 # %%
 for method in METHODS[1:]:
