@@ -136,11 +136,15 @@ class LogitLens(Result):
 
         return lens_page(self, path, images)
 
-    def plot(self, path: Any = None) -> Any:
-        """The classic heat map: layer × position, the top token in each cell, coloured by its probability."""
+    def plot(self, path: Any = None, question: str = "") -> Any:
+        """The classic heat map: layer × position, the top token in each cell, coloured by its probability.
+
+        Args:
+            question: for the title.
+        """
         from analyses.views.lens import heat_map
 
-        return heat_map(self, path)
+        return heat_map(self, path, question)
 
 
 @torch.no_grad()

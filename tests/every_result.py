@@ -67,6 +67,21 @@ def image(width: int = 400, height: int = 300) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
+def streams() -> pd.DataFrame:
+    """Of `stream_by_layer`: every kind of selection."""
+    kinds = (NONE, *CONTROLS, *(control for controls in CONTROLS.values() for control in controls))
+    keys = [
+        (kind, domain, layer, source)
+        for kind in kinds
+        for domain in DOMAINS
+        for layer in range(LAYERS + 1)
+        for source in ("image", "text", "last")
+    ]
+    table = pd.DataFrame(keys, columns=["selection", "domain", "layer", "source"])
+    rng = np.random.default_rng(0)
+    return table.assign(module="all", deviation=rng.random(len(table)), entropy_nats=rng.uniform(0, 12, len(table)))
+
+
 def lens(positions: int = POSITIONS, grid: tuple[int, int] | None = None) -> LogitLens:
     probs = torch.rand(LAYERS + 1, positions, 2).softmax(-1).sort(descending=True).values
     return LogitLens(

@@ -17,6 +17,8 @@ from tiny import CHAT_TEMPLATE, tiny_hf, tiny_tokenizer
 
 from analyses.cli import COMMANDS, _parser
 from analyses.cli.outputs import _words
+from analyses.cli.shared import SAMPLES
+from analyses.views.figure import Figure
 from analyses.views.index import index_page
 from hooked_qwen2vl import HookedQwen2VL
 from hooked_qwen2vl.cli import main
@@ -61,6 +63,35 @@ def test_the_embedded_model_needs_no_arguments(tmp_path, capsys):
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert all(f'"{name}"' in page for name in ("lens.png", "lens_image.png", "lens.html", "explorer.html")) and "lens.csv" in page
     assert main(["scenes", "--n", "2", "--out", str(tmp_path)]) == 2 and "a folder of its own" in capsys.readouterr().err
+
+
+@pytest.fixture
+def figures_written(monkeypatch) -> dict:
+    """By name of file, the figures that commands write."""
+    written = {}
+    saved = Figure.saved
+
+    def keep(figure, path):
+        written[Path(path).name] = figure
+        return saved(figure, path)
+
+    monkeypatch.setattr(Figure, "saved", keep)
+    return written
+
+
+def test_lens_writes_its_question_over_the_picture(tmp_path, figures_written):
+    arguments = ["--image", str(SAMPLES / "glyphs.png"), "--question", "What digit is red?", "--answer", "4"]
+    assert main(["lens", *arguments, "--out", str(tmp_path / "lens")]) == 0
+    assert "What digit is red?" in figures_written["lens.png"].get_suptitle()
+
+
+@pytest.mark.parametrize(("direction", "words", "not_words"), [("noise", "share lost", "recover"), ("denoise", "recovery", "lost")])
+def test_patch_names_its_colours(tmp_path, figures_written, direction, words, not_words):
+    assert main(["patch", "--direction", direction, "--out", str(tmp_path / "patch")]) == 0
+    for name in ("patch.png", "patch_image.png"):
+        *_, bar = figures_written[name].axes
+        assert bar.get_ylabel().startswith(words)
+        assert not_words not in bar.get_ylabel() + figures_written[name].get_suptitle()
 
 
 def test_each_question_has_a_folder_of_its_own(monkeypatch, tmp_path, capsys):

@@ -13,7 +13,23 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from every_result import COLS, DOMAINS, HARD, HEADS, LAYERS, POSITIONS, QUESTION, RESULTS, ROWS, flip_study, hallucinations, image, lens
+from every_result import (
+    COLS,
+    DOMAINS,
+    HARD,
+    HEADS,
+    LAYERS,
+    NAME,
+    POSITIONS,
+    QUESTION,
+    RESULTS,
+    ROWS,
+    flip_study,
+    hallucinations,
+    image,
+    lens,
+    streams,
+)
 from every_result import ablations as every_ablation
 from matplotlib import colormaps, font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -34,8 +50,11 @@ from analyses.saliency import Saliency
 from analyses.views import text as views_text
 from analyses.views.attention import attention_on_image
 from analyses.views.figure import LONGEST, Figure, luminance, on_image
+from analyses.views.neurons import streams_plot
 from analyses.views.patching import recovery_map, recovery_on_image
 from analyses.views.text import columns, drawable, families, line, readable, visible
+from hooked_qwen2vl.scenes import sample
+from hooked_qwen2vl.scenes.contact_sheets import contact_figure
 
 # Public dataclasses that are no results, and why.
 NO_RESULTS = {
@@ -355,6 +374,10 @@ VIEWS = {
     "scores": lambda: hallucinations().plot_scores(),
     "trajectories of flips": lambda: flip_study().plot_trajectories(),
     "a lens at 1,200 image tokens": lambda: lens(ROWS * COLS).plot(),
+    "streams": lambda: streams_plot(streams(), NAME),
+    "contact sheet": lambda: contact_figure(sample(9)),
+    "a contact sheet of one": lambda: contact_figure(sample(1)),
+    "a lens with its question": lambda: lens().plot(question=QUESTION),
     "on the image": lambda: lens(ROWS * COLS, (ROWS, COLS)).plot_image(image()),
     "on a small image": lambda: lens(108, (9, 12)).plot_image(image()),
     "recovery": lambda: recovery_map(torch.randn(LAYERS, POSITIONS), range(LAYERS), (HARD * 2)[:POSITIONS], QUESTION),
@@ -364,6 +387,7 @@ VIEWS = {
     "12 heads": lambda: attention_on_image(torch.rand(LAYERS, 12, ROWS * COLS), (ROWS, COLS), image(), layers=[0, 27]),
     "28 layers": lambda: attention_on_image(torch.rand(LAYERS, HEADS, ROWS * COLS), (ROWS, COLS), image(), heads=[3]),
 }  # fmt: skip
+UNTITLED = {"recovery on the image", "28 heads", "12 heads", "28 layers"}  # whoever calls these may give a title
 
 
 @pytest.fixture(scope="module")
@@ -481,10 +505,10 @@ def test_a_legend_has_no_two_shades_of_one_colour(figures, key):
             assert min(grey_a, grey_b) < 0.2 or apart > 10, (to_hex(a), to_hex(b), [t.get_text() for t in legend.get_texts()])
 
 
-@pytest.mark.parametrize("kind", DRAWN, ids=lambda kind: kind.__name__)
-def test_a_picture_has_a_title(figures, kind):
+@pytest.mark.parametrize("key", [*DRAWN, *(key for key in VIEWS if key not in UNTITLED)], ids=lambda key: getattr(key, "__name__", key))
+def test_a_picture_has_a_title(figures, key):
     """A picture that leaves its folder says what it shows, and of which model if the result knows it."""
-    result, figure = figures(kind)
+    result, figure = figures(key)
     title = figure.get_suptitle()
     assert title
     if name := getattr(result, "model_name", ""):
@@ -530,6 +554,46 @@ def test_a_colour_bar_of_a_wide_image_is_not_in_the_title():
     renderer = figure._get_renderer()
     title = figure._suptitle.get_window_extent(renderer)
     assert all(axes.yaxis.label.get_window_extent(renderer).y1 <= title.y0 for axes in figure.axes)
+
+
+def test_panels_on_the_image_are_at_most_three_in_a_row():
+    panels = [axes for axes in lens(108, (9, 12)).plot_image(image()).axes if axes.images]
+    assert len(panels) == 5 and all(axes.get_subplotspec().get_gridspec().ncols <= 3 for axes in panels)
+
+
+def test_a_dot_without_an_interval_is_explained():
+    """Of one hallucinated claim there is no interval; where all have one, nothing is said."""
+    many = hallucinations()
+    few = many.claims["category"].eq(DOMAINS[2])
+    claims = many.claims.assign(correct=[True if one else right for one, right in zip(few, many.claims["correct"])])
+    claims.loc[few.idxmax(), "correct"] = False
+    note = "A dot without a line: too few answers of one kind"
+    assert note in replace(many, claims=claims).plot_intervals().get_suptitle().replace("\n", " ")
+    assert note not in many.plot_intervals().get_suptitle().replace("\n", " ")
+
+
+def test_streams_are_those_of_their_table(figures):
+    _, figure = figures("streams")
+    left, right = figure.axes
+    table = streams()
+    for drawn, source in zip([d for d in left.lines if not d.get_label().startswith("_")], ("image", "text", "last")):
+        some = table[(table["selection"] == "none") & (table["source"] == source)]
+        assert np.allclose(drawn.get_ydata(), some.groupby("layer")["entropy_nats"].mean())
+    moved = table[table["selection"] != "none"].groupby(["selection", "source", "layer"])["deviation"].mean()
+    expected = [100 * moved.xs((kind, source)) for kind in table["selection"].unique()[1:] for source in ("image", "text")]
+    assert np.allclose([d.get_ydata() for d in right.lines if len(d.get_ydata())], expected) and "%" in right.get_ylabel()
+
+
+def test_a_contact_sheet_has_what_was_asked(figures):
+    _, figure = figures("contact sheet")
+    for axes, item in zip(figure.axes, sample(9), strict=True):
+        assert item.question in axes.get_title(loc="left").replace("\n", " ") and [t.get_text() for t in axes.texts] == [item.answer]
+        assert len(axes.patches) == 2 * len(item.depends_on) and item.domain in axes.get_xlabel()
+
+
+def test_a_lens_names_its_question():
+    title = lens().plot(question=QUESTION).get_suptitle().replace("\n", " ")
+    assert line(QUESTION, None)[:40] in title and line(NAME) in title and "…" in title
 
 
 def test_one_prompt_is_not_1_items():

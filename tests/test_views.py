@@ -405,6 +405,42 @@ def test_words_come_when_there_is_room(browser, tmp_path):
     assert written[0] == 0 and 20 < written[1] < 80  # those in sight, no others
 
 
+def header(browser) -> str:
+    return browser.js("return document.querySelector('header p').innerText")
+
+
+def test_the_header_tells_answer_from_model(browser, explorer, tmp_path):
+    """And says so if there is no answer: because the model ended at once, or none was given."""
+    import dataclasses
+
+    result, path = explorer
+    browser.open(path, READY)
+    assert header(browser) == "answer: this · model: made up · 79 positions, 6 layers"
+    mute = dataclasses.replace(result, answer=(), answer_text="", contextual=None)
+    for segments, words in ((mute.segments, "(none: the model ended at once)"), (["question"] * len(mute.segments), "(none was given)")):
+        dataclasses.replace(mute, segments=tuple(segments)).page(tmp_path / "page.html")
+        browser.open(tmp_path / "page.html", READY)
+        assert header(browser).startswith(f"answer: {words} · model: made up")
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_facts_of_a_position_are_not_cut_and_minus_is_a_minus(browser, explorer, width):
+    result, path = explorer
+    browser.open(path, READY, width=width)
+    seen = []
+    for mode in ("lens", "contextual", "attention", "recovery"):
+        browser.js("setMode(arguments[0])", mode)
+        for place in (0, 3, 14, 20, 40, 66, 70):
+            browser.js("select(arguments[0]); hold(true)", place)
+            browser.frames()
+            facts = browser.text("#facts")
+            seen += [facts, browser.text("#low")]
+            assert re.search(r"entropy \d+\.\d\d nats", facts)
+            assert browser.js("return $('facts').scrollHeight <= $('facts').clientHeight"), (mode, facts)
+            browser.js("hold(false)")
+    assert any("−" in text for text in seen) and not any(re.search(r"-\d", text) for text in seen)
+
+
 def test_each_view_opens_where_there_is_something(browser, explorer):
     from selenium.webdriver.common.keys import Keys
 
@@ -539,6 +575,7 @@ def test_the_pages_of_lens_and_explain_have_contrast(browser, tmp_path, dark):
     from analyses.views.saliency import saliency_page
 
     made = lens(3)
+    made.top_probs[0, :2, 0] = torch.tensor([0.0, 1.0])
     lens_page(made, tmp_path / "lens.html")
     saliency_page(RESULTS[Saliency](), [image()], tmp_path / "explain.html")
     drawn = "[...document.querySelectorAll('[id^=figure-]')].every(f => f.textContent.length > 5)"
@@ -548,12 +585,19 @@ def test_the_pages_of_lens_and_explain_have_contrast(browser, tmp_path, dark):
         assert len(found) > 8 and min(found)[0] >= 4.5, (name, min(found))
         colour = browser.js("return getComputedStyle(document.body).backgroundColor")
         assert (sum(map(int, re.findall(r"\d+", colour)[:3])) < 200) == dark
+        control = browser.js(
+            "return getComputedStyle(document.body.appendChild(document.createElement('input'))).color"
+        )  # the browser's own
+        assert control == ("rgb(255, 255, 255)" if dark else "rgb(0, 0, 0)"), name
     lefts = browser.js("""return [...document.querySelectorAll("[id^=figure-]")].map(f => [...f.querySelectorAll("span")]
       .filter(s => getComputedStyle(s).backgroundColor !== "rgba(0, 0, 0, 0)").map(s => Math.round(s.getBoundingClientRect().left)))""")
     assert len(lefts) == len(made.layer_labels) and all(len(set(column)) == 1 for column in zip(*lefts, strict=True))
-    shades = browser.js("return [...document.querySelectorAll('[id^=figure-] span')].map(s => getComputedStyle(s).backgroundColor)")
-    shades = [list(map(int, re.findall(r"\d+", shade)[:3])) for shade in shades if not shade.endswith(", 0)")]
-    assert shades and all(red <= green <= blue for red, green, blue in shades)
+    shades = browser.js("""return [...document.querySelectorAll("[id^=figure-]")].map(f => [...f.querySelectorAll("span")]
+      .map(s => getComputedStyle(s).backgroundColor).filter(c => c !== "rgba(0, 0, 0, 0)"))""")
+    shown = np.array([[list(map(int, re.findall(r"\d+", shade)[:3])) for shade in row] for row in shades])
+    probs = made.top_probs.flip(0)[..., 0].numpy()
+    assert (shown[probs == 1] == [0x56, 0xB4, 0xE9]).all() and (shown[probs == 0] == 255).all()  # as the table's
+    assert (np.diff(shown[..., 0].flat[probs.argsort(axis=None)]) <= 0).all()
 
 
 def test_the_prompt_unfolds_and_tokens_are_text(browser, explorer):

@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> None:
     lens = logit_lens(model, inputs, (answer - 1).tolist(), top_k=options.top_k)  # where each token is predicted
     with Outputs(options, NAME, question=question, images=list(map(str, images)), answer=said) as out:
         out.table("lens.csv", lens.to_dataframe())
-        lens.plot(out.path("lens.png"))
+        lens.plot(out.path("lens.png"), question)
         lens.page(out.path("lens.html"), pictures)
         if images:
             explore(model, inputs, pictures, options.top_k, question=question).page(out.path("explorer.html"))

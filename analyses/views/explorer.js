@@ -190,11 +190,13 @@ function escapeOf(code) {
 const tokenText = (token) => (data.shown[token] ??= visible(data.texts[token]));
 const placeText = (place) => visible(data.prompt[place]);
 
+const minus = (digits) => digits.replace(/-/g, "−");
+
 function number(value) {
   if (Number.isNaN(value)) return "–";
   const size = Math.abs(value);
   if (size === 0) return "0";
-  return size >= 0.0995 ? value.toFixed(2) : size >= 0.00095 ? value.toFixed(3) : value.toExponential(0);
+  return minus(size >= 0.0995 ? value.toFixed(2) : size >= 0.00095 ? value.toFixed(3) : value.toExponential(0));
 }
 
 function element(tag, className, text) {
@@ -556,9 +558,9 @@ function fillFacts() {
   const start = topAt(state.layer, state.place);
   $("place").textContent = `Position ${data.positions[state.place]}: ${nameOf(state.place)}`;
   const value = valueAt(state.layer, state.place);
-  const shown = state.mode === "lens" ? "" : `${number(value)}: ${$("unit").textContent} · `;
+  const shown = state.mode === "lens" ? "" : ` · ${number(value)}: ${$("unit").textContent}`;
   const held = state.held ? "held · " : "";
-  $("facts").textContent = `${held}${shown}entropy ${linear(entropy, state.layer * data.n + state.place).toFixed(2)} nats`;
+  $("facts").textContent = `${held}entropy ${linear(entropy, state.layer * data.n + state.place).toFixed(2)} nats${shown}`;
   const spans = fillFacts.spans ?? makeFacts();
   spans[0].textContent = `${data.layers[state.layer]} `;
   for (let rank = 0; rank < data.k; rank++) {
@@ -668,7 +670,7 @@ function drawPlot() {
   svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
   const drawn = ticks.flatMap((tick) => [
     shape("line", { x1: left, x2: width - right, y1: y(tick), y2: y(tick), style: "stroke: var(--line)" }),
-    shape("text", { x: left - 5, y: y(tick) + 4, "text-anchor": "end" }, state.log && tick < 1 ? tick.toExponential(0) : String(tick)),
+    shape("text", { x: left - 5, y: y(tick) + 4, "text-anchor": "end" }, state.log && tick < 1 ? minus(tick.toExponential(0)) : String(tick)),
   ]);
   const step = Math.ceil(data.nLayers / (width / 34));
   for (let layer = 0; layer < data.nLayers; layer += step)
@@ -1054,8 +1056,9 @@ function zoomToSelected(by) {
 
 function begin() {
   $("question").textContent = data.question || "Explorer";
-  $("answer").textContent = data.answer ? `answer: ${data.answer}` : "";
-  $("model").textContent = `${data.answer ? "· " : ""}model: ${data.model} · ${data.n} positions, ${data.blocks} layers`;
+  const none = data.segments.includes("answer") ? "(none: the model ended at once)" : "(none was given)";
+  $("answer").textContent = `answer: ${data.answer || none}`;
+  $("model").textContent = `· model: ${data.model} · ${data.n} positions, ${data.blocks} layers`;
   $("layer").max = data.nLayers - 1;
   $("modes").replaceChildren(...modes().map((mode) => {
     const label = element("label", "", MODES[mode]);

@@ -22,7 +22,7 @@ from analyses.views.figure import (
     write_cells,
 )
 from analyses.views.readings import RIM, readings_on_image
-from analyses.views.text import visible
+from analyses.views.text import line, visible
 
 MOST_COLUMNS = 32  # columns of a map with a token in each cell; more would not be readable at a printable width
 MOST_LABELS = 150  # image tokens up to which every cell has a token
@@ -65,14 +65,19 @@ def token_map(
     return figure.saved(path)
 
 
-def heat_map(lens: Any, path: str | Path | None = None) -> Figure:
-    """Layers × positions with the top token in each cell, coloured by its probability (0..1); the last layer on top."""
+def heat_map(lens: Any, path: str | Path | None = None, question: str = "") -> Figure:
+    """Layers × positions with the top token in each cell, coloured by its probability (0..1); the last layer on top.
+
+    Args:
+        question: for the title, shortened.
+    """
     tokens = [[at[0] for at in layer] for layer in lens.top_tokens]
     many = len(lens.positions) > MOST_COLUMNS  # image placeholders all have the same text
     columns = list(map(str, lens.positions)) if many else [visible(token) for token in lens.prompt_tokens]
     across = "position in the prompt" if many else "position (its own token; the lens reads the next)"
     differing = f"; the model's own top token is another at {lens.n_differs}" if lens.n_differs else ""
-    words = (f"Logit lens, {lens.model_name}", across + differing, "layer of the residual stream", "probability of the top token")
+    title = "\n".join(filter(None, (line(question), f"Logit lens, {lens.model_name}")))
+    words = (title, across + differing, "layer of the residual stream", "probability of the top token")
     return token_map(lens.top_probs[..., 0].numpy(), tokens, lens.layer_labels, columns, (0, 1), words, path)
 
 

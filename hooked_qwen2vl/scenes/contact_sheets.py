@@ -12,6 +12,8 @@ from hooked_qwen2vl.files import whole_file
 from .scene import BACKGROUND, CELL
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from .world import Item
 
 
@@ -21,6 +23,14 @@ def contact_sheet(items: Sequence[Item], path: str | Path, columns: int = 3) -> 
     Raises:
         ValueError: no items.
     """
+    figure, path = contact_figure(items, columns), Path(path)
+    with whole_file(path) as file:
+        figure.savefig(file)
+    return path
+
+
+def contact_figure(items: Sequence[Item], columns: int = 3) -> Figure:
+    """The figure that `contact_sheet` writes."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
@@ -46,7 +56,7 @@ def contact_sheet(items: Sequence[Item], path: str | Path, columns: int = 3) -> 
         axis.set_yticks([y - 0.5 for y in range(0, item.image.height + 1, CELL)], labels=[])
         axis.tick_params(length=3, color="#888888")
         axis.spines[:].set_color("#888888")
-        axis.set_title(f"{item.question}\n", fontsize=10, loc="left")
+        axis.set_title(item.question, fontsize=10, loc="left", pad=20)
         axis.text(0, 1.025, item.answer, transform=axis.transAxes, fontsize=10, fontweight="bold", color="#b00060")
         notes = [item.domain, item.category]
         if item.typical is not None:
@@ -62,7 +72,4 @@ def contact_sheet(items: Sequence[Item], path: str | Path, columns: int = 3) -> 
         "Question and answer. Solid frame: the first object that the answer depends on; dashed: the others. else: the answer of the counterfactual",
         fontsize=9, wrap=True,
     )  # fmt: skip
-    path = Path(path)
-    with whole_file(path) as file:
-        figure.savefig(file)
-    return path
+    return figure
