@@ -436,7 +436,8 @@ def test_facts_of_a_position_are_not_cut_and_minus_is_a_minus(browser, explorer,
             facts = browser.text("#facts")
             seen += [facts, browser.text("#low")]
             assert re.search(r"entropy \d+\.\d\d nats", facts)
-            assert browser.js("return $('facts').scrollHeight <= $('facts').clientHeight"), (mode, facts)
+            room = browser.js("const f = $('facts'); return [f.scrollHeight <= f.clientHeight, f.scrollWidth <= f.clientWidth]")
+            assert all(room), (mode, facts)
             browser.js("hold(false)")
     assert any("−" in text for text in seen) and not any(re.search(r"-\d", text) for text in seen)
 
