@@ -352,12 +352,16 @@ def leaves(value: Any, where: str = "result") -> Iterator[tuple[str, Any]]:
 
 
 def same(ours: Any, theirs: Any, place: str = "") -> bool:
-    """Numbers to float32's rounding: attention is another kernel there. A rank may be the next one: of two words, as probable but for that."""
+    """Numbers to float32's rounding: attention is another kernel there. A rank may be the next one: of two words, as probable but for that;
+    and one neuron in a thousand may fire at one token more or less: its activation is 0 but for that."""
     if place.endswith("ranks"):
         return ours.shape == theirs.shape and bool(((ours - theirs).abs() <= 1).all())
     if isinstance(theirs, (Tensor, float)):
         ours, theirs = (torch.as_tensor(value).double() for value in (ours, theirs))
-        return ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4, equal_nan=True)
+        close = torch.isclose(ours, theirs, rtol=1e-3, atol=1e-4, equal_nan=True) if ours.shape == theirs.shape else torch.tensor(False)
+        if ".fired." in place or place.endswith(".rates"):
+            return bool((~close).double().mean() < 1e-3 and (".rates" in place or (ours - theirs).abs().max() <= 1))
+        return bool(close.all())
     return type(ours) is type(theirs) and (not isinstance(theirs, (str, int)) or ours == theirs)
 
 
