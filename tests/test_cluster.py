@@ -10,6 +10,7 @@ from functools import partial
 import numpy as np
 import pandas as pd
 import pytest
+from same_runs import one_thread
 
 from analyses.cli import main
 from analyses.data.examples import examples
@@ -37,9 +38,10 @@ def questions(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(scenes, questions, tmp_path_factory):
-    """The same run in one process."""
+    """The same run in one process, with as many threads as a worker has."""
     out = tmp_path_factory.mktemp("alone")
-    FiringExperiment(scenes, generate=2).start(questions, out, batch_size=1, progress=False)
+    with one_thread():
+        FiringExperiment(scenes, generate=2).start(questions, out, batch_size=1, progress=False)
     return out
 
 
