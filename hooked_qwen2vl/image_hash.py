@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,7 @@ def image_hash(image: Any, wherever: bool = False) -> str:
     elif isinstance(image, Image.Image):
         hashed.update(f"picture {image.mode} {image.size} {image.getpalette()} {image.info.get('transparency')}".encode())
         hashed.update(image.tobytes())
-    elif hasattr(image, "detach"):  # a tensor; torch is not imported for the data alone
-        import torch
-
+    elif (torch := sys.modules.get("torch")) and isinstance(image, torch.Tensor):  # not imported for the data alone
         hashed.update(f"tensor {image.dtype} {tuple(image.shape)}".encode())
         hashed.update(image.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType] (an array is a buffer)
     else:

@@ -21,6 +21,7 @@ from PIL import Image
 from pretend_device import MixedDevices, NoFloat64, OnDevice, Pretence, needs_torch, on_device, pretended
 from tiny import tiny_hf, tiny_processor, tiny_processor3
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._device import _device_constructors
 from transformer_lens import patching
 
@@ -351,17 +352,11 @@ def leaves(value: Any, where: str = "result") -> Iterator[tuple[str, Any]]:
         yield where, value
 
 
-def same(ours: Any, theirs: Any, place: str = "") -> bool:
-    """Numbers to float32's rounding: attention is another kernel there. A rank may be the next one: of two words, as probable but for that;
-    and one neuron in a thousand may fire at one token more or less: its activation is 0 but for that."""
-    if place.endswith("ranks"):
-        return ours.shape == theirs.shape and bool(((ours - theirs).abs() <= 1).all())
+def same(ours: Any, theirs: Any) -> bool:
+    """Numbers to float32's rounding."""
     if isinstance(theirs, (Tensor, float)):
         ours, theirs = (torch.as_tensor(value).double() for value in (ours, theirs))
-        close = torch.isclose(ours, theirs, rtol=1e-3, atol=1e-4, equal_nan=True) if ours.shape == theirs.shape else torch.tensor(False)
-        if ".fired." in place or place.endswith(".rates"):
-            return bool((~close).double().mean() < 1e-3 and (".rates" in place or (ours - theirs).abs().max() <= 1))
-        return bool(close.all())
+        return ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4, equal_nan=True)
     return type(ours) is type(theirs) and (not isinstance(theirs, (str, int)) or ours == theirs)
 
 
@@ -371,7 +366,8 @@ def run_there(name: str, case: Callable[[World], Any], mode: str, folder: Path) 
     dtype, float64 = (MODES | REST)[mode]
     here = world(name, dtype, folder)
     torch.manual_seed(0)
-    expected = dict(leaves(case(here)))
+    with sdpa_kernel(SDPBackend.MATH):  # the kernel there: others round ties to another side
+        expected = dict(leaves(case(here)))
     with pretended(float64) as device:
         torch.manual_seed(0)
         found = dict(leaves(case(dataclasses.replace(here, model=on_device(made(name, dtype))))))
@@ -379,7 +375,7 @@ def run_there(name: str, case: Callable[[World], Any], mode: str, folder: Path) 
     assert sum(device.operations.values()) > 20
     if dtype == torch.float32:
         assert list(found) == list(expected)
-        assert not [place for place in found if not same(found[place], expected[place], place)]
+        assert not [place for place in found if not same(found[place], expected[place])]
     return device
 
 

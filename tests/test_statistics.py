@@ -283,6 +283,8 @@ def test_hashes_tell_images_apart(tmp_path):
     assert image_hash(files[0], wherever=True) != image_hash(files[1], wherever=True)
     with pytest.raises(ValueError, match="expected an image"):
         image_hash(object())
+    with pytest.raises(ValueError, match="expected an image"), files[0].open("rb") as opened:  # it has `detach`, as a tensor has
+        image_hash(opened)
 
 
 def test_questions_about_one_image_share_a_key():
